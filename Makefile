@@ -1,0 +1,62 @@
+# `make train` and `make test` need Python >= 3.11, a C++ compiler, git and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# One thread a rank: the tests start several ranks on few cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install test-install train test test-all test-gpu lint fix patch-check clean
+
+help:
+	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny)"
+	@echo "make test         install, then every CPU test"
+	@echo "make test-all     the slow ones too"
+	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
+	@echo "make lint, fix    black and isort: check, or rewrite"
+	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
+
+install: $(VENV)/installed
+
+test-install: $(VENV)/installed-test
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch is pinned here for a CPU machine; a machine with its own torch uses `pip install -e .`.
+$(VENV)/installed: $(VENV)/bin/python setup.py pyproject.toml constraints.txt patches/series patches/*/*.patch
+	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet -e ".[report]" -c constraints.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet -e ".[test,lint]" -c constraints.txt
+	touch $@
+
+train: install
+	$(BIN)/python examples/gpt_oss/train_tiny.py --out runs/tiny
+
+test: test-install
+	$(BIN)/python -m pytest -q -m "not gpu and not slow" --durations=10
+
+test-all: test-install
+	$(BIN)/python -m pytest -q -m "not gpu" --durations=20
+
+test-gpu:
+	$(PYTHON) -m pytest -q -m gpu
+
+lint: test-install
+	$(BIN)/black --check -q $(SOURCES)
+	$(BIN)/isort --check -q $(SOURCES)
+
+fix: test-install
+	$(BIN)/black -q $(SOURCES)
+	$(BIN)/isort -q $(SOURCES)
+
+# Our own Python files; upstream's keep upstream's formatting.
+SOURCES = $(shell git ls-files '*.py')
+
+patch-check: test-install
+	$(BIN)/python tools/patches.py check
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .megatron.*

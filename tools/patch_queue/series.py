@@ -1,0 +1,154 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""patches/: the series file and each patch's header and diff."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import QueueError
+
+GROUPS = ("fixes", "sink", "experts", "cpu")
+REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Last-Update", "Test")
+_DIFF = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.M)
+_INDEX = re.compile(r"^index ([0-9a-f]{40})\.\.([0-9a-f]{40})", re.M)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch file: a DEP-3 header, a ``---`` line, and a git diff with full index lines."""
+
+    name: str  # "fixes/rope_thd_mscale.patch"
+    header: str
+    diff: str
+    paths: tuple[str, ...] = field(default=())
+    results: dict[str, str] = field(default_factory=dict, compare=False)  # path -> blob id after
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> "Patch":
+        """Split a patch file. Raises QueueError where it is not one."""
+        header, separator, diff = text.partition("\n---\n")
+        if not separator:
+            raise QueueError(f"patches/{name} has no '---' line between its header and its diff.")
+        paths, results = [], {}
+        starts = [match.start() for match in _DIFF.finditer(diff)] + [len(diff)]
+        for begin, end in zip(starts, starts[1:]):
+            chunk = diff[begin:end]
+            path = _DIFF.match(chunk).group(2)
+            index = _INDEX.search(chunk)
+            if index is None:
+                raise QueueError(
+                    f"patches/{name}: no full index line for {path}. "
+                    "Run `python tools/patches.py refresh` to write it."
+                )
+            paths.append(path)
+            results[path] = index.group(2)
+        return cls(name, header.strip("\n"), diff, tuple(paths), results)
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def text(self) -> str:
+        return f"{self.header}\n---\n{self.diff}"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The header's fields; continuation lines are joined with newlines."""
+        found: dict[str, str] = {}
+        key = ""
+        for line in self.header.splitlines():
+            if line.startswith(" ") and key:
+                found[key] += "\n" + line[1:]
+            elif ":" in line:
+                key, _, value = line.partition(":")
+                found[key] = value.strip()
+        return found
+
+    @property
+    def subject(self) -> str:
+        return self.fields.get("Description", "").splitlines()[0]
+
+    @property
+    def requires(self) -> list[str]:
+        """Our own modules that the hunks import, as paths from the repository's root."""
+        return self.fields.get("Requires", "").split()
+
+
+class Series:
+    """The patches in order."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / "series"
+        names = [
+            n
+            for n in self.path.read_text(encoding="utf-8").splitlines()
+            if n and not n.startswith("#")
+        ]
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise QueueError(f"patches/series names files that do not exist: {', '.join(missing)}")
+        self.patches = [
+            Patch.parse(name, (folder / name).read_text(encoding="utf-8")) for name in names
+        ]
+
+    def __getitem__(self, name: str) -> Patch:
+        return self.patches[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Position of a patch, named in full or by its last part with or without .patch."""
+        short = name.removesuffix(".patch")
+        found = [
+            i
+            for i, patch in enumerate(self.patches)
+            if short in (patch.name[:-6], patch.name[:-6].split("/")[1])
+        ]
+        if len(found) != 1:
+            known = "\n  ".join(patch.name for patch in self.patches)
+            raise QueueError(f"No patch is called '{name}'. The series holds:\n  {known}")
+        return found[0]
+
+    def in_groups(self, groups: list[str]) -> list[Patch]:
+        """The patches of some groups, in order. Raises QueueError for an unknown group."""
+        unknown = [group for group in groups if group not in GROUPS]
+        if unknown:
+            raise QueueError(f"Unknown group {unknown[0]!r}; the groups are {', '.join(GROUPS)}.")
+        return [patch for patch in self.patches if patch.group in groups]
+
+    def owners(self, path: str) -> list[str]:
+        """Names of the patches that touch a file."""
+        return [patch.name for patch in self.patches if path in patch.paths]
+
+    def write(self, patch: Patch) -> None:
+        """Write a patch file in place, whole or not at all."""
+        target = self.folder / patch.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_suffix(".tmp")
+        temporary.write_text(patch.text, encoding="utf-8")
+        temporary.replace(target)
+
+    def problems(self) -> list[str]:
+        """What a maintainer would object to: strays, unknown groups, incomplete headers."""
+        listed = {patch.name for patch in self.patches}
+        found = [
+            f"{path.relative_to(self.folder)} is not in patches/series"
+            for path in sorted(self.folder.glob("*/*.patch"))
+            if str(path.relative_to(self.folder)) not in listed
+        ]
+        for patch in self.patches:
+            if patch.group not in GROUPS:
+                found.append(f"{patch.name}: group is not one of {', '.join(GROUPS)}")
+            absent = [name for name in REQUIRED_FIELDS if not patch.fields.get(name)]
+            if absent:
+                found.append(f"{patch.name}: header lacks {', '.join(absent)}")
+            if "TODO" in patch.header:
+                found.append(f"{patch.name}: header still says TODO")
+            root = self.folder.parent
+            for module in patch.requires:
+                if not (root / module).exists():
+                    found.append(f"{patch.name}: requires {module}, which does not exist")
+            for test in re.findall(r"tests/\S+?\.py", patch.fields.get("Test", "")):
+                if not (root / test).is_file():
+                    found.append(f"{patch.name}: its test {test} does not exist")
+        return found
