@@ -1,0 +1,88 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""The distribution as pip and build see it: a copy of the checkout, a fresh environment, no torch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+LOOK = """
+import importlib.metadata, importlib.util, pathlib, sys
+found = [d for d in importlib.metadata.distributions() if d.metadata["Name"] == "megatron-core"]
+print(len(found), found[0].version)
+spec = importlib.util.find_spec("megatron")
+core = pathlib.Path(list(spec.submodule_search_locations)[0]) / "core"
+print(core.parent)
+print("typing_extensions" in (core.parent / "training/models/gpt.py").read_text())
+print(len(list((core / "datasets").glob("helpers_cpp*.so"))))
+"""
+
+
+def run(*command, cwd):
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result.stdout
+
+
+def look(python, cwd):
+    return run(python, "-c", LOOK, cwd=cwd).splitlines()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a clone has, plus the upstream wheel that this checkout downloaded already."""
+    copy = tmp_path_factory.mktemp("checkout")
+    names = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    if (ROOT / ".upstream").is_dir():
+        shutil.copytree(ROOT / ".upstream", copy / ".upstream")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    """A fresh environment that holds a stand-in for an installed upstream wheel."""
+    folder = tmp_path_factory.mktemp("env")
+    run(sys.executable, "-m", "venv", str(folder / "venv"), cwd=folder)
+    stand_in = folder / "upstream"
+    (stand_in / "megatron" / "core").mkdir(parents=True)
+    (stand_in / "megatron" / "core" / "old.py").write_text("")
+    (stand_in / "setup.py").write_text(
+        "from setuptools import setup\n"
+        "setup(name='megatron-core', version='0.19.2', packages=['megatron.core'])\n"
+    )
+    python = str(folder / "venv" / "bin" / "python")
+    run(python, "-m", "pip", "install", "-q", str(stand_in), cwd=folder)
+    return python
+
+
+def test_wheel_then_editable(checkout, python, tmp_path):
+    """A built wheel replaces upstream's distribution; an editable install replaces that."""
+    wheels = tmp_path / "dist"
+    run(sys.executable, "-m", "build", "-o", str(wheels), str(checkout), cwd=tmp_path)
+    (wheel,) = wheels.glob("*.whl")
+    (sdist,) = wheels.glob("*.tar.gz")
+    assert wheel.name.startswith("megatron_core-0.19.2+gptoss.")
+    run(python, "-m", "pip", "install", "-q", "--no-deps", str(wheel), cwd=tmp_path)
+    count, place, patched, helpers = look(python, tmp_path)
+    assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
+    assert "site-packages" in place and not (Path(place) / "core" / "old.py").exists()
+
+    run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", ".", cwd=checkout)
+    count, place, patched, helpers = look(python, tmp_path)
+    assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
+    assert place == str(checkout / "megatron")
+
+    # The sdist is whole: no download, whatever the network.
+    run(sys.executable, "-m", "tarfile", "-e", str(sdist), str(tmp_path / "source"), cwd=tmp_path)
+    (source,) = (tmp_path / "source").iterdir()
+    assert (source / "megatron" / ".manifest.json").is_file()
+    assert not (source / ".upstream").exists()
