@@ -1,14 +1,16 @@
 # `make train` and `make test` need Python >= 3.11, a C++ compiler, git and a package index.
 PYTHON ?= python3
 VENV := .venv
+# Steps of `make train`; a larger number later goes on from the last checkpoint.
+STEPS ?= 200
 BIN := $(VENV)/bin
 # One thread a rank: the tests start several ranks on few cores.
-export OMP_NUM_THREADS ?= 1
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help install test-install train test test-all test-gpu lint fix patch-check clean
 
 help:
-	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny)"
+	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=200)"
 	@echo "make test         install, then every CPU test"
 	@echo "make test-all     the slow ones too"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
@@ -33,13 +35,13 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 train: install
-	$(BIN)/python examples/gpt_oss/train_tiny.py --out runs/tiny
+	PATH="$(abspath $(BIN)):$$PATH" examples/gpt_oss/train_tiny.sh runs/tiny $(STEPS)
 
 test: test-install
-	$(BIN)/python -m pytest -q -m "not gpu and not slow" --durations=10
+	$(PYTEST) -m "not gpu and not slow" --durations=10
 
 test-all: test-install
-	$(BIN)/python -m pytest -q -m "not gpu" --durations=20
+	$(PYTEST) -m "not gpu" --durations=20
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu

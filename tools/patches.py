@@ -20,6 +20,7 @@ from patch_queue.errors import QueueError
 from patch_queue.export import export
 from patch_queue.fold import new_patch, refresh
 from patch_queue.materialise import Workspace
+from patch_queue.prove import FAILS, PASSES, prove
 from patch_queue.series import GROUPS
 from patch_queue.target import apply_to
 from patch_queue.tree import apply_series, diff_trees
@@ -100,7 +101,7 @@ def check(workspace: Workspace, args: argparse.Namespace) -> None:
     tree = pristine
     for patch in workspace.series.patches:
         after = apply_series(tree, [patch])
-        if diff_trees(tree, after) != patch.diff:
+        if diff_trees(tree, after, patch.context) != patch.diff:
             problems.append(f"{patch.name}: a fresh export differs; run `patches.py refresh`")
         tree = after
     for group in GROUPS:
@@ -112,6 +113,21 @@ def check(workspace: Workspace, args: argparse.Namespace) -> None:
         raise QueueError("\n".join(problems))
     count = len(workspace.series.patches)
     print(f"{count} patches: headers complete, apply exactly, each group stands alone")
+
+
+def prove_tests(workspace: Workspace, args: argparse.Namespace) -> None:
+    """Run each patch's test with that patch left out: it must fail."""
+    series = workspace.series
+    chosen = [series[name] for name in args.patch] or series.patches
+    width = max(len(patch.name) for patch in chosen)
+    verdicts = []
+    for patch in chosen:
+        verdict, detail = prove(workspace, patch)
+        verdicts.append(verdict)
+        print(f"{patch.name:<{width}}  {verdict}: {detail[:160]}", flush=True)
+    if PASSES in verdicts:
+        raise QueueError(f"{verdicts.count(PASSES)} tests pass without their patch.")
+    print(f"{verdicts.count(FAILS)} of {len(chosen)} tests fail without their patch")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,6 +155,8 @@ def parser() -> argparse.ArgumentParser:
     sub = command("refresh", fold)
     sub.add_argument("patch", nargs="?")
     sub.add_argument("files", nargs="*", help="fold only these files' edits")
+    sub = command("prove", prove_tests)
+    sub.add_argument("patch", nargs="*")
     sub = command("export", mailbox)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")

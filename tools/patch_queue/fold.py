@@ -78,7 +78,7 @@ def refresh(workspace: Workspace, name: str | None, only: list[str]) -> list[str
                 f"The edits cannot be folded into {name}: {error}\nA later patch changes the same "
                 "lines. Fold them into that later patch, or edit the two patches in turn."
             ) from None
-        fresh = replace(patch, diff=diff_trees(tree, after))
+        fresh = replace(patch, diff=diff_trees(tree, after, patch.context))
         tree = after
         if fresh.diff != patch.diff:
             if position == at:

@@ -70,6 +70,12 @@ class Patch:
         return self.fields.get("Description", "").splitlines()[0]
 
     @property
+    def context(self) -> int:
+        """Lines of context around a hunk. A patch whose neighbour in another group changes a line
+        close by takes fewer than three, so that either group applies without the other."""
+        return int(self.fields.get("Context", 3))
+
+    @property
     def requires(self) -> list[str]:
         """Our own modules that the hunks import, as paths from the repository's root."""
         return self.fields.get("Requires", "").split()

@@ -99,7 +99,7 @@ def apply_series(tree: Tree, patches: list[Patch], exact: bool = True) -> Tree:
     return tree
 
 
-def diff_trees(old: Tree, new: Tree) -> str:
+def diff_trees(old: Tree, new: Tree, context: int = 3) -> str:
     """A git diff with full index lines of every path on which the trees differ, or ''."""
     changed = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
     if not changed:
@@ -111,6 +111,7 @@ def diff_trees(old: Tree, new: Tree) -> str:
             _write({name: tree[name] for name in changed if name in tree}, folder / side)
         args = ["diff", "--no-index", "--no-prefix", "--full-index", "--no-color"]
         args += ["--no-ext-diff", "--no-renames", "--diff-algorithm=histogram"]
+        args += [f"--unified={context}"]
         result = _git([*args, "a", "b"], folder)
     if result.returncode != 1:
         raise QueueError(f"git diff failed (exit {result.returncode}): {result.stderr.strip()}")
