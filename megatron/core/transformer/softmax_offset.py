@@ -1,0 +1,34 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The learnable sink of attention as a tensor-parallel parameter: one logit a query head."""
+
+import torch
+
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+
+@torch.no_grad()
+def init_softmax_offset(param: torch.nn.Parameter, config, tp_group) -> None:
+    """Mark the sinks as split over the heads, and draw them.
+
+    Without the mark, the gradient norm counts those of TP rank 0 only. Drawn as all weights are:
+    with use_cpu_initialization the heads of all ranks at once, of which each rank takes its own,
+    so that the values do not depend on the tensor parallel size; else under the random state of
+    the tensor parallel rank, so that its heads are not copies of another rank's.
+
+    Args:
+        param: [np], the sinks of this rank's heads.
+        config: TransformerConfig; perform_initialization, use_cpu_initialization, init_method.
+        tp_group: the tensor parallel group that the heads are split over.
+    """
+    set_tensor_model_parallel_attributes(param, is_parallel=True, dim=0, stride=1)
+    if not config.perform_initialization:
+        return
+    if config.use_cpu_initialization:
+        heads = torch.empty(param.numel() * tp_group.size(), dtype=torch.float32)
+        config.init_method(heads)
+        param.copy_(heads.chunk(tp_group.size())[tp_group.rank()])
+    else:
+        with get_cuda_rng_tracker().fork():
+            config.init_method(param)

@@ -1,0 +1,118 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Where an entry script registers what is to be called as upstream's training loop goes along.
+
+    step_callbacks.on_training_log(print_one_line)
+    step_callbacks.on_evaluation(write_validation_loss)
+    step_callbacks.on_checkpoint_saved(link_best)
+    step_callbacks.silence_upstream_log()
+    pretrain(...)
+
+Callbacks run on every rank, in the order of registration, and an exception of theirs ends the run.
+With nothing registered the training loop computes nothing more than it did.
+"""
+
+from typing import Any, Callable, Dict, List
+
+from megatron.core import device_utils
+
+Callback = Callable[[Dict[str, Any]], None]
+
+_training_log: List[Callback] = []
+_evaluation: List[Callback] = []
+_checkpoint_saved: List[Callback] = []
+_upstream_log_silenced = False
+
+
+def on_training_log(callback: Callback) -> None:
+    """Call `callback` with one dictionary at the end of every --log-interval iterations.
+
+    Its keys:
+        iteration, train_iters: int.
+        losses: {name: float}, mean over the interval's iterations that were not skipped; empty on
+            ranks that are not in the last pipeline stage.
+        learning_rate: float. grad_norm: float, or None without gradient clipping.
+        elapsed_per_iteration: seconds, mean over the interval.
+        consumed_samples: int, since the start of training. batch_size: int, samples.
+        tokens_in_batch: int, of the last iteration; padding is not counted in packed batches.
+        skipped_iterations, nan_iterations: int, within the interval.
+        loss_scale: float.
+        peak_memory: bytes on this rank: PyTorch's CUDA allocator, on the CPU the process.
+    """
+    _training_log.append(callback)
+
+
+def on_evaluation(callback: Callback) -> None:
+    """Call `callback` with one dictionary after each validation or test set is evaluated.
+
+    Its keys:
+        iteration: int. prefix: str, e.g. 'iteration 10 on validation set'.
+        name: str, '' or the name or number of one of several validation sets.
+        losses: {name: float}; empty on ranks that are not in the last pipeline stage.
+        consumed_samples: int, training samples seen so far.
+    """
+    _evaluation.append(callback)
+
+
+def on_checkpoint_saved(callback: Callback) -> None:
+    """Call `callback` with one dictionary once a checkpoint is complete and recorded as the latest.
+
+    With --async-save that is when the background write has been finalised.
+
+    Its keys:
+        iteration: int. save_dir: str. checkpoint: str, path of this checkpoint.
+    """
+    _checkpoint_saved.append(callback)
+
+
+def silence_upstream_log(silenced: bool = True) -> None:
+    """Do not print upstream's own line per log interval, per evaluation and on memory."""
+    global _upstream_log_silenced
+    _upstream_log_silenced = silenced
+
+
+def upstream_log_silenced() -> bool:
+    """Whether silence_upstream_log() is in force."""
+    return _upstream_log_silenced
+
+
+def clear() -> None:
+    """Forget every callback, and let upstream print again."""
+    for callbacks in (_training_log, _evaluation, _checkpoint_saved):
+        callbacks.clear()
+    silence_upstream_log(False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Called by the training loop.
+# ---------------------------------------------------------------------------------------------
+
+
+def training_logged(**values) -> None:
+    """From training_log(); adds what only a listener needs."""
+    if not _training_log:
+        return
+    grad_norm = values['grad_norm']
+    values.update(
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        loss_scale=float(values['loss_scale']),
+        tokens_in_batch=int(values['tokens_in_batch']),
+        peak_memory=device_utils.max_memory_allocated(),
+    )
+    for callback in _training_log:
+        callback(dict(values))
+
+
+def evaluated(**values) -> None:
+    """From evaluate_and_print_results(); the losses are still tensors."""
+    if not _evaluation:
+        return
+    values['losses'] = {name: value.item() for name, value in values['losses'].items()}
+    for callback in _evaluation:
+        callback(dict(values))
+
+
+def checkpoint_saved(**values) -> None:
+    """From save_checkpoint()."""
+    for callback in _checkpoint_saved:
+        callback(dict(values))

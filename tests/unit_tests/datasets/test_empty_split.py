@@ -1,0 +1,67 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+import signal
+
+import numpy
+import pytest
+import torch
+
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.utils import Split
+
+
+class Tokenizer:
+    """As much of a tokenizer as the dataset asks for."""
+
+    vocab_size, eod, pad, unique_identifiers = 100, 99, 98, {"class": "test"}
+
+
+def dataset_of(folder, documents, num_samples):
+    """The validation split that holds the given documents of three."""
+    prefix = str(folder / "data")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
+    for length in (30, 40, 0):
+        builder.add_document(torch.arange(length), [length])
+    builder.finalize(prefix + ".idx")
+    config = GPTDatasetConfig(
+        random_seed=1,
+        sequence_length=8,
+        blend=([prefix], None),
+        split="98,1,1",
+        tokenizer=Tokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+    )
+    low_level = GPTDataset.build_low_level_dataset(prefix, config)
+    indices = numpy.array(documents, dtype=numpy.int32)
+    return GPTDataset(low_level, prefix, indices, num_samples, Split.valid, config)
+
+
+@pytest.fixture
+def ends():
+    """Fail in place of spinning for ever."""
+
+    def stop(*_):
+        raise TimeoutError("still counting epochs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("ends")
+@pytest.mark.parametrize("documents", [[], [2]], ids=["no-document", "empty-document"])
+def test_split_without_tokens_is_refused(tmp_path, documents):
+    """It added epochs of zero tokens until there were enough: for ever, and in silence."""
+    with pytest.raises(ValueError, match=r"valid.*98,1,1.*data.* no token"):
+        dataset_of(tmp_path, documents, 4)
+
+
+def test_split_with_tokens_repeats_them(tmp_path):
+    dataset = dataset_of(tmp_path, [1], 9)
+    assert len(dataset) >= 9
+    assert dataset[0]["tokens"].max() < 40

@@ -1,0 +1,255 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Several gloo ranks for a test module: spawned once, used again by every test.
+
+    @pytest.fixture(scope='module')
+    def ranks():
+        with RankPool(4) as pool:
+            yield pool
+
+    def test_sum(ranks):
+        assert ranks.run(all_reduce_one, world_size=2) == [2.0, 2.0]
+
+Importing torch and Megatron costs seconds a process, so the ranks stay; what a test leaves behind
+in a rank (Megatron's globals, process groups) is taken down after each call. A rank that raises
+ends the call with its traceback, and a call that takes too long ends with the stack of
+every rank that hangs; the ranks are then replaced, for the others may wait in a collective.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+from typing import Any, Callable, List
+
+PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return sock.getsockname()[1]
+
+
+class RankFailure(AssertionError):
+    """One rank raised or hung; the message holds its traceback."""
+
+
+class RankPool:
+    """`size` processes that run a function as ranks 0 .. world_size - 1.
+
+    Args:
+        size: the largest world size that a test of the module needs.
+        threads: OMP_NUM_THREADS of each rank.
+    """
+
+    def __init__(self, size: int, threads: int = 1):
+        self.size = size
+        self.threads = threads
+        self._processes: List[multiprocessing.Process] = []
+        self._pipes: List[Any] = []
+        self._stack_files: List[str] = []
+
+    def __enter__(self) -> 'RankPool':
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+    def run(
+        self,
+        function: Callable,
+        *args,
+        world_size: int,
+        timeout: float = 240,
+        init_process_group: bool = True,
+        **kwargs,
+    ) -> List[Any]:
+        """Call function(*args, **kwargs) in every rank and return the results in rank order.
+
+        Args:
+            function: a function of a module's top level (it is pickled by name).
+            world_size: ranks that take part, at most the pool's size.
+            timeout: seconds until the call counts as hung.
+            init_process_group: False where the function makes the default group itself, as
+                pretrain() does; RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are set.
+
+        Raises:
+            RankFailure: if a rank raised, died or did not return in time.
+        """
+        if not 1 <= world_size <= self.size:
+            raise ValueError(f"world_size is {world_size}, but this pool has {self.size} ranks.")
+        self._start()
+        port = free_port()
+        for rank in range(world_size):
+            environment = {
+                'RANK': str(rank),
+                'LOCAL_RANK': str(rank),
+                'WORLD_SIZE': str(world_size),
+                'MASTER_ADDR': '127.0.0.1',
+                'MASTER_PORT': str(port),
+            }
+            self._pipes[rank].send((function, args, kwargs, environment, init_process_group))
+        return self._collect(world_size, time.monotonic() + timeout, timeout)
+
+    def close(self) -> None:
+        """End the ranks."""
+        for process in self._processes:
+            _kill_session(process.pid)
+            process.kill()
+        for process in self._processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        for name in self._stack_files:
+            os.unlink(name)
+        self._processes, self._pipes, self._stack_files = [], [], []
+
+    def _start(self) -> None:
+        if self._processes:
+            return
+        context = multiprocessing.get_context('spawn')
+        threads = os.environ.get('OMP_NUM_THREADS')
+        os.environ['OMP_NUM_THREADS'] = str(self.threads)  # Read when the rank imports torch.
+        try:
+            for _ in range(self.size):
+                ours, theirs = context.Pipe()
+                handle, stack_file = tempfile.mkstemp(suffix='.stack')
+                os.close(handle)
+                process = context.Process(
+                    # Not a daemon: saving a checkpoint starts a process of its own.
+                    target=_serve,
+                    args=(theirs, stack_file, list(sys.path)),
+                )
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
+                self._stack_files.append(stack_file)
+        finally:
+            if threads is None:
+                del os.environ['OMP_NUM_THREADS']
+            else:
+                os.environ['OMP_NUM_THREADS'] = threads
+
+    def _collect(self, world_size: int, deadline: float, timeout: float) -> List[Any]:
+        results: List[Any] = [None] * world_size
+        failures: List[str] = []
+        waiting = {self._pipes[rank]: rank for rank in range(world_size)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready and failures:
+                break
+            if not ready:
+                hung = sorted(waiting.values())
+                stacks = self._stacks(hung)
+                self.close()
+                raise RankFailure(f"Ranks {hung} did not return within {timeout:g} s.\n{stacks}")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    succeeded, results[rank] = pipe.recv()
+                    if not succeeded:
+                        failures.append(f"Rank {rank} of {world_size} failed.\n{results[rank]}")
+                except EOFError:
+                    self._processes[rank].join(5)
+                    code = self._processes[rank].exitcode
+                    failures.insert(0, f"Rank {rank} of {world_size} died with exit code {code}.")
+                if failures:
+                    # The others follow when their peer is gone, or hang: wait a moment for them.
+                    deadline = min(deadline, time.monotonic() + 1)
+        if failures:
+            self.close()
+            # What the others say of the lost peer is worth one line each.
+            others = [text.rstrip().splitlines() for text in failures[1:]]
+            others = [f"{lines[0]} {lines[-1] if len(lines) > 1 else ''}" for lines in others]
+            raise RankFailure('\n'.join([failures[0], *others]))
+        return results
+
+    def _stacks(self, ranks: List[int]) -> str:
+        for rank in ranks:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        stacks = []
+        for rank in ranks:
+            with open(self._stack_files[rank]) as file:
+                stacks.append(f"--- rank {rank}\n{file.read()}")
+        return '\n'.join(stacks)
+
+
+def _serve(pipe, stack_file: str, path: List[str]) -> None:
+    """Body of one rank: run what comes through the pipe until it is closed."""
+    os.setsid()  # So that the pool can end what the rank starts, too.
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    sys.path[:] = path
+    stacks = open(stack_file, 'w')
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    while True:
+        try:
+            message = pipe.recv_bytes()
+        except EOFError:
+            return _kill_session(os.getpid())
+        try:
+            # Unpickled here, so that an import error of the test module is reported too.
+            function, args, kwargs, environment, init_process_group = _loads(message)
+            os.environ.update(environment)
+            result = _call(function, args, kwargs, init_process_group)
+            _tear_down()
+            pipe.send((True, result))
+        except BaseException:  # SystemExit too: argparse and Megatron call sys.exit().
+            # Told before anything is taken down, so that the cause comes before what the other
+            # ranks say of the lost connection. The pool replaces this process.
+            pipe.send((False, traceback.format_exc()))
+
+
+def _follow_parent() -> None:
+    """End this rank when the test process is gone, even in the middle of a collective."""
+    wait([multiprocessing.parent_process().sentinel])
+    _kill_session(os.getpid())
+
+
+def _kill_session(leader: int) -> None:
+    try:
+        # Not the caller's own group, should the rank not have made its session yet.
+        if os.getpgid(leader) == leader:
+            os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _loads(message: bytes):
+    from multiprocessing.reduction import ForkingPickler
+
+    return ForkingPickler.loads(message)
+
+
+def _call(function, args, kwargs, init_process_group: bool):
+    import torch
+
+    if init_process_group:
+        torch.distributed.init_process_group('gloo', timeout=PROCESS_GROUP_TIMEOUT)
+    return function(*args, **kwargs)
+
+
+def _tear_down() -> None:
+    """Take down what a call left in this process, so that the next one starts afresh."""
+    import torch
+
+    if 'megatron.training.training' in sys.modules:
+        sys.modules['megatron.training.training'].destroy_global_state()
+    elif 'megatron.core.parallel_state' in sys.modules:
+        sys.modules['megatron.core.parallel_state'].destroy_model_parallel()
+    if 'megatron.core.tensor_parallel.random' in sys.modules:
+        random = sys.modules['megatron.core.tensor_parallel.random']
+        random.initialize_rng_tracker(force_reset=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,314 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""A checkpoint that is not whole is named and never loaded; the newest whole one is."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from megatron.training import checkpoint_integrity
+from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+
+TRACKER = 'latest_checkpointed_iteration.txt'
+STEPS = 4
+
+
+@pytest.fixture(scope='module')
+def ranks():
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope='module')
+def saved(ranks, tmp_path_factory):
+    """(dataset prefix, folder with checkpoints of steps 1 to 4, what each step logged)."""
+    directory = tmp_path_factory.mktemp('saved')
+    data = tiny_pretrain.write_random_dataset(str(directory / 'data'))
+    record, _ = train(ranks, data, directory / 'checkpoints', STEPS)
+    return data, directory / 'checkpoints', record['steps']
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the checkpoint folder to be hurt."""
+    shutil.copytree(saved[1], tmp_path / 'checkpoints')
+    return tmp_path / 'checkpoints'
+
+
+def train(ranks, data, folder, train_iters, flags='', function=None):
+    """Train on one rank, loading and saving in `folder`: (what it logged, what it printed)."""
+    flags = (
+        f'--save {folder} --load {folder} --save-interval 1 --train-iters {train_iters} '
+        f'--lr-decay-iters {STEPS} {flags}'
+    )
+    return ranks.run(
+        function or printing_run, flags.split(), data, world_size=1, init_process_group=False
+    )[0]
+
+
+def printing_run(flags, data):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        record = watched_pretrain.run(flags, data)
+    return record, output.getvalue()
+
+
+def refused_run(flags, data):
+    with pytest.raises(checkpoint_integrity.CheckpointError) as failure:
+        watched_pretrain.run(flags, data)
+    return str(failure.value)
+
+
+def run_killed_in_save(flags, data):
+    """SIGKILL this process when the shard of step 2 is written but not yet synced."""
+    fsync = os.fsync
+
+    def fsync_or_die(handle):
+        path = os.readlink(f'/proc/self/fd/{handle}')
+        if 'iter_0000002' in path and path.endswith('.distcp'):
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
+
+    os.fsync = fsync_or_die
+    watched_pretrain.run(flags, data)
+
+
+def shard(folder: Path, iteration: int) -> Path:
+    return folder / f'iter_{iteration:07d}' / '__0_0.distcp'
+
+
+def cut(path: Path, size: int) -> None:
+    with open(path, 'r+b') as file:
+        file.truncate(size)
+
+
+def contents(folder: Path):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def unseal(folder: Path, *iterations: int) -> None:
+    """Leave the folders as upstream writes them."""
+    for iteration in iterations:
+        (folder / f'iter_{iteration:07d}' / 'manifest.json').unlink()
+
+
+# ---------------------------------------------------------------------------------------------
+# With Megatron's training loop
+# ---------------------------------------------------------------------------------------------
+
+
+def test_manifest_and_tracker(saved):
+    """A save ends with a manifest of every file, and the tracker names the last one."""
+    _, folder, _ = saved
+    assert (folder / TRACKER).read_text() == str(STEPS)
+    last = folder / f'iter_{STEPS:07d}'
+    manifest = json.loads((last / 'manifest.json').read_text())
+    assert manifest['state'] == 'complete'
+    sizes = {name: entry['size'] for name, entry in manifest['files'].items()}
+    assert sizes == {
+        path.name: path.stat().st_size for path in last.iterdir() if path.name != 'manifest.json'
+    }
+    assert set(sizes) == {'.metadata', 'metadata.json', '__0_0.distcp'}
+    assert not list(folder.rglob('*.tmp'))
+
+
+@pytest.mark.parametrize('sealed', [True, False], ids=['manifest', 'upstream'])
+def test_truncated_shard_is_named_and_passed_over(ranks, saved, folder, sealed):
+    """Step 4's shard is short: step 4 is trained again from step 3's checkpoint, bit for bit."""
+    data, _, steps = saved
+    if not sealed:
+        unseal(folder, 3, 4)
+    expected = shard(folder, 4).stat().st_size
+    cut(shard(folder, 4), expected - 1000)
+
+    record, output = train(ranks, data, folder, STEPS)
+    assert [step['iteration'] for step in record['steps']] == [4]
+    assert record['steps'][0]['losses'] == steps[3]['losses']
+    assert record['steps'][0]['grad_norm'] == steps[3]['grad_norm']
+    problem = f'__0_0.distcp has {expected - 1000} bytes, expected {expected}'
+    assert output.count(problem) == 1
+    assert f'{folder}/iter_0000004 is not a whole checkpoint' in output
+    assert f'{folder}/iter_0000003 is the newest whole checkpoint' in output
+    # The broken one was written anew.
+    assert checkpoint_integrity.find_problem(str(folder / 'iter_0000004')) is None
+
+
+@pytest.mark.parametrize('flags', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])
+def test_sigkill_in_a_save(ranks, saved, tmp_path, flags):
+    """Killed while the second checkpoint is written, a run goes on from the first."""
+    data, _, steps = saved
+    folder = tmp_path / 'checkpoints'
+    if not flags.startswith('--async'):
+        with pytest.raises(RankFailure, match='died with exit code -9'):
+            train(ranks, data, folder, STEPS, flags, function=run_killed_in_save)
+        assert (folder / TRACKER).read_text() == '1'
+        assert shard(folder, 2).exists()
+    record, output = train(ranks, data, folder, STEPS, flags)
+    if not flags.startswith('--async'):
+        assert f'{folder}/iter_0000002 is not a whole checkpoint: the save was not' in output
+        steps = steps[1:]
+    assert [step['losses'] for step in record['steps']] == [step['losses'] for step in steps]
+    assert checkpoint_integrity.choose(str(folder)) == (STEPS, False, [])
+
+
+def test_sigkill_in_the_first_save_starts_anew(ranks, saved, folder):
+    """Nothing was ever complete, so that nothing can be lost; the user is told."""
+    for iteration in (2, 3, 4):
+        shutil.rmtree(folder / f'iter_{iteration:07d}')
+    (folder / TRACKER).unlink()
+    (folder / 'iter_0000001' / 'manifest.json').write_text('{"state": "writing"}')
+    choice = checkpoint_integrity.choose(str(folder))
+    assert choice.iteration == -1
+    assert 'iter_0000001 is not a whole checkpoint: the save was not finished' in choice.messages[0]
+    assert 'starting from the beginning' in choice.messages[1]
+
+
+def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
+    """Every checkpoint is broken: the run ends before it trains, and leaves all as it was."""
+    data, _, _ = saved
+    for iteration in range(1, STEPS + 1):
+        cut(shard(folder, iteration), 10)
+    before = contents(folder)
+    messages = ranks.run(
+        refused_run,
+        f'--save {folder} --load {folder} --train-iters 6 --save-interval 1'.split(),
+        data,
+        world_size=2,
+        init_process_group=False,
+    )
+    for message in messages:
+        assert f'No whole checkpoint in {folder}' in message
+        for iteration in range(1, STEPS + 1):
+            assert f'{folder}/iter_{iteration:07d} is not a whole' in message
+    assert contents(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# The decision alone
+# ---------------------------------------------------------------------------------------------
+
+
+def lose_a_file(path):
+    def hurt(folder):
+        (folder / 'iter_0000004' / path).unlink()
+
+    return hurt
+
+
+def lose_the_folder(folder):
+    shutil.rmtree(folder / 'iter_0000004')
+
+
+def change_a_byte(folder):
+    path = folder / 'iter_0000004' / '.metadata'
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def lose_a_file_of_upstream(path):
+    def hurt(folder):
+        unseal(folder, 4)
+        lose_a_file(path)(folder)
+
+    return hurt
+
+
+def cut_upstream_metadata(folder):
+    unseal(folder, 4)
+    cut(folder / 'iter_0000004' / '.metadata', 5000)
+
+
+@pytest.mark.parametrize(
+    'hurt, problem',
+    [
+        (lose_a_file('__0_0.distcp'), '__0_0.distcp is missing (expected'),
+        (lose_a_file('.metadata'), '.metadata is missing (expected'),
+        (lose_a_file('metadata.json'), 'metadata.json is missing (expected'),
+        (change_a_byte, '.metadata has other contents'),
+        (lose_the_folder, 'iter_0000004 does not exist'),
+        (lambda folder: (folder / 'iter_0000004' / 'manifest.json').write_text('{'), 'damaged'),
+        (lose_a_file_of_upstream('__0_0.distcp'), '__0_0.distcp is missing (expected'),
+        (lose_a_file_of_upstream('.metadata'), '.metadata is missing'),
+        (lose_a_file_of_upstream('metadata.json'), 'metadata.json is missing'),
+        (cut_upstream_metadata, '.metadata is damaged (5000 bytes'),
+    ],
+    ids=(
+        'shard metadata metadata.json byte folder manifest '
+        'upstream-shard upstream-metadata upstream-metadata.json upstream-cut'
+    ).split(),
+)
+def test_what_the_tracker_names_is_broken(folder, hurt, problem):
+    """The problem is named, and the checkpoint before is chosen."""
+    hurt(folder)
+    choice = checkpoint_integrity.choose(str(folder))
+    assert (choice.iteration, choice.release) == (3, False)
+    assert problem in choice.messages[0] and 'iter_0000004' in choice.messages[0]
+    assert 'iter_0000003 is the newest whole checkpoint' in choice.messages[1]
+
+
+def test_whole_folders_of_upstream(folder):
+    """Without manifests: what the tracker names is loaded, and nothing without a tracker."""
+    unseal(folder, 1, 2, 3, 4)
+    assert checkpoint_integrity.choose(str(folder)) == (4, False, [])
+    (folder / TRACKER).unlink()
+    with pytest.raises(checkpoint_integrity.CheckpointError, match='write 4 into .*latest_check'):
+        checkpoint_integrity.choose(str(folder))
+
+
+@pytest.mark.parametrize('text', ['', 'four', None], ids=['empty', 'damaged', 'missing'])
+def test_damaged_tracker(folder, text):
+    """The newest sealed checkpoint is used, rather than random weights."""
+    if text is None:
+        (folder / TRACKER).unlink()
+    else:
+        (folder / TRACKER).write_text(text)
+    choice = checkpoint_integrity.choose(str(folder))
+    assert choice.iteration == 4
+    assert 'iter_0000004 is the newest whole checkpoint' in choice.messages[-1]
+    if text is not None:
+        assert f'{TRACKER} ' in choice.messages[0]
+    assert checkpoint_integrity.holds_checkpoint(str(folder))
+
+
+def test_tracker_set_back_by_hand(folder):
+    """A user who writes 2 into the tracker gets 2, and is told of what is newer."""
+    (folder / TRACKER).write_text('2\n')
+    choice = checkpoint_integrity.choose(str(folder))
+    assert choice.iteration == 2
+    assert 'iter_0000004 is whole, but' in choice.messages[0]
+
+
+def test_ckpt_step(folder):
+    """The step that was asked for, or an error that lists the others."""
+    assert checkpoint_integrity.choose(str(folder), 2) == (2, False, [])
+    cut(shard(folder, 2), 10)
+    with pytest.raises(checkpoint_integrity.CheckpointError) as failure:
+        checkpoint_integrity.choose(str(folder), 2)
+    assert '--ckpt-step 2: ' in str(failure.value) and 'has 10 bytes' in str(failure.value)
+    assert 'Whole ones in' in str(failure.value) and ': 4, 3, 1.' in str(failure.value)
+
+
+def test_release(folder):
+    """A converted model: whole or not at all; --ckpt-step goes before it."""
+    (folder / 'iter_0000004').rename(folder / 'release')
+    (folder / TRACKER).write_text('release')
+    assert checkpoint_integrity.choose(str(folder)) == (0, True, [])
+    assert checkpoint_integrity.choose(str(folder), 3) == (3, False, [])
+    cut(folder / 'release' / '__0_0.distcp', 10)
+    with pytest.raises(checkpoint_integrity.CheckpointError, match='release is not a whole'):
+        checkpoint_integrity.choose(str(folder))
+
+
+def test_no_checkpoint_yet(tmp_path):
+    """An empty or missing folder: a run starts from the beginning."""
+    assert checkpoint_integrity.choose(str(tmp_path)) == (-1, False, [])
+    assert checkpoint_integrity.choose(str(tmp_path / 'missing')) == (-1, False, [])
+    assert not checkpoint_integrity.holds_checkpoint(str(tmp_path / 'missing'))

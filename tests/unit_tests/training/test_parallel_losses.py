@@ -1,0 +1,171 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Upstream's pretrain() on the CPU: a sharded run has the losses of the one-process run.
+
+All runs are fp32, start from one checkpoint that a single process wrote, and see the same samples,
+so that each step's loss may differ by the order of additions only. Ten steps at a high learning
+rate let a wrong gradient show in the losses that follow, and the gradient norm shows it at once.
+"""
+
+import pytest
+
+from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.training import tiny_pretrain
+
+STEPS = 10
+# Additions in another order move a loss by 1.2e-7 and a norm by 3.3e-7 over the ten steps here.
+RELATIVE_TOLERANCE = 1e-5
+
+# world size, flags. Global batch 4 throughout.
+LAYOUTS = {
+    'tp2': (2, '--tensor-model-parallel-size 2'),
+    'tp2-sp': (2, '--tensor-model-parallel-size 2 --sequence-parallel'),
+    'pp2': (2, '--pipeline-model-parallel-size 2'),
+    'pp2-vpp2': (
+        2,
+        '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1',
+    ),
+    'ep2': (2, '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall'),
+    'ep2-allgather': (2, '--expert-model-parallel-size 2 --moe-token-dispatcher-type allgather'),
+    'ep2-tp2': (
+        4,
+        '--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel '
+        '--expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall',
+    ),
+    'ep2-tp2-etp1': (
+        2,
+        '--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel '
+        '--expert-tensor-parallel-size 1 --moe-token-dispatcher-type alltoall',
+    ),
+    'dp2': (2, ''),
+    'dp2-distopt': (2, '--use-distributed-optimizer'),
+    'dp2-distopt-overlap': (
+        2,
+        '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather',
+    ),
+    'mbs2': (1, '--micro-batch-size 2'),
+}
+
+
+@pytest.fixture(scope='module')
+def ranks():
+    with RankPool(4) as pool:
+        yield pool
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory, ranks):
+    """Paths of the dataset and of the checkpoint that every run starts from."""
+    directory = tmp_path_factory.mktemp('parallel_losses')
+    data = tiny_pretrain.write_random_dataset(str(directory / 'data'))
+    start = str(directory / 'start')
+    ranks.run(
+        tiny_pretrain.write_initial_checkpoint,
+        ['--train-iters', '1'],
+        data,
+        start,
+        world_size=1,
+        init_process_group=False,
+    )
+    return data, start
+
+
+def train(ranks, files, world_size: int, flags: str, steps: int = STEPS):
+    """Train from the common start; one record of callbacks for each rank."""
+    data, start = files
+    flags = f'--load {start} --finetune --train-iters {steps} {flags}'.split()
+    return ranks.run(
+        tiny_pretrain.run_pretrain,
+        flags,
+        data,
+        world_size=world_size,
+        init_process_group=False,
+    )
+
+
+def losses(records) -> list:
+    """The loss of every step, from the last rank (the last pipeline stage)."""
+    return [step['losses']['lm loss'] for step in records[-1]['steps']]
+
+
+@pytest.fixture(scope='module')
+def one_process(ranks, files):
+    return train(ranks, files, 1, '')[0]
+
+
+def test_one_process(one_process):
+    """The loop runs to the end, reports every step, learns, and evaluates."""
+    loss = losses([one_process])
+    assert len(loss) == STEPS
+    assert loss[-1] < 0.93 * loss[0]
+    assert len(one_process['evaluations']) == 1
+    assert one_process['evaluations'][0]['losses']['lm loss'] < 0.95 * loss[0]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_losses(ranks, files, one_process, layout):
+    """Each step's loss, gradient norm and the evaluation equal those of one process."""
+    world_size, flags = LAYOUTS[layout]
+    records = train(ranks, files, world_size, flags)
+    expected = pytest.approx(losses([one_process]), rel=RELATIVE_TOLERANCE)
+    assert losses(records) == expected
+    for record in records:
+        norms = [step['grad_norm'] for step in record['steps']]
+        expected = [step['grad_norm'] for step in one_process['steps']]
+        assert norms == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+    evaluation = records[-1]['evaluations'][0]['losses']['lm loss']
+    expected = one_process['evaluations'][0]['losses']['lm loss']
+    assert evaluation == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+
+
+RESUMED = {
+    'one-process': ('', 1, '', 1, 0.0),
+    'dp2-distopt': ('--use-distributed-optimizer', 2, '--use-distributed-optimizer', 2, 0.0),
+    'dp2-distopt-to-pp2': (
+        '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable',
+        2,
+        '--use-distributed-optimizer --pipeline-model-parallel-size 2',
+        2,
+        RELATIVE_TOLERANCE,
+    ),
+    'tp2-to-dp2': (
+        '--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer '
+        '--dist-ckpt-optim-fully-reshardable',
+        2,
+        '--use-distributed-optimizer',
+        2,
+        RELATIVE_TOLERANCE,
+    ),
+}
+
+
+@pytest.mark.parametrize('case', RESUMED)
+def test_checkpoint_resumes(ranks, files, tmp_path, case):
+    """A run that loads a checkpoint goes on as the run that wrote it: bit for bit with the same
+    layout, and within rounding with another. Dropout is on in the first two cases, so that the
+    state of the generators counts.
+    """
+    flags, world_size, resumed_flags, resumed_world_size, tolerance = RESUMED[case]
+    common = f'--save {tmp_path} --save-interval 3'
+    if not tolerance:
+        common += ' --attention-dropout 0.1 --hidden-dropout 0.1'
+    whole = train(ranks, files, world_size, f'{common} {flags}', steps=6)
+    assert [saved['iteration'] for saved in whole[0]['checkpoints']] == [3, 6]
+    (tmp_path / 'latest_checkpointed_iteration.txt').write_text('3')
+    data, _ = files
+    resumed = ranks.run(
+        tiny_pretrain.run_pretrain,
+        f'--load {tmp_path} --train-iters 6 {common} {resumed_flags}'.split(),
+        data,
+        world_size=resumed_world_size,
+        init_process_group=False,
+    )
+    assert [step['iteration'] for step in resumed[-1]['steps']] == [4, 5, 6]
+    for key, values in (
+        ('loss', lambda steps: [step['losses']['lm loss'] for step in steps]),
+        ('norm', lambda steps: [step['grad_norm'] for step in steps]),
+        ('rate', lambda steps: [step['learning_rate'] for step in steps]),
+        ('samples', lambda steps: [step['consumed_samples'] for step in steps]),
+    ):
+        expected = values(whole[-1]['steps'][3:])
+        assert values(resumed[-1]['steps']) == pytest.approx(expected, rel=tolerance, abs=0), key

@@ -1,0 +1,142 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What an entry script's callbacks get from upstream's loop, checked against the printed lines."""
+
+import contextlib
+import io
+import re
+
+import pytest
+
+from megatron.training import step_callbacks
+from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.training import tiny_pretrain
+
+SAMPLES_PER_STEP = 4
+
+
+def run_with_output(flags, data, silent: bool = False) -> tuple:
+    """Train; what the callbacks received, and what was printed."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        received = tiny_pretrain.run_pretrain(flags, data, silent=silent)
+    return received, output.getvalue()
+
+
+@pytest.fixture(scope='module')
+def ranks():
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('callbacks') / 'data'))
+
+
+def run(ranks, data, flags: str, world_size: int = 1, **kwargs):
+    return ranks.run(
+        run_with_output,
+        flags.split(),
+        data,
+        world_size=world_size,
+        init_process_group=False,
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope='module')
+def every_step(ranks, data):
+    return run(ranks, data, '--train-iters 4 --eval-interval 2')[0]
+
+
+def printed_losses(output: str) -> dict:
+    pattern = r'iteration +(\d+)/.* lm loss: (\S+)'
+    return {int(step): float(loss) for step, loss in re.findall(pattern, output)}
+
+
+def test_training_log_and_evaluation(every_step):
+    """The callbacks get the values of upstream's lines, and those that the lines do not hold."""
+    received, output = every_step
+    steps = received['steps']
+    assert [step['iteration'] for step in steps] == [1, 2, 3, 4]
+    printed = printed_losses(output)
+    for step in steps:
+        assert step['losses']['lm loss'] == pytest.approx(printed[step['iteration']], rel=1e-6)
+        assert step['train_iters'] == 4
+        assert step['batch_size'] == SAMPLES_PER_STEP
+        assert step['consumed_samples'] == SAMPLES_PER_STEP * step['iteration']
+        assert step['tokens_in_batch'] == SAMPLES_PER_STEP * tiny_pretrain.SEQ_LENGTH
+        assert step['skipped_iterations'] == step['nan_iterations'] == 0
+        assert 1e8 < step['peak_memory'] < 1e11
+    norms = [float(norm) for norm in re.findall(r'grad norm: (\S+)', output)]
+    assert [step['grad_norm'] for step in steps] == pytest.approx(norms, abs=6e-4)
+    rates = [float(rate) for rate in re.findall(r'learning rate: (\S+)', output)]
+    assert [step['learning_rate'] for step in steps] == pytest.approx(rates, rel=1e-6)
+    times = [float(time) for time in re.findall(r'iteration \(ms\): (\S+)', output)]
+    assert [1000 * step['elapsed_per_iteration'] for step in steps] == pytest.approx(times, abs=0.1)
+
+    evaluations = received['evaluations']
+    assert [result['iteration'] for result in evaluations] == [2, 4, 4]
+    assert [result['name'] for result in evaluations] == ['', '', '']
+    assert evaluations[-1]['prefix'] == 'iteration 4 on validation set'
+    values = [float(value) for value in re.findall(r'lm loss value: (\S+)', output)]
+    got = [result['losses']['lm loss'] for result in evaluations]
+    assert got == pytest.approx(values, rel=1e-6)
+
+
+def test_every_step_is_reported_by_itself(ranks, data, every_step):
+    """Upstream gave the mean of steps 1 and 2 as step 2: compare with an interval of two."""
+    losses = [step['losses']['lm loss'] for step in every_step[0]['steps']]
+    pairs = run(ranks, data, '--train-iters 4 --log-interval 2')[0][0]['steps']
+    assert [step['iteration'] for step in pairs] == [2, 4]
+    means = [sum(losses[:2]) / 2, sum(losses[2:]) / 2]
+    assert [step['losses']['lm loss'] for step in pairs] == pytest.approx(means, rel=1e-6)
+
+
+def test_upstream_is_silenced_and_stages_without_loss_report(ranks, data):
+    """On two pipeline stages: the lines are gone, every rank is called, the last has the loss."""
+    flags = '--train-iters 3 --pipeline-model-parallel-size 2'
+    (first, first_output), (last, last_output) = run(ranks, data, flags, world_size=2, silent=True)
+    assert [step['iteration'] for step in first['steps']] == [1, 2, 3]
+    assert [step['losses'] for step in first['steps']] == [{}, {}, {}]
+    assert all(step['losses']['lm loss'] > 1 for step in last['steps'])
+    for key in ('grad_norm', 'learning_rate', 'consumed_samples'):
+        assert [step[key] for step in first['steps']] == [step[key] for step in last['steps']]
+    for words in ('elapsed time per iteration', 'loss value', 'memory (MB)', 'Theoretical'):
+        assert words not in first_output + last_output
+
+
+@pytest.mark.parametrize('mode', ['', '--async-save'])
+def test_checkpoint_saved(ranks, data, tmp_path, mode):
+    """Called once a checkpoint is whole: at that moment the tracker file names it."""
+    flags = f'--train-iters 3 --save {tmp_path} --save-interval 1 {mode}'
+    received = run(ranks, data, flags, world_size=2)[0][0]
+    saved = received['checkpoints']
+    assert [checkpoint['iteration'] for checkpoint in saved] == [1, 2, 3]
+    for checkpoint in saved:
+        assert checkpoint['save_dir'] == str(tmp_path)
+        assert checkpoint['checkpoint'] == str(tmp_path / f"iter_{checkpoint['iteration']:07d}")
+        assert checkpoint['tracker'] == str(checkpoint['iteration'])
+
+
+def test_clear():
+    calls = []
+    step_callbacks.on_checkpoint_saved(calls.append)
+    step_callbacks.silence_upstream_log()
+    step_callbacks.checkpoint_saved(iteration=1)
+    step_callbacks.clear()
+    step_callbacks.checkpoint_saved(iteration=2)
+    assert calls == [{'iteration': 1}]
+    assert not step_callbacks.upstream_log_silenced()
+
+
+def test_full_validation_of_one_set(ranks, data):
+    """--full-validation with a single validation set: «'int' object is not subscriptable».
+
+    The set has 8 samples: two iterations of the global batch pass through it once.
+    """
+    flags = '--train-iters 3 --eval-iters 2'
+    once = run(ranks, data, flags)[0][0]['evaluations'][-1]['losses']['lm loss']
+    full = run(ranks, data, f'{flags} --full-validation')[0][0]['evaluations'][-1]
+    assert full['losses']['lm loss'] == pytest.approx(once, rel=1e-6)

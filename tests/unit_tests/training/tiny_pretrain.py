@@ -1,0 +1,204 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Upstream's pretrain() on a tiny gpt-oss, as pretrain_gpt.py calls it; the parallel tests run it.
+
+The model is Megatron's GPTModel with MoE layers from the local spec, and the data a random indexed
+dataset that write_random_dataset() makes: 32 documents of uneven length.
+"""
+
+import pathlib
+import sys
+import time
+from functools import partial
+
+import numpy
+import torch
+
+from megatron.core import device_utils, mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.training import get_args, pretrain, set_startup_timestamps, step_callbacks
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import parse_and_validate_args
+from megatron.training.checkpointing import save_checkpoint
+from megatron.training.initialize import initialize_megatron
+from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+VOCAB_SIZE = 96
+SEQ_LENGTH = 32
+BATCH_KEYS = ('tokens', 'labels', 'loss_mask', 'position_ids')
+
+# Sizes are small and unequal (hidden, heads x head size, expert width) so that a swapped dimension
+# does not fit by accident; the flags are those that describe gpt-oss to upstream.
+MODEL_FLAGS = (
+    "--num-layers 4 --hidden-size 48 --ffn-hidden-size 40 --num-attention-heads 4 --kv-channels 16 "
+    "--group-query-attention --num-query-groups 2 --max-position-embeddings 64 "
+    f"--seq-length {SEQ_LENGTH} --window-size 7,0 --window-attn-skip-freq 2 "
+    "--position-embedding-type yarn --rotary-base 150000 --rotary-scaling-factor 32 "
+    "--yarn-original-max-position-embeddings 4096 --yarn-beta-fast 32 --yarn-beta-slow 1 "
+    "--no-yarn-correction-range-round-to-int --mscale 1 --mscale-all-dim 0 "
+    "--normalization RMSNorm --norm-epsilon 1e-5 "
+    "--quick-geglu --glu-linear-offset 1 --activation-func-clamp-value 7 --untie-embeddings-and-output-weights "
+    "--num-experts 8 --moe-router-topk 4 --moe-ffn-hidden-size 40 --moe-router-score-function softmax "
+    "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0 --moe-router-dtype fp32 "
+    "--attention-dropout 0 --hidden-dropout 0 --softmax-type learnable "
+    f"--vocab-size {VOCAB_SIZE} --make-vocab-size-divisible-by 8 --tokenizer-type NullTokenizer"
+).split()
+
+RUN_FLAGS = (
+    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion "
+    "--no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion "
+    "--no-rope-fusion --attention-softmax-in-fp32 --use-cpu-initialization "
+    "--micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine "
+    "--lr-warmup-iters 2 --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95 --seed 1234 "
+    "--num-workers 0 --log-interval 1 --distributed-timeout-minutes 1 "
+    "--split 90,10,0 --eval-iters 1 --eval-interval 1000 --ckpt-format torch_dist"
+).split()
+
+
+def write_random_dataset(prefix: str, seed: int = 0) -> str:
+    """Write a Megatron indexed dataset of random tokens; returns the prefix for --data-path."""
+    generator = numpy.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(prefix + '.bin', dtype=numpy.int32)
+    for _ in range(32):
+        # A skewed distribution, so that there is something to learn in ten steps.
+        tokens = (VOCAB_SIZE * generator.random(generator.integers(20, 200)) ** 3).astype(int)
+        builder.add_document(torch.from_numpy(tokens), [len(tokens)])
+    builder.finalize(prefix + '.idx')
+    return prefix
+
+
+def forward_step(data_iterator, model):
+    """One micro-batch, without packed sequences: what pretrain_gpt.py does with these flags."""
+    vp_stage = get_attr_wrapped_model(model, 'vp_stage')
+    args = get_args()
+    tokens = labels = loss_mask = position_ids = None
+    if is_first_or_last_pipeline_stage(vp_stage):
+        tp_rank = mpu.get_tensor_model_parallel_rank()
+        batch = {}
+        if tp_rank == 0:
+            sample = next(data_iterator)
+            batch = {key: sample[key].to(device_utils.current_device()) for key in BATCH_KEYS}
+            batch['attention_mask'] = None
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+            broadcast_group=mpu.get_tensor_model_parallel_group(),
+            has_cu_seqlens=False,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=False,
+            cp_size=args.context_parallel_size,
+            tp_rank=tp_rank,
+            micro_batch_size=args.micro_batch_size,
+            seq_length=args.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+        )
+        tokens, labels, loss_mask, position_ids = (batch[key] for key in BATCH_KEYS)
+    output = model(tokens, position_ids, None, labels=labels, loss_mask=loss_mask)
+    return output, partial(loss_func, loss_mask)
+
+
+def loss_func(loss_mask, output):
+    """Summed loss, number of tokens, and what is reported, as in pretrain_gpt.py."""
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(output.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().detach().to(torch.int)
+    return loss, num_tokens, {'lm loss': torch.cat([loss.detach().view(1), num_tokens.view(1)])}
+
+
+def datasets_provider(num_samples, vp_stage=None):
+    """Train, validation and test datasets from --data-path."""
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+
+    def is_built_here():
+        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
+            vp_stage
+        )
+
+    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, is_built_here, config).build()
+
+
+datasets_provider.is_distributed = True
+
+
+def parse(flags, data_prefix: str, model_flags=MODEL_FLAGS):
+    """Upstream's parser reads sys.argv; later flags override earlier ones."""
+    sys.argv = ['tiny_pretrain', *model_flags, *RUN_FLAGS, '--data-path', data_prefix, *flags]
+    return parse_and_validate_args()
+
+
+def write_initial_checkpoint(flags, data_prefix: str, directory: str, model_flags=MODEL_FLAGS):
+    """Write a model-only torch_dist checkpoint in which no parameter is zero or one.
+
+    Biases and sinks start at zero and norms at one: a sharded run that mixes them up or counts
+    their gradients twice would look right for a while.
+    """
+    flags = [
+        *flags,
+        '--save',
+        directory,
+        '--save-interval',
+        '1',
+        '--no-save-optim',
+        '--no-save-rng',
+    ]
+    args = parse(flags, data_prefix, model_flags)
+    initialize_megatron()
+    config = gpt_config_from_args(args)
+    model = config.get_builder_cls()(config).build_distributed_models(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model[0].named_parameters():
+            if name.endswith(('bias', 'softmax_offset')) or 'norm' in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter), alpha=2.0 if 'softmax' in name else 0.3)
+    save_checkpoint(1, model, None, None, 0)
+
+
+def run_pretrain(flags, data_prefix: str, model_flags=MODEL_FLAGS, silent: bool = False) -> dict:
+    """Train with upstream's own loop; returns what this rank's callbacks received."""
+    received = {'steps': [], 'evaluations': [], 'checkpoints': []}
+    step_callbacks.clear()
+    step_callbacks.on_training_log(received['steps'].append)
+    step_callbacks.on_evaluation(received['evaluations'].append)
+
+    def checkpoint_saved(values):
+        tracker = pathlib.Path(values['save_dir'], 'latest_checkpointed_iteration.txt')
+        received['checkpoints'].append({**values, 'tracker': tracker.read_text()})
+
+    step_callbacks.on_checkpoint_saved(checkpoint_saved)
+    step_callbacks.silence_upstream_log(silent)
+    args = parse(flags, data_prefix, model_flags)
+    # As entry scripts do; each rank must, or the ranks do not agree on an all-reduce of these.
+    set_startup_timestamps(program_start=time.time(), main_entry=time.time())
+    pretrain(
+        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+        datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    return received

@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""tiny_pretrain with a hand in the loop, for tests of what happens when a run is hurt."""
+
+import hashlib
+import os
+import signal
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from megatron.core.enums import ModelType
+from megatron.training import get_args, pretrain, step_callbacks
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.training import set_startup_timestamps
+from tests.unit_tests.training import tiny_pretrain
+
+
+def run(
+    flags: List[str],
+    data_prefix: str,
+    kill_after: Optional[int] = None,
+    before_forward: Optional[Callable[[int, torch.nn.Module], None]] = None,
+) -> Dict[str, Any]:
+    """Train, and return what this rank logged and which samples it read.
+
+    Args:
+        kill_after: SIGKILL this process once that step is logged.
+        before_forward: called with the step (from 1) and the model before each micro-batch.
+    """
+    received = {'steps': [], 'samples': []}
+
+    def on_step(values):
+        received['steps'].append(values)
+        if values['iteration'] == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def forward_step(data_iterator, model):
+        if before_forward is not None:
+            before_forward(get_args().curr_iteration + 1, model)
+        return tiny_pretrain.forward_step(_Recorded(data_iterator, received['samples']), model)
+
+    step_callbacks.clear()
+    step_callbacks.on_training_log(on_step)
+    # Upstream reduces it over the ranks where it is set, as an earlier run leaves it on some.
+    set_startup_timestamps(program_start=time.time())
+    args = tiny_pretrain.parse(flags, data_prefix, tiny_pretrain.MODEL_FLAGS)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
+            tiny_pretrain.datasets_provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        step_callbacks.clear()
+    return received
+
+
+class _Recorded:
+    """The data iterator, noting which tokens went by."""
+
+    def __init__(self, iterator, samples: List[str]):
+        self.iterator = iterator
+        self.samples = samples
+
+    def __next__(self):
+        sample = next(self.iterator)
+        self.samples.append(hashlib.sha256(sample['tokens'].numpy().tobytes()).hexdigest())
+        return sample
+
+
+def read_checkpoint(folder: str) -> Dict[str, Any]:
+    """Every entry of a torch_dist checkpoint: global tensors, and objects as they were pickled."""
+    entries: Dict[str, Any] = {}
+    _load_state_dict(
+        entries,
+        storage_reader=FileSystemReader(folder),
+        planner=_EmptyStateDictLoadPlanner(),
+        no_dist=True,
+    )
+    return entries
