@@ -1,0 +1,122 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Fill a live Megatron model from a Hugging Face checkpoint, at any parallel layout.
+
+Every rank asks the model's own sharded state dict which part of which global tensor it holds, and
+reads just that from disk: no rank gathers, sends, or holds more than its own weights and one part.
+"""
+
+import logging
+from pathlib import Path
+from typing import Callable, Iterator, Sequence
+
+import torch
+
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf_reader import HFReader
+from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_shape, hf_to_megatron, locate
+from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.presets import Preset, architecture_flags
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def load_hf(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> None:
+    """Copy the weights of a Hugging Face gpt-oss folder into a model's parameters.
+
+    Call it before the optimizer is made; later, an optimizer with main parameters needs
+    `optimizer.reload_model_params()`. `load_hf_hook` does it at the right time.
+
+    Args:
+        model_chunks: this rank's chunks (several with virtual pipeline stages), wrapped or not.
+        folder: BF16 or MXFP4 checkpoint.
+    Raises:
+        CheckpointError: the folder is incomplete, of another model, or a parameter stayed unfilled.
+    """
+    folder = Path(folder)
+    preset = preset_from_hf_config(read_hf_config(folder))
+    reader = HFReader(folder)
+    check_shapes(reader, preset)
+    for chunk in unwrap_model(list(model_chunks)):
+        check_same_model(chunk.config, preset, folder)
+        filled = 0
+        for part in sharded_tensors(chunk.sharded_state_dict()):
+            where = locate(part.key, part.global_offset, part.local_shape)
+            value = hf_to_megatron(where, preset, reader.read)
+            assert value.shape == part.data.shape, (part.key, value.shape, part.data.shape)
+            part.data.copy_(value)
+            filled += part.data.numel()
+        expected = sum(parameter.numel() for parameter in chunk.parameters())
+        if filled != expected:
+            raise CheckpointError(
+                f"{folder} filled {filled} of {expected} parameter elements of this rank. "
+                "Is the model built with the preset's flags?"
+            )
+    logger.info(f"loaded Hugging Face weights from {folder}")
+
+
+def check_shapes(reader: HFReader, preset: Preset) -> None:
+    """Refuse a folder whose tensors are not those that its config.json describes.
+
+    Only headers are read. A part of a tensor that is too large would load without a complaint.
+    """
+    for name in hf_names(preset):
+        found, expected = reader.shape(name), hf_shape(name, preset)
+        if found != expected:
+            raise CheckpointError(
+                f"{reader.folder}: '{name}' has shape {found}, config.json of the same folder "
+                f"says {expected}. The two belong to different models."
+            )
+
+
+def check_same_model(config: TransformerConfig, preset: Preset, folder: Path) -> None:
+    """Refuse a checkpoint of other sizes or constants than the model's."""
+    renamed = {
+        "num_experts": "num_moe_experts",
+        "rotary_scaling_factor": "yarn_rotary_scaling_factor",
+    }
+    for dest, expected in architecture_flags(preset).items():
+        name = renamed.get(dest, dest)
+        if name == "ffn_hidden_size" or not hasattr(config, name):
+            continue  # the first is of dense layers, others belong to the arguments alone
+        if getattr(config, name) != expected:
+            raise CheckpointError(
+                f"{folder} has {name} = {expected}, the model {getattr(config, name)}. Choose the "
+                "preset that fits the checkpoint."
+            )
+
+
+def load_hf_hook(folder: str | Path) -> Callable[[list], list]:
+    """A hook for `GPTModelConfig.pre_wrap_hooks`: runs before DDP and optimizer take copies."""
+
+    def hook(model_chunks: list) -> list:
+        load_hf(model_chunks, folder)
+        return model_chunks
+
+    return hook
+
+
+def sharded_tensors(state_dict: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """All tensors of a sharded state dict, factories (gate and up of an expert) built.
+
+    The factories chunk a parameter into views: writing to their data writes to the parameter.
+    """
+    stack = list(state_dict.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, ShardedTensorFactory):
+            value = value.build()
+        if isinstance(value, ShardedTensor):
+            yield value
+        elif isinstance(value, dict):
+            stack.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            stack.extend(value)

@@ -1,0 +1,157 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Parts of the model's tensors in a Megatron torch_dist checkpoint, without any process group."""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron.gpt_oss.errors import CheckpointError
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+
+def find_iteration(folder: str | Path) -> Path:
+    """The folder of one iteration: the one given, or the latest under a --save folder.
+
+    Raises:
+        CheckpointError: there is no torch_dist checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"No folder {folder}. Give a --save folder or one of its iter_*.")
+    tracker = folder / TRACKER_NAME
+    if tracker.is_file():
+        word = tracker.read_text(encoding="utf-8").strip()
+        folder = folder / (word if word == "release" else f"iter_{int(word):07d}")
+    if not (folder / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder} is no whole torch_dist checkpoint: it has no .metadata. Give a --save "
+            "folder (--ckpt-format torch_dist) or one of its iter_*."
+        )
+    return folder
+
+
+class TorchDistReader:
+    """A `mapping.MegatronSource` over a checkpoint on disk; reads one layer at a time.
+
+    Args:
+        folder: of one iteration, see `find_iteration`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._storage = dcp.FileSystemReader(self.folder)
+        self._metadata = self._storage.read_metadata()
+        # Tensors of the optimizer carry a prefix of their own and are never asked for.
+        self._tensors = {
+            key: value
+            for key, value in self._metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+        self._num_layers = len(
+            {m[1] for key in self._tensors if (m := re.match(r"decoder\.layers\.(\d+)\.", key))}
+        )
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Global shape of a tensor, without the layers' axis for 'decoder.layers.' keys."""
+        stacked = "decoder.layers." + key
+        if stacked in self._tensors:
+            return tuple(self._tensors[stacked].size)[1:]
+        single = f"decoder.layers.0.{key}"
+        return tuple(self._tensors[self._known(single if single in self._tensors else key)].size)
+
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        if self._num_layers:  # the layer is part of the key
+            return self._num_layers
+        return self._tensors[self._known("decoder.layers.self_attention.linear_qkv.weight")].size[0]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor without layers."""
+        return self._tensors[self._known(key)].properties.dtype
+
+    def whole(self, key: str) -> torch.Tensor:
+        """A global tensor without layers."""
+        size = self._tensors[self._known(key)].size
+        return self._read(key, (0,) * len(size), tuple(size))
+
+    def layer(self, keys: tuple[str, ...], layer: int) -> torch.Tensor:
+        """One layer of a tensor, all experts, under the first of the keys that exists."""
+        for key in keys:
+            stacked, single = f"decoder.layers.{key}", f"decoder.layers.{layer}.{key}"
+            if stacked in self._tensors:
+                size = tuple(self._tensors[stacked].size)
+                start = (layer, *(0,) * (len(size) - 1))
+                return self._read(stacked, start, (1, *size[1:]))[0]
+            if single in self._tensors:
+                return self.whole(single)
+        raise CheckpointError(self._missing(f"decoder.layers.{keys[0]}"))
+
+    def _read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        planner = _PartPlanner(key, start, size, self._tensors[key])
+        try:
+            dcp.load({}, storage_reader=self._storage, planner=planner, no_dist=True)
+        except (OSError, EOFError, RuntimeError, dcp.api.CheckpointException) as error:
+            raise CheckpointError(
+                f"{self.folder}: tensor '{key}' cannot be read ({_first_line(error)}). The "
+                "checkpoint is damaged or cut short; use an older iteration."
+            ) from error
+        return planner.part
+
+    def _known(self, key: str) -> str:
+        if key not in self._tensors:
+            raise CheckpointError(self._missing(key))
+        return key
+
+    def _missing(self, key: str) -> str:
+        return (
+            f"{self.folder} has no tensor '{key}' among {len(self._tensors)}. Is it a checkpoint "
+            "of a gpt-oss model?"
+        )
+
+
+class _PartPlanner(DefaultLoadPlanner):
+    """Reads a box out of one tensor, whatever the pieces in which it was saved."""
+
+    def __init__(self, key: str, start: tuple, size: tuple, metadata: TensorStorageMetadata):
+        super().__init__()
+        self._key, self._start, self._size, self._tensor = key, start, size, metadata
+        self.part = torch.empty(size, dtype=metadata.properties.dtype)
+
+    def create_local_plan(self) -> LoadPlan:
+        box = ChunkStorageMetadata(torch.Size(self._start), torch.Size(self._size))
+        items = create_read_items_for_chunk_list(self._key, self._tensor, [box])
+        covered = sum(item.lengths.numel() for item in items)
+        if covered != self.part.numel():
+            raise CheckpointError(
+                f"tensor '{self._key}' holds {covered} of {self.part.numel()} elements wanted"
+            )
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return self.part
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        tensor = self.part
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
+            tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,158 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The `gptoss` command: what is done before and after a training run.
+
+Each subcommand imports what it needs when it runs, so that --help is instant.
+"""
+
+import argparse
+import logging
+import sys
+from typing import Sequence
+
+from megatron.gpt_oss.errors import run_main
+from megatron.gpt_oss.presets import PRESETS
+from megatron.gpt_oss.quiet import silence_import_notices
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; a user's mistake is one sentence and exit code 2."""
+    args = build_parser().parse_args(argv)
+    silence_import_notices()
+    logging.basicConfig(level=logging.ERROR)
+    run_main(lambda: args.run(args))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, a function of its arguments."""
+    parser = argparse.ArgumentParser(prog="gptoss", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_tokenize(commands)
+    _add_init_tiny(commands)
+    _add_convert(commands)
+    _add_sample(commands)
+    _add_plot(commands)
+    _add_presets(commands)
+    return parser
+
+
+def _add_tokenize(commands) -> None:
+    parser = commands.add_parser("tokenize", help="text files to Megatron's indexed dataset")
+    parser.add_argument("inputs", nargs="+", help="files, folders or glob patterns")
+    parser.add_argument("--output", required=True, help="path of the .bin and .idx, without ending")
+    parser.add_argument("--tokenizer", help="folder with tokenizer.json; byte-level by default")
+    parser.add_argument("--end-token", help="ends a document; the tokenizer's eos_token by default")
+    parser.add_argument("--pattern", action="append", help="names to take from a folder, *.txt ...")
+    parser.add_argument("--exclude", action="append", default=[], help="paths to leave out, glob")
+    parser.add_argument("--json-key", default="text", help="field of a .jsonl line")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.set_defaults(run=_run_tokenize)
+
+
+def _run_tokenize(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.data.byte_tokenizer import END_OF_TEXT, build_byte_tokenizer
+    from megatron.gpt_oss.data.tokenize import SKIP_EMPTY, TEXT_PATTERNS, tokenize_files
+    from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
+
+    if args.tokenizer:
+        tokenizer = load_text_tokenizer(args.tokenizer, args.end_token)
+    else:
+        tokenizer = build_byte_tokenizer()
+        tokenizer = TextTokenizer(tokenizer, END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    summary = tokenize_files(
+        args.inputs,
+        args.output,
+        tokenizer,
+        patterns=args.pattern or TEXT_PATTERNS,
+        exclude=args.exclude,
+        json_key=args.json_key,
+        overwrite=args.overwrite,
+        show_progress=True,
+    )
+    for path, reason in summary.skipped:
+        if reason != SKIP_EMPTY:
+            print(f"skipped {path}: {reason}", file=sys.stderr)
+    print(f"{args.output}.bin, .idx: {summary}")
+
+
+def _add_init_tiny(commands) -> None:
+    parser = commands.add_parser("init-tiny", help="write a tiny random Hugging Face checkpoint")
+    parser.add_argument("folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_run_init_tiny)
+
+
+def _run_init_tiny(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.tiny import write_tiny_hf
+
+    print(f"{write_tiny_hf(args.folder, args.seed)}: tiny gpt-oss, seed {args.seed}")
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser("convert", help="checkpoints from one format to the other")
+    directions = parser.add_subparsers(required=True, metavar="DIRECTION")
+    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to a Hugging Face folder")
+    to_hf.add_argument("--load", required=True, help="a --save folder (its latest) or one iter_*")
+    to_hf.add_argument("--out", required=True, help="the folder to write")
+    to_hf.add_argument("--like", help="Hugging Face folder to take config and tokenizer from")
+    to_hf.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    to_hf.set_defaults(run=_run_to_hf)
+
+
+def _run_to_hf(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.checkpoint.export import export_hf
+
+    print(f"{export_hf(args.load, args.out, args.like, args.dtype, args.overwrite)}: written")
+
+
+def _add_sample(commands) -> None:
+    parser = commands.add_parser("sample", help="text from a Hugging Face folder")
+    parser.add_argument("folder")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(run=_run_sample)
+
+
+def _run_sample(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.sample import sample_hf
+
+    print(sample_hf(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.seed))
+
+
+def _add_plot(commands) -> None:
+    parser = commands.add_parser("plot", help="the loss curve of a run as a PNG")
+    parser.add_argument("metrics", help="metrics.jsonl of a run")
+    parser.add_argument("out", help="the PNG")
+    parser.add_argument("--title", default="gpt-oss")
+    parser.set_defaults(run=_run_plot)
+
+
+def _run_plot(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.plot import plot_loss
+
+    print(f"{plot_loss(args.metrics, args.out, args.title)}: written")
+
+
+def _add_presets(commands) -> None:
+    parser = commands.add_parser("presets", help="the Megatron arguments that a preset supplies")
+    parser.add_argument(
+        "name", nargs="?", help=f"one of {', '.join(PRESETS)}; all names by default"
+    )
+    parser.set_defaults(run=_run_presets)
+
+
+def _run_presets(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.presets import get_preset, preset_flags
+
+    if args.name is None:
+        print("\n".join(PRESETS))
+        return
+    for name, value in preset_flags(get_preset(args.name)).items():
+        print(f"{name:40} {value}")
+
+
+if __name__ == "__main__":
+    main()

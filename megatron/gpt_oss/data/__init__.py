@@ -1,0 +1,3 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""From text to Megatron's indexed dataset."""

@@ -1,0 +1,131 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""gpt-oss through Megatron's own extension points: a spec provider and a layer spec function.
+
+`GPTModelConfig.transformer_layer_spec` takes a function; ours returns the block of one pipeline
+stage, every layer with experts. What another kernel needs to replace (attention, experts, norm) is
+one method of `GptOssSpecProvider`.
+"""
+
+import contextlib
+import io
+from argparse import ArgumentParser, Namespace
+
+import torch
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.gpt_oss.presets import Preset, preset_flags
+from megatron.training.argument_utils import gpt_config_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+
+class GptOssSpecProvider(LocalSpecProvider):
+    """Which module does what in a gpt-oss layer, in plain PyTorch."""
+
+
+def gpt_oss_layer_spec(config: TransformerConfig, provider: GptOssSpecProvider) -> ModuleSpec:
+    """One decoder layer: RMSNorm, attention with a sink, RMSNorm, mixture of experts."""
+    norm = provider.layer_norm(rms_norm=True, for_qk=False, has_residual=True)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=norm,
+            mlp=get_moe_module_spec_for_backend(
+                backend=provider,
+                num_experts=config.num_moe_experts,
+                moe_grouped_gemm=config.moe_grouped_gemm,
+            ),
+            mlp_bda=get_bias_dropout_add,
+            # Names in a checkpoint as TransformerEngine's layers give them, so that either
+            # implementation resumes the other's. Upstream's local spec also renames the norm
+            # before the experts, which matches TransformerEngine for dense layers only.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+            },
+        ),
+    )
+
+
+def gpt_oss_block_spec(
+    config: GPTModelConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage; the value of `GPTModelConfig.transformer_layer_spec`.
+
+    Windowed and full layers have one spec: Megatron decides by the layer's number.
+    """
+    transformer = config.transformer
+    if transformer.transformer_impl != "local":
+        return get_gpt_decoder_block_spec(
+            transformer,
+            use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+            normalization=transformer.normalization,
+            vp_stage=vp_stage,
+        )
+    provider = GptOssSpecProvider()
+    num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(
+        layer_specs=[gpt_oss_layer_spec(transformer, provider)] * num_layers,
+        layer_norm=provider.layer_norm(rms_norm=True, for_qk=False, has_residual=False),
+    )
+
+
+def model_config_from_args(args: Namespace) -> GPTModelConfig:
+    """The model's config from validated Megatron arguments, with our layer spec in it.
+
+    A user's own `--spec` is respected.
+    """
+    config = gpt_config_from_args(args)
+    if config.transformer_layer_spec is None:
+        config.transformer_layer_spec = gpt_oss_block_spec
+    return config
+
+
+def model_config(preset: Preset, **overrides) -> GPTModelConfig:
+    """The model's config from a preset alone, without a command line.
+
+    Goes through Megatron's own parser and validation, so that it is what the command line gives.
+
+    Args:
+        preset: the model.
+        overrides: Megatron arguments by dest, e.g. `seq_length=128`; parallel sizes must fit the
+            process group, if there is one.
+    """
+    from megatron.training.arguments import add_megatron_arguments, validate_args
+
+    parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
+    unknown = sorted(set(overrides) - {action.dest for action in parser._actions})
+    if unknown:
+        raise TypeError(f"Megatron has no argument {', '.join(unknown)}")
+    parser.set_defaults(**{**preset_flags(preset), "micro_batch_size": 1, **overrides})
+    args = parser.parse_args([])
+    ranks = torch.distributed
+    args.rank, args.world_size = 0, ranks.get_world_size() if ranks.is_initialized() else 1
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
+        validate_args(args)
+    return model_config_from_args(args)

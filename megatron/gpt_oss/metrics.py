@@ -1,0 +1,52 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""metrics.jsonl: one JSON object a line, in the order in which a run logged them."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron.gpt_oss.errors import UsageError
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl.
+
+    A last line that a killed run left half-written is dropped.
+
+    Raises:
+        UsageError: no such file, or a line that is not JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"No file {path}. Give the metrics.jsonl of a run.")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UsageError(f"{path}, line {number}: not JSON ({error}).") from error
+    return records
+
+
+def append_metrics(path: Path, record: dict[str, Any]) -> None:
+    """Add one record."""
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def drop_from(path: Path, step: int) -> None:
+    """Keep what was logged before `step`: the steps from there on are about to be made again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record.get("step", 0) < step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,72 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Draw the loss of a run from its metrics.jsonl."""
+
+from pathlib import Path
+
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.metrics import read_metrics
+
+
+def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> Path:
+    """Write the loss curve, the learning rate under it, as a PNG.
+
+    Args:
+        metrics: metrics.jsonl; records with a step and a loss, or a step and a valid_loss. Of
+            several records of one step (a resumed run) the last counts.
+        out: the PNG.
+        title: over the picture.
+    Raises:
+        UsageError: nothing to draw, or matplotlib is not installed.
+    """
+    by_step = {r["step"]: r for r in read_metrics(metrics) if "step" in r and "loss" in r}
+    if not by_step:
+        raise UsageError(f"{metrics} has no record with a step and a loss yet.")
+    records = [by_step[step] for step in sorted(by_step)]
+    evaluations = [r for r in read_metrics(metrics) if "valid_loss" in r]
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(
+            "Drawing needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
+        ) from error
+    matplotlib.use("agg")  # no display needed
+    from matplotlib import pyplot
+
+    has_lr = any("learning_rate" in record for record in records)
+    figure, axes = pyplot.subplots(
+        2 if has_lr else 1,
+        1,
+        sharex=True,
+        squeeze=False,
+        figsize=(8, 5),
+        height_ratios=(3, 1) if has_lr else None,
+        layout="constrained",
+    )
+    loss_axis = axes[0, 0]
+    _draw(loss_axis, records, "loss", "training")
+    _draw(loss_axis, evaluations, "valid_loss", "validation", marker="o")
+    first, last = records[0], records[-1]
+    loss_axis.set_title(
+        f"{title}: loss {first['loss']:.3f} at step {first['step']}, "
+        f"{last['loss']:.3f} at step {last['step']}"
+    )
+    loss_axis.set_ylabel("loss (nats a token)")
+    loss_axis.grid(alpha=0.3)
+    loss_axis.legend()
+    if has_lr:
+        _draw(axes[1, 0], records, "learning_rate", "learning rate")
+        axes[1, 0].set_ylabel("learning rate")
+        axes[1, 0].grid(alpha=0.3)
+    axes[-1, 0].set_xlabel("step")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+    return out
+
+
+def _draw(axis, records: list[dict], key: str, label: str, **style) -> None:
+    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points), label=label, **style)

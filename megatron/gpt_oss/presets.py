@@ -1,0 +1,194 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The sizes of the family as data, and the Megatron arguments that describe each.
+
+What the members share (YaRN, window pattern, clamp, epsilon) is written once, as the defaults of
+`Preset`. The published numbers are those of config.json in openai/gpt-oss-20b and -120b.
+"""
+
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+
+from megatron.gpt_oss.errors import PresetError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One member of the family; the defaults are what all members share."""
+
+    name: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    num_experts: int
+    moe_ffn_hidden_size: int
+    vocab_size: int  # rows of the embedding, more than the tokenizer's tokens
+    seq_length: int  # default training length, may be overridden
+    num_experts_per_tok: int = 4
+    max_position_embeddings: int = 131072
+    sliding_window: int = 128  # keys a query sees, itself included, in layers 0, 2, ...
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    swiglu_alpha: float = 1.702  # fixed in megatron.core.fusions.fused_bias_geglu.quick_gelu
+    swiglu_limit: float = 7.0
+    rope_theta: int = 150000
+    yarn_factor: float = 32.0
+    yarn_original_max_position_embeddings: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_truncate: bool = False
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        # Awkward on purpose: hidden != heads * head_dim != expert width, grouped heads, a
+        # vocabulary that is no multiple of 4 (but of 2, so that TP 2 needs no padding rows).
+        Preset(
+            name="tiny",
+            num_layers=4,
+            hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            head_dim=64,  # as published, so that YaRN's ramp is too
+            num_experts=8,
+            moe_ffn_hidden_size=96,
+            vocab_size=270,
+            seq_length=512,
+        ),
+        Preset(
+            name="20b",
+            num_layers=24,
+            hidden_size=2880,
+            num_attention_heads=64,
+            num_query_groups=8,
+            head_dim=64,
+            num_experts=32,
+            moe_ffn_hidden_size=2880,
+            vocab_size=201088,
+            seq_length=4096,
+        ),
+        Preset(
+            name="120b",
+            num_layers=36,
+            hidden_size=2880,
+            num_attention_heads=64,
+            num_query_groups=8,
+            head_dim=64,
+            num_experts=128,
+            moe_ffn_hidden_size=2880,
+            vocab_size=201088,
+            seq_length=4096,
+        ),
+    )
+}
+
+
+def get_preset(name: str, num_layers: int | None = None) -> Preset:
+    """Look a preset up by name.
+
+    Args:
+        name: a key of `PRESETS`.
+        num_layers: another depth of the same shape, for tests and benchmarks.
+    Raises:
+        PresetError: if there is no such preset, or the depth is not positive.
+    """
+    if name not in PRESETS:
+        raise PresetError(
+            f"Unknown preset '{name}'. Choose one of {', '.join(PRESETS)}, or 'none' to describe "
+            "the model with Megatron's own flags."
+        )
+    preset = PRESETS[name]
+    if num_layers is None:
+        return preset
+    if num_layers < 1:
+        raise PresetError(f"--preset-layers {num_layers} is not a depth. Give 1 or more.")
+    return dataclasses.replace(preset, num_layers=num_layers)
+
+
+def architecture_flags(preset: Preset) -> dict:
+    """The Megatron arguments (by dest) that make the model what it is.
+
+    A command line that gives one of them another value describes another model.
+    YaRN is --position-embedding-type yarn; --rope-type yarn is upstream's name for the YaRN of
+    multi-latent attention and is refused for this model.
+    """
+    return {
+        "num_layers": preset.num_layers,
+        "hidden_size": preset.hidden_size,
+        "num_attention_heads": preset.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": preset.num_query_groups,
+        "kv_channels": preset.head_dim,
+        "ffn_hidden_size": preset.moe_ffn_hidden_size,
+        "padded_vocab_size": preset.vocab_size,
+        "untie_embeddings_and_output_weights": True,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": preset.rms_norm_eps,
+        "add_bias_linear": True,  # o, router and experts; the norms and the head have none
+        "add_qkv_bias": True,
+        # Attention: Megatron counts the keys before the query, Hugging Face counts all. With a
+        # skip frequency of 2 every second layer is full, the first of all is windowed.
+        "softmax_type": "learnable",
+        "window_size": (preset.sliding_window - 1, 0),
+        "window_attn_skip_freq": 2,
+        "position_embedding_type": "yarn",
+        "rotary_base": preset.rope_theta,
+        "rotary_scaling_factor": preset.yarn_factor,
+        "yarn_original_max_position_embeddings": preset.yarn_original_max_position_embeddings,
+        "yarn_beta_fast": preset.yarn_beta_fast,
+        "yarn_beta_slow": preset.yarn_beta_slow,
+        "yarn_correction_range_round_to_int": preset.yarn_truncate,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.0,
+        # Experts in every layer: clamped SwiGLU, softmax over the chosen logits only.
+        "num_experts": preset.num_experts,
+        "moe_layer_freq": 1,
+        "moe_ffn_hidden_size": preset.moe_ffn_hidden_size,
+        "moe_router_topk": preset.num_experts_per_tok,
+        "moe_router_score_function": "softmax",
+        "moe_router_pre_softmax": False,
+        "quick_geglu": True,
+        "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": preset.swiglu_limit,
+    }
+
+
+def default_flags(preset: Preset) -> dict:
+    """Defaults for the local (PyTorch) implementation that the command line may change."""
+    return {
+        "seq_length": preset.seq_length,
+        "max_position_embeddings": preset.max_position_embeddings,
+        "init_method_std": preset.initializer_range,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "transformer_impl": "local",
+        "attention_softmax_in_fp32": True,
+        # The fused softmax kernels know neither sink nor window.
+        "masked_softmax_fusion": False,
+        # Eager is the same maths; compiling the activation for each expert's own number of
+        # tokens does not pay.
+        "bias_gelu_fusion": False,
+        "bias_dropout_fusion": False,
+        # PyTorch's RMSNorm has no persistent kernel; the local norm asserts this off.
+        "no_persist_layer_norm": True,
+        # The fused weight-gradient product is Apex's.
+        "gradient_accumulation_fusion": _has_module("fused_weight_gradient_mlp_cuda"),
+        "moe_token_dispatcher_type": "alltoall",
+        # Near ties among the logits are frequent: bf16 would choose other experts.
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+    }
+
+
+def preset_flags(preset: Preset) -> dict:
+    """All Megatron argument defaults (by dest) of a preset, for the local implementation."""
+    return {**default_flags(preset), **architecture_flags(preset)}
+
+
+def _has_module(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None

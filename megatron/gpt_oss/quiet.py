@@ -1,0 +1,24 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""What importing Megatron warns of on every machine without NVIDIA's optional packages.
+
+Apex and TransformerEngine are used where found and never needed, so not finding them is no warning.
+"""
+
+import os
+import warnings
+
+_IMPORT_NOTICES = (
+    ".*(Apex|apex|Transformer Engine).*not installed.*",
+    "Only transformer-engine>=1.7.0 supports MoE.*",
+    ".*absl.logging is not installed.*",
+    ".* is experimental and still under active development.*",
+)
+
+
+def silence_import_notices() -> None:
+    """Call before Megatron is imported. Ranks other than the first stay silent altogether."""
+    for message in _IMPORT_NOTICES:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if int(os.environ.get("RANK", "0")) != 0:
+        warnings.filterwarnings("ignore")

@@ -1,0 +1,203 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""A run from the command line: arguments, model, weights to start from, log, Megatron's loop."""
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Iterator, Sequence, TextIO
+
+import torch
+
+from megatron.core import device_utils
+from megatron.core.enums import ModelType
+from megatron.gpt_oss.arguments import parse
+from megatron.gpt_oss.checkpoint.load import load_hf_hook
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.layer_specs import model_config_from_args
+from megatron.gpt_oss.training.datasets import provide_datasets
+from megatron.gpt_oss.training.log import TrainingLog
+from megatron.gpt_oss.training.step import forward_step
+from megatron.training import checkpoint_integrity, pretrain, step_callbacks
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says.
+
+    Raises:
+        UsageError: the command line cannot be run; no process group was made.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _single_process_environment()
+    run_dir = _run_dir(argv)
+    with _upstream_output(run_dir) as console:
+        args = parse(argv, lambda parser: add_run_arguments(parser, run_dir))
+        _check_schedule(args)
+        _register_log(args, console, run_dir)
+        pretrain(
+            pretrain_cfg_container_from_args(args, _model_config(args)),
+            _announced(provide_datasets, args, console),
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _model_config(args: Namespace) -> GPTModelConfig:
+    """The model, and the weights to start from where the run has no checkpoint of its own yet."""
+    config = model_config_from_args(args)
+    if args.load_hf and not _goes_on(args.load):
+        config.pre_wrap_hooks.append(load_hf_hook(args.load_hf))
+    return config
+
+
+def _goes_on(load_dir: str | None) -> bool:
+    if load_dir is None:
+        return False
+    tracker = Path(load_dir) / "latest_checkpointed_iteration.txt"
+    return tracker.is_file() or checkpoint_integrity.holds_checkpoint(load_dir)
+
+
+def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> ArgumentParser:
+    """--run-dir, and the defaults of Megatron's flags that suit a run."""
+    group = parser.add_argument_group(title="run")
+    group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        default=None,
+        help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
+        "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
+    )
+    parser.set_defaults(
+        micro_batch_size=1,
+        log_interval=1,
+        save_interval=500,
+        eval_interval=500,
+        eval_iters=10,
+        # Attention is causal in every layer, and its kernels know it.
+        create_attention_mask_in_dataloader=False,
+        # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
+        dist_ckpt_optim_fully_reshardable=True,
+    )
+    if run_dir is not None:
+        checkpoints = str(run_dir / "checkpoints")
+        parser.set_defaults(save=checkpoints, load=checkpoints)
+    return parser
+
+
+def _run_dir(argv: Sequence[str]) -> Path | None:
+    """--run-dir, needed before Megatron's parser runs: its output goes there."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--run-dir", type=Path, nargs="?")
+    given, _ = parser.parse_known_args(list(argv))
+    return None if {"-h", "--help"} & set(argv) else given.run_dir
+
+
+def _check_run_dir(run_dir: Path | None) -> None:
+    if run_dir is None:
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from error
+
+
+def _check_schedule(args: Namespace) -> None:
+    """What Megatron asserts of the schedule only once the model is built."""
+    if not args.train_iters and not args.train_samples:
+        raise UsageError("Nothing says how long to train. Give --train-iters or --train-samples.")
+    if args.lr is None:
+        raise UsageError("No learning rate. Give --lr, for example --lr 2e-5.")
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup >= decay:
+            raise UsageError(
+                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {unit} that the "
+                "learning rate decays over. Give fewer, or --lr-warmup-fraction."
+            )
+
+
+def _single_process_environment() -> None:
+    """`python pretrain_gpt_oss.py` without torchrun is a run of one rank."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", port)):
+        os.environ[name] = str(value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+
+
+@contextlib.contextmanager
+def _upstream_output(run_dir: Path | None) -> Iterator[TextIO]:
+    """Keep Megatron's hundreds of lines in the run's folder; yields the console for ours.
+
+    What it prints, logs and warns of is moved; tracebacks stay on stderr.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Megatron prints on its first and its last rank.
+    if run_dir is None or rank not in (0, world_size - 1):
+        yield sys.stdout
+        return
+    _check_run_dir(run_dir)
+    console = sys.stdout
+    path = run_dir / f"megatron-rank{rank}.log"
+    with open(path, "a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+        logging.basicConfig(stream=log, force=True)
+        logging.captureWarnings(True)
+        yield console
+
+
+def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> None:
+    """Our lines on the last rank, which holds the loss; the arguments from the first."""
+    if args.rank == 0 and run_dir is not None:
+        arguments = json.dumps(vars(args), indent=1, default=str, sort_keys=True)
+        (run_dir / "arguments.json").write_text(arguments, encoding="utf-8")
+    if args.rank != args.world_size - 1:
+        return
+    metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
+    log = TrainingLog(console, metrics, args.seq_length)
+    step_callbacks.on_training_log(log.step)
+    step_callbacks.on_evaluation(log.evaluation)
+    step_callbacks.on_checkpoint_saved(log.checkpoint)
+
+
+def _announced(provider, args: Namespace, console: TextIO):
+    """The dataset provider, which Megatron calls once model and checkpoint are loaded."""
+
+    def provide(num_samples, vp_stage=None):
+        if args.rank == 0 and not vp_stage:
+            print(_summary(args), file=console, flush=True)
+        return provider(num_samples, vp_stage)
+
+    provide.is_distributed = True
+    return provide
+
+
+def _summary(args: Namespace) -> str:
+    layout = {
+        "TP": args.tensor_model_parallel_size,
+        "PP": args.pipeline_model_parallel_size,
+        "CP": args.context_parallel_size,
+        "EP": args.expert_model_parallel_size,
+        "DP": args.data_parallel_size,
+    }
+    if args.iteration:
+        start = f"resumed at step {args.iteration}"
+    else:
+        start = f"starts from {args.load_hf}" if args.load_hf else "starts from random weights"
+    return (
+        f"gpt-oss {args.preset}: {args.num_layers} layers, "
+        f"{args.world_size} x {device_utils.device_type()}, "
+        + " ".join(f"{name} {size}" for name, size in layout.items())
+        + f", {args.global_batch_size} x {args.seq_length} tokens a step, {start}"
+    )

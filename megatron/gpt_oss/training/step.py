@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""One forward step: the batch of this rank, the model, the loss."""
+
+from functools import partial
+from typing import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron.core import mpu
+from megatron.core.device_utils import current_device
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import (
+    get_attr_wrapped_model,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args, get_timers
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+
+
+def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor | None]:
+    """The micro-batch of this rank: read on TP rank 0, broadcast over TP, split over CP.
+
+    Returns:
+        `BATCH_KEYS`, each [b, s] on this rank's device, or None: on pipeline stages that need no
+        batch, and the attention mask where the kernel knows that attention is causal.
+    """
+    if not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys(BATCH_KEYS)
+    args = get_args()
+    tp_rank = mpu.get_tensor_model_parallel_rank()
+    batch = {}
+    if tp_rank == 0:
+        sample, device = next(data_iterator), current_device()
+        batch = {
+            key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
+            for key in BATCH_KEYS
+        }
+    batch = get_batch_on_this_tp_rank(
+        batch,
+        has_cu_seqlens=False,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        cp_size=args.context_parallel_size,
+        tp_rank=tp_rank,
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=False,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return get_batch_on_this_cp_rank(
+        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    )
+
+
+def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum of the token losses, and what Megatron averages it by.
+
+    Args:
+        loss_mask: [b, s], 1 where a token counts.
+        losses: [b, s], fp32, the model's output.
+    Returns:
+        (sum over tokens, number of tokens that count, {'lm loss': [sum, number]}); Megatron reduces
+        both over data and context parallel ranks before it divides, so that every token counts once.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    return loss, num_tokens, {"lm loss": report}
+
+
+def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
+    """Megatron's forward_step_func."""
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
+    timers("batch-generator").stop()
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return output, partial(loss_func, batch["loss_mask"])

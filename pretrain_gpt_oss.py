@@ -1,0 +1,17 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""Pre-train gpt-oss on Megatron-Core.
+
+    torchrun --nproc-per-node 8 pretrain_gpt_oss.py --preset 20b --load-hf /models/gpt-oss-20b \\
+        --data-path /data/corpus --run-dir runs/20b --expert-model-parallel-size 8 ...
+
+Every Megatron-LM flag works and overrides the preset; --help lists them.
+"""
+
+from megatron.gpt_oss.errors import run_main
+from megatron.gpt_oss.quiet import silence_import_notices
+
+if __name__ == "__main__":
+    silence_import_notices()
+    from megatron.gpt_oss.training.run import main
+
+    run_main(main)

@@ -1,0 +1,77 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Models and checkpoints of awkward sizes for the tests of this folder."""
+
+import dataclasses
+import json
+
+import torch
+from safetensors.torch import save_file
+
+from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.layer_specs import model_config
+from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.tiny import random_hf_tensors
+
+TINY = get_preset('tiny')
+# No two sizes alike, 3 groups, an odd depth, a window and a YaRN length that short tests cross.
+ODD = dataclasses.replace(
+    TINY,
+    name='odd',
+    num_layers=3,
+    hidden_size=80,
+    num_attention_heads=6,
+    num_query_groups=3,
+    head_dim=16,
+    num_experts=5,
+    moe_ffn_hidden_size=56,
+    vocab_size=101,
+    sliding_window=16,
+    yarn_original_max_position_embeddings=64,
+)
+
+
+def build_model(preset, **overrides):
+    """A GPTModel of this rank (the first virtual stage), fp32 unless overrides say else."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    model_parallel_cuda_manual_seed(1)
+    config = model_config(preset, **overrides)
+    config.finalize()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stages = config.transformer.virtual_pipeline_model_parallel_size
+    builder = config.get_builder_cls()(config)
+    if stages is None:
+        return builder.build_model(groups)
+    return [builder.build_model(groups, vp_stage=stage) for stage in range(stages)]
+
+
+def trained_tensors(preset, seed=0):
+    """Weights as training leaves them, and worse: sinks of +-8, biases, values past the clamp."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = random_hf_tensors(preset, seed)
+    for name, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith('sinks'):
+            tensor.copy_(8 * torch.tanh(2 * noise))
+        elif 'norm' in name:
+            tensor.add_(0.3 * noise)
+        elif name.endswith('gate_up_proj'):
+            tensor.mul_(15)
+        elif name.endswith('gate_up_proj_bias'):
+            tensor.copy_(3 * noise)
+        elif name.endswith('bias'):
+            tensor.copy_(0.3 * noise)
+        else:
+            tensor.mul_(5)
+    return tensors
+
+
+def write_hf(folder, preset, tensors, dtype=torch.bfloat16, config=None):
+    """Write tensors as one Hugging Face file, with config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+    (folder / 'config.json').write_text(json.dumps(config or hf_config_from_preset(preset)))
+    return folder

@@ -1,0 +1,29 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""A process group of one rank, and a GPTModel in it."""
+
+import pytest
+import torch
+
+from tests.unit_tests.gpt_oss.builders import build_model
+
+
+@pytest.fixture(scope='module')
+def one_rank(tmp_path_factory):
+    """Megatron's parallel state over one gloo rank, taken down with the module."""
+    from megatron.core import parallel_state
+
+    store = tmp_path_factory.mktemp('rendezvous') / 'store'
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{store}', rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def make_model(one_rank):
+    """make_model(preset, **megatron_arguments) -> GPTModel in fp32."""
+    return build_model

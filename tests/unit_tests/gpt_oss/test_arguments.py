@@ -1,0 +1,224 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The command line: overrides, contradictions, missing files; one sentence and exit code 2."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatron.gpt_oss import arguments
+from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
+from megatron.gpt_oss.presets import PRESETS
+from megatron.gpt_oss.tiny import write_tiny_hf
+from megatron.training.arguments import parse_args
+
+
+@pytest.fixture(scope='module')
+def tiny_hf(tmp_path_factory):
+    return write_tiny_hf(tmp_path_factory.mktemp('hf') / 'tiny')
+
+
+NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
+
+
+def _check(*argv):
+    return arguments.preset_args_provider([*map(str, argv), *NULL])
+
+
+def _parse(monkeypatch, *argv):
+    """Checked and parsed, not validated."""
+    argv = [*argv, *NULL]
+    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
+    return parse_args(arguments.preset_args_provider(argv))
+
+
+def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
+    args = _parse(monkeypatch, '--preset', 'tiny')
+    assert (args.num_layers, args.seq_length, args.hidden_dropout) == (4, 512, 0.0)
+    argv = '--preset tiny --seq-length 256 --hidden-dropout 0.5 --moe-router-dtype fp64'.split()
+    args = _parse(monkeypatch, *argv)
+    assert (args.seq_length, args.hidden_dropout, args.moe_router_dtype) == (256, 0.5, 'fp64')
+    assert args.moe_token_dispatcher_type == 'alltoall'
+
+
+def test_same_value_as_the_preset_is_no_contradiction(monkeypatch):
+    argv = '--preset 20b --num-layers 24 --window-size 127,0 --quick-geglu --norm-epsilon 1e-5'
+    assert _parse(monkeypatch, *argv.split()).num_layers == 24
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('--num-layers 12', ['--num-layers 12', '20b', 'num_layers = 24', '--preset-layers 12']),
+        ('--hidden-size 4096', ['--hidden-size 4096', 'hidden_size = 2880', '--preset none']),
+        ('--swiglu', ['--swiglu', '20b', 'swiglu = False']),
+        ('--disable-bias-linear', ['--disable-bias-linear', 'add_bias_linear = True']),
+        ('--window-size 128,0', ['--window-size 128,0', '(127, 0)']),
+        ('--rotary-base 10000', ['--rotary-base 10000', '150000']),
+        ('--rope-type yarn', ['--rope-type yarn', '--position-embedding-type yarn']),
+        ('--moe-router-topk 2', ['--moe-router-topk 2', 'moe_router_topk = 4']),
+        ('--padded-vocab-size 201216', ['--padded-vocab-size 201216', '201088']),
+    ],
+)
+def test_contradiction(flags, words):
+    with pytest.raises(PresetError) as error:
+        arguments.preset_args_provider(['--preset', '20b', *flags.split()])
+    message = str(error.value)
+    assert '\n' not in message
+    for word in words:
+        assert word in message
+
+
+def test_depth_of_the_same_shape(monkeypatch):
+    args = _parse(monkeypatch, '--preset', '120b', '--preset-layers', '2')
+    assert (args.num_layers, args.num_experts) == (2, 128)
+    with pytest.raises(PresetError, match='num_layers = 2'):
+        _check(*'--preset 120b --preset-layers 2 --num-layers 4'.split())
+
+
+def test_no_preset(monkeypatch):
+    args = _parse(monkeypatch, '--preset', 'none', '--num-layers', '3', '--swiglu')
+    assert (args.num_layers, args.swiglu, args.num_experts) == (3, True, None)
+    with pytest.raises(PresetError, match='--num-layers'):
+        arguments.preset_args_provider(['--preset', 'none', '--preset-layers', '3'])
+    for argv, word in (([], 'No --preset'), (['--preset', '21b'], "'21b'")):
+        with pytest.raises(PresetError) as error:
+            arguments.preset_args_provider(argv)
+        assert all(name in str(error.value) for name in (word, *PRESETS))
+
+
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--preset', 'tiny', '--seq-lenght', '5'], ['--seq-lenght', '--seq-length']),
+        (['--preset', 'tiny', 'stray'], ["'stray'"]),
+        (['--preset', 'tiny', '--seq-length', 'many'], ['--seq-length', 'many']),
+        (['--preset', 'tiny', '--ckpt-format', 'zip'], ['--ckpt-format', 'zip', 'torch_dist']),
+    ],
+)
+def test_mistyped_flags(argv, words):
+    """Upstream prints several hundred lines of usage."""
+    with pytest.raises(UsageError) as error:
+        arguments.preset_args_provider(argv)
+    assert all(word in str(error.value) for word in words)
+    assert '\n' not in str(error.value)
+
+
+def test_extra_flags_of_the_entry_script(monkeypatch):
+    def add(parser):
+        parser.add_argument('--run-name', default='x')
+        return parser
+
+    argv = ['--preset', 'tiny', '--run-name', 'y', *NULL]
+    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
+    assert parse_args(arguments.preset_args_provider(argv, add)).run_name == 'y'
+    with pytest.raises(UsageError, match='--run-name'):
+        arguments.preset_args_provider(argv)
+
+
+def test_missing_files(tmp_path, tiny_hf):
+    present = tmp_path / 'data'
+    (tmp_path / 'data.bin').touch()
+    (tmp_path / 'data.idx').touch()
+    (tmp_path / 'half.bin').touch()
+    check = lambda *argv: _check('--preset', 'tiny', *argv)
+    check('--data-path', 0.5, present, '1e-2', present)
+    for argv, words in (
+        (('--data-path', 0.5, present, 1, tmp_path / 'gone'), ('gone.bin', 'gone.idx')),
+        (('--valid-data-path', tmp_path / 'half'), ('--valid-data-path', 'half.idx')),
+        (('--data-path', f'{present}.bin'), ('without its ending', str(present))),
+        (('--tokenizer-model', tmp_path / 'no'), ('--tokenizer-model', 'tokenizer.json')),
+        (('--load-hf', tmp_path / 'no'), ('no',)),
+        (('--load-hf', tmp_path), ('config.json',)),
+    ):
+        with pytest.raises(UsageError) as error:
+            check(*argv)
+        assert all(word in str(error.value) for word in words), error.value
+        assert '\n' not in str(error.value)
+    check('--load-hf', tiny_hf, '--tokenizer-model', tiny_hf)
+    with pytest.raises(UsageError, match='No tokenizer.*--tokenizer-model FOLDER'):
+        arguments.preset_args_provider(['--preset', 'tiny'])
+    with pytest.raises(PresetError, match='num_layers = 4, the preset 2'):
+        check('--load-hf', tiny_hf, '--preset-layers', 2)
+    with pytest.raises(PresetError, match='another model than --preset 20b'):
+        arguments.preset_args_provider(['--preset', '20b', '--load-hf', str(tiny_hf)])
+
+
+def test_tokenizer_comes_with_the_checkpoint(monkeypatch, tiny_hf, tmp_path):
+    argv = ['--preset', 'tiny', '--load-hf', str(tiny_hf)]
+    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
+    args = parse_args(arguments.preset_args_provider(argv))
+    assert (args.tokenizer_type, args.tokenizer_model) == ('HuggingFaceTokenizer', str(tiny_hf))
+    write_tiny_hf(tmp_path)
+    (tmp_path / 'tokenizer.json').unlink()
+    with pytest.raises(UsageError, match='tokenizer.json'):
+        arguments.preset_args_provider(['--preset', 'tiny', '--load-hf', str(tmp_path)])
+
+
+def test_refusals_of_megatron_are_one_sentence():
+    """Its asserts would end in a traceback; a bare one says nothing at all."""
+    argv = ['--preset', 'tiny', '--micro-batch-size', '1', '--tensor-model-parallel-size', '3']
+    argv += NULL
+    before = list(sys.argv)
+    with pytest.raises(UsageError, match='world size .1. is not divisible'):
+        arguments.parse(argv)
+    with pytest.raises(UsageError, match='args.micro_batch_size is not None'):
+        arguments.parse(['--preset', 'tiny', *NULL])
+    assert sys.argv == before
+
+
+def test_exit_code_and_rank(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        exit_with(UsageError('what'))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == 'error: what\n'
+    monkeypatch.setenv('RANK', '3')
+    with pytest.raises(SystemExit):
+        exit_with(UsageError('what'))
+    assert capsys.readouterr().err == ''
+
+
+SCRIPT = '''
+import sys, torch
+from megatron.gpt_oss.arguments import parse
+from megatron.gpt_oss.errors import run_main
+def main():
+    args = parse(sys.argv[1:])
+    print(args.num_layers, args.hidden_size, args.moe_router_topk)
+run_main(main)
+assert not torch.distributed.is_initialized()
+'''
+
+
+@pytest.mark.parametrize(
+    'argv, code, out, err',
+    [
+        ('--preset tiny --micro-batch-size 1 --load-hf HF', 0, '4 128 4', ''),
+        (
+            '--preset tiny --micro-batch-size 1 --tokenizer-type NullTokenizer --vocab-size 300',
+            2,
+            '',
+            'error: The tokenizer has 30',
+        ),
+        ('--preset huge', 2, '', "error: Unknown preset 'huge'"),
+        ('--help', 0, '--tensor-model-parallel-size', ''),
+    ],
+)
+def test_entry_script(tiny_hf, argv, code, out, err):
+    argv = argv.replace('HF', str(tiny_hf))
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', SCRIPT, *argv.split(' ')],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE')},
+    )
+    assert done.returncode == code, done.stderr[-2000:]
+    assert out in done.stdout and err in done.stderr
+    if code == 2:
+        assert len([line for line in done.stderr.splitlines() if 'error:' in line]) == 1
+        assert 'Traceback' not in done.stderr
+    if argv == '--help':
+        for flag in ('--preset', '--preset-layers', '--load-hf', '--num-experts'):
+            assert flag in done.stdout

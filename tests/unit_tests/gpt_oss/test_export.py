@@ -1,0 +1,159 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Hugging Face to Megatron to torch_dist to Hugging Face, bit for bit; and what goes wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from megatron.core import dist_checkpointing
+from megatron.gpt_oss.checkpoint.export import ModelSource, export_hf
+from megatron.gpt_oss.checkpoint.export import write_hf as write_from_source
+from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf_reader import HFReader
+from megatron.gpt_oss.checkpoint.load import load_hf, load_hf_hook
+from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
+from megatron.gpt_oss.errors import CheckpointError, UsageError
+from tests.unit_tests.gpt_oss.builders import ODD, build_model, trained_tensors, write_hf
+
+
+@pytest.fixture(scope='module')
+def hf(tmp_path_factory):
+    """A checkpoint with all its companions, as training would begin with."""
+    config = hf_config_from_preset(ODD, eos_token_id=7) | {'torch_dtype': 'bfloat16', 'note': 'x'}
+    folder = tmp_path_factory.mktemp('export') / 'hf'
+    write_hf(folder, ODD, trained_tensors(ODD), config=config)
+    write_byte_tokenizer(folder)
+    (folder / 'generation_config.json').write_text('{"eos_token_id": 7}')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def saved(one_rank, hf, tmp_path_factory):
+    """The same as a --save folder of Megatron; the vocabulary is padded from 101 to 104 rows."""
+    model = build_model(ODD, padded_vocab_size=104, bf16=True)
+    model.bfloat16()
+    load_hf([model], hf)
+    assert model.output_layer.weight[101:].eq(0).all() and model.output_layer.weight.shape[0] == 104
+    save = tmp_path_factory.mktemp('export') / 'save'
+    (save / 'iter_0000020').mkdir(parents=True)
+    dist_checkpointing.save(model.sharded_state_dict(), str(save / 'iter_0000020'))
+    (save / 'latest_checkpointed_iteration.txt').write_text('20')
+    return save
+
+
+def _same_tensors(one, other):
+    one, other = HFReader(one), HFReader(other)
+    assert one.names() == other.names()
+    for name in one.names():
+        first, second = one.read(name), other.read(name)
+        assert first.dtype == second.dtype and torch.equal(first, second), name
+
+
+def test_round_trip_bit_for_bit(hf, saved, tmp_path):
+    out = export_hf(saved, tmp_path / 'new' / 'out', like=hf)
+    _same_tensors(hf, out)
+    config = json.loads((out / 'config.json').read_text())
+    assert (config['dtype'], config['note'], config['eos_token_id']) == ('bfloat16', 'x', 7)
+    assert 'torch_dtype' not in config
+    for name in ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json'):
+        assert (out / name).read_bytes() == (hf / name).read_bytes()
+    assert sorted(p.name for p in out.parent.iterdir()) == ['out']  # no temporary folder left
+    assert out.stat().st_mode & 0o055 == 0o055 & ~_umask()
+
+
+def _umask():
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_shards_and_fp32(hf, saved, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    out = export_hf(saved / 'iter_0000020', tmp_path / 'out', hf, 'fp32', max_shard_bytes=300_000)
+    index = json.loads((out / 'model.safetensors.index.json').read_text())
+    files = sorted(set(index['weight_map'].values()))
+    assert len(files) > 3 and files[0] == f'model-00001-of-{len(files):05d}.safetensors'
+    present = sorted(p.name for p in out.iterdir() if p.suffix == '.safetensors')
+    assert present == files
+    original, copy = HFReader(hf), HFReader(out)
+    total = 0
+    for name in original.names():
+        tensor = copy.read(name)
+        total += tensor.nbytes
+        assert torch.equal(tensor, original.read(name).float()), name
+    assert index['metadata']['total_size'] == total
+    _, info = transformers.GptOssForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert json.loads((out / 'config.json').read_text())['dtype'] == 'float32'
+
+
+def test_config_from_the_shapes(hf, saved, tmp_path):
+    """Without a Hugging Face folder to go by: sizes from the tensors, the padding rows stay."""
+    out = export_hf(saved, tmp_path / 'out')
+    config = json.loads((out / 'config.json').read_text())
+    expected = hf_config_from_preset(dataclasses.replace(ODD, vocab_size=104))
+    for shared in ('sliding_window', 'rope_scaling', 'initial_context_length'):
+        # not in the shapes: as published, where ODD differs
+        config.pop(shared), expected.pop(shared)
+    assert config == expected
+    assert HFReader(out).shape('lm_head.weight') == (104, 80)
+    assert not (out / 'tokenizer.json').exists()
+
+
+def test_live_model(one_rank, hf, tmp_path):
+    model = load_hf_hook(hf)([build_model(ODD)])[0]
+    write_from_source(ModelSource(model), ODD, hf_config_from_preset(ODD), tmp_path)
+    _same_tensors(hf, tmp_path)
+
+
+def test_another_model_is_refused(one_rank, hf, saved, tmp_path):
+    deeper = dataclasses.replace(ODD, num_layers=4)
+    other = write_hf(tmp_path / 'deeper', deeper, trained_tensors(deeper))
+    with pytest.raises(CheckpointError, match='num_layers = 3.*has 4'):
+        export_hf(saved, tmp_path / 'out', like=other)
+    assert not (tmp_path / 'out').exists()
+    wider = dataclasses.replace(ODD, moe_ffn_hidden_size=64)
+    other = write_hf(tmp_path / 'wider', wider, trained_tensors(wider))
+    model = build_model(ODD)
+    with pytest.raises(CheckpointError, match='moe_ffn_hidden_size = 64, the model 56'):
+        load_hf([model], other)
+    (other / 'config.json').write_text(json.dumps(hf_config_from_preset(ODD)))
+    with pytest.raises(CheckpointError, match=r'gate_up_proj.*\(5, 80, 128\).*\(5, 80, 112\)'):
+        load_hf([model], other)
+    rotated = dataclasses.replace(ODD, yarn_factor=16.0)
+    other = write_hf(tmp_path / 'rotated', rotated, trained_tensors(rotated))
+    with pytest.raises(CheckpointError, match='yarn_rotary_scaling_factor = 16.0, the model 32.0'):
+        load_hf([model], other)
+
+
+def test_output_folder_is_not_overwritten(hf, saved, tmp_path):
+    (tmp_path / 'notes.txt').write_text('mine')
+    with pytest.raises(UsageError, match='not empty'):
+        export_hf(saved, tmp_path, like=hf)
+    assert [p.name for p in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / 'save')
+    largest = max((copy / 'iter_0000020').glob('*.distcp'), key=lambda p: p.stat().st_size)
+    with open(largest, 'r+b') as file:
+        file.truncate(largest.stat().st_size // 3)
+    with pytest.raises(CheckpointError, match="cannot be read.*older iteration"):
+        export_hf(copy, tmp_path / 'out', like=hf)
+    assert [p.name for p in tmp_path.iterdir()] == ['save']
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match='No folder'):
+        export_hf(tmp_path / 'no', tmp_path / 'out')
+    with pytest.raises(CheckpointError, match='no .metadata'):
+        export_hf(tmp_path, tmp_path / 'out')
+    (tmp_path / 'latest_checkpointed_iteration.txt').write_text('30')
+    with pytest.raises(CheckpointError, match='iter_0000030'):
+        export_hf(tmp_path, tmp_path / 'out')
