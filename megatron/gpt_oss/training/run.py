@@ -177,7 +177,10 @@ def _announced(provider, args: Namespace, console: TextIO):
     def provide(num_samples, vp_stage=None):
         if args.rank == 0 and not vp_stage:
             print(_summary(args), file=console, flush=True)
-        return provider(num_samples, vp_stage)
+        try:
+            return provider(num_samples, vp_stage)
+        except ValueError as error:  # what is wrong with the data, said by Megatron's datasets
+            raise UsageError(str(error)) from error
 
     provide.is_distributed = True
     return provide
