@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 # Steps of `make train`; a larger number later goes on from the last checkpoint.
-STEPS ?= 200
+STEPS ?= 120
 BIN := $(VENV)/bin
 # One thread a rank: the tests start several ranks on few cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
@@ -10,7 +10,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 .PHONY: help install test-install train test test-all test-gpu lint fix patch-check clean
 
 help:
-	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=200)"
+	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=120)"
 	@echo "make test         install, then every CPU test"
 	@echo "make test-all     the slow ones too"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"

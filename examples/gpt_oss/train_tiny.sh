@@ -4,13 +4,13 @@
 # The whole way in small: a Hugging Face gpt-oss, real text, continual pre-training, a trained
 # Hugging Face gpt-oss. Needs no GPU. Run it again and it resumes.
 #
-#   examples/gpt_oss/train_tiny.sh [FOLDER [STEPS [FLAG ...]]]      (default: runs/tiny 200)
+#   examples/gpt_oss/train_tiny.sh [FOLDER [STEPS [FLAG ...]]]      (default: runs/tiny 120)
 #
 # FLAGs go to pretrain_gpt_oss.py, for example --bf16 on a GPU.
 set -euo pipefail
 
 run=${1:-runs/tiny}
-steps=${2:-200}
+steps=${2:-120}
 shift $(($# < 2 ? $# : 2))
 here=$(cd "$(dirname "$0")/../.." && pwd)
 # One rank computes with every core.
@@ -25,12 +25,12 @@ stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 [ -f "$run/data/stdlib.idx" ] || gptoss tokenize "$stdlib" --pattern '*.py' \
     --exclude '*/site-packages/*' --tokenizer "$run/init" --output "$run/data/stdlib"
 
-# 3. Continue its pre-training; checkpoints every 50 steps.
+# 3. Continue its pre-training; checkpoints every 40 steps.
 torchrun --nproc-per-node 1 --standalone "$here/pretrain_gpt_oss.py" --preset tiny \
     --load-hf "$run/init" --data-path "$run/data/stdlib" --split 98,1,1 --run-dir "$run" \
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$steps" \
     --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 \
-    --adam-beta2 0.95 --save-interval 50 --eval-interval 50 --eval-iters 2 \
+    --adam-beta2 0.95 --save-interval 40 --eval-interval 40 --eval-iters 2 \
     --override-opt-param-scheduler "$@"
 
 # 4. The loss curve, the trained model as a Hugging Face folder, and what it writes.

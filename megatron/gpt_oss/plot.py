@@ -23,7 +23,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
     records = [by_step[step] for step in sorted(by_step)]
-    evaluations = [r for r in read_metrics(metrics) if "valid_loss" in r]
+    evaluations = {r["step"]: r for r in read_metrics(metrics) if "valid_loss" in r}
     try:
         import matplotlib
     except ImportError as error:
@@ -45,7 +45,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     )
     loss_axis = axes[0, 0]
     _draw(loss_axis, records, "loss", "training")
-    _draw(loss_axis, evaluations, "valid_loss", "validation", marker="o")
+    _draw(loss_axis, list(evaluations.values()), "valid_loss", "validation", marker="o")
     first, last = records[0], records[-1]
     loss_axis.set_title(
         f"{title}: loss {first['loss']:.3f} at step {first['step']}, "

@@ -69,7 +69,7 @@ class TrainingLog:
         ]
         if record["skipped_steps"]:
             fields.append(f"{record['skipped_steps']} skipped")
-        self._write(" | ".join(fields), record)
+        self._write(" | ".join(fields), record, remade_from=step)
 
     def evaluation(self, values: dict[str, Any]) -> None:
         """A validation or test set was evaluated (see `step_callbacks.on_evaluation`)."""
@@ -83,18 +83,20 @@ class TrainingLog:
             f"{name} at step {values['iteration']}: loss {_number(loss, '.4f')}, "
             f"perplexity {_number(perplexity, '.3f')}",
             {"step": values["iteration"], "set": name, key: loss},
+            remade_from=values["iteration"] + 1,
         )
 
     def checkpoint(self, values: dict[str, Any]) -> None:
         """A checkpoint is complete (see `step_callbacks.on_checkpoint_saved`)."""
         print(f"saved {values['checkpoint']}", file=self._console, flush=True)
 
-    def _write(self, line: str, record: dict[str, Any]) -> None:
+    def _write(self, line: str, record: dict[str, Any], remade_from: int) -> None:
+        """Print and log; the first record says which steps of an earlier start are made anew."""
         print(line, file=self._console, flush=True)
         if self._metrics is None:
             return
         if not self._trimmed:
-            drop_from(self._metrics, record["step"])
+            drop_from(self._metrics, remade_from)
             self._trimmed = True
         append_metrics(self._metrics, record)
 

@@ -1,0 +1,80 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""The line of a step, and what a resumed run does to metrics.jsonl."""
+
+import io
+
+from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.training.log import TrainingLog, short_count
+
+
+def step_values(step, **changes):
+    values = {
+        "iteration": step,
+        "train_iters": 120,
+        "losses": {"lm loss": 5.0 - step / 10},
+        "learning_rate": 3e-3,
+        "grad_norm": 0.5,
+        "elapsed_per_iteration": 2.0,
+        "consumed_samples": 8 * step,
+        "batch_size": 8,
+        "peak_memory": 3 * 2**29,
+        "skipped_iterations": 0,
+    }
+    return {**values, **changes}
+
+
+def evaluation_values(step):
+    return {
+        "iteration": step,
+        "prefix": f"iteration {step} on validation set",
+        "name": "",
+        "losses": {"lm loss": 2.0},
+    }
+
+
+def test_one_line_a_step(tmp_path):
+    console = io.StringIO()
+    log = TrainingLog(console, tmp_path / "metrics.jsonl", seq_length=512)
+    log.step(step_values(20))
+    log.step(step_values(21, grad_norm=None, skipped_iterations=1))
+    first, second = console.getvalue().splitlines()
+    assert first == (
+        "step  20/120 | loss  3.0000 | lr 3.00e-03 | grad norm   0.500 |   2.05k tokens/s |   "
+        "1.50 GiB |  81.92k tokens | ETA 0:03:20"
+    )
+    assert "grad norm -" in second and second.endswith("1 skipped")
+    record = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert record["tokens_per_second"] == 2048 and record["tokens"] == 81920
+
+
+def test_a_resumed_run_replaces_the_steps_that_it_makes_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = TrainingLog(io.StringIO(), path, 512)
+    for step in (1, 2, 3, 4):
+        log.step(step_values(step))
+    with open(path, "a") as stream:
+        stream.write('{"step": 5, "lo')  # killed while it wrote
+    log = TrainingLog(io.StringIO(), path, 512)
+    log.step(step_values(3, learning_rate=1.0))
+    assert [(r["step"], r["learning_rate"]) for r in read_metrics(path)] == [
+        (1, 3e-3),
+        (2, 3e-3),
+        (3, 1.0),
+    ]
+
+
+def test_a_run_with_nothing_left_to_train_keeps_every_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    TrainingLog(io.StringIO(), path, 512).step(step_values(4))
+    TrainingLog(io.StringIO(), path, 512).evaluation(evaluation_values(4))
+    assert [sorted(r)[-1] for r in read_metrics(path)] == ["tokens_per_second", "valid_loss"]
+
+
+def test_short_count():
+    assert [short_count(n) for n in (7, 1234, 2.5e6, 3e9, 4e12)] == [
+        "7",
+        "1.23k",
+        "2.50M",
+        "3.00B",
+        "4.00T",
+    ]
