@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_plot(commands)
     _add_presets(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -152,6 +153,24 @@ def _run_presets(args: argparse.Namespace) -> None:
         return
     for name, value in preset_flags(get_preset(args.name)).items():
         print(f"{name:40} {value}")
+
+
+def _add_doctor(commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="attention kernels of this machine: which, how fast"
+    )
+    parser.add_argument("--preset", default="20b", help="whose heads and window; 20b by default")
+    parser.add_argument("--seqlen", type=int, default=8192)
+    parser.add_argument("--no-measure", action="store_true", help="say what can run, time nothing")
+    parser.add_argument("--flex", action="store_true", help="compile and time FlexAttention too")
+    parser.add_argument("--json", metavar="PATH", help="write the report there too")
+    parser.set_defaults(run=_run_doctor)
+
+
+def _run_doctor(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.doctor import run_doctor
+
+    run_doctor(args.preset, args.seqlen, not args.no_measure, args.flex, args.json)
 
 
 if __name__ == "__main__":

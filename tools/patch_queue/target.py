@@ -15,7 +15,8 @@ def modules_of(root: Path, patches: list[Patch]) -> Tree:
     found: Tree = {}
     for name in sorted({name for patch in patches for name in patch.requires}):
         path = root / name
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        inside = (file for file in path.rglob("*") if "__pycache__" not in file.parts)
+        files = sorted(filter(Path.is_file, inside)) if path.is_dir() else [path]
         found |= {file.relative_to(root).as_posix(): file.read_bytes() for file in files}
     return found
 

@@ -1,24 +1,24 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The local attention with sinks against Hugging Face's eager attention of gpt-oss.
-
-[sq, b, np, hn] = tokens, micro batch, query heads, head size; 8 query heads share 2 key heads.
-"""
-
-from types import SimpleNamespace
+"""DotProductAttention on sink_attention: against the definition, and where it must not go there."""
 
 import pytest
 import torch
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.unit_tests.transformer.sink_attention.reference import (
+    attention_ref,
+    gradients,
+    relative_error,
+)
 
-HEADS, GROUPS, HEAD_DIM, BATCH = 8, 2, 16, 2
-SINKS = torch.tensor([8.0, -8.0, 0.0, 2.0, -3.0, 8.0, -8.0, 1.0])
+HEADS, GROUPS, DIM = 4, 2, 8
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,115 +32,236 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def attention(dtype, window, **changes):
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HEADS * HEAD_DIM,
+def make(softmax_type="learnable", layer_number=1, mask_type=AttnMaskType.causal, **fields):
+    """A layer with sinks of +-6."""
+    defaults = dict(
+        num_layers=2,
+        hidden_size=HEADS * DIM,
         num_attention_heads=HEADS,
         num_query_groups=GROUPS,
-        kv_channels=HEAD_DIM,
+        kv_channels=DIM,
+        softmax_type=softmax_type,
         attention_dropout=0.0,
-        softmax_type="learnable",
-        window_size=None if window is None else (window - 1, 0),
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        **changes,
     )
-    module = DotProductAttention(config, 1, AttnMaskType.causal, "self")
-    with torch.no_grad():
-        module.softmax_offset.copy_(SINKS)
-    return module
+    config = TransformerConfig(**{**defaults, **fields})
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    layer = DotProductAttention(config, layer_number, mask_type, "self", pg_collection=groups)
+    if softmax_type == "learnable":
+        with torch.no_grad():
+            layer.softmax_offset.copy_(torch.linspace(-6, 6, HEADS))
+    return layer
 
 
-def qkv(seq_length, dtype):
-    generator = torch.Generator().manual_seed(seq_length)
-    shapes = [(seq_length, BATCH, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS, HEADS)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+def tensors(*lead, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*lead, HEADS, DIM), (*lead, GROUPS, DIM), (*lead, GROUPS, DIM)]
+    return [torch.randn(s, generator=generator).requires_grad_() for s in shapes]
 
 
-def hidden_keys(seq_length, window, cut):
-    """True = hidden, [b, 1, sq, sk]; the second row of the batch is two documents."""
-    query, key = torch.arange(seq_length)[:, None], torch.arange(seq_length)
-    hidden = key > query
-    if window is not None:
-        hidden = hidden | (key <= query - window)
-    hidden = hidden.expand(BATCH, 1, -1, -1).clone()
-    if cut is not None:
-        hidden[1, 0] |= (query >= cut) & (key < cut)
-    return hidden
+def exact(values):
+    return [x.detach().double().requires_grad_() for x in values]
 
 
-def hf_attention(query, key, value, sinks, hidden):
-    mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill(hidden, float("-inf"))
-    module = SimpleNamespace(sinks=sinks, num_key_value_groups=HEADS // GROUPS, training=False)
-    bnsd = [t.permute(1, 2, 0, 3) for t in (query, key, value)]
-    out, _ = eager_attention_forward(module, *bnsd, mask, scaling=HEAD_DIM**-0.5)
-    return out.transpose(0, 1).flatten(2)  # [b, sq, np, hn] -> [sq, b, np * hn]
+def check(layer, inputs, out, expected, exact_inputs):
+    """Output, and the gradients of q, k, v and the sinks."""
+    assert relative_error(out.double(), expected.flatten(-2)) < 1e-6
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(9))
+    values = gradients(out, [*inputs, layer.softmax_offset], dout)
+    targets = gradients(expected.flatten(-2), exact_inputs, dout.double())
+    for label, value, target in zip(("dq", "dk", "dv", "dsink"), values, targets):
+        assert relative_error(value, target) < 5e-6, label
 
 
-def run(function, tensors, dout):
-    """The output and the gradients of q, k, v and the sinks."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    out.backward(dout.flatten(2))
-    return [out, *(leaf.grad for leaf in leaves)]
+@pytest.mark.parametrize("layer_number, window", [(1, 5), (2, None)], ids=["window", "full"])
+def test_dense(layer_number, window):
+    """Odd layers (by Megatron's count from 1) have the window; a micro batch of 2."""
+    layer = make(layer_number=layer_number, window_size=(4, 0), window_attn_skip_freq=2)
+    q, k, v = tensors(19, 2)
+    out = layer(q, k, v, None)
+    reference = exact([q, k, v, layer.softmax_offset])
+    check(layer, (q, k, v), out, attention_ref(*reference, window=window), reference)
 
 
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.detach().double()
-    return ((value - reference).norm() / reference.norm()).item()
+@pytest.mark.parametrize("padded", [False, True], ids=["tight", "padded"])
+@pytest.mark.parametrize("softmax_type", ["learnable", "vanilla"])
+def test_packed_documents(softmax_type, padded):
+    """Refused before. With padding between the documents, its tokens are of the document before."""
+    layer = make(softmax_type, window_size=(4, 0))
+    cu = [0, 7, 8, 19]
+    bounds = torch.tensor(cu, dtype=torch.int32)
+    params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    params.max_seqlen_q = params.max_seqlen_kv = 11
+    if padded:
+        params.cu_seqlens_q = torch.tensor([0, 5, 6, 15], dtype=torch.int32)
+        params.cu_seqlens_q_padded = bounds
+    q, k, v = tensors(19)
+    out = layer(q, k, v, None, AttnMaskType.padding_causal, packed_seq_params=params)
+    assert out.shape == (19, HEADS * DIM)
+    if softmax_type == "vanilla":
+        expected = attention_ref(*exact([q, k, v]), window=5, cu_q=cu)
+        assert relative_error(out.double(), expected.flatten(-2)) < 1e-6
+        return
+    reference = exact([q, k, v, layer.softmax_offset])
+    expected = attention_ref(*reference, window=5, cu_q=cu)
+    check(layer, (q, k, v), out, expected, reference)
 
 
-# Across the window, odd, a single token; documents as the caller's mask.
-CASES = {
-    "T37-full": (37, None, None),
-    "T37-window8": (37, 8, None),
-    "T8-window8": (8, 8, None),
-    "T1-window8": (1, 8, None),
-    "T37-window8-documents": (37, 8, 13),
-    "T37-full-documents": (37, None, 13),
+def test_off_by_one():
+    layer = make("off-by-one")
+    q, k, v = tensors(9, 2)
+    zeros = torch.zeros(HEADS, dtype=torch.float64)
+    expected = attention_ref(*exact([q, k, v]), zeros)
+    assert relative_error(layer(q, k, v, None).double(), expected.flatten(-2)) < 1e-6
+
+
+@pytest.mark.parametrize("fields", [
+    {"softmax_scale": 0.9},
+    {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True},
+    {"deterministic_mode": True},
+], ids=["scale", "layer-scaling", "deterministic"])  # fmt: skip
+def test_options(fields):
+    """What upstream's path makes of an option is what ours makes of it."""
+    fields = dict(fields)
+    scale = fields.pop("softmax_scale", None)
+    layer = make(layer_number=2, **fields)
+    if scale is not None:
+        layer.softmax_scale = scale
+    q, k, v = tensors(9, 2)
+    expected = attention_ref(*exact([q, k, v, layer.softmax_offset]), scale=scale)
+    assert relative_error(layer(q, k, v, None).double(), expected.flatten(-2)) < 1e-6
+
+
+def unfused(layer, *inputs):
+    """Upstream's path, reached by a mask that hides nothing more."""
+    length = inputs[0].shape[0]
+    mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    return layer(*inputs, mask)
+
+
+def test_vanilla_is_left_alone(monkeypatch):
+    """The same bits as upstream's path; with --sink-attention-backend the kernels."""
+    from megatron.core.transformer.sink_attention import megatron_module
+
+    q, k, v = tensors(9, 2)
+    expected = unfused(make("vanilla"), q, k, v)
+    calls = []
+    original = megatron_module.sink_attention
+    monkeypatch.setattr(
+        megatron_module, "sink_attention", lambda *a, **o: calls.append(o) or original(*a, **o)
+    )
+    assert torch.equal(make("vanilla")(q, k, v, None), expected) and not calls
+    out = make("vanilla", sink_attention_backend="auto")(q, k, v, None)
+    assert len(calls) == 1 and relative_error(out.double(), expected.double()) < 1e-6
+
+
+def test_nothing_quadratic_is_kept():
+    """The unfused path keeps the scores of all pairs for the backward."""
+    q, k, v = tensors(300, 1)
+    layer = make()
+    largest = []
+    for attention in (lambda: layer(q, k, v, None), lambda: unfused(layer, q, k, v)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            attention()
+        largest.append(max(x.numel() for x in saved))
+    assert largest[0] <= q.numel() and largest[1] >= HEADS * 300 * 300
+
+
+def test_mask_tensor_stays_unfused():
+    """Documents given as a mask, sinks on top."""
+    layer = make(window_size=(4, 0))
+    q, k, v = tensors(12, 1)
+    document = torch.arange(12) >= 7
+    mask = torch.ones(12, 12, dtype=torch.bool).triu(1) | (document[:, None] != document[None])
+    out = layer(q, k, v, mask[None, None])
+    reference = exact([x[:, 0] for x in (q, k, v)] + [layer.softmax_offset])
+    expected = attention_ref(*reference, window=5, cu_q=[0, 7, 12])
+    assert relative_error(out[:, 0].double(), expected.flatten(-2)) < 1e-6
+
+
+def test_dropout_stays_unfused():
+    """In training; without dropout in evaluation."""
+    layer = make(attention_dropout=0.5)
+    q, k, v = tensors(12, 1)
+    first, second = layer(q, k, v, None), layer(q, k, v, None)
+    assert not torch.equal(first, second)
+    layer.eval()
+    expected = attention_ref(*exact([q, k, v, layer.softmax_offset]))
+    assert relative_error(layer(q, k, v, None).double(), expected.flatten(-2)) < 1e-6
+
+
+PACKED = dict(
+    qkv_format="thd",
+    cu_seqlens_q=torch.tensor([0, 12], dtype=torch.int32),
+    cu_seqlens_kv=torch.tensor([0, 12], dtype=torch.int32),
+)
+REFUSED = {
+    "dropout": (
+        dict(sink_attention_backend="fa4", attention_dropout=0.1),
+        {},
+        r"--sink-attention-backend fa4 in layer 1: attention dropout is 0.1.*--attention-dropout 0",
+    ),
+    "mask": (
+        dict(sink_attention_backend="cudnn"),
+        {"attention_mask": torch.zeros(1, 1, 12, 12, dtype=torch.bool)},
+        r"a mask \[1, 1, 12, 12\] is given.*--no-create-attention-mask-in-dataloader",
+    ),
+    "mask-type": (
+        dict(sink_attention_backend="fa4", mask_type=AttnMaskType.no_mask),
+        {},
+        "the mask type is no_mask",
+    ),
+    "bias": (
+        dict(sink_attention_backend="fa4"),
+        {"attention_bias": torch.zeros(1)},
+        "an attention bias is given",
+    ),
+    "unable": (
+        dict(sink_attention_backend="cudnn"),
+        {},
+        "'cudnn' cannot run this call: needs a CUDA device, the tensors are on cpu",
+    ),
+    "packed-dropout": (
+        dict(attention_dropout=0.1),
+        {"packed_seq_params": PackedSeqParams(**PACKED)},
+        "Packed sequences in layer 1: attention dropout is 0.1",
+    ),
+    "packed-format": (
+        {},
+        {"packed_seq_params": PackedSeqParams(**{**PACKED, "qkv_format": "sbhd"})},
+        "qkv_format is 'sbhd'; wanted 'thd'",
+    ),
 }
 
 
-@pytest.mark.parametrize("seq_length, window, cut", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("fusion", [False, True], ids=["unfused", "fusion-flag"])
-def test_forward_backward(seq_length, window, cut, fusion):
-    """Float64: output, dq, dk, dv and dsinks are Hugging Face's."""
-    query, key, value, dout = qkv(seq_length, torch.float64)
-    hidden = hidden_keys(seq_length, window, cut)
-    module = attention(torch.float64, window, masked_softmax_fusion=fusion)
-    mask = None if cut is None else hidden_keys(seq_length, None, cut)
-
-    def megatron(query, key, value):
-        return module(query, key, value, mask)
-
-    results = run(megatron, (query, key, value), dout) + [module.softmax_offset.grad]
-
-    def reference(query, key, value, sinks):
-        return hf_attention(query, key, value, sinks, hidden)
-
-    references = run(reference, (query, key, value, SINKS.double()), dout)
-    for name, result, ref in zip(("out", "dq", "dk", "dv", "dsinks"), results, references):
-        assert relative_error(result, ref) < 1e-12, name
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    """In one sentence, with what to do; the neighbour `math` is accepted where it can be."""
+    fields, call, message = REFUSED[name]
+    q, k, v = tensors(12) if "packed_seq_params" in call else tensors(12, 1)
+    with pytest.raises(ValueError, match=message):
+        make(**fields)(q, k, v, **{"attention_mask": None, **call})
+    if name in ("dropout", "mask"):
+        make(**{**fields, "sink_attention_backend": "math"})(
+            q, k, v, **{"attention_mask": None, **call}
+        )
 
 
-def test_bfloat16():
-    """Softmax in float32: no further from float64 than Hugging Face's, which stays in bfloat16."""
-    query, key, value, dout = qkv(96, torch.bfloat16)  # a shape that the fused kernels take
-    hidden = hidden_keys(96, None, None)
-    module = attention(torch.bfloat16, None, masked_softmax_fusion=True)
-    sinks = SINKS.bfloat16()
-    results = run(lambda *qkv: module(*qkv, None), (query, key, value), dout)
-    results.append(module.softmax_offset.grad)
-
-    def hf(query, key, value, sinks):
-        return hf_attention(query, key, value, sinks, hidden)
-
-    hf_results = run(hf, (query, key, value, sinks), dout)
-    exact = run(hf, [t.double() for t in (query, key, value, sinks)], dout.double())
-    for name, result, hf_result, ref in zip(
-        ("out", "dq", "dk", "dv", "dsinks"), results, hf_results, exact
-    ):
-        assert result.dtype == torch.bfloat16, name
-        error, hf_error = relative_error(result, ref), relative_error(hf_result, ref)
-        assert error < 1.1 * hf_error, f"{name}: {error:.2e}, Hugging Face {hf_error:.2e}"
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("softmax_type", ["learnable", "off-by-one"])
+def test_gpu_against_unfused(softmax_type):
+    """bf16 on the fastest kernel against upstream's unfused path, a window and packed documents."""
+    layer = make(softmax_type, window_size=(127, 0), kv_channels=64, bf16=True,
+                 params_dtype=torch.bfloat16).cuda()  # fmt: skip
+    if softmax_type == "off-by-one":
+        layer.softmax_offset = layer.softmax_offset.cuda()
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(500, 2, heads, 64, generator=generator).to("cuda", torch.bfloat16)
+        for heads in (HEADS, GROUPS, GROUPS)
+    )
+    expected = attention_ref(
+        *(x.double() for x in (q, k, v)), layer.softmax_offset.double(), window=128
+    ).flatten(-2)
+    assert relative_error(layer(q, k, v, None), expected) < 4e-3

@@ -1,0 +1,384 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Attention with a learnable sink: every backend that this machine has, against one another.
+
+    python benchmarks/attention.py                         all cases, under 6 minutes on an H100
+    python benchmarks/attention.py --quick                 four cases, about a minute
+    python benchmarks/attention.py --cases causal-32k packed-32k --backends fa4 cudnn
+    python benchmarks/attention.py --json docs/benchmarks/attention_h100_202611.json --write-table
+
+One layer with the heads of gpt-oss, bf16, forward and backward. The values are checked first, on a
+short sequence of the same kind, against plain PyTorch in float64; a backend that is wrong gets no
+figure. Then all backends are timed in turn, with the sink and without, on fresh random data, by
+CUDA events; a row shows the median and the 20 % and 80 % quantiles.
+
+TFLOP/s are model FLOPs: 14 x seen query-key pairs x heads x head dim, whatever a kernel computes
+beyond them. MiB at the peak include q, k, v, out, lse and all gradients; `beyond` is the rest. The
+ratio is the time of the same kernel without a sink over that with one. `auto` is a row of its own,
+with the kernel that it takes, and its ratio is to the fastest kernel without a sink.
+
+--write-table makes the order measured here that of "auto" on this kind of card. FlexAttention
+stays out of it: it compiles for every shape anew.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from megatron.core.transformer.sink_attention import autotable, registry
+from megatron.core.transformer.sink_attention.backends.base import package_version
+from megatron.core.transformer.sink_attention.measure import (
+    Workload,
+    device,
+    errors,
+    peak_memory,
+    quantiles,
+    time_interleaved,
+)
+
+
+def documents(total: int, count: int) -> tuple[int, ...]:
+    """Lengths from short to long, in a mixed order, that add up to total."""
+    weights = [1 + (7 * i) % count for i in range(count)]
+    lengths = [total * weight // sum(weights) for weight in weights]
+    lengths[-1] += total - sum(lengths)
+    return tuple(lengths)
+
+
+K = 1024
+# In the order of their worth: the time limit cuts from the end.
+CASES = [
+    Workload("causal-8k", 8 * K),
+    Workload("causal-32k", 32 * K),
+    Workload("window-32k", 32 * K, window=128),
+    Workload("packed-32k", 32 * K, documents=documents(32 * K, 32)),
+    Workload("causal-1k-batch-32", K, batch=32),
+    Workload("causal-128k", 128 * K),
+    Workload("window-8k", 8 * K, window=128),
+    Workload("packed-window-32k", 32 * K, documents=documents(32 * K, 32), window=128),
+    Workload("causal-4k-batch-4", 4 * K, batch=4),
+]
+QUICK = ("causal-8k", "window-32k", "packed-32k", "causal-1k-batch-32")
+TINY = [
+    Workload("tiny", 96, heads=8, groups=2, dim=16),
+    Workload("tiny-packed", 96, documents=(1, 40, 55), window=8, heads=8, groups=2, dim=16),
+]
+# Compiling FlexAttention takes half a minute a case: here only unless it is asked for by name.
+FLEX_CASES = ("causal-8k", "causal-32k", "window-32k")
+ERROR_LIMIT = 1e-2
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    backend: str
+    kernel: str
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    tflops: float
+    peak_mib: float
+    beyond_mib: float
+    ms_without_sink: float
+    ratio: float
+    errors: dict
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    begin = time.perf_counter()
+    print(" ".join(f"{name}={value}" for name, value in machine().items()), flush=True)
+    rows, skipped = [], []
+    for workload in args.workloads:
+        spent = time.perf_counter() - begin
+        if spent > args.limit:
+            skipped.append([workload.name, f"not run: {spent:.0f} s of --limit {args.limit:.0f}"])
+            continue
+        found, left_out = run_case(workload, args)
+        rows += found
+        skipped += left_out
+        print(table(found), flush=True)
+    for case, reason in skipped:
+        print(f"{case}: {reason}")
+    packed_cost(rows)
+    against_aten(rows)
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+    if args.json:
+        write_json(args.json, rows, skipped)
+    if args.write_table:
+        write_table(rows, args.workloads)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown name is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(names(CASES)))
+    parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="all that can run by default")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
+    parser.add_argument(
+        "--limit", type=float, default=330, help="seconds after which no case begins"
+    )
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
+    args = parser.parse_args()
+    by_name = {workload.name: workload for workload in CASES + TINY}
+    chosen = args.cases or (QUICK if args.quick else names(CASES))
+    for name in chosen:
+        if name not in by_name:
+            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    for name in args.backends or ():
+        if name not in registry.BACKENDS:
+            parser.error(f"--backends {name}: unknown; there are {', '.join(registry.BACKENDS)}")
+    if args.write_table and device() == "cpu":
+        parser.error("--write-table: there is no GPU to measure")
+    args.workloads = [by_name[name] for name in chosen]
+    return args
+
+
+def names(workloads: list[Workload]) -> list[str]:
+    return [workload.name for workload in workloads]
+
+
+def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], list[list[str]]]:
+    """Check, time, measure memory. Returns rows, and [case, reason] for what is left out."""
+    checked, left_out = {}, []
+    for name, reason in workload.able().items():
+        label = f"{workload.name} {name}"
+        if args.backends and name not in args.backends:
+            continue
+        if reason is None and not args.backends:
+            reason = too_slow(workload, name)
+        if reason is None:
+            start = time.perf_counter()
+            checked[name], reason = check(workload, name)
+            print(f"{label}: checked in {time.perf_counter() - start:.1f} s", flush=True)
+        if reason is not None:
+            checked.pop(name, None)
+            left_out.append([label, reason])
+    if not checked:
+        return [], left_out
+    tensors = workload.tensors()
+    calls = {}
+    for name in checked:
+        if name != "fa4_native":  # without a sink it is fa4
+            calls[f"{name} without"] = (workload.call(name), False)
+        calls[name] = (workload.call(name), True)
+    auto = None
+    if not args.backends:
+        auto = chosen_by_auto(workload)
+        calls["auto"] = (workload.call("auto"), True)
+    times = time_interleaved(calls, tensors, args.seconds)
+    rows = [
+        make_row(workload, name, registry.BACKENDS[name].kernel, times, tensors, checked[name])
+        for name in sorted(checked, key=lambda name: quantiles(times[name])[1])
+    ]
+    if auto is not None:
+        rows.append(make_row(workload, "auto", auto, times, tensors, checked.get(auto, {})))
+    return rows, left_out
+
+
+def too_slow(workload: Workload, name: str) -> str | None:
+    """What would take the minutes of everything else."""
+    if device() == "cpu":
+        return None
+    if name == "math" and workload.pairs > 8192**2:
+        return "plain PyTorch, left out of long cases; name it with --backends"
+    if name == "flex" and workload.name not in FLEX_CASES:
+        return "takes half a minute to compile; name it with --backends"
+    return None
+
+
+def check(workload: Workload, name: str) -> tuple[dict, str | None]:
+    """Errors on a short sequence of the same kind, and why it gets no figure, if so."""
+    short = replace(workload, seqlen=min(1024, workload.seqlen), batch=workload.batch)
+    if workload.documents and workload.seqlen > 1024:
+        short = replace(short, documents=(1, 200, 311, 512))
+    try:
+        found = errors(short, name)
+    except Exception as error:  # goes on with the others, and says so at the end
+        return {}, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+    worst = max(found, key=found.get)
+    if not found[worst] < ERROR_LIMIT:
+        return {}, f"WRONG: relative error of {worst} is {found[worst]:.1e}, no figure"
+    return found, None
+
+
+def chosen_by_auto(workload: Workload) -> str:
+    """The kernel that "auto" takes, by asking the registry as the function does."""
+    from megatron.core.transformer.sink_attention.case import Case
+
+    window = workload.window
+    case = Case(
+        device=torch.device(device()),
+        dtype=workload.dtype,
+        batch=1 if workload.documents else workload.batch,
+        seqlen_q=workload.seqlen,
+        seqlen_k=workload.seqlen,
+        num_heads=workload.heads,
+        num_kv_heads=workload.groups,
+        head_dim=workload.dim,
+        window=window,
+        packed=workload.documents is not None,
+    )
+    return registry.choose(case).name
+
+
+def make_row(workload, name, kernel, times, tensors, found) -> Row:
+    p20, median, p80 = quantiles(times[name])
+    without = [key for key in times if key.endswith(" without")]
+    if name == "auto":
+        plain = min(quantiles(times[key])[1] for key in without) if without else math.nan
+    else:
+        key = f"{name.removesuffix('_native')} without"
+        plain = quantiles(times[key])[1] if key in times else math.nan
+    peak, beyond = peak_memory(workload.call(name), tensors)
+    return Row(
+        case=workload.name,
+        backend=name,
+        kernel=kernel,
+        ms=median,
+        ms_p20=p20,
+        ms_p80=p80,
+        tflops=workload.flops / median / 1e9,
+        peak_mib=peak,
+        beyond_mib=beyond,
+        ms_without_sink=plain,
+        ratio=plain / median,
+        errors=found,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    head = ["case", "backend", "ms", "p20", "p80", "TFLOP/s", "peak MiB", "beyond MiB"]
+    lines = [[*head, "ms without sink", "ratio", "max error", "kernel"]]
+    for row in rows:
+        figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80)]
+        figures += [f"{x:.0f}" for x in (row.tflops, row.peak_mib, row.beyond_mib)]
+        figures += [f"{row.ms_without_sink:.3f}", f"{row.ratio:.3f}"]
+        worst = f"{max(row.errors.values()):.1e}" if row.errors else "-"
+        lines.append([row.case, row.backend, *figures, worst, row.kernel])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i in (0, 1, 11) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(["", *text])
+
+
+def packed_cost(rows: list[Row]) -> None:
+    """What packed documents cost against a dense batch of their mean length, pair for pair."""
+    by_key = {(row.case, row.backend): row for row in rows}
+    flops = {workload.name: workload.flops for workload in CASES}
+    for row in rows:
+        dense = by_key.get(("causal-1k-batch-32", row.backend))
+        if row.case != "packed-32k" or dense is None or row.backend == "auto":
+            continue
+        implied = dense.ms * flops[row.case] / flops[dense.case]
+        print(
+            f"packed-32k {row.backend}: {row.ms:.3f} ms; its pairs cost {implied:.3f} ms in "
+            f"{dense.case}; {row.ms / implied:.2f} of that"
+        )
+
+
+def against_aten(rows: list[Row]) -> None:
+    """Every kernel's gain over FlashAttention 2 inside PyTorch, which everybody has."""
+    aten = {row.case: row for row in rows if row.backend == "aten_fa2"}
+    for row in rows:
+        base = aten.get(row.case)
+        if base is None or row.backend == "aten_fa2":
+            continue
+        print(
+            f"{row.case} {row.backend}: {base.ms / row.ms:.2f} x aten_fa2 with a sink, "
+            f"{base.ms_without_sink / row.ms:.2f} x aten_fa2 without"
+        )
+
+
+def machine() -> dict[str, str]:
+    """What the figures belong to."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__}
+    if device() == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        facts["gpu"] = card.name.replace(" ", "_")
+        facts["capability"] = f"{card.major}.{card.minor}"
+        facts["cuda"] = str(torch.version.cuda)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
+        facts["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        facts["gpu"] = "none"
+    for name in ("triton", "flash-attn", "flash-attn-4", "transformer-engine"):
+        facts[name] = package_version(name) or "none"
+    facts["commit"] = run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    return facts
+
+
+def run(*words: str) -> str:
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.split("\n")[0].strip() or "unknown"
+
+
+def write_json(path: str, rows: list[Row], skipped: list[list[str]]) -> None:
+    """The same rows, with the machine and the command."""
+    report = {
+        "machine": machine(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(row).items()}
+            for row in rows
+        ],
+        "left_out": [{"case": case, "reason": reason} for case, reason in skipped],
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(target)
+
+
+def write_table(rows: list[Row], workloads: list[Workload]) -> None:
+    """The order measured, per kind of mask; it changes half way (of the logarithm) to the next."""
+    kinds = {}
+    for workload in workloads:
+        ranked = [r for r in rows if r.case == workload.name and r.backend not in ("auto", "flex")]
+        if len(ranked) > 1 and workload.batch == 1:
+            ranked.sort(key=lambda row: row.ms)
+            kinds.setdefault(workload.kind, {})[workload.seqlen] = [r.backend for r in ranked]
+    entries = {}
+    for kind, by_length in kinds.items():
+        lengths = sorted(by_length)
+        starts = [0] + [int(math.sqrt(a * b)) for a, b in zip(lengths, lengths[1:])]
+        entries[kind] = [
+            {"min_seqlen": start, "order": by_length[length]}
+            for start, length in zip(starts, lengths)
+        ]
+    card = autotable.card_family(torch.cuda.get_device_capability())
+    autotable.write(card, entries, {**machine(), "date": time.strftime("%Y-%m-%d")})
+    print(f"{autotable.PATH}: {card} {', '.join(entries)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""One file a kernel; the interface is in base.py."""

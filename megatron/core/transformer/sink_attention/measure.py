@@ -1,0 +1,206 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Speed, memory and error of the backends, for `gptoss doctor` and the benchmark.
+
+On the GPU where there is one. On the CPU the same functions run, with a clock for the events and
+without figures of memory.
+"""
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from megatron.core.transformer.sink_attention.api import available_backends, sink_attention
+
+# Cycles of idling (about 1 ms) in front of a measurement: the host gets ahead of the device, as it
+# is in training, and short kernels are not timed by their launches.
+_HEAD_START = 2_000_000
+
+
+def device() -> str:
+    """Where everything here runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention layer: gpt-oss' heads by default.
+
+    Attributes:
+        seqlen: tokens of a sequence; of the whole pack with documents.
+        documents: lengths of the documents of a pack; None for a dense batch.
+    """
+
+    name: str
+    seqlen: int
+    batch: int = 1
+    documents: tuple[int, ...] | None = None
+    window: int | None = None
+    heads: int = 64
+    groups: int = 8
+    dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def kind(self) -> str:
+        mask = "causal" if self.window is None else "window"
+        return f"packed_{mask}" if self.documents else mask
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        return (self.seqlen,) if self.documents else (self.seqlen, self.batch)
+
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that are seen, of one head over the batch."""
+        lengths = self.documents or (self.seqlen,) * self.batch
+        return sum(visible_pairs(length, self.window) for length in lengths)
+
+    @property
+    def flops(self) -> int:
+        """Model FLOPs of forward and backward: 2 products of pairs x hn forward, 5 backward."""
+        return 14 * self.pairs * self.heads * self.dim
+
+    def able(self) -> dict[str, str | None]:
+        """For every backend None, or why it cannot run this."""
+        return available_backends(
+            (*self.lead, self.heads, self.dim),
+            (*self.lead, self.groups, self.dim),
+            self.dtype,
+            device(),
+            window=self.window,
+        )
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """q, k, v, sink, dout, unfilled but for the sink."""
+
+        def empty(heads):
+            return torch.empty(*self.lead, heads, self.dim, dtype=self.dtype, device=device())
+
+        sink = torch.linspace(-4, 8, self.heads, device=device()).requires_grad_()
+        leaves = [empty(n).requires_grad_() for n in (self.heads, self.groups, self.groups)]
+        return (*leaves, sink, empty(self.heads))
+
+    def call(self, backend: str) -> Callable:
+        """sink_attention with this workload's options, of q, k, v, sink."""
+        options = dict(window=self.window, backend=backend)
+        if self.documents:
+            bounds = torch.tensor([0, *self.documents]).cumsum(0)
+            options["cu_seqlens"] = bounds.int().to(device())
+            options["max_seqlen"] = max(self.documents)
+        return lambda *tensors: sink_attention(*tensors, **options)
+
+
+def visible_pairs(length: int, window: int | None) -> int:
+    """Query-key pairs of one sequence."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+@torch.no_grad()
+def refill(tensors: tuple[Tensor, ...]) -> None:
+    """Other random numbers: nothing stays in the cache, and power draw is that of real data."""
+    q, k, v, _, dout = tensors
+    for x in (q, k, v, dout):
+        x.normal_()
+
+
+def run_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> list[Tensor]:
+    """out and the gradients."""
+    q, k, v, sink, dout = tensors
+    inputs = (q, k, v, sink) if with_sink else (q, k, v)
+    out = call(q, k, v, sink if with_sink else None)
+    return [out, *torch.autograd.grad(out, inputs, dout)]
+
+
+def time_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> float:
+    """Milliseconds of one forward and backward on fresh numbers, by CUDA events."""
+    refill(tensors)
+    if device() == "cpu":
+        start = time.perf_counter()
+        run_once(call, tensors, with_sink)
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_HEAD_START)
+    begin.record()
+    run_once(call, tensors, with_sink)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def time_interleaved(
+    calls: dict[str, tuple[Callable, bool]],
+    tensors: tuple[Tensor, ...],
+    seconds: float,
+    max_rounds: int = 20,
+) -> dict[str, list[float]]:
+    """Times of several calls (function, with sink) in turn, so that all see the same clocks.
+
+    Args:
+        seconds: for all rounds together; three rounds are done in any case.
+    """
+    times = {name: [] for name in calls}
+    for name, (call, with_sink) in calls.items():  # warm: plans, workspaces, allocator
+        time_once(call, tensors, with_sink)
+    spent, rounds = 0.0, 0
+    while rounds < 3 or (rounds < max_rounds and spent < seconds * 1e3):
+        for name, (call, with_sink) in calls.items():
+            times[name].append(time_once(call, tensors, with_sink))
+            spent += times[name][-1]
+        rounds += 1
+    return times
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """20 %, median, 80 %."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    cuts = statistics.quantiles(times, n=5, method="inclusive")
+    return cuts[0], statistics.median(times), cuts[3]
+
+
+def peak_memory(call: Callable, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
+    """MiB at the peak of a forward and backward, and the part beyond its tensors.
+
+    Those are q, k, v, out, lse and their gradients: what is left is the kernel's workspace.
+    """
+    if device() == "cpu":
+        return math.nan, math.nan
+    refill(tensors)
+    run_once(call, tensors, True)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run_once(call, tensors, True)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    q = tensors[0]
+    theirs = sum(x.numel() * x.element_size() for x in results) + 4 * q.numel() // q.shape[-1]
+    given = sum(x.numel() * x.element_size() for x in tensors)
+    mib = 2**20
+    return (peak - before + given) / mib, (peak - before - theirs) / mib
+
+
+def errors(workload: Workload, backend: str, with_sink: bool = True) -> dict[str, float]:
+    """Relative errors (norms) of out and the gradients against `math` in float64."""
+    tensors = workload.tensors()
+    generator = torch.Generator(device=device()).manual_seed(1)
+    with torch.no_grad():
+        for x in (*tensors[:3], tensors[4]):
+            x.normal_(generator=generator)
+    values = run_once(workload.call(backend), tensors, with_sink)
+    exact = [x.detach().double() for x in tensors]
+    exact = tuple(x.requires_grad_(i < 4) for i, x in enumerate(exact))
+    expected = run_once(replace(workload, dtype=torch.float64).call("math"), exact, with_sink)
+    names = ("out", "dq", "dk", "dv", "dsink")
+    return {
+        name: ((value.double() - target).norm() / target.norm()).item()
+        for name, value, target in zip(names, values, expected)
+    }
