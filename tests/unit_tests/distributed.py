@@ -19,6 +19,7 @@ every rank that hangs; the ranks are then replaced, for the others may wait in a
 import faulthandler
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -34,10 +35,19 @@ PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return sock.getsockname()[1]
+    """A TCP port that nobody listens on now.
+
+    Below the range from which the kernel takes the ports of outgoing connections: gloo opens many,
+    and one of them could take the port between this look and the rank that listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(('127.0.0.1', port))
+            except OSError:
+                continue
+            return port
 
 
 class RankFailure(AssertionError):

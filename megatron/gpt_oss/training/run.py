@@ -5,7 +5,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -129,12 +128,8 @@ def _single_process_environment() -> None:
     """`python pretrain_gpt_oss.py` without torchrun is a run of one rank."""
     if "RANK" in os.environ:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", port)):
-        os.environ[name] = str(value)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = "0"  # any free one: nobody else has to find it
 
 
 @contextlib.contextmanager
