@@ -19,7 +19,7 @@ class Progress:
     def __init__(self, total: float, unit: str, scale: float = 1.0, enabled: bool = True):
         self._total, self._unit, self._scale = max(total, 1e-9), unit, scale
         self._enabled = enabled and sys.stderr.isatty()
-        self._done = 0.0
+        self._done = self._before = 0.0
         self._start = time.monotonic()
         self._shown = 0.0
 
@@ -30,6 +30,10 @@ class Progress:
         if self._enabled and self._shown:
             print(file=sys.stderr)
 
+    def begin_at(self, done: float) -> None:
+        """Count what an earlier process did, which says nothing of the speed of this one."""
+        self._done = self._before = done
+
     def advance(self, amount: float, note: str = "") -> None:
         """Count work as done; the line is redrawn ten times a second at most."""
         self._done += amount
@@ -37,7 +41,7 @@ class Progress:
         if not self._enabled or (now - self._shown < 0.1 and self._done < self._total):
             return
         self._shown = now
-        speed = self._done / max(now - self._start, 1e-9)
+        speed = (self._done - self._before) / max(now - self._start, 1e-9)
         left = (self._total - self._done) / max(speed, 1e-9)
         line = (
             f"{100 * self._done / self._total:5.1f} %  "

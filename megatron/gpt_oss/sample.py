@@ -5,8 +5,6 @@
 Without a KV cache it is slow and simple: for a look at what a run has learned, on any machine.
 """
 
-import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
@@ -75,35 +73,14 @@ def open_hf_model(folder: str | Path) -> Iterator[torch.nn.Module]:
 
     On CUDA in bf16, else in fp32. The process must not have a process group yet.
     """
-    from megatron.core import device_utils, parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core import device_utils
     from megatron.gpt_oss.checkpoint.load import load_hf
-    from megatron.gpt_oss.layer_specs import model_config
+    from megatron.gpt_oss.single_rank import single_rank_model
 
     preset = preset_from_hf_config(read_hf_config(Path(folder)))
-    if torch.distributed.is_initialized():
-        raise RuntimeError("open_hf_model makes its own process group, and there is one already")
-    with tempfile.TemporaryDirectory() as rendezvous:
-        torch.distributed.init_process_group(
-            device_utils.default_backend(),
-            init_method=f"file://{os.path.join(rendezvous, 'store')}",
-            rank=0,
-            world_size=1,
-        )
-        try:
-            parallel_state.initialize_model_parallel()
-            model_parallel_cuda_manual_seed(0)
-            config = model_config(preset, bf16=device_utils.is_cuda())
-            config.finalize()
-            groups = ProcessGroupCollection.use_mpu_process_groups()
-            model = config.get_builder_cls()(config).build_model(groups)
-            model.to(device_utils.device_name()).eval()
-            load_hf([model], folder)
-            yield model
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
+    with single_rank_model(preset, bf16=device_utils.is_cuda()) as model:
+        load_hf([model], folder)
+        yield model
 
 
 def sample_hf(

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron.gpt_oss.checkpoint.mxfp4 import dequantize
+from megatron.gpt_oss.checkpoint.mxfp4 import BLOCK, NAN_SCALE, dequantize
+from megatron.gpt_oss.checkpoint.safetensors_file import Entry, SafetensorsFile
 from megatron.gpt_oss.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,7 +30,7 @@ class HFReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._open_files: dict[str, safe_open] = {}
+        self._open_files: dict[str, SafetensorsFile] = {}
         self._last: tuple[tuple, torch.Tensor] | None = None
         index = self.folder / INDEX_NAME
         if index.is_file():
@@ -39,7 +39,7 @@ class HFReader:
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
         elif (self.folder / SINGLE_NAME).is_file():
-            self._file_of = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+            self._file_of = dict.fromkeys(self._open(SINGLE_NAME).entries, SINGLE_NAME)
         else:
             raise CheckpointError(
                 f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Is the download "
@@ -66,10 +66,22 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor as `read` returns it."""
-        if self._is_mxfp4(name):
-            experts, out, groups, _ = self._slice(name + MXFP4_SUFFIXES[0]).get_shape()
-            return experts, groups * 32, out
-        return tuple(self._slice(name).get_shape())
+        if self.is_mxfp4(name):
+            experts, out, groups, _ = self.entry(name + MXFP4_SUFFIXES[0]).shape
+            return experts, groups * BLOCK, out
+        return self.entry(name).shape
+
+    def files(self) -> dict[str, dict[str, Entry]]:
+        """The tensors that each file holds, as they are stored."""
+        return {name: self._open(name).entries for name in sorted(set(self._file_of.values()))}
+
+    def stored_in(self, name: str) -> Path:
+        """The file of a stored tensor (of the first of a MXFP4 pair)."""
+        return self.folder / self._file_of[name if name in self._file_of else self._stored(name)[0]]
+
+    def is_mxfp4(self, name: str) -> bool:
+        """Whether a tensor is stored as blocks and scales."""
+        return name not in self._file_of and name + MXFP4_SUFFIXES[0] in self._file_of
 
     def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
         """Read a tensor, or a part of it.
@@ -84,47 +96,86 @@ class HFReader:
         """
         key = (name, tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index))
         if self._last is None or self._last[0] != key:
-            read = self._read_mxfp4 if self._is_mxfp4(name) else self._read_plain
+            read = self._read_mxfp4 if self.is_mxfp4(name) else self._read_plain
             self._last = (key, read(name, index))
         return self._last[1]
 
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a stored tensor.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is missing or damaged.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(self._missing_message(name))
+        entries = self._open(self._file_of[name]).entries
+        if name not in entries:
+            raise CheckpointError(
+                f"{self.folder / self._file_of[name]} does not hold '{name}', which its index "
+                f"promises; it holds {len(entries)} other tensors. Fetch the file again."
+            )
+        return entries[name]
+
+    def check_scales(self, name: str) -> None:
+        """Read the scales of an MXFP4 tensor, a 17th of it, and refuse NaN and what overflows.
+
+        Raises:
+            CheckpointError: names file, tensor, place and value.
+        """
+        stored = self._stored(name)[1]
+        for expert in range(self.entry(stored).shape[0]):
+            if self._read_plain(stored, (expert,)).max() >= NAN_SCALE - 2:
+                self.read(name, (expert,))
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        for file in self._open_files.values():
+            file.close()
+        self._open_files = {}
+
     def _read_plain(self, name: str, index: tuple) -> torch.Tensor:
-        return self._slice(name)[index if index else slice(None)]
+        self.entry(name)
+        return self._open(self._file_of[name]).read(name, index)
 
     def _read_mxfp4(self, name: str, index: tuple) -> torch.Tensor:
         """BF16 index [experts, in, out] of a tensor stored [experts, out, in / 32]."""
         expert, columns, rows = (*index, *(slice(None),) * (3 - len(index)))
-        blocks, scales = (self._slice(name + suffix)[expert, rows] for suffix in MXFP4_SUFFIXES)
-        return dequantize(blocks, scales).transpose(-1, -2)[..., columns, :]
+        blocks, scales = (self._read_plain(n, (expert, rows)) for n in self._stored(name))
+        values = dequantize(blocks, scales)
+        if scales.numel() and scales.max() >= NAN_SCALE - 2:  # may overflow, or is NaN
+            self._check_scales(name, scales, values, expert, rows)
+        return values.transpose(-1, -2)[..., columns, :]
 
-    def _is_mxfp4(self, name: str) -> bool:
-        return name not in self._file_of and name + MXFP4_SUFFIXES[0] in self._file_of
+    def _check_scales(self, name, scales, values, expert, rows) -> None:
+        bad = ~torch.isfinite(values.unflatten(-1, (-1, BLOCK))).all(-1) | (scales == NAN_SCALE)
+        if not bad.any():
+            return
+        place = bad.nonzero()[0].tolist()
+        scale = scales[tuple(place)].item()
+        if isinstance(expert, int):
+            place = [expert, *place]
+        else:
+            place[0] += expert.start or 0
+        place[1] += rows.start or 0
+        stored = self._stored(name)[1]
+        raise CheckpointError(
+            f"{self.folder / self._file_of[stored]}: '{stored}' has {scale} at {place}"
+            + (" (NaN)" if scale == NAN_SCALE else ", and its block overflows")
+            + f"; expected {NAN_SCALE - 3} at most. The file is damaged; fetch it again."
+        )
 
-    def _slice(self, name: str):
-        if name not in self._file_of:
-            raise CheckpointError(self._missing_message(name))
-        try:
-            return self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{self.folder / self._file_of[name]} does not hold '{name}', which its index "
-                f"promises ({error}). Fetch the file again."
-            ) from error
+    @staticmethod
+    def _stored(name: str) -> tuple[str, str]:
+        return name + MXFP4_SUFFIXES[0], name + MXFP4_SUFFIXES[1]
 
-    def _open(self, filename: str):
+    def _open(self, filename: str) -> SafetensorsFile:
         if filename not in self._open_files:
-            path = self.folder / filename
             try:
-                self._open_files[filename] = safe_open(path, framework="pt")
+                self._open_files[filename] = SafetensorsFile(self.folder / filename)
             except FileNotFoundError as error:
                 raise CheckpointError(
                     f"{self.folder} lacks {filename}, which its index names. Is the download "
                     "complete?"
-                ) from error
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{path} ({path.stat().st_size} bytes) is damaged or cut short ({error}). "
-                    "Fetch the file again."
                 ) from error
         return self._open_files[filename]
 

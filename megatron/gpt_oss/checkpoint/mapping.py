@@ -86,7 +86,8 @@ def hf_to_megatron(where: Location, preset: Preset, read: ReadFn) -> torch.Tenso
         read: read(name, index) gives a part of a Hugging Face tensor; index is an int or a
             contiguous slice for each leading dimension.
     Returns:
-        The part, of the shape that `where.index` says. Rows that only pad the vocabulary are 0.
+        The part, of the shape that `where.index` says, perhaps a transposed view (`copy_matrix`
+        copies it fast). Rows that only pad the vocabulary are 0.
     Raises:
         CheckpointError: the key has no counterpart.
     """
@@ -102,10 +103,11 @@ def hf_to_megatron(where: Location, preset: Preset, read: ReadFn) -> torch.Tenso
     experts = prefix + "mlp.experts."
     if where.expert is not None and where.key == FC1 + "weight":
         rows, columns = where.index
-        gate_up = _read_fc1(
-            rows, preset, lambda r: read(experts + "gate_up_proj", (where.expert, columns, r))
+        return _read_fc1(
+            rows,
+            preset,
+            lambda r: read(experts + "gate_up_proj", (where.expert, columns, r)).transpose(0, 1),
         )
-        return gate_up.transpose(0, 1)
     if where.expert is not None and where.key == FC1 + "bias":
         return _read_fc1(
             where.index[0], preset, lambda r: read(experts + "gate_up_proj_bias", (where.expert, r))
@@ -159,14 +161,46 @@ def _read_qkv(where: Location, preset: Preset, prefix: str, read: ReadFn) -> tor
 
 
 def _read_fc1(rows: slice, preset: Preset, read: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """Rows of [gate; up] from a last dimension that interleaves them."""
+    """Rows of [gate; up] from a first dimension that interleaves them."""
     width = preset.moe_ffn_hidden_size
     pieces = []
     for half in (0, 1):  # gate at even positions, up at odd ones
         first, last = max(rows.start - half * width, 0), min(rows.stop - half * width, width)
         if first < last:
-            pieces.append(read(slice(2 * first, 2 * last))[..., half::2])
-    return torch.cat(pieces, dim=-1)
+            pieces.append(read(slice(2 * first, 2 * last))[half::2])
+    if len(pieces) == 1:
+        return pieces[0]
+    out = pieces[0].new_empty(rows.stop - rows.start, *pieces[0].shape[1:])
+    for part, piece in zip(out.split([len(p) for p in pieces]), pieces):
+        copy_matrix(part, piece)
+    return out
+
+
+# 2880 x 2880 in bf16 on one core: 0.38 GB/s as one copy, 0.81 GB/s in panels of this many columns.
+_PANEL = 128
+
+
+def copy_matrix(out: torch.Tensor, value: torch.Tensor) -> None:
+    """`out.copy_(value)`; a transposed matrix in panels that stay in the cache."""
+    if value.dim() == 2 and value.stride(0) < value.stride(1) and out.device.type == "cpu":
+        for to, part in zip(out.split(_PANEL, dim=1), value.split(_PANEL, dim=1)):
+            to.copy_(part)
+    else:
+        out.copy_(value)
+
+
+def as_contiguous(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor itself where it is as wanted already, else a copy."""
+    if value.is_contiguous() and value.dtype == dtype:
+        return value
+    out = torch.empty(value.shape, dtype=dtype)
+    copy_matrix(out, value)
+    return out
+
+
+def is_expert_matrix(name: str) -> bool:
+    """Whether a Hugging Face tensor holds matrices of all experts (what MXFP4 quantises)."""
+    return name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
 
 
 class MegatronSource(Protocol):
@@ -175,8 +209,8 @@ class MegatronSource(Protocol):
     def whole(self, key: str) -> torch.Tensor:
         """A global tensor without layers."""
 
-    def layer(self, keys: tuple[str, ...], layer: int) -> torch.Tensor:
-        """One layer of a tensor, all experts, under the first of the keys that exists."""
+    def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
+        """One layer of a tensor (of one expert), under the first of the keys that exists."""
 
 
 def hf_names(preset: Preset) -> list[str]:
@@ -224,18 +258,23 @@ def hf_shape(name: str, preset: Preset) -> tuple[int, ...]:
     return (hidden,)  # a norm
 
 
-def megatron_to_hf(name: str, preset: Preset, source: MegatronSource) -> torch.Tensor:
+def megatron_to_hf(
+    name: str, preset: Preset, source: MegatronSource, expert: int | None = None
+) -> torch.Tensor:
     """Build one Hugging Face tensor (BF16 layout) from Megatron's.
 
     Args:
         name: one of `hf_names`.
         preset: the model's sizes; rows that only pad the vocabulary are left out.
         source: gives Megatron tensors, one layer at a time.
+        expert: give only this expert's part of a tensor of the experts.
+    Returns:
+        The tensor, perhaps a transposed view.
     """
     for key, hf_name in GLOBAL_NAMES.items():
         if name == hf_name:
             tensor = source.whole(key)
-            return tensor if tensor.dim() == 1 else tensor[: preset.vocab_size].contiguous()
+            return tensor if tensor.dim() == 1 else tensor[: preset.vocab_size]
     _, _, number, ending = name.split(".", 3)
     layer = int(number)
     keys = tuple(key for key, hf_ending in LAYER_NAMES.items() if hf_ending == ending)
@@ -244,15 +283,14 @@ def megatron_to_hf(name: str, preset: Preset, source: MegatronSource) -> torch.T
     match = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", ending)
     if match:
         return _split_qkv(source.layer((QKV + match[2],), layer), match[1], preset)
-    if ending == "mlp.experts.gate_up_proj":
-        return _interleave(source.layer((FC1 + "weight",), layer)).transpose(1, 2).contiguous()
-    if ending == "mlp.experts.gate_up_proj_bias":
-        return _interleave(source.layer((FC1 + "bias",), layer))
-    if ending == "mlp.experts.down_proj":
-        return source.layer((FC2 + "weight",), layer).transpose(1, 2).contiguous()
-    if ending == "mlp.experts.down_proj_bias":
-        return source.layer((FC2 + "bias",), layer)
-    raise CheckpointError(_no_counterpart(name))
+    match = re.fullmatch(r"mlp\.experts\.(gate_up|down)_proj(_bias)?", ending)
+    if match is None:
+        raise CheckpointError(_no_counterpart(name))
+    key = (FC1 if match[1] == "gate_up" else FC2) + ("bias" if match[2] else "weight")
+    tensor = source.layer((key,), layer, expert)
+    if match[1] == "gate_up":
+        tensor = _interleave(tensor, dim=0 if expert is not None else 1)
+    return tensor if match[2] else tensor.transpose(-1, -2)
 
 
 def _split_qkv(qkv: torch.Tensor, letter: str, preset: Preset) -> torch.Tensor:
@@ -263,10 +301,10 @@ def _split_qkv(qkv: torch.Tensor, letter: str, preset: Preset) -> torch.Tensor:
     return groups[:, part].reshape(-1, *qkv.shape[1:]).contiguous()
 
 
-def _interleave(gate_then_up: torch.Tensor) -> torch.Tensor:
-    """[experts, 2f, ...] with gate first to gate 0, up 0, gate 1, ..."""
-    gate, up = gate_then_up.chunk(2, dim=1)
-    return torch.stack((gate, up), dim=2).flatten(1, 2).contiguous()
+def _interleave(gate_then_up: torch.Tensor, dim: int) -> torch.Tensor:
+    """Gate first and then up, to gate 0, up 0, gate 1, ..."""
+    gate, up = gate_then_up.chunk(2, dim=dim)
+    return torch.stack((gate, up), dim=dim + 1).flatten(dim, dim + 1)
 
 
 def _no_counterpart(name: str) -> str:

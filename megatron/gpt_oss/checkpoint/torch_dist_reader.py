@@ -2,6 +2,8 @@
 
 """Parts of the model's tensors in a Megatron torch_dist checkpoint, without any process group."""
 
+import dataclasses
+import pickle
 import re
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron.gpt_oss.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
+# Folder of a converted checkpoint with what its Hugging Face source had beside the weights.
+COMPANIONS_NAME = "hf"
 
 
 def find_iteration(folder: str | Path) -> Path:
@@ -53,6 +57,9 @@ class TorchDistReader:
         self.folder = Path(folder)
         self._storage = dcp.FileSystemReader(self.folder)
         self._metadata = self._storage.read_metadata()
+        # Once: dcp.load would read the metadata again for every tensor.
+        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._pieces: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         # Tensors of the optimizer carry a prefix of their own and are never asked for.
         self._tensors = {
             key: value
@@ -86,28 +93,48 @@ class TorchDistReader:
         size = self._tensors[self._known(key)].size
         return self._read(key, (0,) * len(size), tuple(size))
 
-    def layer(self, keys: tuple[str, ...], layer: int) -> torch.Tensor:
-        """One layer of a tensor, all experts, under the first of the keys that exists."""
+    def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
+        """One layer of a tensor (of one expert), under the first of the keys that exists."""
         for key in keys:
             stacked, single = f"decoder.layers.{key}", f"decoder.layers.{layer}.{key}"
             if stacked in self._tensors:
-                size = tuple(self._tensors[stacked].size)
-                start = (layer, *(0,) * (len(size) - 1))
-                return self._read(stacked, start, (1, *size[1:]))[0]
-            if single in self._tensors:
-                return self.whole(single)
+                leading, key = [layer], stacked
+            elif single in self._tensors:
+                leading, key = [], single
+            else:
+                continue
+            leading += [expert] if expert is not None else []
+            size = tuple(self._tensors[key].size)[len(leading) :]
+            start = (*leading, *(0,) * len(size))
+            return self._read(key, start, (1,) * len(leading) + size).reshape(size)
         raise CheckpointError(self._missing(f"decoder.layers.{keys[0]}"))
 
     def _read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-        planner = _PartPlanner(key, start, size, self._tensors[key])
+        planner = _PartPlanner(key, start, size, self._nearby(key, start[0]))
         try:
-            dcp.load({}, storage_reader=self._storage, planner=planner, no_dist=True)
-        except (OSError, EOFError, RuntimeError, dcp.api.CheckpointException) as error:
+            self._storage.read_data(planner.create_local_plan(), planner).wait()
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{self.folder}: tensor '{key}' cannot be read ({_first_line(error)}). The "
                 "checkpoint is damaged or cut short; use an older iteration."
             ) from error
         return planner.part
+
+    def _nearby(self, key: str, layer: int) -> TensorStorageMetadata:
+        """The tensor's metadata with those pieces alone that hold this layer.
+
+        The experts of 120b are 9216 pieces, and finding one's own among all takes as many
+        comparisons, 9216 times.
+        """
+        tensor = self._tensors[key]
+        if not re.match(r"decoder\.layers\.\D", key):
+            return tensor
+        if key not in self._pieces:
+            self._pieces[key] = table = {}
+            for chunk in tensor.chunks:
+                for held in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
+                    table.setdefault(held, []).append(chunk)
+        return dataclasses.replace(tensor, chunks=self._pieces[key].get(layer, []))
 
     def _known(self, key: str) -> str:
         if key not in self._tensors:

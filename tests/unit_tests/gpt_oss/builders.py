@@ -8,7 +8,10 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from megatron.gpt_oss.checkpoint.export import QUANTIZATION_CONFIG
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.mapping import is_expert_matrix
+from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.tiny import random_hf_tensors
@@ -74,4 +77,42 @@ def write_hf(folder, preset, tensors, dtype=torch.bfloat16, config=None):
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
     (folder / 'config.json').write_text(json.dumps(config or hf_config_from_preset(preset)))
+    return folder
+
+
+def mxfp4_tensors(tensors, seed=0):
+    """The same with the experts' matrices as random blocks and scales, as published files are."""
+    generator = torch.Generator().manual_seed(seed + 7)
+    stored = {}
+    for name, tensor in tensors.items():
+        if not is_expert_matrix(name):
+            stored[name] = tensor.to(torch.bfloat16)
+            continue
+        experts, fan_in, fan_out = tensor.shape
+        shape = (experts, fan_out, fan_in // 32)
+        stored[name + '_blocks'] = torch.randint(
+            0, 256, (*shape, 16), dtype=torch.uint8, generator=generator
+        )
+        stored[name + '_scales'] = torch.randint(
+            117, 124, shape, dtype=torch.uint8, generator=generator
+        )
+    return stored
+
+
+def write_mxfp4(folder, preset, tensors):
+    """Write an MXFP4 folder in two files, with config, index and tokenizer as published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_byte_tokenizer(folder)
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
+        file = f'model-0000{number}-of-00002.safetensors'  # numbered from 0, as openai's files
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={'format': 'pt'})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {'metadata': {}, 'weight_map': weight_map}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    config = hf_config_from_preset(preset, quantization_config=QUANTIZATION_CONFIG)
+    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / 'generation_config.json').write_text('{"eos_token_id": 7}')
+    (folder / 'chat_template.jinja').write_text('{{ messages }}')
     return folder

@@ -10,14 +10,23 @@ import pytest
 import torch
 
 from megatron.core import dist_checkpointing
-from megatron.gpt_oss.checkpoint.export import ModelSource, export_hf
+from megatron.gpt_oss.checkpoint.export import ExportJob, ModelSource, export_hf
 from megatron.gpt_oss.checkpoint.export import write_hf as write_from_source
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 from megatron.gpt_oss.checkpoint.load import load_hf, load_hf_hook
+from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.errors import CheckpointError, UsageError
-from tests.unit_tests.gpt_oss.builders import ODD, build_model, trained_tensors, write_hf
+from tests.unit_tests.gpt_oss.builders import (
+    ODD,
+    TINY,
+    build_model,
+    mxfp4_tensors,
+    trained_tensors,
+    write_hf,
+    write_mxfp4,
+)
 
 
 @pytest.fixture(scope='module')
@@ -147,6 +156,96 @@ def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
     with pytest.raises(CheckpointError, match="cannot be read.*older iteration"):
         export_hf(copy, tmp_path / 'out', like=hf)
     assert [p.name for p in tmp_path.iterdir()] == ['save']
+
+
+def test_mxfp4_loads_in_transformers(tmp_path):
+    """As published: two files of the same names, blocks and scales, what transformers expects."""
+    transformers = pytest.importorskip('transformers')
+    source = write_mxfp4(tmp_path / 'hf', TINY, mxfp4_tensors(trained_tensors(TINY)))
+    convert_to_megatron(source, tmp_path / 'megatron')
+    out = export_hf(tmp_path / 'megatron', tmp_path / 'out', dtype='mxfp4')
+    for name in (p.name for p in source.iterdir()):
+        assert (out / name).is_file(), name
+    index, original = (
+        json.loads((f / 'model.safetensors.index.json').read_text()) for f in (out, source)
+    )
+    assert index['weight_map'] == original['weight_map']
+    config = json.loads((out / 'config.json').read_text())
+    assert config['quantization_config']['quant_method'] == 'mxfp4'
+    assert config['dtype'] == 'bfloat16'
+    _same_tensors(source, out)  # random blocks are representable: the same values come back
+    model, info = transformers.GptOssForCausalLM.from_pretrained(
+        out,
+        quantization_config=transformers.Mxfp4Config(dequantize=True),
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    reader = HFReader(source)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, reader.read(name)), name
+
+
+def test_mxfp4_of_trained_weights_is_the_nearest(tmp_path):
+    """BF16 -> MXFP4 -> BF16 moves a value by half a step at most, and a second time by nothing."""
+    source = write_hf(tmp_path / 'hf', TINY, trained_tensors(TINY))
+    convert_to_megatron(source, tmp_path / 'megatron')
+    once = export_hf(tmp_path / 'megatron', tmp_path / 'once', dtype='mxfp4')
+    convert_to_megatron(once, tmp_path / 'again')
+    twice = export_hf(tmp_path / 'again', tmp_path / 'twice', dtype='mxfp4')
+    _same_tensors(once, twice)
+    first, second = HFReader(source), HFReader(once)
+    for name in first.names():
+        before, after = first.read(name).double(), second.read(name).double()
+        if name.endswith('_proj') and 'experts' in name:
+            blocks = before.mT.unflatten(-1, (-1, 32))  # along the inputs
+            scale = torch.exp2(torch.floor(torch.log2(blocks.abs().amax(-1, keepdim=True))) - 2)
+            # Steps of 2 from 4 on; what lies above 6 becomes 6, so that 8 is off by 2.
+            error = (after.mT.unflatten(-1, (-1, 32)) - blocks).abs() / scale
+            assert 0 < error.max() < 2 and error[blocks.abs() <= 6 * scale].max() <= 1
+            assert error[blocks.abs() <= 2 * scale].max() <= 0.25
+        else:
+            assert torch.equal(before, after), name
+
+
+def test_mxfp4_refuses(one_rank, hf, saved, tmp_path):
+    with pytest.raises(UsageError, match='80 inputs, and MXFP4 takes them in blocks of 32'):
+        export_hf(saved, tmp_path / 'out', like=hf, dtype='mxfp4')
+    tensors = trained_tensors(TINY)
+    tensors['model.layers.1.mlp.experts.down_proj'][2, 5, 7] = torch.inf
+    convert_to_megatron(write_hf(tmp_path / 'hf', TINY, tensors), tmp_path / 'megatron')
+    with pytest.raises(
+        CheckpointError, match="layers.1.mlp.experts.down_proj' .*expert 2,.*finite"
+    ):
+        export_hf(tmp_path / 'megatron', tmp_path / 'out', dtype='mxfp4')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_killed_export_goes_on(saved, tmp_path):
+    """The files that were done stay, and the result is that of an export that was not killed."""
+    from tests.unit_tests.gpt_oss.test_to_megatron import run_until_killed
+
+    whole = export_hf(saved, tmp_path / 'whole', max_shard_bytes=200_000)
+    out = tmp_path / 'out'
+    killed = run_until_killed('to-hf', saved, out, 40)
+    assert killed.returncode == -9 and not out.exists()
+    assert not (tmp_path / '.out.partial' / 'config.json').exists()
+    finished = run_until_killed('to-hf', saved, out, 10**6)
+    assert finished.returncode == 0, finished.stderr
+    plan = ExportJob(saved, max_shard_bytes=200_000).plan
+    total = sum(len(plan.pieces(file, ODD)) for file in plan.files)
+    assert total - 40 <= int(finished.stdout) < total
+    for path in whole.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_no_room(hf, saved, tmp_path, monkeypatch):
+    from megatron.gpt_oss.checkpoint import unfinished
+
+    monkeypatch.setattr(unfinished, 'free_space', lambda path: 10**6)
+    with pytest.raises(UsageError, match='out needs 0.07 GB on disk, 0.00 GB are free'):
+        export_hf(saved, tmp_path / 'out', like=hf)
+    assert not list(tmp_path.iterdir())
 
 
 def test_not_a_checkpoint(tmp_path):

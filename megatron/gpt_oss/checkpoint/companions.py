@@ -1,0 +1,65 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What a Hugging Face folder has beside weights and config: tokenizer, templates, licence."""
+
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from megatron.gpt_oss.checkpoint.hf_config import CONFIG_NAME
+from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME
+from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_NAME
+from megatron.gpt_oss.errors import CheckpointError
+
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".incomplete",
+)
+# A tokenizer has some 30 MB; what is larger is weights by another name.
+_LARGEST = 200 * 10**6
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files to take along, config and shard index left out (they are written anew)."""
+    return sorted(
+        path
+        for path in Path(folder).iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and path.name not in (CONFIG_NAME, INDEX_NAME)
+        and path.suffix not in _WEIGHTS
+        and path.stat().st_size <= _LARGEST
+    )
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy them, byte for byte, into a folder that is made if it is not there."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in companion_files(source):
+        shutil.copyfile(path, target / path.name)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer.json that cannot be read; a folder without one is well.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    path = Path(folder) / TOKENIZER_NAME
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        Tokenizer.from_str(text)
+    except Exception as error:  # the Rust code raises plain Exception
+        raise CheckpointError(
+            f"{path} is not a tokenizer of the tokenizers package ({error}). Fetch the file again."
+        ) from error

@@ -1,0 +1,243 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The safetensors format by position: parts of a file read, and a file written part by part.
+
+The library maps whole files into memory, so that a process that walks through a checkpoint seems to
+hold all of it, and writes a file only from tensors that are all there. Here a part is one read, and
+one write, at the place that the header names.
+
+Source: https://huggingface.co/docs/safetensors (8 bytes of header length, header as JSON, data).
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import numpy
+import torch
+
+from megatron.gpt_oss.errors import CheckpointError
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The library's own limit.
+_LARGEST_HEADER = 100_000_000
+# Linux writes at most 2 GiB a call.
+_LARGEST_WRITE = 2**30
+
+Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: dtype as the format writes it, shape, first byte and the one after."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A file opened for reading; only its header is in memory.
+
+    Args:
+        path: the file.
+    Raises:
+        CheckpointError: the file is cut short or damaged; says what was found and expected.
+        FileNotFoundError: there is no such file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self._fd = -1
+        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self.entries = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; reading is an error afterwards."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self):
+        self.close()
+
+    def read(self, name: str, index: Index = ()) -> torch.Tensor:
+        """Read a tensor or a part of it.
+
+        Args:
+            name: a key of `entries`.
+            index: an int or a contiguous slice for each leading dimension.
+        Returns:
+            A tensor of its own memory; dimensions with an int are dropped.
+        """
+        entry = self.entries[name]
+        box, kept = _box(entry.shape, index)
+        shape = [stop - start for start, stop in box]
+        dtype = DTYPES[entry.dtype]
+        if _is_one_run(box, entry.shape):
+            offset = sum(
+                start * math.prod(entry.shape[i + 1 :]) for i, (start, _) in enumerate(box)
+            )
+            out = torch.empty(shape, dtype=dtype)
+            self._read_into(out, entry.start + offset * dtype.itemsize)
+        else:
+            # Mapped for the moment of the copy: the columns of a matrix are no one run of bytes.
+            integer = numpy.dtype(f"i{dtype.itemsize}")
+            array = numpy.memmap(self.path, integer, "r", entry.start, entry.shape or (1,))
+            part = numpy.array(array[tuple(slice(*bounds) for bounds in box)])
+            out = torch.from_numpy(part).view(dtype)
+        return out.reshape([shape[i] for i in kept])
+
+    def _read_into(self, out: torch.Tensor, offset: int) -> None:
+        if not out.numel():
+            return
+        memory = memoryview(out.view(-1).view(torch.uint8).numpy())
+        while memory:
+            count = os.preadv(self._fd, [memory[:_LARGEST_WRITE]], offset)
+            if not count:
+                raise CheckpointError(
+                    f"{self.path} ends at byte {offset}, {len(memory)} bytes before a tensor does: "
+                    "it was cut short while it was being read."
+                )
+            memory, offset = memory[count:], offset + count
+
+    def _read_header(self) -> dict[str, Entry]:
+        size = os.fstat(self._fd).st_size
+        length = int.from_bytes(os.pread(self._fd, 8, 0), "little") if size >= 8 else size
+        if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
+            raise self._damaged(size, f"its header should have {length} bytes")
+        try:
+            header = json.loads(os.pread(self._fd, length, 8))
+            header.pop("__metadata__", None)
+            entries = {
+                name: Entry(
+                    fields["dtype"],
+                    tuple(fields["shape"]),
+                    8 + length + fields["data_offsets"][0],
+                    8 + length + fields["data_offsets"][1],
+                )
+                for name, fields in header.items()
+            }
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise self._damaged(size, f"its header cannot be read: {error!r}") from error
+        expected = max((entry.stop for entry in entries.values()), default=8 + length)
+        if size < expected:
+            raise self._damaged(size, f"expected {expected} bytes by its header")
+        for name, entry in entries.items():
+            dtype = DTYPES.get(entry.dtype)
+            if dtype and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
+                raise self._damaged(
+                    size,
+                    f"'{name}' has {entry.stop - entry.start} bytes, expected "
+                    f"{math.prod(entry.shape) * dtype.itemsize} for {entry.dtype} {entry.shape}",
+                )
+        return entries
+
+    def _damaged(self, size: int, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} ({size} bytes) is damaged or cut short ({why}). Fetch the file again."
+        )
+
+
+class SafetensorsWriter:
+    """A file of known tensors, whose rows are written in any order.
+
+    Args:
+        path: the file; an older one is replaced. Its whole size is taken from the disk at once.
+        tensors: (name, dtype, shape) of each tensor, in the order in which they lie in the file.
+            Bytes last: a tensor begins at a multiple of its item size only then.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]):
+        header, self.size = safetensors_header(tensors)
+        self._entries = {}
+        offset = len(header)
+        for name, dtype, shape in tensors:
+            self._entries[name] = (offset, dtype, math.prod(shape[1:]) * dtype.itemsize)
+            offset += math.prod(shape) * dtype.itemsize
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            os.posix_fallocate(self._fd, 0, self.size)
+            self._write(header, 0)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def __enter__(self) -> "SafetensorsWriter":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        os.close(self._fd)
+
+    def write(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
+        """Write rows of a tensor (or all of it), from `first_row` of its first dimension on."""
+        offset, dtype, row_bytes = self._entries[name]
+        assert rows.dtype == dtype and rows.is_contiguous(), (name, rows.dtype, rows.stride())
+        self._write(rows.view(-1).view(torch.uint8).numpy(), offset + first_row * row_bytes)
+
+    def _write(self, data, offset: int) -> None:
+        memory = memoryview(data)
+        while memory:
+            count = os.pwrite(self._fd, memory[:_LARGEST_WRITE], offset)
+            memory, offset = memory[count:], offset + count
+
+
+def safetensors_header(
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, int]:
+    """The header of a file with these tensors, and the size of the whole file."""
+    fields: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        stop = offset + math.prod(shape) * dtype.itemsize
+        fields[name] = {
+            "dtype": _CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
+        offset = stop
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the library does, so that the data is aligned
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
+
+
+def _box(shape: tuple[int, ...], index: Index) -> tuple[list[tuple[int, int]], list[int]]:
+    """Bounds in every dimension, and the dimensions that stay."""
+    bounds, kept = [], []
+    for i, size in enumerate(shape):
+        at = index[i] if i < len(index) else slice(None)
+        if isinstance(at, slice):
+            start, stop, step = at.indices(size)
+            assert step == 1, index
+            bounds.append((start, max(start, stop)))
+            kept.append(i)
+        else:
+            bounds.append((at, at + 1))
+    return bounds, kept
+
+
+def _is_one_run(box: list[tuple[int, int]], shape: tuple[int, ...]) -> bool:
+    """Whether the box is one run of bytes: single entries, then a range, then whole dimensions."""
+    rest = [i for i, (start, stop) in enumerate(box) if stop - start != 1]
+    first = rest[0] if rest else len(box)
+    return all(box[i] == (0, shape[i]) for i in range(first + 1, len(box)))

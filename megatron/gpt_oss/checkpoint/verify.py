@@ -1,0 +1,231 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Whether a Megatron checkpoint is the same model as a Hugging Face folder, and where not.
+
+First the weights, an expert at a time, whatever the size; then, where both models fit into memory,
+the function: hidden states after every layer and logits, against transformers where it is installed
+(else against a Megatron model that reads the folder).
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from megatron.gpt_oss.checkpoint.export import check_same_sizes, preset_from_shapes
+from megatron.gpt_oss.checkpoint.hf_check import check_tensors
+from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf_reader import HFReader
+from megatron.gpt_oss.checkpoint.mapping import (
+    MegatronSource,
+    hf_names,
+    hf_shape,
+    is_expert_matrix,
+    megatron_to_hf,
+)
+from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.progress import Progress
+
+# fp32 sums in another order differ by 1e-6 of the largest value, a wrong layout by 1e-2 and more.
+LOGITS_TOLERANCE = 1e-4
+
+
+@dataclass
+class Difference:
+    """The first place of a tensor where the two differ, and how far they do at most."""
+
+    name: str
+    index: tuple[int, ...]
+    hf: float
+    megatron: float
+    largest: float
+
+    def __str__(self) -> str:
+        parts = self.name.split(".")
+        layer = f" (layer {parts[2]})" if parts[:2] == ["model", "layers"] else ""
+        return (
+            f"{self.name}{layer} at {list(self.index)}: {self.hf:.8g} in the Hugging Face folder, "
+            f"{self.megatron:.8g} in the checkpoint; largest difference {self.largest:.3g}"
+        )
+
+
+def verify(
+    hf: str | Path,
+    load: str | Path,
+    logits: str = "auto",
+    num_tokens: int = 64,
+    progress: bool = False,
+) -> bool:
+    """Compare and print what was found.
+
+    Args:
+        hf: a Hugging Face gpt-oss folder, BF16 or MXFP4.
+        load: a --save folder (its latest iteration) or one iter_* folder.
+        logits: "yes", "no", or "auto": where both models fit into half of the free memory.
+        num_tokens: length of the sequence of random tokens that goes through both.
+        progress: show a line on stderr.
+    Returns:
+        True if the two are the same model.
+    Raises:
+        UsageError: one of the two is not whole, or they have other sizes.
+    """
+    hf = Path(hf)
+    preset = preset_from_hf_config(read_hf_config(hf))
+    hf_reader, checkpoint = HFReader(hf), TorchDistReader(find_iteration(load))
+    check_tensors(hf_reader, preset)
+    check_same_sizes(preset_from_shapes(checkpoint), preset, load, hf)
+    first, count = compare_tensors(hf_reader, checkpoint, preset, progress)
+    total = len(hf_names(preset))
+    if first is None:
+        print(f"tensors: all {total} are the same, bit for bit")
+    else:
+        print(f"tensors: {count} of {total} differ. The first: {first}")
+    needed = 2 * 4 * sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset))
+    if logits == "auto" and needed > psutil.virtual_memory().available / 2:
+        print(
+            f"logits: not compared, as both models need {needed / 1e9:.0f} GB of memory in fp32. "
+            "The same tensors give the same logits."
+        )
+    elif logits != "no":
+        return compare_logits(hf, checkpoint.folder, preset, num_tokens) and first is None
+    return first is None
+
+
+def compare_tensors(
+    hf: HFReader, checkpoint: MegatronSource, preset: Preset, progress: bool = False
+) -> tuple[Difference | None, int]:
+    """The first difference in the order of the forward, and the number of tensors that differ."""
+    first, count = None, 0
+    names = hf_names(preset)
+    with Progress(sum(math.prod(hf_shape(n, preset)) for n in names), "G", 1e-9, progress) as bar:
+        for number, name in enumerate(names):
+            difference = _compare_tensor(hf, checkpoint, preset, name)
+            if difference is not None:
+                first, count = first or difference, count + 1
+            bar.advance(math.prod(hf_shape(name, preset)), f"{number + 1} of {len(names)} tensors")
+    return first, count
+
+
+def _compare_tensor(
+    hf: HFReader, checkpoint: MegatronSource, preset: Preset, name: str
+) -> Difference | None:
+    experts = range(preset.num_experts) if is_expert_matrix(name) else (None,)
+    found = None
+    for expert in experts:
+        index = () if expert is None else (expert,)
+        one, other = hf.read(name, index), megatron_to_hf(name, preset, checkpoint, expert)
+        if torch.equal(one, other.to(one.dtype)) and one.dtype == other.dtype:
+            continue
+        one, other = one.double(), other.double()
+        differ = ~(one == other)  # NaN differs from all
+        if not differ.any():
+            continue  # the same values in a wider type
+        largest = (one - other).abs().nan_to_num(torch.inf).max().item()
+        if found is None:
+            place = tuple(differ.nonzero()[0].tolist())
+            found = Difference(name, index + place, one[place].item(), other[place].item(), largest)
+        found.largest = max(found.largest, largest)
+    return found
+
+
+@torch.no_grad()
+def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -> bool:
+    """Run both models in fp32 and print the first layer and token that differ."""
+    if num_tokens < 1:
+        raise UsageError(f"--num-tokens {num_tokens} is no sequence. Give 1 or more.")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(preset.vocab_size, (1, num_tokens), generator=generator)
+    has_transformers = importlib.util.find_spec("transformers") is not None
+    reference = "transformers" if has_transformers else "Megatron with the folder's weights"
+    run = _run_transformers if has_transformers else _run_megatron_hf
+    expected, found = run(hf, ids), _run_megatron(iteration, preset, ids)
+    first_layer = first_token = None
+    for layer, (one, other) in enumerate(zip(expected[:-1], found[:-1])):
+        token = _first_token(one, other)
+        if token is not None:
+            first_layer, first_token = layer, token
+            break
+    error = _relative_error(expected[-1], found[-1])
+    token = _first_token(expected[-1], found[-1])
+    largest = error.max().item()
+    if token is None and first_layer is None:
+        print(f"logits: the same as {reference}, {num_tokens} tokens, error {largest:.1e}")
+        return True
+    print(f"logits: not those of {reference}: error {largest:.1e} of the largest logit.", end=" ")
+    if first_layer is not None:
+        print(
+            f"Hidden states differ first after layer {first_layer}, at token {first_token}.",
+            end=" ",
+        )
+    print("" if token is None else f"Logits differ first at token {token}.")
+    return False
+
+
+def _relative_error(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """[tokens]: the largest difference at a token, relative to the largest value of all."""
+    return ((one - other).abs().amax(dim=-1) / one.abs().max()).nan_to_num(torch.inf)
+
+
+def _first_token(one: torch.Tensor, other: torch.Tensor) -> int | None:
+    bad = (_relative_error(one, other) > LOGITS_TOLERANCE).nonzero()
+    return int(bad[0]) if len(bad) else None
+
+
+def _run_transformers(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Hidden states after each layer, [tokens, h], then logits, [tokens, vocabulary]; fp32."""
+    import transformers
+
+    options = {}
+    if "quantization_config" in read_hf_config(folder):
+        options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+    model = transformers.GptOssForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **options
+    ).float()
+    states: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda module, inputs, output: states.append(
+                (output[0] if isinstance(output, tuple) else output)[0]
+            )
+        )
+    logits = model.eval()(ids).logits[0]
+    return [*states, logits]
+
+
+def _run_megatron_hf(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    from megatron.gpt_oss.checkpoint.load import load_hf
+    from megatron.gpt_oss.single_rank import single_rank_model
+
+    preset = preset_from_hf_config(read_hf_config(folder))
+    with single_rank_model(preset) as model:
+        load_hf([model], folder)
+        return _run(model, ids)
+
+
+def _run_megatron(iteration: Path, preset: Preset, ids: torch.Tensor) -> list[torch.Tensor]:
+    from megatron.core import dist_checkpointing
+    from megatron.gpt_oss.single_rank import single_rank_model
+
+    with single_rank_model(preset) as model:
+        metadata = dist_checkpointing.load_content_metadata(str(iteration))
+        wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+        state = dist_checkpointing.load(wanted, str(iteration))
+        model.load_state_dict(state["model"])
+        return _run(model, ids)
+
+
+def _run(model: torch.nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+    states: list[torch.Tensor] = []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(  # [s, b, h]
+            lambda module, inputs, output: states.append(output[0][:, 0].cpu())
+        )
+    device = next(model.parameters()).device
+    positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
+    logits = model(ids.to(device), positions, None)[0].cpu()
+    return [*states, logits]

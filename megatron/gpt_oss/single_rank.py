@@ -1,0 +1,49 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""A GPTModel in a process that is no part of a training run."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+
+from megatron.gpt_oss.presets import Preset
+
+
+@contextmanager
+def single_rank_model(preset: Preset, bf16: bool = False) -> Iterator[torch.nn.Module]:
+    """A GPTModel with random weights in eval mode, in a process group of its own.
+
+    The process must not have a process group yet.
+
+    Args:
+        preset: the sizes.
+        bf16: parameters and forward in bf16; fp32 otherwise.
+    """
+    from megatron.core import device_utils, parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.gpt_oss.layer_specs import model_config
+
+    if torch.distributed.is_initialized():
+        raise RuntimeError("single_rank_model makes a process group, and there is one already")
+    with tempfile.TemporaryDirectory() as rendezvous:
+        torch.distributed.init_process_group(
+            device_utils.default_backend(),
+            init_method=f"file://{os.path.join(rendezvous, 'store')}",
+            rank=0,
+            world_size=1,
+        )
+        try:
+            parallel_state.initialize_model_parallel()
+            model_parallel_cuda_manual_seed(0)
+            config = model_config(preset, bf16=bf16)
+            config.finalize()
+            groups = ProcessGroupCollection.use_mpu_process_groups()
+            model = config.get_builder_cls()(config).build_model(groups)
+            yield model.to(device_utils.device_name()).eval()
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
