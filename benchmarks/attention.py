@@ -5,7 +5,7 @@
     python benchmarks/attention.py                         all cases, under 6 minutes on an H100
     python benchmarks/attention.py --quick                 four cases, about a minute
     python benchmarks/attention.py --cases causal-32k packed-32k --backends fa4 cudnn
-    python benchmarks/attention.py --json docs/benchmarks/attention_h100_202611.json --write-table
+    python benchmarks/attention.py --json benchmarks/results/attention_h100.json --write-table
 
 One layer with the heads of gpt-oss, bf16, forward and backward. The values are checked first, on a
 short sequence of the same kind, against plain PyTorch in float64; a backend that is wrong gets no
@@ -13,7 +13,8 @@ figure. Then all backends are timed in turn, with the sink and without, on fresh
 CUDA events; a row shows the median and the 20 % and 80 % quantiles.
 
 TFLOP/s are model FLOPs: 14 x seen query-key pairs x heads x head dim, whatever a kernel computes
-beyond them. MiB at the peak include q, k, v, out, lse and all gradients; `beyond` is the rest. The
+beyond them. MiB at the peak include q, k, v, out, lse and all gradients; `beyond` is the rest, the
+kernel's own workspace, and `for the sink` what of it the same kernel does not need without one. The
 ratio is the time of the same kernel without a sink over that with one. `auto` is a row of its own,
 with the kernel that it takes, and its ratio is to the fastest kernel without a sink.
 
@@ -92,6 +93,7 @@ class Row:
     tflops: float
     peak_mib: float
     beyond_mib: float
+    sink_mib: float
     ms_without_sink: float
     ratio: float
     errors: dict
@@ -112,6 +114,8 @@ def main() -> None:
         rows += found
         skipped += left_out
         print(table(found), flush=True)
+        if args.json:  # after every case: a run that is stopped keeps its rows
+            write_json(args.json, rows, skipped)
     for case, reason in skipped:
         print(f"{case}: {reason}")
     packed_cost(rows)
@@ -198,8 +202,8 @@ def too_slow(workload: Workload, name: str) -> str | None:
     """What would take the minutes of everything else."""
     if device() == "cpu":
         return None
-    if name == "math" and workload.pairs > 8192**2:
-        return "plain PyTorch, left out of long cases; name it with --backends"
+    if name == "math" and workload.name not in names(TINY):
+        return "plain PyTorch, 50 times slower; name it with --backends"
     if name == "flex" and workload.name not in FLEX_CASES:
         return "takes half a minute to compile; name it with --backends"
     return None
@@ -249,6 +253,7 @@ def make_row(workload, name, kernel, times, tensors, found) -> Row:
         key = f"{name.removesuffix('_native')} without"
         plain = quantiles(times[key])[1] if key in times else math.nan
     peak, beyond = peak_memory(workload.call(name), tensors)
+    _, beyond_plain = peak_memory(workload.call(name), tensors, with_sink=False)
     return Row(
         case=workload.name,
         backend=name,
@@ -259,6 +264,7 @@ def make_row(workload, name, kernel, times, tensors, found) -> Row:
         tflops=workload.flops / median / 1e9,
         peak_mib=peak,
         beyond_mib=beyond,
+        sink_mib=beyond - beyond_plain,
         ms_without_sink=plain,
         ratio=plain / median,
         errors=found,
@@ -267,18 +273,18 @@ def make_row(workload, name, kernel, times, tensors, found) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Aligned columns with units in the header."""
-    head = ["case", "backend", "ms", "p20", "p80", "TFLOP/s", "peak MiB", "beyond MiB"]
+    head = ["case", "backend", "ms", "p20", "p80", "TFLOP/s", "peak MiB", "beyond MiB", "for the sink"]
     lines = [[*head, "ms without sink", "ratio", "max error", "kernel"]]
     for row in rows:
         figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80)]
-        figures += [f"{x:.0f}" for x in (row.tflops, row.peak_mib, row.beyond_mib)]
+        figures += [f"{x:.0f}" for x in (row.tflops, row.peak_mib, row.beyond_mib, row.sink_mib)]
         figures += [f"{row.ms_without_sink:.3f}", f"{row.ratio:.3f}"]
         worst = f"{max(row.errors.values()):.1e}" if row.errors else "-"
         lines.append([row.case, row.backend, *figures, worst, row.kernel])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(
-            cell.ljust(width) if i in (0, 1, 11) else cell.rjust(width)
+            cell.ljust(width) if i in (0, 1, 12) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths))
         ).rstrip()
         for line in lines
@@ -363,7 +369,8 @@ def write_table(rows: list[Row], workloads: list[Workload]) -> None:
     """The order measured, per kind of mask; it changes half way (of the logarithm) to the next."""
     kinds = {}
     for workload in workloads:
-        ranked = [r for r in rows if r.case == workload.name and r.backend not in ("auto", "flex")]
+        rows_here = [row for row in rows if row.case == workload.name]
+        ranked = [row for row in rows_here if row.backend not in ("auto", "flex", "math")]
         if len(ranked) > 1 and workload.batch == 1:
             ranked.sort(key=lambda row: row.ms)
             kinds.setdefault(workload.kind, {})[workload.seqlen] = [r.backend for r in ranked]

@@ -5,7 +5,9 @@
 
 Each run trains upstream's own GPT on mock data in bf16 with the distributed optimizer. The losses of all steps are
 compared bit for bit. Step times are upstream's own figures, one per five steps, the first ten steps left out: the
-least (undisturbed) and the median over all runs of a tree. The trees take turns, and turns in going first.
+least (undisturbed) and the median over all runs of a tree. The trees take turns, and turns in going first. A tree is
+imported once, by a server that forks a process for every run. Times of a host-bound step scatter by more than any
+difference, so that one step is also profiled: the kernels it launches and its calls of the CUDA runtime, by name.
 Needs a CUDA device and an environment in which upstream imports (Python >= 3.12, Triton).
 """
 
@@ -18,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import traceback
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,17 +34,37 @@ MODELS = {
 }
 FLAGS = """
     --num-layers 4 --hidden-size 1024 --num-attention-heads 16 --group-query-attention --num-query-groups 4
-    --seq-length 1024 --max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 8 --train-iters 60
+    --seq-length 1024 --max-position-embeddings 1024 --micro-batch-size 4 --global-batch-size 8
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
     --position-embedding-type rope --no-rope-fusion --transformer-impl local --no-persist-layer-norm
     --no-gradient-accumulation-fusion --no-masked-softmax-fusion --attention-softmax-in-fp32
-    --hidden-dropout 0 --attention-dropout 0 --bf16 --use-distributed-optimizer --lr 1e-3 --eval-iters 0
+    --hidden-dropout 0 --attention-dropout 0 --bf16 --use-distributed-optimizer --lr 1e-3 --eval-iters 0 --lr-decay-iters 60
     --eval-interval 1000 --log-interval 5 --mock-data --tokenizer-type NullTokenizer --vocab-size 8191
 """
+MICRO_BATCHES = 2  # of a step: global batch 8 / micro batch 4
+PROFILED = 7  # the step, counted from 0: in the two intervals that the times leave out
 
 
-def worker(flags: list[str]) -> None:
-    """Train in this process, with whatever `megatron` is first on the path; print the losses."""
+def serve() -> None:
+    """Import whatever `megatron` is first on the path; fork a training for every line of flags."""
+    import megatron.training  # noqa: F401  importing takes as long as the training
+
+    print("READY", flush=True)
+    for line in sys.stdin:
+        child = os.fork()  # CUDA is not in use yet: it would not survive this
+        if child == 0:
+            try:
+                train(line.split())
+            except BaseException:
+                traceback.print_exc(file=sys.stdout)
+            sys.stdout.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+        print("END", flush=True)
+
+
+def train(flags: list[str]) -> None:
+    """Train in this process; print the losses."""
     import torch
 
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -58,7 +82,7 @@ def worker(flags: list[str]) -> None:
 
     sys.argv = [sys.argv[0], *flags]
     args = parse_and_validate_args()
-    losses = []
+    losses, profiles = [], []
 
     def loss_func(output):
         loss, count = output.float().sum(), torch.tensor(output.numel(), device=output.device)
@@ -67,6 +91,10 @@ def worker(flags: list[str]) -> None:
         return loss, count.int(), {"lm loss": report}
 
     def forward_step(iterator, model):
+        if len(losses) == PROFILED * MICRO_BATCHES:
+            profiles.append(start_profile())
+        if len(losses) == (PROFILED + 1) * MICRO_BATCHES:
+            print("COUNTS " + json.dumps(stop_profile(profiles.pop())), flush=True)
         sample = next(iterator)
         tokens, labels, positions = (
             sample[key].cuda() for key in ("tokens", "labels", "position_ids")
@@ -93,6 +121,32 @@ def worker(flags: list[str]) -> None:
     print("LOSSES " + " ".join(float(loss).hex() for loss in losses), flush=True)
 
 
+def start_profile():
+    """Record from here on."""
+    import torch
+
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profile = torch.profiler.profile(activities=activities)
+    profile.start()
+    return profile
+
+
+def stop_profile(profile) -> dict[str, dict[str, int]]:
+    """How often each kernel and each call of the CUDA runtime came."""
+    import torch
+
+    torch.cuda.synchronize()
+    profile.stop()
+    counts = {"kernels": Counter(), "runtime": Counter()}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            counts["kernels"][event.name] += 1
+        elif event.name.startswith("cuda"):
+            counts["runtime"][event.name] += 1
+    return counts
+
+
 def make_trees(folder: Path) -> dict[str, Path]:
     """Upstream as released, and with group cpu/ and the modules that it needs."""
     from zipfile import ZipFile
@@ -113,69 +167,118 @@ def make_trees(folder: Path) -> dict[str, Path]:
     return trees
 
 
-def run(tree: Path, model: str) -> dict:
-    """One training in a process of its own."""
-    environ = {**os.environ, "PYTHONPATH": str(tree), "RANK": "0", "WORLD_SIZE": "1"}
-    environ.update(LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29591")
-    command = [sys.executable, "-W", "ignore", __file__, "--worker", *FLAGS.split()]
-    command += MODELS[model].split()
-    result = subprocess.run(command, env=environ, cwd=tree, capture_output=True, text=True)
-    if result.returncode:
-        sys.exit(result.stdout[-3000:] + result.stderr[-3000:])
-    times = re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", result.stdout)
-    (losses,) = re.findall(r"^LOSSES (.*)$", result.stdout, flags=re.M)
-    return {"losses": losses.split(), "ms": [float(time) for time in times]}
+class Server:
+    """A process with one tree imported."""
+
+    def __init__(self, tree: Path, port: int):
+        environ = {**os.environ, "PYTHONPATH": str(tree), "RANK": "0", "WORLD_SIZE": "1"}
+        environ.update(LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the CUDA runtime would not survive a fork
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, "--serve"],
+            env=environ,
+            cwd=tree,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+    def read_until(self, word: str) -> str:
+        lines = []
+        for line in self.process.stdout:
+            if line.strip() == word:
+                return "".join(lines)
+            lines.append(line)
+        sys.exit("".join(lines)[-3000:])
+
+    def run(self, model: str, steps: int) -> dict:
+        """One training: its losses, what the profiled step called, and the step times in ms."""
+        flags = f"{FLAGS} {MODELS[model]} --train-iters {steps}"
+        self.process.stdin.write(" ".join(flags.split()) + "\n")
+        self.process.stdin.flush()
+        output = self.read_until("END")
+        times = re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", output)
+        losses = re.findall(r"^LOSSES (.*)$", output, flags=re.M)
+        counts = re.findall(r"^COUNTS (.*)$", output, flags=re.M)
+        if not losses or not counts:
+            sys.exit(output[-3000:])
+        return {
+            "losses": losses[0].split(),
+            "counts": json.loads(counts[0]),
+            "ms": [float(time) for time in times],
+        }
+
+
+def compare(model: str, servers: dict[str, Server], repeats: int, steps: int) -> dict:
+    """Both trees in turn on one model: a row of the table."""
+    runs = {name: [] for name in servers}
+    for repeat in range(repeats):
+        for name in sorted(servers, reverse=bool(repeat % 2)):
+            runs[name].append(servers[name].run(model, steps))
+            print(f"{model} {name}: {min(runs[name][-1]['ms'][2:]):.1f} ms at least", flush=True)
+    all_losses = [one["losses"] for name in servers for one in runs[name]]
+    row = {
+        "model": model,
+        "steps": steps,
+        "losses_bit_identical": all(losses == all_losses[0] for losses in all_losses),
+        "last_loss": float.fromhex(all_losses[0][-1]),
+    }
+    counts = {name: runs[name][0]["counts"] for name in servers}
+    row["kernels_identical"] = counts["upstream"]["kernels"] == counts["cpu"]["kernels"]
+    row["runtime_calls_identical"] = counts["upstream"]["runtime"] == counts["cpu"]["runtime"]
+    for name in servers:
+        row[f"{name}_kernels"] = sum(counts[name]["kernels"].values())
+        row[f"{name}_runtime_calls"] = counts[name]["runtime"]
+        times = [one["ms"][2:] for one in runs[name]]
+        row[f"{name}_ms_least"] = min(map(min, times))
+        row[f"{name}_ms_median"] = statistics.median(sum(times, []))
+        row[f"{name}_ms"] = times
+    return row
 
 
 def main() -> None:
-    """Run both trees in turn and compare."""
+    """Compare, print a table, and write it after every model."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of a model on a tree")
+    parser.add_argument("--steps", type=int, default=60, help="of a run")
     args = parser.parse_args()
     import torch
 
     card = torch.cuda.get_device_name()
     machine = f"{card}, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    command = "python benchmarks/cuda_unchanged.py " + " ".join(sys.argv[1:])
     print(machine, flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         trees = make_trees(Path(tmp))
+        servers = {name: Server(tree, 29591 + i) for i, (name, tree) in enumerate(trees.items())}
+        for server in servers.values():
+            server.read_until("READY")
         for model in args.models:
-            runs = {name: [] for name in trees}
-            for repeat in range(args.repeats):
-                for name in sorted(trees, reverse=bool(repeat % 2)):
-                    runs[name].append(run(trees[name], model))
-            all_losses = [one["losses"] for name in trees for one in runs[name]]
-            row = {
-                "model": model,
-                "steps": len(all_losses[0]) // 2,
-                "losses_bit_identical": all(losses == all_losses[0] for losses in all_losses),
-                "last_loss": float.fromhex(all_losses[0][-1]),
-            }
-            for name in trees:
-                times = [one["ms"][2:] for one in runs[name]]
-                row[f"{name}_ms_least"] = min(map(min, times))
-                row[f"{name}_ms_median"] = statistics.median(sum(times, []))
-                row[f"{name}_ms"] = times
-            rows.append(row)
-    print("                                    upstream ms       cpu/ ms")
-    print("model  steps identical last loss   least  median   least  median")
+            rows.append(compare(model, servers, args.repeats, args.steps))
+            if args.json:
+                result = {"machine": machine, "command": command, "rows": rows}
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
+        for server in servers.values():
+            server.process.stdin.close()
+            server.process.wait()
+    print("             losses            kernels      same    upstream ms        cpu/ ms")
+    print("model  steps identical   upstream    cpu/   calls   least  median   least  median")
     for row in rows:
         times = (row[f"{tree}_ms_{what}"] for tree in trees for what in ("least", "median"))
         print(
             f"{row['model']:<6} {row['steps']:>5} {str(row['losses_bit_identical']):>9} "
-            f"{row['last_loss']:>9.4f} " + " ".join(f"{time:7.1f}" for time in times)
+            f"{row['upstream_kernels']:>10} {row['cpu_kernels']:>7} "
+            f"{str(row['kernels_identical'] and row['runtime_calls_identical']):>7} "
+            + " ".join(f"{time:7.1f}" for time in times)
         )
-    if args.json:
-        command = "python benchmarks/cuda_unchanged.py " + " ".join(sys.argv[1:])
-        result = {"machine": machine, "command": command, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        worker(sys.argv[sys.argv.index("--worker") + 1 :])
+    if "--serve" in sys.argv:
+        serve()
     else:
         main()

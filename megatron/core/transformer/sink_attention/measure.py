@@ -7,6 +7,7 @@ without figures of memory.
 """
 
 import math
+import random
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from megatron.core.transformer.sink_attention.api import available_backends, sink_attention
 
-# Cycles of idling (about 1 ms) in front of a measurement: the host gets ahead of the device, as it
-# is in training, and short kernels are not timed by their launches.
-_HEAD_START = 2_000_000
+# Cycles of idling (about 5 ms) in front of a measurement: the host gets ahead of the device, as it
+# is in training, and short kernels are not timed by their launches. With 1 ms, flash-attn-4's at a
+# window of 128 and 8k tokens read 0.7 to 1.6 ms.
+_HEAD_START = 10_000_000
 
 
 def device() -> str:
@@ -143,6 +145,8 @@ def time_interleaved(
 ) -> dict[str, list[float]]:
     """Times of several calls (function, with sink) in turn, so that all see the same clocks.
 
+    The order is drawn anew for every round: a kernel after one that draws little power runs faster.
+
     Args:
         seconds: for all rounds together; three rounds are done in any case.
     """
@@ -150,8 +154,10 @@ def time_interleaved(
     for name, (call, with_sink) in calls.items():  # warm: plans, workspaces, allocator
         time_once(call, tensors, with_sink)
     spent, rounds = 0.0, 0
+    draw = random.Random(0)
     while rounds < 3 or (rounds < max_rounds and spent < seconds * 1e3):
-        for name, (call, with_sink) in calls.items():
+        for name in draw.sample(list(calls), len(calls)):
+            call, with_sink = calls[name]
             times[name].append(time_once(call, tensors, with_sink))
             spent += times[name][-1]
         rounds += 1
@@ -166,19 +172,22 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return cuts[0], statistics.median(times), cuts[3]
 
 
-def peak_memory(call: Callable, tensors: tuple[Tensor, ...]) -> tuple[float, float]:
+def peak_memory(
+    call: Callable, tensors: tuple[Tensor, ...], with_sink: bool = True
+) -> tuple[float, float]:
     """MiB at the peak of a forward and backward, and the part beyond its tensors.
 
-    Those are q, k, v, out, lse and their gradients: what is left is the kernel's workspace.
+    Those are q, k, v, out, lse and their gradients: what is left is the kernel's workspace, such as
+    the sums of dq in fp32 that every flash backward keeps.
     """
     if device() == "cpu":
         return math.nan, math.nan
     refill(tensors)
-    run_once(call, tensors, True)
+    run_once(call, tensors, with_sink)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results = run_once(call, tensors, True)
+    results = run_once(call, tensors, with_sink)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     q = tensors[0]

