@@ -72,6 +72,14 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Start from the weights of this Hugging Face gpt-oss checkpoint, at any parallel "
         "layout.",
     )
+    group.add_argument(
+        "--lm-loss-chunk-size",
+        type=int,
+        metavar="TOKENS",
+        default=0,
+        help="Compute head and loss over this many tokens at a time, so that the logits of all "
+        "tokens (0.8 MB a token in fp32) never exist; 2048 is a good value. 0: all at once.",
+    )
     return parser
 
 
@@ -134,6 +142,7 @@ def preset_args_provider(
     if preset is not None:
         check_architecture(given, preset, parser)
     check_files(given, preset)
+    check_lm_loss(given)
     defaults = preset_flags(preset) if preset is not None else {}
     defaults.update(_tokenizer_defaults(given))
 
@@ -235,6 +244,25 @@ def _flag_of(dest: str, value: object, parser: ArgumentParser) -> str:
             return action.option_strings[0]
     shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
     return f"{actions[0].option_strings[0]} {shown}"
+
+
+def check_lm_loss(given: Namespace) -> None:
+    """Refuse a chunk size below 0, and what the chunked loss leaves out.
+
+    Raises:
+        UsageError: names the flag and what to do.
+    """
+    chunk_size = getattr(given, "lm_loss_chunk_size", 0)
+    if chunk_size < 0:
+        raise UsageError(
+            f"--lm-loss-chunk-size {chunk_size}: wanted a number of tokens, or 0 for all at once."
+        )
+    for dest in ("use_mup", "defer_embedding_wgrad_compute"):
+        if chunk_size and getattr(given, dest, False):
+            flag = "--" + dest.replace("_", "-")
+            raise UsageError(
+                f"--lm-loss-chunk-size {chunk_size} does not go with {flag}. Drop one of them."
+            )
 
 
 def check_files(given: Namespace, preset: Preset | None) -> None:

@@ -15,6 +15,7 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
+from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
@@ -83,11 +84,15 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Call
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    options, chunk_size = {}, get_args().lm_loss_chunk_size
+    if chunk_size:
+        options["output_processor"] = chunked_loss_processor(chunk_size)
     output = model(
         batch["tokens"],
         batch["position_ids"],
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        **options,
     )
     return output, partial(loss_func, batch["loss_mask"])

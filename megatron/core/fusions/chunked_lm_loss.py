@@ -1,0 +1,262 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Head projection and cross entropy over chunks of tokens: the logits of one chunk live at a time.
+
+gpt-oss has 201,088 logits a token, 13 GB in bf16 for 32k tokens and twice that for the loss in
+fp32. Here a chunk's logits are made, turned into losses and at once into the gradients of hidden
+states and weight, and dropped. The backward only scales those gradients, which asks of it what every
+language model loss does: the gradient of a token's loss is its weight times one common factor.
+
+Shapes: s tokens of the sequence (all of them, also with sequence parallelism), b micro batch,
+h hidden, v vocabulary of this tensor parallel rank, n rows (token, sample) of a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron.core.utils import get_pg_rank, get_pg_size
+
+# Of the relative distance between the gradient of the losses and factor * weights.
+_TOLERANCE = 1e-3
+
+
+def chunked_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None = None,
+    *,
+    chunk_size: int = 1024,
+    z_loss: float = 0.0,
+    tp_group: torch.distributed.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """Cross entropy of every token, without the logits of all tokens.
+
+    Args:
+        hidden: [s, b, h], or [s / tp, b, h] with sequence parallelism; bf16, fp16, fp32 or fp64.
+        weight: [v, h] in the dtype of hidden: this rank's rows of the output layer.
+        labels: [b, s] int64, indices into the whole vocabulary.
+        loss_weights: [b, s], what a token counts in the loss, usually the loss mask; 1 by default.
+            The gradient that comes back must be a multiple of it.
+        chunk_size: tokens whose logits live at a time.
+        z_loss: adds z_loss * logsumexp(logits)^2 to a token's loss.
+        tp_group: tensor parallel group over which the vocabulary is split.
+        sequence_parallel: hidden holds this rank's part of the sequence.
+    Returns:
+        [b, s] fp32 (fp64 with fp64 inputs): losses, not multiplied by loss_weights.
+    Raises:
+        ValueError: shapes or chunk_size do not fit; or, in the backward, its gradient is not a
+            multiple of loss_weights (on a GPU as a device-side assertion, which waits for nothing).
+    """
+    rows = hidden.shape[0] * hidden.shape[1]
+    tp_size = 1 if tp_group is None else get_pg_size(tp_group)
+    expected = rows * (tp_size if sequence_parallel else 1)
+    if labels.numel() != expected or labels.dim() != 2:
+        raise ValueError(
+            f"labels: {list(labels.shape)} for hidden states {list(hidden.shape)} of {tp_size} "
+            f"tensor parallel ranks{' with sequence parallelism' if sequence_parallel else ''}; "
+            f"wanted [b, s] with {expected} tokens in all."
+        )
+    if loss_weights is not None and loss_weights.shape != labels.shape:
+        raise ValueError(
+            f"loss_weights: {list(loss_weights.shape)}; wanted {list(labels.shape)} as labels."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: {chunk_size}; wanted at least 1 token.")
+    training = torch.is_grad_enabled()
+    return _ChunkedLmLoss.apply(
+        hidden,
+        weight,
+        labels,
+        loss_weights,
+        chunk_size,
+        z_loss,
+        tp_group,
+        sequence_parallel,
+        training,
+    )
+
+
+def lm_loss_ref(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float = 0.0) -> Tensor:
+    """The definition, on one rank with all logits at once: [b, s]."""
+    logits = (hidden @ weight.t()).transpose(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    lse = logits.logsumexp(-1)
+    return lse - logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) + z_loss * lse**2
+
+
+class _ChunkedLmLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        labels,
+        loss_weights,
+        chunk_size,
+        z_loss,
+        tp_group,
+        sequence_parallel,
+        training,
+    ):
+        need_dhidden, need_dweight = (training and need for need in ctx.needs_input_grad[:2])
+        tokens = _Rows(hidden, labels, loss_weights, tp_group, sequence_parallel)
+        losses = torch.empty(
+            tokens.labels.shape, dtype=_precise(hidden.dtype), device=hidden.device
+        )
+        dhidden = torch.empty_like(tokens.hidden) if need_dhidden else None
+        dweight = torch.zeros_like(weight, dtype=losses.dtype) if need_dweight else None
+        for rows in tokens.chunks(chunk_size):
+            chunk = tokens.gather(rows)
+            logits = chunk @ weight.t()
+            chunk_losses, dlogits = _cross_entropy(
+                logits,
+                tokens.labels[:, rows].reshape(-1),
+                tokens.weights[:, rows].reshape(-1) if need_dhidden or need_dweight else None,
+                z_loss,
+                tp_group,
+                tokens.tp_size,
+            )
+            losses[:, rows] = chunk_losses.view(tokens.parts, -1)
+            if dlogits is None:
+                continue
+            if need_dhidden:
+                dhidden[rows] = tokens.scatter(dlogits @ weight)
+            if need_dweight:
+                dweight += dlogits.t() @ chunk
+        if need_dhidden and tokens.tp_size > 1 and not sequence_parallel:
+            torch.distributed.all_reduce(dhidden, group=tp_group)
+        ctx.save_for_backward(
+            None if dhidden is None else dhidden.view_as(hidden), dweight, loss_weights
+        )
+        ctx.weight_dtype = weight.dtype
+        return losses.view(-1, labels.shape[0]).t().contiguous()  # rows run over [s, b]
+
+    @staticmethod
+    def backward(ctx, dlosses):
+        # The gradients are ours alone, so they are scaled where they lie; a second backward through
+        # a retained graph would find them scaled already.
+        if getattr(ctx, "used", False):
+            raise RuntimeError("The backward of chunked_lm_loss was called twice.")
+        ctx.used = True
+        dhidden, dweight, loss_weights = ctx.saved_tensors
+        factor = _common_factor(dlosses, loss_weights)
+        if dhidden is not None:
+            dhidden.mul_(factor)
+        if dweight is not None:
+            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
+        return dhidden, dweight, *(None,) * 7
+
+
+class _Rows:
+    """Tokens as rows, in the order of [s, b], cut alike on all tensor parallel ranks.
+
+    With sequence parallelism this rank has the rows [rank * count, (rank + 1) * count) of all; a
+    chunk takes the same local rows from every rank. labels and weights are [parts, count].
+    """
+
+    def __init__(self, hidden, labels, loss_weights, tp_group, sequence_parallel):
+        self.group = tp_group
+        self.tp_size = 1 if tp_group is None else get_pg_size(tp_group)
+        self.parts = self.tp_size if sequence_parallel else 1
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.count = self.hidden.shape[0]
+        self.labels = labels.t().reshape(self.parts, self.count)
+        if loss_weights is None:
+            loss_weights = torch.ones_like(labels, dtype=_precise(hidden.dtype))
+        self.weights = loss_weights.t().reshape(self.parts, self.count)
+
+    def chunks(self, chunk_size: int):
+        local = max(1, chunk_size // self.parts)
+        for start in range(0, self.count, local):
+            yield slice(start, min(start + local, self.count))
+
+    def gather(self, rows: slice) -> Tensor:
+        """Hidden states of a chunk, [n, h]."""
+        chunk = self.hidden[rows]
+        if self.parts == 1:
+            return chunk
+        whole = chunk.new_empty(self.parts * chunk.shape[0], chunk.shape[1])
+        torch.distributed.all_gather_into_tensor(whole, chunk.contiguous(), group=self.group)
+        return whole
+
+    def scatter(self, dchunk: Tensor) -> Tensor:
+        """This rank's part of the gradient of a chunk, summed over the parts of the vocabulary."""
+        if self.parts == 1:
+            return dchunk  # all ranks have all rows: one sum at the end
+        part = dchunk.new_empty(dchunk.shape[0] // self.parts, dchunk.shape[1])
+        torch.distributed.reduce_scatter_tensor(part, dchunk, group=self.group)
+        return part
+
+
+def _cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    tp_group: torch.distributed.ProcessGroup | None,
+    tp_size: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [n], and the gradient of sum(weights * losses) with respect to logits [n, v].
+
+    The gradient is in the dtype of the logits: it goes into two matrix products with them.
+    """
+    dtype = logits.dtype
+    probs = logits.to(_precise(dtype))
+    del logits
+    first = 0 if tp_size == 1 else get_pg_rank(tp_group) * probs.shape[-1]
+    local = labels - first
+    elsewhere = (local < 0) | (local >= probs.shape[-1])
+    local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
+    maximum = probs.amax(-1)
+    _all_reduce(maximum, tp_group, tp_size, torch.distributed.ReduceOp.MAX)
+    probs -= maximum.unsqueeze(-1)
+    target = probs.gather(-1, local).squeeze(-1).masked_fill_(elsewhere, 0.0)
+    probs.exp_()
+    total = probs.sum(-1)
+    both = torch.stack([total, target])
+    _all_reduce(both, tp_group, tp_size, torch.distributed.ReduceOp.SUM)
+    total, target = both.unbind()
+    log_total = total.log()
+    lse = log_total + maximum
+    losses = log_total - target
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    if weights is None:
+        return losses, None
+    weights = weights.to(probs.dtype)
+    scale = weights if not z_loss else weights * (1 + 2 * z_loss * lse)
+    probs *= (scale / total).unsqueeze(-1)
+    probs.scatter_add_(-1, local, -weights.masked_fill(elsewhere, 0.0).unsqueeze(-1))
+    return losses, probs.to(dtype)
+
+
+def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
+    """The c in dlosses = c * loss_weights, a scalar tensor; least squares, and what is left is checked."""
+    weights = torch.ones_like(dlosses) if loss_weights is None else loss_weights.to(dlosses.dtype)
+    # Of sums, not of squares: fp32 keeps them exact for masks, and weights have one sign.
+    factor = (dlosses * weights).sum() / weights.square().sum().clamp(min=1e-30)
+    distance = (dlosses - factor * weights).abs().max()
+    limit = _TOLERANCE * (factor.abs() * weights.abs().max())
+    # not (a > b): a gradient that is nan goes through, for the check that stops on it to name it
+    good = ~(distance > limit)
+    message = (
+        "chunked_lm_loss: the gradient of the losses is not a multiple of loss_weights. Give as "
+        "loss_weights what the losses are multiplied by, or compute the loss unchunked."
+    )
+    if dlosses.device.type == "cpu":
+        if not good:
+            raise ValueError(message)
+    else:
+        torch._assert_async(good, message)
+    return factor
+
+
+def _all_reduce(x: Tensor, group, size: int, op) -> None:
+    if size > 1:
+        torch.distributed.all_reduce(x, op=op, group=group)
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
