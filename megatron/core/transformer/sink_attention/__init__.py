@@ -3,6 +3,7 @@
 """Causal attention with a learnable sink, on whichever kernel the machine has.
 
 api.py          the public function and the checks of its arguments
+attend.py       one call on this rank; context_parallel/: on the ranks of a group
 ops.py          forward and backward as operators of PyTorch
 rescale.py      the mathematics of the sink: pure functions on (out, lse)
 registry.py     which backend can run what; autotable.py: which one "auto" takes

@@ -2,17 +2,20 @@
 
 """The public function, and the checks of its arguments."""
 
-import math
 from typing import Sequence
 
 import torch
 from torch import Tensor
 
 from megatron.core.transformer.sink_attention import registry
-from megatron.core.transformer.sink_attention.case import Call, Case, case_of
-from megatron.core.transformer.sink_attention.ops import forward_op
-
-CP_COMM_TYPES = ("auto", "p2p", "all_gather", "a2a", "a2a+p2p")
+from megatron.core.transformer.sink_attention.attend import attend
+from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.context_parallel import (
+    context_parallel_attention,
+    group_size,
+)
+from megatron.core.transformer.sink_attention.context_parallel.choose import check_comm_type
+from megatron.core.transformer.sink_attention.context_parallel.layout import Group, chunk_length
 
 
 def sink_attention(
@@ -25,7 +28,7 @@ def sink_attention(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-    cp_group: torch.distributed.ProcessGroup | None = None,
+    cp_group: Group | None = None,
     cp_comm_type: str = "auto",
     backend: str = "auto",
     deterministic: bool = False,
@@ -48,23 +51,35 @@ def sink_attention(
             t at the end.
         max_seqlen: tokens of the longest document, a Python int. Read from cu_seqlens on the CPU;
             t if left out on a GPU, which is right, and slower with many documents on some kernels.
-        cp_group: context parallel group; of one rank only so far.
-        cp_comm_type: how a context parallel group exchanges.
+        cp_group: context parallel group. Query, key and value then are this rank's tokens in
+            Megatron's zigzag of the whole sequence (the whole pack): 2*cp chunks, rank r holds
+            chunks r and 2*cp-1-r (`context_parallel.local_tokens`); cu_seqlens and max_seqlen are
+            of the whole. Or two groups, [a2a, p2p], as Megatron's hierarchical ones.
+        cp_comm_type: how the group exchanges: "all_gather", "p2p", "a2a", with two groups
+            "a2a+p2p"; "auto" by measurement. With a window: only the halo, whatever is asked for.
         backend: "auto" for the fastest by measurement, or a name of `available_backends`.
         deterministic: the same bits of every gradient in every run.
     Returns:
-        In shape and dtype of query, contiguous. Under autocast: in autocast's dtype.
+        In shape and dtype of query, contiguous. Under autocast: in autocast's dtype. The gradient
+        of sink is that of this rank's tokens (or heads): summing it over the group is the task of
+        Megatron's gradient reduction over data and context parallel ranks.
     Raises:
         ValueError: an argument is wrong, or the backend cannot run the call; says what came and
             what is wanted.
+        RuntimeError: the ranks of cp_group call with different shapes or options.
     """
-    check_parallel(cp_group, cp_comm_type)
+    check_comm_type(cp_comm_type, cp_group)
     check_tensors(query, key, value, sink)
     check_window(window)
+    ranks = group_size(cp_group)
+    tokens = query.shape[0] * ranks
+    if ranks > 1:
+        chunk_length(tokens, ranks)
+        check_no_cache(query, key)
     if cu_seqlens is not None or query.dim() == 3:
         check_packed(query, key, cu_seqlens, max_seqlen)
         if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_cu_seqlens(cu_seqlens, query.shape[0])
+            check_cu_seqlens(cu_seqlens, tokens)
             longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
             if max_seqlen is not None and max_seqlen < longest:
                 raise ValueError(
@@ -72,11 +87,26 @@ def sink_attention(
                 )
             max_seqlen = longest
         elif max_seqlen is None:
-            max_seqlen = query.shape[0]
+            max_seqlen = tokens
         lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     else:
         check_dense(query, key, max_seqlen)
         lengths = (None, None, query.shape[0], key.shape[0])
+    if ranks > 1:
+        return context_parallel_attention(
+            query,
+            key,
+            value,
+            sink,
+            cp_group,
+            cp_comm_type,
+            scale=scale,
+            window=window,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=tokens if cu_seqlens is None else max_seqlen,
+            backend=backend,
+            deterministic=deterministic,
+        )
     return attend(
         query,
         key,
@@ -89,66 +119,6 @@ def sink_attention(
         backend=backend,
         deterministic=deterministic,
     )
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    same_lengths: bool = False,
-    backend: str = "auto",
-    deterministic: bool = False,
-) -> Tensor:
-    """`sink_attention` without the checks, and with queries and keys of their own lengths.
-
-    For context parallelism: a chunk of queries against the keys from its document's beginning to
-    its own end. Causal from the bottom right: the last query of a document stands at its last key.
-    A query that sees no key gives 0.
-    """
-    query, key, value = _autocast(query, key, value)
-    if window is not None and window >= max_seqlen_k:
-        window = None
-    call = Call(
-        scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        window=window,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        deterministic=deterministic,
-        same_lengths=same_lengths,
-    )
-    if query.numel() == 0:
-        backend = "math"
-    if not torch.compiler.is_compiling():  # the operator chooses where the compiler looks on
-        backend = registry.choose(case_of(query, key, call), backend).name
-    if backend == "flex":
-        first = [x.transpose(0, 1) if x.dim() == 4 else x for x in (query, key, value)]
-        out = registry.BACKENDS["flex"].attend(*first, sink, call)
-        return out.transpose(0, 1).contiguous() if out.dim() == 4 else out.contiguous()
-    return forward_op(
-        query,
-        key,
-        value,
-        sink,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        call.scale,
-        window,
-        same_lengths,
-        deterministic,
-        backend,
-    )[0]
 
 
 def available_backends(
@@ -307,22 +277,12 @@ def check_window(window: int | None) -> None:
         )
 
 
-def check_parallel(cp_group, cp_comm_type: str) -> None:
-    """Context parallelism is not in this function yet."""
-    if cp_comm_type not in CP_COMM_TYPES:
+def check_no_cache(query: Tensor, key: Tensor) -> None:
+    """Under context parallelism queries and keys are the same tokens."""
+    if key.shape[0] != query.shape[0]:
         raise ValueError(
-            f"cp_comm_type: '{cp_comm_type}' is unknown; wanted one of {', '.join(CP_COMM_TYPES)}."
+            f"key: has {key.shape[0]} tokens with a cp_group; wanted {query.shape[0]} as in query."
         )
-    if cp_group is not None and cp_group.size() > 1:
-        raise ValueError(f"cp_group: has {cp_group.size()} ranks; wanted 1, or None.")
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if tensors[0].dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _shape(tensor: Tensor) -> str:

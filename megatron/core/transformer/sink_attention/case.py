@@ -20,6 +20,8 @@ class Case:
         packed: documents of a [t, np, hn] tensor, bounded by cu_seqlens.
         same_lengths: every query sequence is as long as its key sequence. If not, the last query
             stands at the last key (bottom-right), and a packed query may see no key at all.
+        causal: False for queries that see every key of their document, without a window: a piece
+            of attention under context parallelism.
     """
 
     device: torch.device
@@ -34,6 +36,7 @@ class Case:
     packed: bool = False
     same_lengths: bool = True
     deterministic: bool = False
+    causal: bool = True
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -64,6 +67,7 @@ class Call(NamedTuple):
     max_seqlen_k: int
     deterministic: bool
     same_lengths: bool
+    causal: bool = True
 
     @property
     def packed(self) -> bool:
@@ -73,6 +77,11 @@ class Call(NamedTuple):
     def left(self) -> int:
         """Keys before the query's own in the window, -1 for all: flash-attention's convention."""
         return -1 if self.window is None else self.window - 1
+
+    @property
+    def right(self) -> int:
+        """Keys after the query's own in the window, -1 for all: 0, or no mask at all."""
+        return 0 if self.causal else -1
 
 
 def case_of(query: Tensor, key: Tensor, call: Call) -> Case:
@@ -90,4 +99,5 @@ def case_of(query: Tensor, key: Tensor, call: Call) -> Case:
         packed=call.packed,
         same_lengths=call.same_lengths,
         deterministic=call.deterministic,
+        causal=call.causal,
     )

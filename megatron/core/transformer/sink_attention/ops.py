@@ -44,11 +44,11 @@ def forward_op(
         deterministic,
         same_lengths,
     )
-    with _as_kernel(query):
+    with as_kernel(query):
         kernel = _kernel(query, key, call, backend)
-        q, k, v = (_batch_first(x) for x in (query, key, value))
+        q, k, v = (batch_first(x) for x in (query, key, value))
         out, lse = kernel.forward_sink(q, k, v, _detached(sink), call)
-    return _batch_first(out).contiguous(), lse.contiguous()
+    return batch_first(out).contiguous(), lse.contiguous()
 
 
 @forward_op.register_fake
@@ -107,15 +107,15 @@ def backward_op(
         deterministic,
         same_lengths,
     )
-    with _as_kernel(query):
+    with as_kernel(query):
         kernel = _kernel(query, key, call, backend)
-        tensors = [_batch_first(x) for x in (query, key, value)]
+        tensors = [batch_first(x) for x in (query, key, value)]
         *grads, dsink = kernel.backward_sink(
-            *tensors, _detached(sink), _batch_first(out), lse, _batch_first(dout), call, need_dsink
+            *tensors, _detached(sink), batch_first(out), lse, batch_first(dout), call, need_dsink
         )
     if dsink is None or not need_dsink:
         dsink = query.new_empty(0)
-    return (*(_batch_first(grad).contiguous() for grad in grads), dsink)
+    return (*(batch_first(grad).contiguous() for grad in grads), dsink)
 
 
 @backward_op.register_fake
@@ -184,7 +184,7 @@ def _kernel(query: Tensor, key: Tensor, call: Call, name: str):
     return choose(case_of(query, key, call), operators_only=True)
 
 
-def _batch_first(x: Tensor) -> Tensor:
+def batch_first(x: Tensor) -> Tensor:
     """[s, b, np, hn] to [b, s, np, hn] and back; packed tensors stay as they are."""
     x = x.detach()
     return x.transpose(0, 1) if x.dim() == 4 else x
@@ -196,7 +196,7 @@ def _detached(x: Optional[Tensor]) -> Optional[Tensor]:
 
 
 @contextlib.contextmanager
-def _as_kernel(x: Tensor):
+def as_kernel(x: Tensor):
     """Kernels launched from Python go to the current device, and autocast is none of theirs."""
     device = torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
     with device, torch.autocast(x.device.type, enabled=False):

@@ -102,6 +102,16 @@ def merge_partial(
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
+def merge_partial_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    """`merge_partial` into out_a and lse_a, both in the precision of the computation."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    base = lse.masked_fill(lse == -torch.inf, 0.0)
+    weight_a = torch.exp(lse_a - base).transpose(-1, -2).unsqueeze(-1)
+    weight_b = torch.exp(lse_b - base).transpose(-1, -2).unsqueeze(-1)
+    out_a.mul_(weight_a).add_(out_b * weight_b)
+    lse_a.copy_(lse)
+
+
 def _use_triton(out: Tensor) -> bool:
     if not out.is_cuda or out.dtype == torch.float64 or out.stride(-1) != 1:
         return False

@@ -43,11 +43,11 @@ class AtenFlashBackend(Backend):
             call.cu_seqlens_k,
             *_lengths(call),
             0.0,
-            True,
+            call.causal,
             False,
             scale=call.scale,
             window_size_left=call.left,
-            window_size_right=0,
+            window_size_right=call.right,
         )
         return out, lse_from_flash(lse, call)
 
@@ -65,12 +65,12 @@ class AtenFlashBackend(Backend):
                 call.cu_seqlens_k,
                 *_lengths(call),
                 0.0,
-                True,
+                call.causal,
                 no_dropout,
                 no_dropout,
                 scale=call.scale,
                 window_size_left=call.left,
-                window_size_right=0,
+                window_size_right=call.right,
             )
 
 

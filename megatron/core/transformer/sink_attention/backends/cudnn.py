@@ -31,9 +31,9 @@ class CudnnBackend(Backend):
             return "PyTorch's door to cuDNN takes no packed sequences with grouped queries"
         if case.window is not None:
             return "PyTorch's door to cuDNN takes no window"
-        if not case.same_lengths:
+        if case.causal and not case.same_lengths:
             return "cuDNN aligns queries to the first keys where they are fewer, not to the last"
-        if case.seqlen_k < 2:
+        if min(case.seqlen_q, case.seqlen_k) < 2:
             return "cuDNN takes no sequence of one token"
         if case.deterministic:
             return "PyTorch's door to cuDNN has no deterministic backward"
@@ -42,7 +42,7 @@ class CudnnBackend(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         q, k, v = (_dense(x).transpose(1, 2) for x in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, True, False, scale=call.scale
+            q, k, v, None, True, 0.0, call.causal, False, scale=call.scale
         )
         CudnnBackend._lse_has_last_dim = lse.dim() == 4
         return out.transpose(1, 2), lse.reshape(q.shape[:3])
@@ -70,7 +70,7 @@ class CudnnBackend(Backend):
             call.max_seqlen_q,
             call.max_seqlen_k,
             0.0,
-            True,
+            call.causal,
             scale=call.scale,
         )
         return tuple(grad.transpose(1, 2) for grad in grads)

@@ -43,9 +43,9 @@ class Flash2Backend(Backend):
         options = dict(
             dropout_p=0.0,
             softmax_scale=call.scale,
-            causal=True,
+            causal=call.causal,
             window_size_left=call.left,
-            window_size_right=0,
+            window_size_right=call.right,
             softcap=0.0,
             alibi_slopes=None,
             return_softmax=False,
@@ -74,9 +74,9 @@ class Flash2Backend(Backend):
         options = dict(
             dropout_p=0.0,
             softmax_scale=call.scale,
-            causal=True,
+            causal=call.causal,
             window_size_left=call.left,
-            window_size_right=0,
+            window_size_right=call.right,
             softcap=0.0,
             alibi_slopes=None,
             deterministic=call.deterministic,

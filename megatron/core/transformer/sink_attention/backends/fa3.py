@@ -45,7 +45,7 @@ class Flash3Backend(Backend):
         forward = _interface()._flash_attn_forward
         q, k, v = dense_last_dim(q, k, v)
         names = _argument_names(forward)
-        options = dict(softmax_scale=call.scale, causal=True, **_window(names, call))
+        options = dict(softmax_scale=call.scale, causal=call.causal, **_window(names, call))
         if call.packed:
             options.update(
                 cu_seqlens_q=call.cu_seqlens_q,
@@ -78,7 +78,7 @@ class Flash3Backend(Backend):
             deterministic=call.deterministic,
             **_window(names, call),
         )
-        options["is_causal" if "is_causal" in names else "causal"] = True
+        options["is_causal" if "is_causal" in names else "causal"] = call.causal
         tensors = (*dense_last_dim(dout, q, k, v, out), lse_to_flash(lse, call))
         given = (*options, "dout", "q", "k", "v", "out", "softmax_lse")
         missing = [name for name in _required(backward) if name not in given]
@@ -95,8 +95,8 @@ def _interface():
 
 def _window(names: tuple[str, ...], call: Call) -> dict:
     if "window_size_left" in names:
-        return {"window_size_left": call.left, "window_size_right": 0}
-    return {"window_size": (call.left, 0)}
+        return {"window_size_left": call.left, "window_size_right": call.right}
+    return {"window_size": (call.left, call.right)}
 
 
 @lru_cache(maxsize=None)

@@ -101,7 +101,7 @@ class Flash4NativeBackend(Flash4Backend):
 def _options(call: Call) -> dict:
     return dict(
         softmax_scale=call.scale,
-        causal=True,
+        causal=call.causal,
         window_size_left=None if call.window is None else call.left,
         window_size_right=None if call.window is None else 0,
         cu_seqlens_q=call.cu_seqlens_q,

@@ -47,6 +47,23 @@ class FlexBackend(Backend):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         return _out_and_lse(q, k, v, call, _flex())
 
+    def backward(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, call: Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For a piece of context parallel attention; runs the forward once more.
+
+        out and lse are sums over pieces, and this one adds out_i with the weight
+        w = exp(lse_i - lse): the gradients of its own out_i and lse_i follow, exactly.
+        """
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            out_i, lse_i = _out_and_lse(*inputs, call, _flex())
+        weight = torch.exp(lse_i.detach() - lse.masked_fill(lse == -torch.inf, torch.inf))
+        rows = weight.transpose(-1, -2)
+        dout_i = (rows.unsqueeze(-1) * dout).to(out_i.dtype)
+        dlse_i = rows * (dout.to(lse.dtype) * (out_i.detach().to(lse.dtype) - out)).sum(-1)
+        return torch.autograd.grad((out_i, lse_i), inputs, (dout_i, dlse_i.transpose(-1, -2)))
+
 
 def _attend(q, k, v, sink, call, flex):
     out, lse = _out_and_lse(q, k, v, call, flex)
@@ -58,7 +75,8 @@ def _out_and_lse(q, k, v, call, flex):
     q, k, v = ((x.unsqueeze(0) if packed else x).transpose(1, 2) for x in (q, k, v))
     from torch.nn.attention.flex_attention import AuxRequest
 
-    mask = block_mask(q.shape[2], k.shape[2], call, q.device)
+    whole = not call.causal and not call.packed
+    mask = None if whole else block_mask(q.shape[2], k.shape[2], call, q.device)
     wanted = AuxRequest(lse=True)
     out, aux = flex(q, k, v, block_mask=mask, scale=call.scale, enable_gqa=True, return_aux=wanted)
     out = out.transpose(1, 2)

@@ -111,7 +111,7 @@ class _Tiles:
             if not seen.any():
                 return 0, 0
             return int(lower[seen].min()), int(upper[seen].max())
-        if self.call.packed and not self.call.same_lengths:
+        if not self.call.causal or (self.call.packed and not self.call.same_lengths):
             return 0, self.num_k
         offset = self.num_k - self.num_q
         window = self.call.window
@@ -150,18 +150,23 @@ class _Tiles:
 def key_ranges(num_q: int, num_k: int, call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
     """First key that each query sees, and one past the last, [num_q] int64; equal if it sees none.
 
-    The last query of a sequence stands at the last key of it. Neither bound ever decreases.
+    The last query of a sequence stands at the last key of it; without the causal mask every query
+    sees all its keys. Neither bound ever decreases.
     """
     rows = torch.arange(num_q, device=device)
     if not call.packed:
         first, upper = torch.zeros_like(rows), rows + (num_k - num_q) + 1
+        if not call.causal:
+            upper = torch.full_like(rows, num_k)
     else:
         cu_q, cu_k = call.cu_seqlens_q.long(), call.cu_seqlens_k.long()
         document = torch.searchsorted(cu_q[1:].contiguous(), rows, right=True)
         beyond = document >= cu_q.numel() - 1
         document = document.clamp(max=cu_q.numel() - 2)
         first = cu_k[document]
-        upper = rows + 1 + cu_k[document + 1] - cu_q[document + 1]
+        upper = cu_k[document + 1]
+        if call.causal:
+            upper = rows + 1 + upper - cu_q[document + 1]
         upper = upper.masked_fill(beyond, num_k)  # tokens after the last document see nothing
         first = first.masked_fill(beyond, num_k)
     upper = torch.maximum(upper, first)
