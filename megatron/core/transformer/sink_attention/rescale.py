@@ -102,13 +102,27 @@ def merge_partial(
     return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
 
 
-def merge_partial_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    """`merge_partial` into out_a and lse_a, both in the precision of the computation."""
+def merge_partial_(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, sink: Tensor | None = None
+) -> None:
+    """`merge_partial` into out_a and lse_a, one pass; with the sink, if this is the last merge.
+
+    Args:
+        out_a: written in its own dtype; keep it in fp32 if there are more merges to come.
+        lse_a: a slice of the tokens of a contiguous tensor, or one.
+        sink: [np], merged as one more column.
+    """
+    if _use_triton(out_a):
+        from megatron.core.transformer.sink_attention import rescale_triton
+
+        return rescale_triton.merge_partial_(out_a, lse_a, out_b, lse_b, sink)
     lse = torch.logaddexp(lse_a, lse_b)
+    if sink is not None:
+        lse = merge_sink(lse, sink)
     base = lse.masked_fill(lse == -torch.inf, 0.0)
     weight_a = torch.exp(lse_a - base).transpose(-1, -2).unsqueeze(-1)
     weight_b = torch.exp(lse_b - base).transpose(-1, -2).unsqueeze(-1)
-    out_a.mul_(weight_a).add_(out_b * weight_b)
+    out_a.copy_(out_a * weight_a + out_b * weight_b)
     lse_a.copy_(lse)
 
 

@@ -18,28 +18,38 @@ from megatron.core.transformer.sink_attention.case import Call
 _MATH = MathBackend()
 
 
-def _call(scale, left, cu_q, cu_k, max_q, max_k):
+def _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
+    assert right in ((0, None) if causal else (-1, None))
     window = None if left is None or left < 0 else left + 1
-    return Call(scale, window, cu_q, cu_k, max_q, max_k, False, False)
+    assert causal or window is None
+    return Call(scale, window, cu_q, cu_k, max_q, max_k, False, False, causal)
 
 
-def _forward(q, k, v, scale, left, cu_q, cu_k, max_q, max_k, empty_lse):
+def _forward(q, k, v, empty_lse, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     assert (q.dim() == 4) == (cu_q is None)
     if cu_q is not None:
         assert max_q >= (cu_q[1:] - cu_q[:-1]).max() and max_k >= (cu_k[1:] - cu_k[:-1]).max()
-    out, lse = _MATH.forward(q, k, v, _call(scale, left, cu_q, cu_k, max_q, max_k))
+    call = _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right)
+    out, lse = _MATH.forward(q, k, v, call)
     return out, lse.masked_fill(lse == -torch.inf, empty_lse)
 
 
-def _backward(dout, q, k, v, out, lse, scale, left, cu_q, cu_k, max_q, max_k):
+def _backward(
+    dout, q, k, v, out, lse, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None
+):
     assert lse.dtype == torch.float32 and lse.is_contiguous()
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     assert lse.shape == shape and not (lse == -torch.inf).any()
     assert dout.shape == out.shape == q.shape and dout.dtype == q.dtype
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    call = _call(scale, left, cu_q, cu_k, max_q, max_k)
-    return _MATH.backward(q, k, v, out, lse, dout, call)
+    call = _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right)
+    grads = _MATH.backward(q, k, v, out, lse, dout, call)
+    if cu_q is not None:  # what a kernel may leave unwritten
+        for rows in (slice(a, b) for a, b, n in zip(cu_k, cu_k[1:], cu_q.diff()) if n == 0):
+            for grad in grads[1:]:
+                grad[rows] = torch.nan
+    return grads
 
 
 @contextlib.contextmanager
@@ -57,10 +67,10 @@ def aten_kernels():
 
 
 def _aten_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, **options):
-    assert causal and dropout == 0.0 and options["window_size_right"] == 0
-    assert cu_q is None or max_q > 1
-    left = options["window_size_left"]
-    out, lse = _forward(q, k, v, options["scale"], left, cu_q, cu_k, max_q, max_k, torch.inf)
+    assert dropout == 0.0 and (cu_q is None or max_q > 1)
+    left, right = options["window_size_left"], options["window_size_right"]
+    lengths = (cu_q, cu_k, max_q, max_k)
+    out, lse = _forward(q, k, v, torch.inf, options["scale"], left, *lengths, causal, right)
     empty = q.new_empty(0)
     return out, lse, empty, empty, empty
 
@@ -68,15 +78,18 @@ def _aten_flash_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debu
 def _aten_flash_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, state, unused, **options
 ):
-    assert causal and dropout == 0.0 and options["window_size_right"] == 0
-    left = options["window_size_left"]
-    return _backward(dout, q, k, v, out, lse, options["scale"], left, cu_q, cu_k, max_q, max_k)
+    assert dropout == 0.0
+    left, right = options["window_size_left"], options["window_size_right"]
+    lengths = (cu_q, cu_k, max_q, max_k)
+    return _backward(dout, q, k, v, out, lse, options["scale"], left, *lengths, causal, right)
 
 
 def _cudnn_forward(q, k, v, bias, lse_wanted, dropout=0.0, causal=False, debug=False, *, scale):
-    assert bias is None and lse_wanted and causal
+    assert bias is None and lse_wanted
+    assert not causal or q.shape[2] == k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out, lse = _forward(q, k, v, scale, None, None, None, q.shape[1], k.shape[1], torch.inf)
+    lengths = (None, None, q.shape[1], k.shape[1])
+    out, lse = _forward(q, k, v, torch.inf, scale, None, *lengths, causal)
     empty = q.new_empty(0)
     lengths = (None, None, q.shape[1], k.shape[1])
     return out.transpose(1, 2), lse.unsqueeze(-1), *lengths, empty, empty, empty
@@ -85,13 +98,13 @@ def _cudnn_forward(q, k, v, bias, lse_wanted, dropout=0.0, causal=False, debug=F
 def _cudnn_backward(
     dout, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, dropout, causal, *, scale
 ):
-    assert causal and bias is None and cu_q is None
+    assert bias is None and cu_q is None
     # Its plan is cached by the strides of q, k, v alone: all must be of Megatron's layout.
     assert all(x.permute(2, 0, 1, 3).is_contiguous() for x in (q, k, v, out, dout))
     q, k, v, out, dout = (x.transpose(1, 2) for x in (q, k, v, out, dout))
     assert lse.shape[-1] == 1
     lse = lse.squeeze(-1)
-    grads = _backward(dout, q, k, v, out, lse, scale, None, None, None, max_q, max_k)
+    grads = _backward(dout, q, k, v, out, lse, scale, None, None, None, max_q, max_k, causal)
     return tuple(grad.transpose(1, 2) for grad in grads)
 
 
@@ -102,35 +115,30 @@ def flash2_module():
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
     ):  # fmt: skip
-        assert causal and window_size_right == 0 and not return_softmax
-        length = (q.shape[1], k.shape[1])
-        return (
-            *_forward(q, k, v, softmax_scale, window_size_left, None, None, *length, torch.inf),
-            None,
-            None,
-        )
+        assert not return_softmax
+        lengths = (None, None, q.shape[1], k.shape[1])
+        window = (window_size_left, *lengths, causal, window_size_right)
+        out, lse = _forward(q, k, v, torch.inf, softmax_scale, *window)
+        return out, lse, None, None
 
     def _flash_attn_varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None,
         return_softmax=False, block_table=None, leftpad_k=None, seqused_k=None, zero_tensors=False,
     ):  # fmt: skip
-        assert causal and window_size_right == 0 and max_seqlen_q > 1
+        assert max_seqlen_q > 1
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return (
-            *_forward(q, k, v, softmax_scale, window_size_left, *lengths, torch.inf),
-            None,
-            None,
-        )
+        window = (window_size_left, *lengths, causal, window_size_right)
+        out, lse = _forward(q, k, v, torch.inf, softmax_scale, *window)
+        return out, lse, None, None
 
     def _flash_attn_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
     ):  # fmt: skip
         lengths = (None, None, q.shape[1], k.shape[1])
-        grads = _backward(
-            dout, q, k, v, out, softmax_lse, softmax_scale, window_size_left, *lengths
-        )
+        window = (window_size_left, *lengths, causal, window_size_right)
+        grads = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, *window)
         for target, grad in zip((dq, dk, dv), grads):
             target.copy_(grad)
 
@@ -140,9 +148,8 @@ def flash2_module():
         softcap, alibi_slopes, deterministic, rng_state=None, zero_tensors=False,
     ):  # fmt: skip
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        grads = _backward(
-            dout, q, k, v, out, softmax_lse, softmax_scale, window_size_left, *lengths
-        )
+        window = (window_size_left, *lengths, causal, window_size_right)
+        grads = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, *window)
         for target, grad in zip((dq, dk, dv), grads):
             target.copy_(grad)
 
@@ -162,7 +169,8 @@ def flash3_module():
         if cu_seqlens_q is None:
             assert max_seqlen_q is None
             lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse = _forward(q, k, v, softmax_scale, window_size_left, *lengths, torch.inf)
+        window = (window_size_left, *lengths, causal, window_size_right)
+        out, lse = _forward(q, k, v, torch.inf, softmax_scale, *window)
         return out_.copy_(out), lse, None, None
 
     def _flash_attn_backward(
@@ -171,13 +179,11 @@ def flash3_module():
         softmax_scale=None, is_causal=False, window_size_left=-1, window_size_right=-1,
         softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
-        assert is_causal
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is None:
             lengths = (None, None, q.shape[1], k.shape[1])
-        grads = _backward(
-            dout, q, k, v, out, softmax_lse, softmax_scale, window_size_left, *lengths
-        )
+        window = (window_size_left, *lengths, is_causal, window_size_right)
+        grads = _backward(dout, q, k, v, out, softmax_lse, softmax_scale, *window)
         for target, grad in zip((dq, dk, dv), grads):
             target.copy_(grad)
 
@@ -192,11 +198,11 @@ def flash4_module():
         max_seqlen_k=None, softmax_scale=None, causal=False, window_size_left=None,
         window_size_right=None, learnable_sink=None, return_lse=False, out=None,
     ):  # fmt: skip
-        assert causal and return_lse
+        assert return_lse
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is None:
             lengths = (None, None, q.shape[1], k.shape[1])
-        call = _call(softmax_scale, window_size_left, *lengths)
+        call = _call(softmax_scale, window_size_left, *lengths, causal, window_size_right)
         result, lse = _MATH.forward_sink(q, k, v, learnable_sink, call)
         return out.copy_(result), lse, None, None, None
 
@@ -205,11 +211,11 @@ def flash4_module():
         window_size_left=None, window_size_right=None, cu_seqlens_q=None, cu_seqlens_k=None,
         max_seqlen_q=None, max_seqlen_k=None, deterministic=False, learnable_sink=None,
     ):  # fmt: skip
-        assert causal and lse.dtype == torch.float32
+        assert lse.dtype == torch.float32
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is None:
             lengths = (None, None, q.shape[1], k.shape[1])
-        call = _call(softmax_scale, window_size_left, *lengths)
+        call = _call(softmax_scale, window_size_left, *lengths, causal, window_size_right)
         grads = _MATH.backward_sink(q, k, v, learnable_sink, out, lse, dout, call, True)
         return grads if learnable_sink is not None else grads[:3]
 

@@ -71,6 +71,10 @@ def test_rows_without_a_key():
     assert gradient.eq(0).all()
     merged, merged_lse = rescale.merge_partial(out, lse, out, lse)
     assert torch.equal(merged, out) and torch.equal(merged_lse, lse)
+    for column, expected in ((None, lse), (sink, sink[:, None].expand(3, 4))):
+        out_a, lse_a = out.clone(), lse.clone()
+        rescale.merge_partial_(out_a, lse_a, out, lse, column)
+        assert torch.equal(out_a, out) and torch.equal(lse_a, expected)
 
 
 def test_extreme_scores():
@@ -96,8 +100,19 @@ def test_merge_partial():
     assert torch.allclose(merged[0], expected_out, atol=1e-14)
     assert torch.allclose(merged[1], expected_lse.transpose(-1, -2), atol=1e-14)
     whole = torch.cat([scores, SINK[:, None].expand(5, 3, 1)], -1)
-    with_sink, _ = rescale.apply_sink(*merged, SINK)
+    with_sink, lse_with_sink = rescale.apply_sink(*merged, SINK)
     assert torch.allclose(with_sink, whole.softmax(-1)[..., :-1] @ values, atol=1e-14)
+    parts = []
+    for keys in (slice(0, 6), slice(6, 9)):
+        part_lse = torch.logsumexp(scores[..., keys], -1)
+        parts += [torch.nan_to_num(scores[..., keys].softmax(-1)) @ values[keys], part_lse.mT]
+    for sink, target in ((None, merged), (SINK, (with_sink, lse_with_sink))):
+        out, lse = parts[0].clone(), parts[1].contiguous()
+        for rows in (slice(0, 2), slice(2, 5)):
+            part = parts[2][rows], parts[3][..., rows]
+            rescale.merge_partial_(out[rows], lse[..., rows], *part, sink)
+        assert torch.allclose(out, target[0], atol=1e-14)
+        assert torch.allclose(lse, target[1], atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -140,3 +155,24 @@ class TestKernels:
         assert value.dtype == sink_dtype
         error = (value.double() - expected).norm() / expected.norm()
         assert error < (1e-5 if sink_dtype == torch.float32 else 4e-3)
+
+    @pytest.mark.parametrize("with_sink", [True, False])
+    def test_merge(self, shape, dtype, layout, with_sink):
+        """Into rows of a longer tensor."""
+        out_a, out_b, lse, sink = self.tensors(shape, dtype, layout)
+        lse_b = lse.flip(-2)
+        lse_b[..., 0, 3] = -torch.inf
+        longer = torch.zeros(*lse.shape[:-1], lse.shape[-1] + 5, device=DEVICE)
+        lse_a = longer[..., 3:-2]
+        lse_a.copy_(lse)
+        exact = [x.double() for x in (out_a, lse, out_b, lse_b)]
+        if with_sink:
+            rescale.merge_partial_(*exact, sink.double())
+        else:
+            rescale.merge_partial_(*exact)
+        rescale_triton.merge_partial_(out_a, lse_a, out_b, lse_b, sink if with_sink else None)
+        # Weights are exp of differences of lse, which have fp32's error at their own size.
+        limit = 1e-5 if dtype == torch.float32 else 2**-7 if INTERPRETED else 2**-8
+        assert torch.allclose(out_a.double(), exact[0], rtol=limit, atol=limit * 1e-1)
+        assert torch.allclose(lse_a.double(), exact[1], rtol=1e-6, atol=1e-6)
+        assert longer[..., :3].eq(0).all() and longer[..., -2:].eq(0).all()

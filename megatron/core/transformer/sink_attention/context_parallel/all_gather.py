@@ -4,7 +4,8 @@
 
 While they come, the rank's own two chunks attend to one another. Of the other chunks, in the order
 of the sequence and without the two of its own, rank r's first chunk sees the first r and its second
-all up to itself, 2*cp-2-r: one full piece each, so that every query is in two pieces.
+all up to itself, 2*cp-2-r: one full piece each. So every query is in two pieces (rank 0's first
+chunk in one), which are merged, together with the sink, in fp32 in one pass.
 
 What was gathered is freed after the forward and gathered again in the backward. dk and dv are
 summed over the ranks in fp32 (fp64 for fp64).
@@ -21,9 +22,10 @@ from megatron.core.transformer.sink_attention.context_parallel.collectives impor
 )
 from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
 from megatron.core.transformer.sink_attention.context_parallel.pieces import (
-    Merged,
     Piece,
     PieceAttention,
+    finish_,
+    merge_,
 )
 from megatron.core.transformer.sink_attention.ops import batch_first
 from megatron.core.transformer.sink_attention.rescale import sink_gradient
@@ -36,11 +38,14 @@ class AllGatherAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, sink, kernels: PieceAttention, group: ProcessGroup):
         coming = _gather(key, value, group)
         own = _own(query, group)
-        merged = Merged(*kernels.forward(query, key, value, own))
+        out, lse = kernels.forward(query, key, value, own)
+        out, lse = out.contiguous(), lse.contiguous()
         keys, values = _others(coming, group)
+        if group.rank() == 0:  # its first chunk has no other keys
+            finish_(out[: len(out) // 2], lse[..., : len(out) // 2], sink)
         for rows, piece, num in _pieces(query, group):
-            merged.add(rows, *kernels.forward(query[rows], keys[:num], values[:num], piece))
-        out, lse = merged.finish(sink)
+            part = kernels.forward(query[rows], keys[:num], values[:num], piece)
+            merge_(out[rows], lse[..., rows], *part, sink)
         ctx.save_for_backward(query, key, value, sink, out, lse)
         ctx.kernels, ctx.group = kernels, group
         return out

@@ -127,22 +127,15 @@ def _clear_unseen(grad: Tensor, call: Call) -> None:
     grad.masked_fill_(~seen[:, None, None], 0)
 
 
-class Merged:
-    """(out, lse) of growing sets of keys, kept in fp32 (fp64 for fp64)."""
+def merge_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, sink=None) -> None:
+    """Other keys for the queries of out_a, in place; with the sink if there are no more to come."""
+    sink = None if sink is None else sink.detach()
+    with as_kernel(out_a):
+        merge_partial_(batch_first(out_a), lse_a, batch_first(out_b), lse_b, sink)
 
-    def __init__(self, out: Tensor, lse: Tensor):
-        self.dtype = out.dtype
-        self.out = torch.empty(out.shape, dtype=lse.dtype, device=out.device).copy_(out)
-        self.lse = lse.contiguous()
 
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """Other keys for some of the queries."""
-        merged = batch_first(self.out)[..., rows, :, :], self.lse[..., rows]
-        merge_partial_(*merged, batch_first(out), lse)
-
-    def finish(self, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-        """out in its own type, contiguous, and lse, both with the sink in them."""
-        out, lse = batch_first(self.out), self.lse
-        if sink is not None:
-            out, lse = apply_sink_(out, lse, sink.detach())
-        return batch_first(out).to(self.dtype), lse
+def finish_(out: Tensor, lse: Tensor, sink: Tensor | None) -> None:
+    """The sink for queries whose keys are all in, in place."""
+    if sink is not None:
+        with as_kernel(out):
+            lse.copy_(apply_sink_(batch_first(out), lse, sink.detach())[1])

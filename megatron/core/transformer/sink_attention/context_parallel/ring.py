@@ -18,9 +18,10 @@ from torch.distributed import ProcessGroup
 from megatron.core.transformer.sink_attention.context_parallel.collectives import to_next
 from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
 from megatron.core.transformer.sink_attention.context_parallel.pieces import (
-    Merged,
     Piece,
     PieceAttention,
+    finish_,
+    merge_,
 )
 from megatron.core.transformer.sink_attention.ops import batch_first
 from megatron.core.transformer.sink_attention.rescale import sink_gradient
@@ -33,18 +34,20 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, sink, kernels: PieceAttention, group: ProcessGroup):
         cp = group.size()
         kv = torch.stack([key, value], dim=1)  # [2c, 2, ...]: the tokens first, to be sent
-        merged = None
         for step in range(cp):
             coming = to_next(kv, group) if step < cp - 1 else None
             rows, keys, piece = _step(step, query.shape[0], group)
             k, v = kv[keys].unbind(1)
             part = kernels.forward(query[rows], k, v, piece)
-            if merged is None:
-                merged = Merged(*part)
+            if step == 0:
+                lse = part[1].contiguous()
+                out = torch.empty(query.shape, dtype=lse.dtype, device=query.device)
+                out.copy_(part[0])
             else:
-                merged.add(rows, *part)
+                merge_(out[rows], lse[..., rows], *part)
             kv = coming.wait() if coming else None
-        out, lse = merged.finish(sink)
+        finish_(out, lse, sink)
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, sink, out, lse)
         ctx.kernels, ctx.group = kernels, group
         return out

@@ -1,0 +1,238 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The layout, the pieces of attention and their kernels, without any other rank."""
+
+import pytest
+import torch
+
+from megatron.core.transformer.sink_attention.backends import flex
+from megatron.core.transformer.sink_attention.case import Call
+from megatron.core.transformer.sink_attention.context_parallel import (
+    chunk_length,
+    chunk_ranges,
+    from_zigzag,
+    global_positions,
+    to_zigzag,
+)
+from megatron.core.transformer.sink_attention.context_parallel.choose import halo_window
+from megatron.core.transformer.sink_attention.context_parallel.halo import (
+    halo_segments,
+    halo_tokens,
+)
+from megatron.core.transformer.sink_attention.context_parallel.pieces import (
+    Piece,
+    PieceAttention,
+    bounds_within,
+    finish_,
+    merge_,
+)
+from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
+from megatron.core.transformer.sink_attention.registry import BACKENDS
+from megatron.core.transformer.sink_attention.rescale import sink_gradient
+from tests.unit_tests.transformer.sink_attention.reference import (
+    Example,
+    attention_ref,
+    gradients,
+    relative_error,
+)
+from tests.unit_tests.transformer.sink_attention.stub_kernels import stub
+
+NAMES = ("out", "dq", "dk", "dv", "dsink")
+
+
+def test_zigzag():
+    """Rank r holds chunks r and 2*cp-1-r; as Megatron's get_batch_on_this_cp_rank cuts a batch."""
+    x = torch.arange(24).view(1, 24)
+    assert chunk_ranges(1, 4, 24) == ((3, 6), (18, 21))
+    for cp in (1, 2, 4, 12):
+        chunks = x.view(1, 2 * cp, -1)
+        megatron = [chunks[:, [r, 2 * cp - 1 - r]].flatten(1) for r in range(cp)]
+        if cp == 1:
+            megatron = [x]
+        assert torch.equal(to_zigzag(x, cp, dim=1), torch.cat(megatron, dim=1))
+        assert torch.equal(from_zigzag(torch.cat(megatron, dim=1), cp, dim=1), x)
+        for rank, expected in enumerate(megatron):
+            assert torch.equal(global_positions(rank, cp, 24), expected[0])
+
+
+def test_length_that_cannot_be_cut():
+    with pytest.raises(ValueError, match=r"8190 is not a multiple of 2 \* .* = 8. Pad it to 8192"):
+        chunk_length(8190, 4)
+    assert chunk_length(7, 1) == 7
+
+
+def test_bounds_within():
+    """Against counting the tokens of each document one by one; empty ones and cut ones too."""
+    cu = (0, 3, 3, 10, 11, 24)
+    for ranges in (((0, 24),), ((2, 5), (10, 12)), ((3, 3),), ((11, 14), (20, 24))):
+        document = torch.bucketize(torch.arange(24), torch.tensor(cu[1:]), right=True)
+        held = torch.cat([document[a:b] for a, b in ranges])
+        counts = torch.bincount(held, minlength=5)
+        bounds = bounds_within(torch.tensor(cu, dtype=torch.int32), ranges)
+        assert bounds.dtype == torch.int32
+        assert bounds.tolist() == [0, *counts.cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("cp, tokens, window", [(2, 16, 3), (4, 16, 1), (4, 16, 9), (3, 24, 24)])
+def test_halo_segments(cp, tokens, window):
+    """The tokens that they name are the window-1 before each chunk, and no others."""
+    for rank in range(cp):
+        received = 0
+        for (start, _), halo in zip(
+            chunk_ranges(rank, cp, tokens), halo_segments(rank, cp, tokens, window)
+        ):
+            named = [
+                position
+                for s in halo
+                for position in global_positions(s.owner, cp, tokens)[s.rows].tolist()
+            ]
+            assert named == list(range(max(0, start - window + 1), start))
+            received += sum(s.end - s.start for s in halo if s.owner != rank)
+        assert received == halo_tokens(rank, cp, tokens, window)
+
+
+def test_when_a_halo_is_enough():
+    """A window always; of packs, documents that are not longer than a chunk."""
+    assert halo_window(128, packed=False, max_seqlen=4096, length=512) == 128
+    assert halo_window(4096, packed=False, max_seqlen=4096, length=512) is None
+    assert halo_window(None, packed=True, max_seqlen=512, length=512) == 512
+    assert halo_window(None, packed=True, max_seqlen=513, length=512) is None
+    assert halo_window(None, packed=False, max_seqlen=512, length=512) is None
+    assert halo_window(900, packed=True, max_seqlen=300, length=512) == 300
+
+
+def test_kv_copies():
+    """Copies for every rank to have its queries' keys, with equal groups on each."""
+    for heads, groups, ranks in ((64, 8, 8), (64, 8, 4), (64, 8, 16), (64, 8, 64), (24, 3, 4)):
+        copies = kv_copies(heads, groups, ranks)
+        share = heads // ranks
+        held = torch.arange(groups).repeat_interleave(copies).view(ranks, -1)
+        group = share // held.shape[1]
+        for rank in range(ranks):
+            wanted = torch.arange(rank * share, (rank + 1) * share) // (heads // groups)
+            assert torch.equal(held[rank].repeat_interleave(group), wanted)
+    with pytest.raises(ValueError, match="6 query heads over 4 ranks.*'all_gather' or 'p2p'"):
+        kv_copies(6, 3, 4)
+
+
+# The pieces of rank 1 of 4 among 32 tokens: its own, and the others' keys for each chunk.
+CHUNKS = ((4, 8), (24, 28))
+PIECES = [
+    (slice(0, 8), Piece(CHUNKS, CHUNKS, causal=True)),
+    (slice(0, 4), Piece(CHUNKS[:1], ((0, 4),))),
+    (slice(4, 8), Piece(CHUNKS[1:], ((0, 4), (8, 24)))),
+]
+EXAMPLES = {
+    "dense-B2": Example(tokens=32, batch=2, dim=16),
+    "dense": Example(tokens=32, dim=16, scale=0.4),
+    "packed": Example(cu=(0, 2, 3, 7, 25, 26, 32), dim=16),
+    "packed-one": Example(cu=(0, 32), dim=16),
+}
+
+
+def positions(ranges):
+    return torch.cat([torch.arange(*bounds) for bounds in ranges])
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("name", [n for n in BACKENDS if n != "flex"])
+def test_kernels_on_pieces(name, example, monkeypatch):
+    """Rank 1's queries over its pieces, each backend's kernels behind our side of the call.
+
+    The stand-ins leave nan where a document has keys and no query, as a kernel may.
+    """
+    example = EXAMPLES[example]
+    if name == "cudnn" and example.cu:
+        pytest.skip("cudnn takes no packed sequences")
+    q, k, v, sink, dout = example.tensors(torch.float32)
+    rows = positions(CHUNKS)
+    dout[[i for i in range(32) if i not in rows]] = 0
+    expected = example.reference(q, k, v, sink, dout)
+    expected[0], expected[1] = expected[0][rows], expected[1][rows]
+    q, k, v, sink, dout = (x.detach() for x in (q[rows], k, v, sink, dout[rows]))
+    backend = BACKENDS[name]
+    monkeypatch.setattr(backend, "why_not", lambda case: None)
+    options = example.options()
+    kernels = PieceAttention(
+        example.scale or 0.25, options.get("cu_seqlens"), options.get("max_seqlen", 32), name
+    )
+    with stub(name, monkeypatch):
+        for index, (part, piece) in enumerate(PIECES):
+            keys = positions(piece.keys)
+            found = kernels.forward(q[part], k[keys], v[keys], piece)
+            if index == 0:
+                out, lse = (x.clone(memory_format=torch.contiguous_format) for x in found)
+            else:
+                merge_(out[part], lse[..., part], *found)
+        finish_(out, lse, sink)
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for part, piece in PIECES:
+            keys = positions(piece.keys)
+            tensors = (q[part], k[keys], v[keys], out[part], lse[..., part], dout[part])
+            dq_i, dk_i, dv_i = kernels.backward(*tensors, piece)
+            dq[part] += dq_i
+            dk.index_add_(0, keys, dk_i)
+            dv.index_add_(0, keys, dv_i)
+    first = [x.transpose(0, 1) if x.dim() == 4 else x for x in (out, dout)]
+    dsink = sink_gradient(first[0], lse, first[1], sink)
+    for label, value, target in zip(NAMES, (out, dq, dk, dv, dsink), expected):
+        limit = 6e-3 if value.dtype == torch.bfloat16 else 1e-5
+        assert relative_error(value, target) < limit, label
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_backward(causal, monkeypatch):
+    """dq, dk, dv of one of two parts of the keys, from the out and lse over both and a sink.
+
+    FlexAttention has no backward on the CPU: its place is taken by a softmax.
+    """
+
+    def out_and_lse(q, k, v, call, flex):
+        scores = call.scale * torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(4, 2))
+        if call.causal:
+            scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
+        out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(4, 2))
+        return out, scores.logsumexp(-1)
+
+    monkeypatch.setattr(flex, "_out_and_lse", out_and_lse)
+    monkeypatch.setattr(flex, "_flex", lambda: None)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    tensors = [normal(2, 5, 8, 6), normal(2, 5, 2, 6), normal(2, 5, 2, 6)]
+    others = [normal(2, 5, 8, 1), normal(2, 5, 8, 6), normal(2, 5, 8, 6)]
+    call = Call(0.5, None, None, None, 5, 5, False, causal, causal)
+    out_i, lse_i = out_and_lse(*tensors, call, None)
+    # The other part and the sink: a column of any score with any value.
+    column, values, dout = others
+    lse = torch.logaddexp(lse_i, column.squeeze(-1).transpose(1, 2))
+    weight = (lse_i - lse).exp().transpose(1, 2).unsqueeze(-1)
+    out = out_i * weight + values * (1 - weight)
+    expected = torch.autograd.grad(out, tensors, dout)
+    grads = BACKENDS["flex"].backward(*tensors, out.detach(), lse.detach(), dout.detach(), call)
+    for value, target in zip(grads, expected):
+        assert relative_error(value, target) < 1e-12
+    unseen = torch.full_like(lse, -torch.inf).detach()
+    grads = BACKENDS["flex"].backward(*tensors, out.detach(), unseen, dout.detach(), call)
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+def test_full_pieces_of_cudnn_and_flex():
+    """What they can do only without the causal mask, and what they say otherwise."""
+    from dataclasses import replace
+
+    from megatron.core.transformer.sink_attention.case import Case
+
+    case = Case(torch.device("cuda"), torch.bfloat16, 1, 8, 24, 8, 2, 64, same_lengths=False)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(Case, "capability", (9, 0))
+    monkey.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    try:
+        cudnn = BACKENDS["cudnn"]
+        assert "fewer" in cudnn.why_not(case)
+        assert cudnn.why_not(replace(case, causal=False)) is None
+        assert "one token" in cudnn.why_not(replace(case, causal=False, seqlen_q=1))
+    finally:
+        monkey.undo()
