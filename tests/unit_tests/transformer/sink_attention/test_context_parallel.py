@@ -6,6 +6,7 @@ Eight gloo ranks: groups of 2, 4 and 8 of them, each group with its share of the
 everything agrees to rounding, whatever is exchanged.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -15,14 +16,13 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megatron.core.transformer.sink_attention import sink_attention
+from megatron.core.transformer.sink_attention import registry, sink_attention
 from megatron.core.transformer.sink_attention.context_parallel import (
     count_traffic,
     from_zigzag,
     halo_bytes,
     local_tokens,
 )
-from megatron.core.transformer.sink_attention.context_parallel.choose import halo_window
 from tests.unit_tests.distributed import RankFailure, RankPool
 from tests.unit_tests.transformer.sink_attention.reference import Example, gradients
 
@@ -117,8 +117,34 @@ def worst_errors(values, expected, group):
     return errors
 
 
+@contextlib.contextmanager
+def unwritten_gradients():
+    """nan where a document has keys and no query: what another kernel may leave unwritten."""
+    math = registry.BACKENDS["math"]
+
+    def backward(q, k, v, out, lse, dout, call):
+        grads = type(math).backward(math, q, k, v, out, lse, dout, call)
+        if call.packed:
+            queries = call.cu_seqlens_q.diff()
+            for start, end, n in zip(call.cu_seqlens_k, call.cu_seqlens_k[1:], queries):
+                for grad in grads[1:] if n == 0 else ():
+                    grad[start:end] = torch.nan
+        return grads
+
+    math.backward = backward
+    try:
+        yield
+    finally:
+        del math.backward
+
+
 def sweep(cp, names):
     """All schemes of the group's share of the examples; the errors beyond the limit."""
+    with unwritten_gradients():
+        return run_share(cp, names)
+
+
+def run_share(cp, names):
     group, index, levels = make_groups(cp)
     share = list(names)[index :: torch.distributed.get_world_size() // cp]
     failures, cases = [], 0
@@ -146,3 +172,219 @@ def test_equals_one_rank(ranks, cp):
     failures = [line for found, _ in results for line in found]
     assert not failures, "\n".join(failures)
     assert sum(cases for _, cases in results) >= cp * 4 * (len(EXAMPLES) - 1)
+
+
+def twice(cp):
+    """Whether two runs differ anywhere, in float32, with and without checkpointing."""
+    group, _, levels = make_groups(cp)
+    found = []
+    for name in ("B2", "B2-W9-chunk-shorter", "packed"):
+        example = EXAMPLES[name]
+        for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
+            first, again = (run_in(torch.float32, example, where, scheme) for _ in range(2))
+            recomputed = run_in(torch.float32, example, where, scheme, checkpointed=True)
+            for label, *values in zip(NAMES, first, again, recomputed):
+                if not all(torch.equal(values[0], x) for x in values[1:]):
+                    found.append(f"{scheme} {name} {label}")
+    return found
+
+
+def run_in(dtype, example, group, scheme, checkpointed=False):
+    """Local out, dq, dk, dv and this rank's own dsink."""
+    q, k, v, sink, dout = example.tensors(dtype)
+    q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
+    options = {**example.options(), "cp_group": group, "cp_comm_type": scheme}
+
+    def attention(*tensors):
+        return sink_attention(*tensors, **options)
+
+    if checkpointed:
+        out = torch.utils.checkpoint.checkpoint(attention, q, k, v, sink, use_reentrant=False)
+    else:
+        out = attention(q, k, v, sink)
+    return [out.detach(), *gradients(out, (q, k, v, sink), local_tokens(dout, group))]
+
+
+def test_same_bits(ranks):
+    assert ranks.run(twice, 4, world_size=4) == [[]] * 4
+
+
+def half_precision(cp):
+    """Relative errors against float64 in bf16, and those of one rank."""
+    group, _, levels = make_groups(cp)
+    found = []
+    for name in ("B2", "B2-W9-chunk-shorter", "packed"):
+        example = EXAMPLES[name]
+        q, k, v, sink, dout = example.tensors(torch.bfloat16)
+        exact = example.reference(q, k, v, sink, dout)
+        out = sink_attention(q, k, v, sink, **example.options())
+        alone = [out.detach(), *gradients(out, (q, k, v, sink), dout)]
+        limits = [error_of(x, y) for x, y in zip(alone[:4], exact)]
+        for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
+            values = run_in(torch.bfloat16, example, where, scheme)
+            parts = [torch.empty(group.size(), *x.shape, dtype=x.dtype) for x in values[:4]]
+            for gathered, value in zip(parts, values):
+                torch.distributed.all_gather(list(gathered.unbind(0)), value, group=group)
+            whole = [from_zigzag(x.flatten(0, 1), group.size()) for x in parts]
+            for label, value, target, limit in zip(NAMES, whole, exact, limits):
+                found.append((f"{scheme} {name} {label}", error_of(value, target), limit))
+    return found
+
+
+def error_of(value, target):
+    return ((value.double() - target).norm() / target.norm()).item()
+
+
+def test_half_precision(ranks):
+    """Partial results rounded to bf16 and merged: at most 1.5 times the error of one rank."""
+    for found in ranks.run(half_precision, 4, world_size=4):
+        wrong = [f"{name}: {error:.2e} {limit:.2e}" for name, error, limit in found
+                 if not error < 1.5 * limit]  # fmt: skip
+        assert not wrong, "\n".join(wrong)
+
+
+def traffic(cp, window):
+    """Bytes received in the forward and the backward, by kind."""
+    group, _, _ = make_groups(cp)
+    example = dataclasses.replace(EXAMPLES["B2"], window=window)
+    q, k, v, sink, dout = example.tensors(torch.float32)
+    q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
+    with count_traffic() as forward:
+        out = sink_attention(q, k, v, sink, window=window, cp_group=group)
+    with count_traffic() as backward:
+        gradients(out, (q, k, v, sink), local_tokens(dout, group))
+    return dict(forward), dict(backward)
+
+
+@pytest.mark.parametrize("window", [9, 20, None])
+def test_bytes(ranks, window):
+    """A halo's are the keys in reach that are not the rank's own, counted one by one."""
+    cp, tokens, token_bytes = 4, 96, 2 * 2 * 2 * 8 * 4
+    length = tokens // (2 * cp)
+    for rank, (forward, backward) in enumerate(ranks.run(traffic, cp, window, world_size=cp)):
+        if window is None:
+            others = (cp - 1) * 2 * length * token_bytes
+            assert forward == {"all_gather": others}
+            assert backward == {"all_gather": others, "reduce_scatter": others // (cp - 1) * 3}
+            continue
+        needed = 0
+        for chunk in (rank, 2 * cp - 1 - rank):
+            reach = range(max(0, chunk * length - window + 1), chunk * length)
+            needed += sum(t // length not in (rank, 2 * cp - 1 - rank) for t in reach)
+        assert forward == {"all_to_all": needed * token_bytes}
+        assert halo_bytes(rank, cp, tokens, window, token_bytes) == needed * token_bytes
+        sent = 0  # gradients come back for every key that another rank's halo reached
+        for other in set(range(cp)) - {rank}:
+            for chunk in (other, 2 * cp - 1 - other):
+                reach = range(max(0, chunk * length - window + 1), chunk * length)
+                sent += sum(t // length in (rank, 2 * cp - 1 - rank) for t in reach)
+        assert backward == {"all_to_all": sent * token_bytes}
+
+
+def refusals(cp):
+    """What each wrong call says, on this rank; none of them waits for another rank."""
+    group, _, levels = make_groups(cp)
+
+    def attention(tokens=8, heads=8, groups=2, where=group, scheme="auto", keys=None, **options):
+        lead = (tokens,) if "cu_seqlens" in options else (tokens, 1)
+        key_lead = lead if keys is None else (keys, 1)
+        q, kv = torch.zeros(*lead, heads, 4), torch.zeros(*key_lead, groups, 4)
+        try:
+            sink_attention(q, kv, kv, cp_group=where, cp_comm_type=scheme, **options)
+        except ValueError as error:
+            return str(error)
+
+    cu = torch.tensor([0, 8], dtype=torch.int32)
+    return [
+        attention(tokens=7),
+        attention(heads=6, scheme="a2a"),
+        attention(scheme="a2a+p2p"),
+        attention(where=levels[0], scheme="p2p"),
+        attention(where=[*levels[0], group]),
+        attention(keys=16),
+        attention(scheme="ring"),
+        attention(cu_seqlens=cu),
+        attention(cu_seqlens=cu.new_tensor([0, 32]), max_seqlen=8),
+        attention(heads=2, groups=1, scheme="a2a+p2p", where=levels[0]),
+    ]
+
+
+def test_refusals(ranks):
+    wanted = [
+        r"Sequence length 28 is not a multiple of 2 \* context parallel size = 8\. Pad it to 32",
+        r"a2a shares out 6 query heads over 4 ranks.*take 'all_gather' or 'p2p'",
+        r"needs two, \[a2a, p2p\].*--hierarchical-context-parallel-sizes",
+        r"is 'p2p' with two groups",
+        r"is 3 groups; wanted one, or two",
+        r"key: has 16 tokens with a cp_group; wanted 8",
+        r"'ring' is unknown; wanted one of auto, p2p",
+        r"cu_seqlens: ends with 8; wanted the number of tokens, 32",
+        r"max_seqlen: 8 is less than the longest document, 32",
+        None,
+    ]
+    for said in ranks.run(refusals, 4, world_size=4):
+        for text, pattern in zip(said, wanted, strict=True):
+            assert text is None if pattern is None else re.search(pattern, text), (text, pattern)
+
+
+def mismatch(what):
+    """The error on this rank, where rank 1 calls with something else."""
+    group = torch.distributed.group.WORLD
+    other = group.rank() == 1
+    tokens = 16 if what == "tokens" and other else 8
+    window = 3 if what == "window" and other else 4
+    dtype = torch.float64 if what == "dtype" and other else torch.float32
+    cut = 5 if what == "cu_seqlens" and other else 6
+    q = torch.zeros(tokens, 4, 4, dtype=dtype)
+    cu = torch.tensor([0, cut, 2 * tokens], dtype=torch.int32)
+    try:
+        sink_attention(q, q, q, window=window, cu_seqlens=cu, cp_group=group)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_ranks_that_differ(ranks):
+    """Every rank says what differs, and each rank's value."""
+    wanted = {
+        "tokens": r"query: rank 0: \(\[8, 4, 4\].*rank 1: \(\[16, 4, 4\]",
+        "window": r"window: rank 0: 4, rank 1: 3\.$",
+        "dtype": r"query: .*torch.float32.*rank 1: .*torch.float64",
+        "cu_seqlens": r"cu_seqlens: rank 0: \[3\] (\w+), rank 1: \[3\] (?!\1)",
+    }
+    for what, pattern in wanted.items():
+        for text in ranks.run(mismatch, what, world_size=2):
+            assert re.search(pattern, text), (what, text)
+
+
+def late_rank(seconds):
+    """How long rank 0 waits, in a group with a timeout, for a rank that does not come."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=seconds))
+    q = torch.zeros(8, 1, 4, 4)
+    begin = time.monotonic()
+    if group.rank() == 1:
+        time.sleep(3 * seconds)
+        return None
+    try:
+        sink_attention(q, q, q, cp_group=group)
+    except RuntimeError as error:
+        return time.monotonic() - begin, str(error)
+
+
+def dying_rank():
+    group = torch.distributed.group.WORLD
+    q = torch.zeros(8, 1, 4, 4, requires_grad=True)
+    out = sink_attention(q, q, q, cp_group=group)
+    if group.rank() == 1:
+        os._exit(7)
+    out.sum().backward()
+
+
+def test_a_rank_that_is_lost():
+    """Late beyond the group's timeout, or dead in the backward: an error, not a wait."""
+    with RankPool(2) as pool:
+        (waited, text), _ = pool.run(late_rank, 2.0, world_size=2)
+        assert 1.5 < waited < 5 and re.search("imed out|imeout", text), (waited, text)
+        begin = time.monotonic()
+        with pytest.raises(RankFailure, match="Rank 1 of 2 died with exit code 7"):
+            pool.run(dying_rank, world_size=2)
+        assert time.monotonic() - begin < 20

@@ -2,11 +2,14 @@
 
 """The layout, the pieces of attention and their kernels, without any other rank."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.backends import flex
-from megatron.core.transformer.sink_attention.case import Call
+from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.context_parallel import (
     chunk_length,
     chunk_ranges,
@@ -134,9 +137,16 @@ def positions(ranges):
     return torch.cat([torch.arange(*bounds) for bounds in ranges])
 
 
+@pytest.fixture
+def fresh_choice():
+    """choose() remembers what a backend said of a case."""
+    yield
+    registry.choose.cache_clear()
+
+
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "flex"])
-def test_kernels_on_pieces(name, example, monkeypatch):
+def test_kernels_on_pieces(name, example, monkeypatch, fresh_choice):
     """Rank 1's queries over its pieces, each backend's kernels behind our side of the call.
 
     The stand-ins leave nan where a document has keys and no query, as a kernel may.
@@ -152,6 +162,7 @@ def test_kernels_on_pieces(name, example, monkeypatch):
     q, k, v, sink, dout = (x.detach() for x in (q[rows], k, v, sink, dout[rows]))
     backend = BACKENDS[name]
     monkeypatch.setattr(backend, "why_not", lambda case: None)
+    registry.choose.cache_clear()
     options = example.options()
     kernels = PieceAttention(
         example.scale or 0.25, options.get("cu_seqlens"), options.get("max_seqlen", 32), name
@@ -219,20 +230,12 @@ def test_flex_backward(causal, monkeypatch):
     assert all(grad.eq(0).all() for grad in grads)
 
 
-def test_full_pieces_of_cudnn_and_flex():
-    """What they can do only without the causal mask, and what they say otherwise."""
-    from dataclasses import replace
-
-    from megatron.core.transformer.sink_attention.case import Case
-
+def test_full_pieces_of_cudnn(monkeypatch):
+    """Fewer queries than keys: only without the causal mask."""
     case = Case(torch.device("cuda"), torch.bfloat16, 1, 8, 24, 8, 2, 64, same_lengths=False)
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr(Case, "capability", (9, 0))
-    monkey.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    try:
-        cudnn = BACKENDS["cudnn"]
-        assert "fewer" in cudnn.why_not(case)
-        assert cudnn.why_not(replace(case, causal=False)) is None
-        assert "one token" in cudnn.why_not(replace(case, causal=False, seqlen_q=1))
-    finally:
-        monkey.undo()
+    monkeypatch.setattr(Case, "capability", (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    why_not = BACKENDS["cudnn"].why_not
+    assert "fewer" in why_not(case)
+    assert why_not(dataclasses.replace(case, causal=False)) is None
+    assert "one token" in why_not(dataclasses.replace(case, causal=False, seqlen_q=1))
