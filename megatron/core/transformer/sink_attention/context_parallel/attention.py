@@ -82,7 +82,8 @@ def context_parallel_attention(
     if query.device.type == "cpu":
         facts.update(cu_seqlens=contents(cu_seqlens), max_seqlen=max_seqlen)
     for level in group if nested else [group]:
-        check_ranks_match(facts, query.device, level)
+        if level.size() > 1:
+            check_ranks_match(facts, query.device, level)
     if query.numel() == 0:
         return query
 
