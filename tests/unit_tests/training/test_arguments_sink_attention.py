@@ -25,6 +25,7 @@ def arguments(monkeypatch):
     def parse(*flags):
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *MODEL, *flags])
         args = parse_args()
+        args.world_size = args.context_parallel_size
         validate_args(args)
         return args
 
@@ -50,11 +51,20 @@ def test_flag(arguments):
         (LOCAL, True),
         (LOCAL + LEARNABLE, False),
         (LOCAL + ["--sink-attention-backend", "auto"], False),
+        (LOCAL + ["--context-parallel-size", "2"], False),
         (LOCAL + LEARNABLE + ["--reset-attention-mask"], True),
         (LEARNABLE, True),
         (LEARNABLE + ["--attention-backend", "local"], False),
     ],
-    ids=["vanilla", "learnable", "asked-for", "reset-mask", "other-spec", "local-in-other-spec"],
+    ids=[
+        "vanilla",
+        "learnable",
+        "asked-for",
+        "context-parallel",
+        "reset-mask",
+        "other-spec",
+        "local-in-other-spec",
+    ],
 )
 def test_no_mask_from_dataloader(flags, made, arguments):
     assert arguments(*flags).create_attention_mask_in_dataloader is made

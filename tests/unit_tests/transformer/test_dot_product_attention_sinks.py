@@ -32,7 +32,13 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def make(softmax_type="learnable", layer_number=1, mask_type=AttnMaskType.causal, **fields):
+def make(
+    softmax_type="learnable",
+    layer_number=1,
+    mask_type=AttnMaskType.causal,
+    cp_comm_type=None,
+    **fields,
+):
     """A layer with sinks of +-6."""
     defaults = dict(
         num_layers=2,
@@ -45,7 +51,14 @@ def make(softmax_type="learnable", layer_number=1, mask_type=AttnMaskType.causal
     )
     config = TransformerConfig(**{**defaults, **fields})
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    layer = DotProductAttention(config, layer_number, mask_type, "self", pg_collection=groups)
+    layer = DotProductAttention(
+        config,
+        layer_number,
+        mask_type,
+        "self",
+        cp_comm_type=cp_comm_type,
+        pg_collection=groups,
+    )
     if softmax_type == "learnable":
         with torch.no_grad():
             layer.softmax_offset.copy_(torch.linspace(-6, 6, HEADS))
@@ -225,6 +238,26 @@ REFUSED = {
         dict(attention_dropout=0.1),
         {"packed_seq_params": PackedSeqParams(**PACKED)},
         "Packed sequences in layer 1: attention dropout is 0.1",
+    ),
+    "context-parallel-dropout": (
+        dict(context_parallel_size=2, attention_dropout=0.1),
+        {},
+        "Context parallelism in layer 1: attention dropout is 0.1",
+    ),
+    "context-parallel-mask": (
+        dict(context_parallel_size=2, softmax_type="vanilla"),
+        {"attention_mask": torch.zeros(1, 1, 12, 12, dtype=torch.bool)},
+        r"Context parallelism in layer 1: a mask \[1, 1, 12, 12\] is given",
+    ),
+    "context-parallel-packed": (
+        dict(context_parallel_size=2),
+        {"packed_seq_params": PackedSeqParams(**PACKED)},
+        "split as one sequence here, which PackedSeqParams does not say; .*PackedSequence.of",
+    ),
+    "context-parallel-groups": (
+        dict(context_parallel_size=2, cp_comm_type="a2a+p2p"),
+        {},
+        "cp_comm_type is 'a2a\\+p2p', and there is no process group 'hcp'",
     ),
     "packed-format": (
         {},

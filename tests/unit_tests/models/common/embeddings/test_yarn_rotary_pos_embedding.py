@@ -215,3 +215,20 @@ def test_model_cp_group(monkeypatch):
     half = emb.flatten(1)[:, :8].cpu()
     torch.testing.assert_close(half, torch.outer(positions, inv_freq), rtol=RTOL, atol=0)
     assert attention_factor == pytest.approx(attention_factor_ref, rel=1e-15)
+
+
+@pytest.mark.parametrize("size, rank", [(2, 0), (2, 1), (3, 2)])
+def test_cached_cos_sin_under_cp(size, rank):
+    """A rank's chunks of a long cached table were cut short: positions of another length.
+
+    At cp 3 the model was not even built: the first table has 4096 positions, no multiple of 6.
+    """
+    group = Namespace(size=lambda: size, rank=lambda: rank)
+    whole, mine = make_yarn(), make_yarn(cp_group=group)
+    chunks = torch.arange(24).view(2 * size, -1)
+    positions = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+    for packed in (False, True, False):
+        for got, expected in zip(
+            mine.get_cached_cos_sin(24, packed_seq=packed), whole.get_cached_cos_sin(24)
+        ):
+            assert torch.equal(got, expected if packed else expected[positions])

@@ -1,0 +1,73 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Packed documents that context parallelism splits as one sequence.
+
+TransformerEngine splits every document for itself, so that its length must be a multiple of
+2 * cp. Here the 2 * cp chunks are those of the whole sequence and documents have any length: a rank
+may hold the end of one, some whole ones and the beginning of another.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.sink_attention.context_parallel import global_positions
+
+
+@dataclass
+class PackedSequence(PackedSeqParams):
+    """Where the documents of a packed sequence lie; make it with `PackedSequence.of`.
+
+    A model on Megatron-Core's own attention takes it as `packed_seq_params`, at any context
+    parallel size and the same on every rank and pipeline stage.
+    """
+
+    num_tokens: int | None = None  # of the whole sequence
+    longest: int | None = None  # tokens of the longest document; max_seqlen_q is a bound of it
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None = None):
+        """Describe documents in a sequence of `num_tokens`.
+
+        Args:
+            cu_seqlens: [documents + 1] int32, of the whole sequence; may end with copies of
+                num_tokens, which are documents without tokens.
+            num_tokens: tokens of the whole sequence, before it is split over ranks.
+            max_seqlen: of the longest document, a Python int; num_tokens by default.
+        """
+        longest = num_tokens if max_seqlen is None else max_seqlen
+        # RotaryEmbedding keeps a table for each bound that it meets: let it be few.
+        bound = min(num_tokens, 1 << (longest - 1).bit_length())
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=bound,
+            max_seqlen_kv=bound,
+            num_tokens=num_tokens,
+            longest=longest,
+        )
+
+    def positions(self, cp_group: ProcessGroup | None = None) -> Tensor:
+        """Place in its document of each token of this rank.
+
+        Returns:
+            [num_tokens / cp] int64, on the device of cu_seqlens.
+        """
+        starts = self.cu_seqlens_q.long()
+        rank, size = (0, 1) if cp_group is None else (cp_group.rank(), cp_group.size())
+        tokens = global_positions(rank, size, self.num_tokens, starts.device)
+        return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
+
+    def rotary_rows(self, table: Tensor | None, cp_group: ProcessGroup | None = None):
+        """The rows of a rotary table for the tokens of this rank.
+
+        Args:
+            table: [max_seqlen, 1, 1, d]: the angles of each place in a document.
+        Returns:
+            [num_tokens / cp, 1, d], for queries and keys [t, heads, d]; None for None.
+        """
+        return None if table is None else table[self.positions(cp_group), 0]
