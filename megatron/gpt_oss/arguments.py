@@ -21,6 +21,7 @@ from typing import Callable, Sequence
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
 from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
+from megatron.gpt_oss.sequence_arguments import check_sequence
 
 NO_PRESET = "none"
 
@@ -145,6 +146,10 @@ def preset_args_provider(
     check_lm_loss(given)
     defaults = preset_flags(preset) if preset is not None else {}
     defaults.update(_tokenizer_defaults(given))
+    if getattr(given, "transformer_impl", "local") != "local":
+        defaults["cp_comm_type"] = ["a2a"]  # the one that TransformerEngine has for sinks
+    by_default = {action.dest: action.default for action in parser._actions} | defaults
+    check_sequence(lambda dest: getattr(given, dest, by_default[dest]))
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)

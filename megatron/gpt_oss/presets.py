@@ -167,6 +167,7 @@ def default_flags(preset: Preset) -> dict:
         "attention_dropout": 0.0,
         "transformer_impl": "local",
         "attention_softmax_in_fp32": True,
+        "cp_comm_type": ["auto"],
         # The fused softmax kernels know neither sink nor window.
         "masked_softmax_fusion": False,
         # Eager is the same maths; compiling the activation for each expert's own number of

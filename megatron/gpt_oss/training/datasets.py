@@ -33,6 +33,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        inter_document_masking=args.dataloader_inter_document_masking,
         context_parallel_size=args.context_parallel_size,
         data_parallel_size=args.data_parallel_size,
         sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
@@ -40,9 +41,14 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
 
 
 def _is_built_here(vp_stage: int | None) -> bool:
-    """Only where a batch is read: the first and last pipeline stage, on TP rank 0."""
-    first_or_last = is_first_or_last_pipeline_stage(vp_stage)
-    return mpu.get_tensor_model_parallel_rank() == 0 and first_or_last
+    """Only where a batch is read: the first and last pipeline stage, on TP rank 0.
+
+    Attention on every stage has to know where documents begin.
+    """
+    wanted = get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(
+        vp_stage
+    )
+    return mpu.get_tensor_model_parallel_rank() == 0 and wanted
 
 
 def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.core import mpu
 from megatron.core.device_utils import current_device
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
@@ -20,29 +21,36 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+DOCUMENT_KEYS = ("cu_seqlens", "cu_seqlens_padded", "max_seqlen")
 
 
-def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor | None]:
+def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
     """The micro-batch of this rank: read on TP rank 0, broadcast over TP, split over CP.
 
     Returns:
-        `BATCH_KEYS`, each [b, s] on this rank's device, or None: on pipeline stages that need no
-        batch, and the attention mask where the kernel knows that attention is causal.
+        `BATCH_KEYS`, each [b, s / cp] on this rank's device, or None: on pipeline stages that need
+        no batch, and the attention mask where the kernel knows that attention is causal. And
+        packed_seq_params, on every stage, with --dataloader-inter-document-masking; else None.
     """
-    if not is_first_or_last_pipeline_stage(vp_stage):
-        return dict.fromkeys(BATCH_KEYS)
     args = get_args()
+    packed = args.dataloader_inter_document_masking
+    if not packed and not is_first_or_last_pipeline_stage(vp_stage):
+        return dict.fromkeys((*BATCH_KEYS, "packed_seq_params"))
     tp_rank = mpu.get_tensor_model_parallel_rank()
     batch = {}
+    max_seqlen = None
     if tp_rank == 0:
         sample, device = next(data_iterator), current_device()
+        if packed:
+            sample["cu_seqlens"] = _without_padding(sample["cu_seqlens"])
+            max_seqlen = int(sample["max_seqlen"])
         batch = {
             key: sample[key].to(device, non_blocking=True) if sample.get(key) is not None else None
-            for key in BATCH_KEYS
+            for key in (*BATCH_KEYS, *(DOCUMENT_KEYS if packed else ()))
         }
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -56,25 +64,51 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict[str, Tensor
         is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
         is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
     )
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(
+        batch,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=True,  # documents are not split one by one
     )
+    batch["packed_seq_params"] = None
+    if packed:
+        if max_seqlen is None:
+            max_seqlen = int(batch["max_seqlen"])
+        batch["packed_seq_params"] = PackedSequence.of(
+            batch["cu_seqlens"].flatten(), args.seq_length, max_seqlen
+        )
+    return batch
 
 
-def loss_func(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _without_padding(cu_seqlens: Tensor) -> Tensor:
+    """[1, documents + 1] of Megatron's [1, s + 1], whose tail repeats s."""
+    ends = int((cu_seqlens[0] < cu_seqlens[0, -1]).sum())
+    return cu_seqlens[:, : ends + 1].contiguous()
+
+
+def loss_func(
+    loss_mask: Tensor, losses: Tensor, *, cp_group=None, per_token: bool = False
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses, and what Megatron averages it by.
 
     Args:
-        loss_mask: [b, s], 1 where a token counts.
-        losses: [b, s], fp32, the model's output.
+        loss_mask: [b, s / cp], 1 where a token counts.
+        losses: [b, s / cp], fp32, the model's output.
+        cp_group: the ranks that hold the rest of the sequence.
+        per_token: --calculate-per-token-loss: Megatron sums losses and numbers over the whole
+            global batch before it divides. Without it, it divides here and averages the quotients
+            over ranks, so that a sequence's ranks must divide by the number of all of them: they
+            hold unequal numbers of tokens that count.
     Returns:
-        (sum over tokens, number of tokens that count, {'lm loss': [sum, number]}); Megatron reduces
-        both over data and context parallel ranks before it divides, so that every token counts once.
+        (sum over tokens, number of tokens that count, {'lm loss': [sum, number] of this rank}).
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
+    if not per_token and cp_group is not None and cp_group.size() > 1:
+        torch.distributed.all_reduce(num_tokens, group=cp_group)
+        loss = loss * cp_group.size()
     return loss, num_tokens, {"lm loss": report}
 
 
@@ -93,6 +127,12 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Call
         batch["attention_mask"],
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
+        packed_seq_params=batch["packed_seq_params"],
         **options,
     )
-    return output, partial(loss_func, batch["loss_mask"])
+    return output, partial(
+        loss_func,
+        batch["loss_mask"],
+        cp_group=mpu.get_context_parallel_group(),
+        per_token=get_args().calculate_per_token_loss,
+    )

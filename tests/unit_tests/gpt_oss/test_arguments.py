@@ -203,6 +203,13 @@ assert not torch.distributed.is_initialized()
             'error: The tokenizer has 30',
         ),
         ('--preset huge', 2, '', "error: Unknown preset 'huge'"),
+        (
+            '--preset tiny --context-parallel-size 4 --seq-length 510 --tokenizer-model HF',
+            2,
+            '',
+            'error: Sequence length 510 is not a multiple of 2 * context_parallel_size = 8. Give '
+            '--seq-length 512.',
+        ),
         ('--help', 0, '--tensor-model-parallel-size', ''),
     ],
 )

@@ -18,12 +18,12 @@ from megatron.core import dist_checkpointing
 from megatron.gpt_oss.checkpoint.export import export_hf
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 from megatron.gpt_oss.checkpoint.layout import Layout
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
-from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_to_megatron, locate
+from megatron.gpt_oss.checkpoint.mapping import hf_names
 from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
 from megatron.gpt_oss.checkpoint.torch_dist_reader import find_iteration
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
+from tests.unit_tests.gpt_oss.gradients import gradient_errors
 
 # The window and YaRN's original length are crossed by short sequences.
 PRESET = dataclasses.replace(
@@ -167,41 +167,11 @@ def _train(folder, ids, layout, checkpoint, out):
             all_losses.append(tokens.mean().item())
             first = tokens if first is None else first
         if step == 0:
-            errors = _gradient_errors(model, torch.load(f'{folder}/gradients.pt'))
+            errors = gradient_errors(model, torch.load(f'{folder}/gradients.pt'), PRESET)
         updated, _, _ = optimizer.step()
         assert updated
     dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), out)
     return all_losses, first, errors
-
-
-def _gradient_errors(model, gradients):
-    """Largest error of every parameter of this rank, relative to the largest of the whole tensor.
-
-    A sharded state dict over the gradients says which part of which global tensor each is.
-    """
-    values = [parameter.data for parameter in model.parameters()]
-    for parameter in model.parameters():
-        parameter.data = parameter.main_grad.clone()
-    errors, largest = {}, {}
-    for name, gradient in gradients.items():
-        largest[name] = gradient.abs().max()
-    read_names = []
-
-    def read(name, index):
-        read_names.append(name)
-        return gradients[name][index]
-
-    for part in sharded_tensors(model.sharded_state_dict()):
-        where = locate(part.key, part.global_offset, part.local_shape)
-        read_names.clear()
-        expected = hf_to_megatron(where, PRESET, read)
-        scale = max(largest[name] for name in read_names)
-        errors[f'{part.key}{part.global_offset}'] = (
-            (part.data - expected).abs().max() / scale
-        ).item()
-    for parameter, value in zip(model.parameters(), values):
-        parameter.data = value
-    return errors
 
 
 @pytest.mark.parametrize('name', LAYOUTS)

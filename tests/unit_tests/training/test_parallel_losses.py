@@ -44,6 +44,33 @@ LAYOUTS = {
         '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather',
     ),
     'mbs2': (1, '--micro-batch-size 2'),
+    'cp2-mbs2': (2, '--context-parallel-size 2 --micro-batch-size 2'),
+    'cp2-ep2': (2, '--context-parallel-size 2 --expert-model-parallel-size 2'),
+    'cp2-tp2-sp': (
+        4,
+        '--context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel '
+        '--expert-tensor-parallel-size 1 --cp-comm-type a2a',
+    ),
+    'cp4-each-layer': (
+        4,
+        '--context-parallel-size 4 --cp-comm-type a2a+p2p all_gather p2p a2a '
+        '--hierarchical-context-parallel-sizes 2 2 --recompute-granularity selective',
+    ),
+}
+
+# Attention within documents; several begin in most samples.
+PACKED = '--dataloader-inter-document-masking'
+PACKED_LAYOUTS = {
+    'tp2-pp2': (4, '--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2'),
+    'cp2-pp2-vpp2': (
+        4,
+        '--context-parallel-size 2 --pipeline-model-parallel-size 2 '
+        '--num-layers-per-virtual-pipeline-stage 1',
+    ),
+    'cp2-ep2-dp2-distopt': (
+        4,
+        '--context-parallel-size 2 --expert-model-parallel-size 2 --use-distributed-optimizer',
+    ),
 }
 
 
@@ -106,7 +133,25 @@ def test_one_process(one_process):
 def test_losses(ranks, files, one_process, layout):
     """Each step's loss, gradient norm and the evaluation equal those of one process."""
     world_size, flags = LAYOUTS[layout]
-    records = train(ranks, files, world_size, flags)
+    compare(train(ranks, files, world_size, flags), one_process)
+
+
+@pytest.fixture(scope='module')
+def one_process_packed(ranks, files, one_process):
+    record = train(ranks, files, 1, PACKED)[0]
+    last, unpacked = (losses([run])[-1] for run in (record, one_process))
+    assert abs(last / unpacked - 1) > 10 * RELATIVE_TOLERANCE  # documents were kept apart
+    return record
+
+
+@pytest.mark.parametrize('layout', PACKED_LAYOUTS)
+def test_packed_losses(ranks, files, one_process_packed, layout):
+    """The same with documents that attention keeps apart, on every pipeline stage."""
+    world_size, flags = PACKED_LAYOUTS[layout]
+    compare(train(ranks, files, world_size, f'{PACKED} {flags}'), one_process_packed)
+
+
+def compare(records, one_process):
     expected = pytest.approx(losses([one_process]), rel=RELATIVE_TOLERANCE)
     assert losses(records) == expected
     for record in records:
@@ -126,6 +171,14 @@ RESUMED = {
         2,
         '--use-distributed-optimizer --pipeline-model-parallel-size 2',
         2,
+        RELATIVE_TOLERANCE,
+    ),
+    'cp2-ep2-to-cp4-ep2': (
+        '--context-parallel-size 2 --expert-model-parallel-size 2 --use-distributed-optimizer '
+        '--dist-ckpt-optim-fully-reshardable',
+        2,
+        '--context-parallel-size 4 --expert-model-parallel-size 2 --use-distributed-optimizer',
+        4,
         RELATIVE_TOLERANCE,
     ),
     'tp2-to-dp2': (

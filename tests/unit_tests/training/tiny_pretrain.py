@@ -14,24 +14,21 @@ from functools import partial
 import numpy
 import torch
 
-from megatron.core import device_utils, mpu
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core import mpu
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_tp_rank
+from megatron.core.utils import get_attr_wrapped_model
+from megatron.gpt_oss.training import step
+from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.training import get_args, pretrain, set_startup_timestamps, step_callbacks
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.initialize import initialize_megatron
-from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 VOCAB_SIZE = 96
 SEQ_LENGTH = 32
-BATCH_KEYS = ('tokens', 'labels', 'loss_mask', 'position_ids')
 
 # Sizes are small and unequal (hidden, heads x head size, expert width) so that a swapped dimension
 # does not fit by accident; the flags are those that describe gpt-oss to upstream.
@@ -74,73 +71,27 @@ def write_random_dataset(prefix: str, seed: int = 0) -> str:
 
 
 def forward_step(data_iterator, model):
-    """One micro-batch, without packed sequences: what pretrain_gpt.py does with these flags."""
-    vp_stage = get_attr_wrapped_model(model, 'vp_stage')
-    args = get_args()
-    tokens = labels = loss_mask = position_ids = None
-    if is_first_or_last_pipeline_stage(vp_stage):
-        tp_rank = mpu.get_tensor_model_parallel_rank()
-        batch = {}
-        if tp_rank == 0:
-            sample = next(data_iterator)
-            batch = {key: sample[key].to(device_utils.current_device()) for key in BATCH_KEYS}
-            batch['attention_mask'] = None
-        batch = get_batch_on_this_tp_rank(
-            batch,
-            broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
-            broadcast_group=mpu.get_tensor_model_parallel_group(),
-            has_cu_seqlens=False,
-            is_hybrid_cp=False,
-            create_attention_mask_in_dataloader=False,
-            cp_size=args.context_parallel_size,
-            tp_rank=tp_rank,
-            micro_batch_size=args.micro_batch_size,
-            seq_length=args.seq_length,
-            mtp_on_this_rank=False,
-            pipeline_model_parallel_size=args.pipeline_model_parallel_size,
-            is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
-            is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
-        )
-        tokens, labels, loss_mask, position_ids = (batch[key] for key in BATCH_KEYS)
-    output = model(tokens, position_ids, None, labels=labels, loss_mask=loss_mask)
-    return output, partial(loss_func, loss_mask)
+    """One micro-batch, as pretrain_gpt_oss.py takes it."""
+    batch = step.get_batch(data_iterator, get_attr_wrapped_model(model, 'vp_stage'))
+    output = model(
+        batch['tokens'],
+        batch['position_ids'],
+        None,
+        labels=batch['labels'],
+        loss_mask=batch['loss_mask'],
+        packed_seq_params=batch['packed_seq_params'],
+    )
+    return output, partial(loss_func, batch['loss_mask'])
 
 
 def loss_func(loss_mask, output):
-    """Summed loss, number of tokens, and what is reported, as in pretrain_gpt.py."""
-    loss_mask = loss_mask.view(-1).float()
-    loss = torch.sum(output.view(-1).float() * loss_mask)
-    num_tokens = loss_mask.sum().detach().to(torch.int)
-    return loss, num_tokens, {'lm loss': torch.cat([loss.detach().view(1), num_tokens.view(1)])}
-
-
-def datasets_provider(num_samples, vp_stage=None):
-    """Train, validation and test datasets from --data-path."""
-    args = get_args()
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        path_to_cache=args.data_cache_path,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+    """A name of its own, for tests that put another in its place."""
+    return step.loss_func(
+        loss_mask,
+        output,
+        cp_group=mpu.get_context_parallel_group(),
+        per_token=get_args().calculate_per_token_loss,
     )
-
-    def is_built_here():
-        return mpu.get_tensor_model_parallel_rank() == 0 and is_first_or_last_pipeline_stage(
-            vp_stage
-        )
-
-    return BlendedMegatronDatasetBuilder(GPTDataset, num_samples, is_built_here, config).build()
-
-
-datasets_provider.is_distributed = True
 
 
 def parse(flags, data_prefix: str, model_flags=MODEL_FLAGS):
@@ -197,7 +148,7 @@ def run_pretrain(flags, data_prefix: str, model_flags=MODEL_FLAGS, silent: bool 
     set_startup_timestamps(program_start=time.time(), main_entry=time.time())
     pretrain(
         pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        datasets_provider,
+        provide_datasets,
         ModelType.encoder_or_decoder,
         forward_step,
     )

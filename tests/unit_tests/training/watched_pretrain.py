@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron.core.enums import ModelType
+from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.training import get_args, pretrain, step_callbacks
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.training import set_startup_timestamps
@@ -52,7 +53,7 @@ def run(
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-            tiny_pretrain.datasets_provider,
+            provide_datasets,
             ModelType.encoder_or_decoder,
             forward_step,
         )

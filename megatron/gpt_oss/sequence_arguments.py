@@ -1,0 +1,107 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Arguments that say how a sequence is split over ranks and how it is packed."""
+
+import math
+from typing import Callable
+
+from megatron.core.transformer.sink_attention.context_parallel.choose import COMM_TYPES
+from megatron.gpt_oss.errors import UsageError
+
+
+def check_sequence(value: Callable[[str], object]) -> None:
+    """Refuse what attention could refuse only in a layer, after the process groups are made.
+
+    Args:
+        value: the argument of a name (argparse's dest), before Megatron's validation.
+    Raises:
+        UsageError: names the flag, its value and what to give instead.
+    """
+    if value("dataloader_inter_document_masking"):
+        _check_packing(value)
+    if value("context_parallel_size") > 1:
+        _check_length(value)
+        if value("transformer_impl") == "local":
+            _check_attention(value)
+            _check_comm_types(value)
+
+
+def _check_packing(value) -> None:
+    if value("micro_batch_size") not in (None, 1):
+        raise UsageError(
+            f"--micro-batch-size {value('micro_batch_size')} with "
+            "--dataloader-inter-document-masking: packed documents are one sequence. Give "
+            "--micro-batch-size 1, and a longer --seq-length."
+        )
+    for dest in ("reset_attention_mask", "reset_position_ids"):
+        if value(dest):
+            flag = f"--{dest.replace('_', '-')}"
+            raise UsageError(
+                f"{flag} with --dataloader-inter-document-masking, which keeps documents apart "
+                f"and begins each at position 0 already. Drop {flag}."
+            )
+
+
+def _check_length(value) -> None:
+    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
+    length = value("seq_length")
+    if length is None:
+        return
+    # Two chunks a rank, and experts or sequence parallelism split what a rank has over TP.
+    parts = math.lcm(2 * cp, cp * tp)
+    if length % parts:
+        how = f"2 * context_parallel_size = {2 * cp}"
+        if parts != 2 * cp:
+            how = f"{parts}, for context_parallel_size = {cp} and tensor_model_parallel_size = {tp}"
+        raise UsageError(
+            f"Sequence length {length} is not a multiple of {how}. "
+            f"Give --seq-length {-(-length // parts) * parts}."
+        )
+
+
+def _check_attention(value) -> None:
+    """Attention over ranks is always the kernels': the unfused path sees one rank's keys."""
+    remedies = {
+        "attention_dropout": "Give --attention-dropout 0.",
+        "reset_attention_mask": "Give --dataloader-inter-document-masking instead.",
+        "hybrid_context_parallel": "Drop it.",
+    }
+    for dest, remedy in remedies.items():
+        if value(dest):
+            flag = f"--{dest.replace('_', '-')}"
+            found = "" if value(dest) is True else f" {value(dest)}"
+            raise UsageError(
+                f"{flag}{found} does not go with --context-parallel-size "
+                f"{value('context_parallel_size')}. {remedy}"
+            )
+
+
+def _check_comm_types(value) -> None:
+    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
+    given, layers = value("cp_comm_type"), value("num_layers")
+    for name in given:
+        if name not in COMM_TYPES:
+            raise UsageError(
+                f"--cp-comm-type {name} is unknown. Choose from {', '.join(COMM_TYPES)}."
+            )
+    if len(given) not in (1, layers):
+        raise UsageError(
+            f"--cp-comm-type names {len(given)} layers, the model has {layers}. Give one for all, "
+            "or one a layer."
+        )
+    sizes = value("hierarchical_context_parallel_sizes")
+    if "a2a+p2p" in given and (not sizes or len(sizes) != 2 or math.prod(sizes) != cp):
+        shown = " ".join(map(str, sizes)) if sizes else "not given"
+        raise UsageError(
+            f"--hierarchical-context-parallel-sizes is {shown}; --cp-comm-type a2a+p2p needs two "
+            f"sizes whose product is --context-parallel-size {cp}: the ranks of one all-to-all "
+            "(within a node), and of the ring between them."
+        )
+    heads = value("num_attention_heads")
+    for name, ranks in (("a2a", cp), ("a2a+p2p", sizes[0] if sizes else 1)):
+        if name in given and heads and heads % (tp * ranks):
+            raise UsageError(
+                f"--cp-comm-type {name} splits the {heads} attention heads over "
+                f"tensor_model_parallel_size * {ranks} = {tp * ranks} ranks, which does not "
+                "divide them. Choose p2p, all_gather or auto."
+            )
