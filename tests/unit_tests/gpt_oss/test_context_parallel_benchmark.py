@@ -1,0 +1,37 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""benchmarks/context_parallel_model.py runs from end to end on two CPU ranks, and its check holds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.unit_tests.distributed import free_port
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def test_smoke(tmp_path):
+    """Split over ranks and chunked logits, against the whole sequence and whole logits on one."""
+    out = tmp_path / 'out.json'
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
+    command += ['--master-port', str(free_port()), 'benchmarks/context_parallel_model.py']
+    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    done = subprocess.run(
+        [*command, '--smoke', '--json', str(out)],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads(out.read_text())
+    (check,) = data['check']
+    assert check['equal'] and check['loss_error'] < 1e-6 and check['grad_norm_error'] < 1e-5
+    assert [row['length'] for row in data['run']] == [96, 256]
+    for row in data['run']:
+        assert row['losses'][-1] < row['losses'][0]
+        assert row['tokens_per_second_per_rank'] > 0
