@@ -281,6 +281,30 @@ def test_bytes(ranks, window):
         assert backward == {"all_to_all": sent * token_bytes}
 
 
+def counted_for_the_plan(inner):
+    """Bytes received in forward and backward, per scheme, with gpt-oss' heads in bf16."""
+    world = torch.distributed.get_world_size()
+    group, _, levels = make_groups(world)
+    pair = next(pair for pair in levels if pair[0].size() == inner)
+    example = Example(tokens=2 * world, heads=64, groups=8, dim=64)
+    found = {}
+    for scheme, where in [("all_gather", group), ("p2p", group), ("a2a", group), ("a2a+p2p", pair)]:
+        with count_traffic() as counted:
+            run_in(torch.bfloat16, example, where, scheme)
+        found[scheme] = sum(counted.values())
+    return found
+
+
+def test_bytes_of_the_plan(ranks, monkeypatch):
+    """The arithmetic behind docs/context_parallel.md against what the code moves, on 8 ranks."""
+    from benchmarks import context_parallel_plan as plan
+
+    monkeypatch.setattr(plan, "NODE", 4)
+    _, expected = plan.full_layer(16, 8, 1e9)
+    for found in ranks.run(counted_for_the_plan, 4, world_size=8):
+        assert found == {scheme: received for scheme, (received, _) in expected.items()}
+
+
 def refusals(cp):
     """What each wrong call says, on this rank; none of them waits for another rank."""
     group, _, levels = make_groups(cp)

@@ -13,13 +13,11 @@ from megatron.core.transformer.sink_attention.context_parallel.all_gather import
     AllGatherAttention,
 )
 from megatron.core.transformer.sink_attention.context_parallel.choose import (
-    choose_scheme,
-    halo_window,
+    choose_exchange,
 )
 from megatron.core.transformer.sink_attention.context_parallel.halo import halo_attention
 from megatron.core.transformer.sink_attention.context_parallel.layout import (
     Group,
-    chunk_length,
     group_size,
 )
 from megatron.core.transformer.sink_attention.context_parallel.matching import (
@@ -57,16 +55,10 @@ def context_parallel_attention(
     """
     query, key, value = autocast(query, key, value)
     ranks, packed = group_size(group), cu_seqlens is not None
-    length = chunk_length(query.shape[0] * ranks, ranks)
     nested = not isinstance(group, ProcessGroup)
-    # As a windowed layer, all the more so as "auto", a pack of short documents is a halo's.
-    reach = halo_window(window, packed and comm_type == "auto", max_seqlen, length)
-    if nested:
-        scheme = "a2a+p2p"
-    elif reach is not None:
-        scheme = "halo"
-    else:
-        scheme = choose_scheme(query, key, ranks) if comm_type == "auto" else comm_type
+    scheme, reach = choose_exchange(
+        query, key, group, comm_type, window=window, packed=packed, max_seqlen=max_seqlen
+    )
     if scheme in ("a2a", "a2a+p2p"):
         kv_copies(query.shape[-2], key.shape[-2], group[0].size() if nested else ranks)
     facts = dict(

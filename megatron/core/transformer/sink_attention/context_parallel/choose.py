@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.transformer.sink_attention.autotable import card_family
-from megatron.core.transformer.sink_attention.context_parallel.layout import Group, group_size
+from megatron.core.transformer.sink_attention.context_parallel.layout import (
+    Group,
+    chunk_length,
+    group_size,
+)
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
 
 PATH = Path(__file__).with_name("comm_table.json")
@@ -67,8 +71,35 @@ def halo_window(window: int | None, packed: bool, max_seqlen: int, length: int) 
     return max_seqlen if packed and max_seqlen <= length else None
 
 
-def choose_scheme(query: Tensor, key: Tensor, ranks: int) -> str:
-    """What "auto" takes for a layer without a window."""
+def choose_exchange(
+    query: Tensor,
+    key: Tensor,
+    group: Group,
+    comm_type: str,
+    *,
+    window: int | None,
+    packed: bool,
+    max_seqlen: int,
+) -> tuple[str, int | None]:
+    """What a call with this rank's query and key does.
+
+    Args:
+        max_seqlen: of the longest document, or the whole sequence.
+    Returns:
+        The exchange: "halo", "all_gather", "p2p", "a2a" or "a2a+p2p"; and the window of the halo,
+        which is None without one. With "a2a+p2p" it stands in for the ring.
+    """
+    ranks = group_size(group)
+    length = chunk_length(query.shape[0] * ranks, ranks)
+    reach = halo_window(window, packed and comm_type == "auto", max_seqlen, length)
+    if not isinstance(group, ProcessGroup):
+        return "a2a+p2p", reach
+    if reach is not None:
+        return "halo", reach
+    return (_measured_best(query, key, ranks) if comm_type == "auto" else comm_type), None
+
+
+def _measured_best(query: Tensor, key: Tensor, ranks: int) -> str:
     for name in _order(query.device, query.shape[0] * ranks):
         if name != "a2a" or _shareable(query.shape[-2], key.shape[-2], ranks):
             return name

@@ -1,0 +1,391 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Attention over a context parallel group: every exchange, against one GPU of the same run.
+
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --json benchmarks/results/cp.json
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --cases full-32k --schemes p2p a2a
+    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --cases tiny tiny-packed tiny-window
+    python benchmarks/context_parallel.py --plan docs/context_parallel.md
+
+One layer with the heads of gpt-oss, bf16, forward and backward, backend "auto". The values are
+checked first, on a short sequence of the same kind, against plain PyTorch in float64. Then one GPU
+with the whole sequence and every exchange are timed in turn, on fresh random data, by CUDA events;
+ranks start a round together, the slowest rank's time counts, and a row shows the median of the
+rounds with its 20 % and 80 % quantiles. `efficiency` is one GPU's time over ranks x time; one GPU's
+is that of the fastest rank. MiB received are those of one rank, the most of any, in forward and
+backward; for a halo they are compared with the arithmetic, byte for byte.
+
+--write-table makes the order measured here that of "auto" on this kind of card.
+--plan needs no GPU: it computes the table of docs/context_parallel.md from measured rates.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.distributed import ReduceOp
+
+from benchmarks.attention import documents, machine, names
+from megatron.core.transformer.sink_attention import sink_attention
+from megatron.core.transformer.sink_attention.autotable import card_family
+from megatron.core.transformer.sink_attention.context_parallel import (
+    choose,
+    count_traffic,
+    halo_bytes,
+    local_tokens,
+)
+from megatron.core.transformer.sink_attention.measure import (
+    Workload,
+    device,
+    quantiles,
+    refill,
+    run_once,
+)
+
+K = 1024
+# In the order of their worth: the time limit cuts from the end.
+CASES = [
+    Workload("full-32k", 32 * K),
+    Workload("full-64k", 64 * K),
+    Workload("full-128k", 128 * K),
+    Workload("window-128k", 128 * K, window=128),
+    Workload("packed-64k", 64 * K, documents=documents(64 * K, 32)),
+    Workload("packed-window-128k", 128 * K, documents=documents(128 * K, 32), window=128),
+]
+SMALL = dict(heads=8, groups=2, dim=16)
+TINY = [
+    Workload("tiny", 96, **SMALL),
+    Workload("tiny-window", 96, window=8, **SMALL),
+    Workload("tiny-packed", 96, documents=(1, 40, 55), **SMALL),
+]
+FLAT = ("all_gather", "p2p", "a2a")
+ERROR_LIMIT = 1e-2
+MIB = 2**20
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    scheme: str
+    taken: str
+    ranks: int
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    one_gpu_ms: float
+    efficiency: float
+    tflops_a_rank: float
+    received_mib: float
+    halo_mib: float | None
+    bytes_as_computed: bool | None
+    peak_mib: float
+    error: float
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    if args.plan is not None:
+        from benchmarks.context_parallel_plan import write_plan
+
+        return write_plan(args.plan)
+    begin = time.perf_counter()
+    start_group()
+    ranks, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
+    facts = {**machine(), "ranks": ranks}
+    if first:
+        print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
+    rows, skipped = [], []
+    for workload in args.workloads:
+        spent = from_first(time.perf_counter() - begin)
+        if spent > args.limit:
+            skipped.append([workload.name, f"not run: {spent:.0f} s of --limit {args.limit:.0f}"])
+            continue
+        for row in run_case(workload, args):
+            rows.append(row)
+            if first and args.json:
+                write_json(args.json, facts, rows, skipped)
+        if first:
+            print(table([row for row in rows if row.case == workload.name]), flush=True)
+    if first:
+        for case, reason in skipped:
+            print(f"{case}: {reason}")
+        print(f"{time.perf_counter() - begin:.0f} s in all")
+        if args.json:
+            write_json(args.json, facts, rows, skipped)
+        if args.write_table:
+            write_table(rows, facts)
+    torch.distributed.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown name is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(names(CASES)))
+    parser.add_argument("--schemes", nargs="+", metavar="NAME", help="of auto, " + ", ".join(FLAT))
+    parser.add_argument("--backend", default="auto", help="of sink_attention")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring a case")
+    parser.add_argument(
+        "--limit", type=float, default=120, help="seconds after which no case begins"
+    )
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
+    parser.add_argument("--plan", metavar="PATH", help="write the plan into this file, '-' prints")
+    args = parser.parse_args()
+    by_name = {workload.name: workload for workload in CASES + TINY}
+    chosen = args.cases or names(CASES)
+    for name in chosen:
+        if name not in by_name:
+            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    for name in args.schemes or ():
+        if name not in ("auto", *FLAT):
+            parser.error(f"--schemes {name}: unknown; there are auto, {', '.join(FLAT)}")
+    if args.write_table and device() == "cpu":
+        parser.error("--write-table: there is no GPU to measure")
+    if args.plan is None and "RANK" not in os.environ:
+        parser.error("start it under torchrun, at least two ranks: torchrun --nproc-per-node 2 ...")
+    args.workloads = [by_name[name] for name in chosen]
+    return args
+
+
+def start_group() -> None:
+    """NCCL with one GPU a rank, or gloo."""
+    if device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if device() == "cuda" else "gloo")
+
+
+def run_case(workload: Workload, args: argparse.Namespace):
+    """Check, time, count one case; yields rows."""
+    group = torch.distributed.group.WORLD
+    ranks = group.size()
+    wanted = args.schemes or ("auto", *FLAT)
+    if workload.window is not None:  # a halo, whatever is asked for
+        wanted = ("auto",)
+    errors = {scheme: check(workload, scheme, args.backend, group) for scheme in wanted}
+    whole = workload.tensors()
+    local = replace(workload, seqlen=workload.seqlen // ranks).tensors()
+    calls = {"one": (call(workload, None, "auto", args.backend), whole)}
+    for scheme in wanted:
+        calls[scheme] = (call(workload, group, scheme, args.backend), local)
+    times = time_in_turn(calls, args.seconds)
+    alone = min(over_ranks(quantiles(times.pop("one"))[1]))
+    for scheme, rounds in times.items():
+        p20, median, p80 = quantiles(slowest(rounds))
+        forward, total, peak = one_pass(*calls[scheme], group)
+        taken, _ = choose.choose_exchange(
+            *local[:2],
+            group,
+            scheme,
+            window=workload.window,
+            packed=workload.documents is not None,
+            max_seqlen=max(workload.documents or (workload.seqlen,)),
+        )
+        computed = matches = None
+        if taken == "halo" and workload.window is not None:
+            token = 2 * workload.batch * workload.groups * workload.dim * local[1].element_size()
+            computed = halo_bytes(group.rank(), ranks, workload.seqlen, workload.window, token)
+            matches = all(over_ranks(float(computed == forward["all_to_all"])))
+        if errors[scheme] >= ERROR_LIMIT:
+            median = p20 = p80 = math.nan  # wrong: no figure
+        yield Row(
+            case=workload.name,
+            scheme=scheme,
+            taken=taken,
+            ranks=ranks,
+            ms=median,
+            ms_p20=p20,
+            ms_p80=p80,
+            one_gpu_ms=alone,
+            efficiency=alone / ranks / median,
+            tflops_a_rank=workload.flops / ranks / median / 1e9,
+            received_mib=max(over_ranks(sum(total.values()) / MIB)),
+            halo_mib=None if computed is None else max(over_ranks(computed / MIB)),
+            bytes_as_computed=matches,
+            peak_mib=max(over_ranks(peak)),
+            error=errors[scheme],
+        )
+
+
+def call(workload: Workload, group, scheme: str, backend: str):
+    """sink_attention with this workload's options, of q, k, v, sink."""
+    options = dict(window=workload.window, backend=backend)
+    if workload.documents:
+        bounds = torch.tensor([0, *workload.documents]).cumsum(0)
+        options["cu_seqlens"] = bounds.int().to(device())
+        options["max_seqlen"] = max(workload.documents)
+    options.update(cp_group=group, cp_comm_type=scheme)
+    return lambda *tensors: sink_attention(*tensors, **options)
+
+
+def check(workload: Workload, scheme: str, backend: str, group) -> float:
+    """Largest relative error of out and the gradients on a short sequence of the same kind."""
+    short = replace(workload, seqlen=min(1024, workload.seqlen))
+    if workload.documents and workload.seqlen > 1024:
+        short = replace(short, documents=(1, 200, 311, 512))
+    tensors = [x.detach() for x in short.tensors()]
+    generator = torch.Generator(device=device()).manual_seed(1)
+    for x in (*tensors[:3], tensors[4]):
+        x.normal_(generator=generator)
+    sink = tensors[3]
+    leaves = [local_tokens(tensors[i], group) for i in (0, 1, 2, 4)]
+    local = (*(x.requires_grad_() for x in leaves[:3]), sink.clone().requires_grad_(), leaves[3])
+    values = run_once(call(short, group, scheme, backend), local, True)
+    torch.distributed.all_reduce(values[4], group=group)
+    exact = tuple(x.double().requires_grad_(i < 4) for i, x in enumerate(tensors))
+    expected = run_once(call(short, None, "auto", "math"), exact, True)
+    worst = 0.0
+    for index, (value, target) in enumerate(zip(values, expected)):
+        part = local_tokens(target, group) if index < 4 else target
+        worst = max(worst, ((value.double() - part).norm() / target.norm()).item())
+    return max(over_ranks(worst))
+
+
+def time_in_turn(calls: dict, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of this rank, all calls once a round, every round begun by all ranks together."""
+    times = {name: [] for name in calls}
+    for function, tensors in calls.values():  # warm: plans, communicators, allocator
+        timed(function, tensors)
+    spent, rounds = 0.0, 0
+    while rounds < 3 or (rounds < 20 and spent < seconds * 1e3):
+        for name, (function, tensors) in calls.items():
+            times[name].append(timed(function, tensors))
+            spent += times[name][-1]
+        spent = from_first(spent)
+        rounds += 1
+    return times
+
+
+def timed(function, tensors) -> float:
+    """One forward and backward."""
+    refill(tensors)
+    if device() == "cpu":
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        run_once(function, tensors, True)
+        return (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    torch.distributed.barrier()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # the host gets ahead, as it is in training
+    begin.record()
+    run_once(function, tensors, True)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def one_pass(function, tensors, group) -> tuple[dict, dict, float]:
+    """Bytes received in the forward, in all, and MiB at the peak beside what was there before."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    with count_traffic() as total:
+        with count_traffic() as forward:
+            out = function(*tensors[:4])
+        torch.autograd.grad(out, tensors[:4], tensors[4])
+    peak = math.nan
+    if device() == "cuda":
+        torch.cuda.synchronize()
+        peak = (torch.cuda.max_memory_allocated() - before) / MIB
+    return forward, total, peak
+
+
+def over_ranks(value: float) -> list[float]:
+    """The value of every rank."""
+    own = torch.tensor([value], dtype=torch.float64, device=device())
+    everyone = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyone, own)
+    return [x.item() for x in everyone]
+
+
+def from_first(value: float) -> float:
+    """Rank 0's value, so that all ranks decide alike."""
+    return over_ranks(value)[0]
+
+
+def slowest(rounds: list[float]) -> list[float]:
+    """Round by round, the slowest rank."""
+    values = torch.tensor(rounds, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(values, ReduceOp.MAX)
+    return values.tolist()
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    head = ["case", "scheme", "taken", "ms", "p20", "p80", "one GPU ms", "efficiency"]
+    lines = [[*head, "TFLOP/s a rank", "received MiB", "halo bytes", "peak MiB", "max error"]]
+    for row in rows:
+        figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80, row.one_gpu_ms)]
+        figures += [f"{row.efficiency:.3f}", f"{row.tflops_a_rank:.0f}", f"{row.received_mib:.2f}"]
+        halo = "-"
+        if row.halo_mib is not None:
+            halo = f"{row.halo_mib:.3f} MiB {'as' if row.bytes_as_computed else 'NOT AS'} computed"
+        wrong = " WRONG" if row.error >= ERROR_LIMIT else ""
+        tail = [halo, f"{row.peak_mib:.0f}", f"{row.error:.1e}{wrong}"]
+        lines.append([row.case, row.scheme, row.taken, *figures, *tail])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(["", *text])
+
+
+def write_json(path: str, facts: dict, rows: list[Row], skipped: list[list[str]]) -> None:
+    """The rows so far, with the machine and the command."""
+
+    def plain(value):
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    report = {
+        "machine": facts,
+        "command": " ".join(["torchrun", f"--nproc-per-node {facts['ranks']}", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [{k: plain(v) for k, v in vars(row).items()} for row in rows],
+        "left_out": [{"case": case, "reason": reason} for case, reason in skipped],
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(target)
+
+
+def write_table(rows: list[Row], facts: dict) -> None:
+    """The order measured in the full cases; it changes half way (of the logarithm) to the next."""
+    by_length = {}
+    for workload in CASES:
+        ranked = [r for r in rows if r.case == workload.name and r.scheme in FLAT]
+        if workload.kind == "causal" and len(ranked) == len(FLAT):
+            by_length[workload.seqlen] = [r.scheme for r in sorted(ranked, key=lambda r: r.ms)]
+    lengths = sorted(by_length)
+    starts = [0] + [int(math.sqrt(a * b)) for a, b in zip(lengths, lengths[1:])]
+    entries = [
+        {"min_seqlen": start, "order": by_length[length]} for start, length in zip(starts, lengths)
+    ]
+    if not entries:
+        return print("--write-table: no full case was measured with all schemes")
+    card = card_family(torch.cuda.get_device_capability())
+    choose.write(card, entries, {**facts, "date": time.strftime("%Y-%m-%d")})
+    print(f"{choose.PATH}: {card}")
+
+
+if __name__ == "__main__":
+    main()
