@@ -83,11 +83,15 @@ def merge_partial_(
         out_a, out_b = out_a.unsqueeze(0), out_b.unsqueeze(0)
     lse_b = lse_b.contiguous()
     batch, tokens, heads, dim = out_a.shape
+    # Not in place: every warp of a program loads its own copy of lse_a, and one that is late would
+    # read what another has stored. On an H100 that gave outputs off by a tenth, never the same.
+    merged = torch.empty_like(lse_b)
     _merge_partial_kernel[(triton.cdiv(tokens, _BLOCK_T), batch * heads)](
         out_a,
         lse_a,
         out_b,
         lse_b,
+        merged,
         lse_b if sink is None else sink,
         tokens,
         heads,
@@ -99,6 +103,7 @@ def merge_partial_(
         BLOCK_T=_BLOCK_T,
         BLOCK_D=triton.next_power_of_2(dim),
     )
+    lse_a.copy_(merged)
 
 
 def _batched(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,6 +211,7 @@ if HAVE_TRITON:
         lse_a_ptr,
         out_b_ptr,
         lse_b_ptr,
+        merged_ptr,
         sink_ptr,
         tokens,
         heads,
@@ -225,8 +231,7 @@ if HAVE_TRITON:
         head, batch = batch_head % heads, batch_head // heads
         rows = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         cols = tl.arange(0, BLOCK_D)
-        lse_a_ptrs = lse_a_ptr + batch_head * lse_a_stride + rows
-        lse_a = tl.load(lse_a_ptrs, mask=rows < tokens, other=0.0)
+        lse_a = tl.load(lse_a_ptr + batch_head * lse_a_stride + rows, mask=rows < tokens, other=0.0)
         lse_b = tl.load(lse_b_ptr + batch_head * tokens + rows, mask=rows < tokens, other=0.0)
         top = tl.maximum(lse_a, lse_b)
         if HAS_SINK:
@@ -238,7 +243,7 @@ if HAVE_TRITON:
         total = share_a + share_b
         if HAS_SINK:
             total += tl.exp(sink - top)
-        tl.store(lse_a_ptrs, top + tl.log(total), mask=rows < tokens)
+        tl.store(merged_ptr + batch_head * tokens + rows, top + tl.log(total), mask=rows < tokens)
         total = tl.where(total == 0.0, 1.0, total)
         mask = (rows[:, None] < tokens) & (cols[None, :] < dim)
         a_ptrs = (
