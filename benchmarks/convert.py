@@ -8,7 +8,7 @@ Writes a random Hugging Face folder in the true MXFP4 layout, converts it to Meg
 BF16 and MXFP4, checks every tensor, and deletes all of it. Each conversion is the command in a
 process of its own; memory is the resident set of its whole process tree, looked at 50 times a
 second. Copying is `cp` of what was written followed by fsync, as the conversion does; both read
-what was written a moment before. Give --layers as many as the disk holds: it takes 3 times the
+what was written a moment before. Give --layers as many as the disk holds: it takes twice the
 BF16 size. --preset 120b --layers 1 shows one layer of the large model; the sizes of the rest follow
 from `bytes_of_layer`.
 """
@@ -26,8 +26,13 @@ import numpy
 import psutil
 import torch
 
-from megatron.gpt_oss.checkpoint.export import MAX_SHARD_BYTES, MXFP4, QUANTIZATION_CONFIG, FilePlan
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf_writer import (
+    MAX_SHARD_BYTES,
+    MXFP4,
+    QUANTIZATION_CONFIG,
+    FilePlan,
+)
 from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.presets import Preset, get_preset
@@ -39,13 +44,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; new")
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--layers", type=int, nargs="+", default=[6])
-    parser.add_argument("--layout", nargs="*", default=[], help="flags of to-megatron: --ep 8 ...")
+    parser.add_argument("--ep", type=int, default=1, help="of the Megatron checkpoint")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     args = parser.parse_args()
     rows = []
     for layers in args.layers:
         preset = get_preset(args.preset, layers)
-        rows += measure(preset, args.folder, args.layout)
+        rows += measure(preset, args.folder, ["--ep", str(args.ep)])
     machine = {
         "cpu_count": os.cpu_count(),
         "torch": torch.__version__,
@@ -57,8 +62,8 @@ def main() -> None:
         args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
-def measure(preset: Preset, folder: Path, layout: list[str] = ()) -> list[dict]:
-    """Rows for one model; `folder` is made and deleted."""
+def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2) -> list[dict]:
+    """Rows for one model; `folder` is made and deleted. Without copies, no ratio to them."""
     folder.mkdir(parents=True)
     try:
         source = write_random_mxfp4(preset, folder / "hf")
@@ -73,8 +78,8 @@ def measure(preset: Preset, folder: Path, layout: list[str] = ()) -> list[dict]:
             seconds, peak = run(["convert", *words, "--out", folder / out])
             size = sum(path.stat().st_size for path in (folder / out).rglob("*") if path.is_file())
             # Twice, as the first pays for memory that the machine has not touched before.
-            copies = [copy(folder / out, folder / "copy") for _ in range(2)]
-            copy_seconds = sum(copies) / 2
+            times = [copy(folder / out, folder / "copy") for _ in range(copies)]
+            copy_seconds = sum(times) / copies if copies else float("nan")
             rows.append(
                 {
                     "model": preset.name,
@@ -89,11 +94,10 @@ def measure(preset: Preset, folder: Path, layout: list[str] = ()) -> list[dict]:
                 }
             )
             print(rows[-1], flush=True)
-            if name == "to-hf bf16":
-                check(folder / "bf16", folder / "megatron")
-                shutil.rmtree(folder / "bf16")
-        check(source, folder / "megatron")
-        check(folder / "mxfp4", folder / "megatron")  # random MXFP4 is representable
+            # Random MXFP4 is representable, so that each is the same model as the other.
+            check(source if name == "to-megatron" else folder / out, folder / "megatron")
+            if name != "to-hf mxfp4":  # room for the next
+                shutil.rmtree(source if name == "to-megatron" else folder / out)
         return rows
     finally:
         shutil.rmtree(folder)
@@ -152,15 +156,16 @@ def tree_rss(process: psutil.Process) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder and have it on disk."""
-    start = time.monotonic()
-    subprocess.run(["cp", "-r", source, target], check=True)
-    for path in target.rglob("*"):
-        handle = os.open(path, os.O_RDONLY)
+    """Seconds to copy a folder's files, each to disk before the next; a copy is deleted at once."""
+    seconds = 0.0
+    for path in filter(Path.is_file, source.rglob("*")):
+        start = time.monotonic()
+        subprocess.run(["cp", path, target], check=True)
+        handle = os.open(target, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-    seconds = time.monotonic() - start
-    shutil.rmtree(target)
+        seconds += time.monotonic() - start
+        target.unlink()
     return seconds
 
 

@@ -8,8 +8,8 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from megatron.gpt_oss.checkpoint.export import QUANTIZATION_CONFIG
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf_writer import QUANTIZATION_CONFIG
 from megatron.gpt_oss.checkpoint.mapping import is_expert_matrix
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.layer_specs import model_config
@@ -51,13 +51,13 @@ def build_model(preset, **overrides):
 
 
 def trained_tensors(preset, seed=0):
-    """Weights as training leaves them, and worse: sinks of +-8, biases, values past the clamp."""
+    """Weights as training leaves them, and worse: sinks of +-10, biases, values past the clamp."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = random_hf_tensors(preset, seed)
     for name, tensor in tensors.items():
         noise = torch.randn(tensor.shape, generator=generator)
         if name.endswith('sinks'):
-            tensor.copy_(8 * torch.tanh(2 * noise))
+            tensor.copy_(10 * torch.tanh(2 * noise))
         elif 'norm' in name:
             tensor.add_(0.3 * noise)
         elif name.endswith('gate_up_proj'):

@@ -11,9 +11,9 @@ import torch
 
 from megatron.core import dist_checkpointing
 from megatron.gpt_oss.checkpoint.export import ExportJob, ModelSource, export_hf
-from megatron.gpt_oss.checkpoint.export import write_hf as write_from_source
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
+from megatron.gpt_oss.checkpoint.hf_writer import write_hf as write_from_source
 from megatron.gpt_oss.checkpoint.load import load_hf, load_hf_hook
 from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
@@ -62,9 +62,10 @@ def _same_tensors(one, other):
         assert first.dtype == second.dtype and torch.equal(first, second), name
 
 
-def test_round_trip_bit_for_bit(hf, saved, tmp_path):
+def test_round_trip_bit_for_bit(hf, saved, tmp_path, record_property):
     out = export_hf(saved, tmp_path / 'new' / 'out', like=hf)
     _same_tensors(hf, out)
+    record_property('parity', ('round trip BF16: differing values', 'load, save, to-hf', 0, 0))
     config = json.loads((out / 'config.json').read_text())
     assert (config['dtype'], config['note'], config['eos_token_id']) == ('bfloat16', 'x', 7)
     assert 'torch_dtype' not in config
@@ -158,7 +159,7 @@ def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['save']
 
 
-def test_mxfp4_loads_in_transformers(tmp_path):
+def test_mxfp4_loads_in_transformers(tmp_path, record_property):
     """As published: two files of the same names, blocks and scales, what transformers expects."""
     transformers = pytest.importorskip('transformers')
     source = write_mxfp4(tmp_path / 'hf', TINY, mxfp4_tensors(trained_tensors(TINY)))
@@ -173,6 +174,7 @@ def test_mxfp4_loads_in_transformers(tmp_path):
     config = json.loads((out / 'config.json').read_text())
     assert config['quantization_config']['quant_method'] == 'mxfp4'
     assert config['dtype'] == 'bfloat16'
+    record_property('parity', ('round trip MXFP4: differing values', 'to-megatron, to-hf', 0, 0))
     _same_tensors(source, out)  # random blocks are representable: the same values come back
     model, info = transformers.GptOssForCausalLM.from_pretrained(
         out,

@@ -2,7 +2,6 @@
 
 """Our reading and writing of safetensors by position, against the library's own."""
 
-import json
 
 import pytest
 import torch

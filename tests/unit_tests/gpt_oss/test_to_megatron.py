@@ -160,7 +160,7 @@ def _load_and_compare(hf, checkpoint, layout, preset):
         ('pp2-vpp2', 'tp2-pp2'),
     ],
 )
-def test_any_layout_loads_any(ranks, hf, tmp_path, written, read):
+def test_any_layout_loads_any(ranks, hf, tmp_path, record_property, written, read):
     out = convert_to_megatron(hf, tmp_path / 'out', LAYOUTS[written])
     assert checkpoint_integrity.choose(str(out)) == (0, True, [])
     counts = ranks.run(
@@ -175,9 +175,11 @@ def test_any_layout_loads_any(ranks, hf, tmp_path, written, read):
     back = HFReader(export_hf(out, tmp_path / 'back'))
     for name in back.names():
         assert torch.equal(back.read(name), HFReader(hf).read(name)), name
+    what = 're-sharding BF16: differing values'
+    record_property('parity', (what, f'written {written}, loaded {read}', 0, 0))
 
 
-def test_mxfp4_source_is_what_transformers_dequantises(tmp_path):
+def test_mxfp4_source_is_what_transformers_dequantises(tmp_path, record_property):
     """And config, tokenizer and all else come back from what stands beside the checkpoint."""
     transformers = pytest.importorskip('transformers')
     source = write_mxfp4(tmp_path / 'hf', TINY, mxfp4_tensors(trained_tensors(TINY)))
@@ -190,6 +192,8 @@ def test_mxfp4_source_is_what_transformers_dequantises(tmp_path):
         assert torch.equal(HFReader(back).read(name), tensor), name
     for name in ('tokenizer.json', 'generation_config.json', 'chat_template.jinja'):
         assert (back / name).read_bytes() == (source / name).read_bytes()
+    what = "MXFP4 to BF16 against transformers' expansion: differing values"
+    record_property('parity', (what, 'to-megatron, to-hf', 0, 0))
     assert 'quantization_config' not in json.loads((back / 'config.json').read_text())
 
 
@@ -242,10 +246,10 @@ KILLED = """
 import os, signal, sys, time
 from megatron.gpt_oss.quiet import silence_import_notices
 silence_import_notices()
-from megatron.gpt_oss.checkpoint import export, to_megatron
+from megatron.gpt_oss.checkpoint import export, hf_writer, to_megatron
 from megatron.gpt_oss.checkpoint.layout import Layout
 direction, source, out, calls = sys.argv[1:]
-owner, name = (to_megatron.Job, 'read') if direction == 'to-megatron' else (export, '_values')
+owner, name = (to_megatron.Job, 'read') if direction == 'to-megatron' else (hf_writer, '_values')
 original, count = getattr(owner, name), 0
 
 def counted(*args, **kwargs):
