@@ -29,6 +29,7 @@ CASES = {
         140,
         {},
     ),
+    'odd-T9-idle-experts': (dataclasses.replace(ODD, num_experts=40), 9, {}),
     'odd-T63-allgather-router-fp64': (
         ODD,
         63,
@@ -47,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize('case', CASES)
-def test_logits_loss_and_gradients(make_model, tmp_path, case):
+def test_logits_loss_and_gradients(make_model, tmp_path, record_property, case):
     preset, length, overrides = CASES[case]
     transformers = pytest.importorskip('transformers')
     folder = write_hf(tmp_path / 'hf', preset, trained_tensors(preset))
@@ -63,10 +64,13 @@ def test_logits_loss_and_gradients(make_model, tmp_path, case):
     expected_loss = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     with torch.no_grad():
         logits = model(ids, positions, None)
-    _close('logits', logits, expected.detach(), 1e-5)
+    error = _close('logits', logits, expected.detach(), 1e-5)
+    record_property('parity', ('logits, fp32', case, error, 1e-5))
 
     loss = model(ids, positions, None, labels=ids.roll(-1, dims=1))[:, :-1].mean()
-    assert abs(loss.item() / expected_loss.item() - 1) < 1e-6
+    error = abs(loss.item() / expected_loss.item() - 1)
+    record_property('parity', ('loss, fp32', case, error, 1e-6))
+    assert error < 1e-6
     expected_loss.backward()
     loss.backward()
     with torch.no_grad():
@@ -75,15 +79,21 @@ def test_logits_loss_and_gradients(make_model, tmp_path, case):
             assert parameter.grad is not None and (idle or parameter.grad.any()), name
             parameter.copy_(parameter.grad)
     gradients = ModelSource(model)
+    errors = []
     for name in hf_names(preset):
         gradient = megatron_to_hf(name, preset, gradients)
-        _close(name, gradient, reference.get_parameter(name).grad, 1e-4)
+        errors.append(_close(name, gradient, reference.get_parameter(name).grad, 1e-4))
+    record_property('parity', ('gradient of every parameter, fp32', case, max(errors), 1e-4))
+    if 'idle' in case:
+        moved = reference.get_parameter('model.layers.0.mlp.experts.down_proj').grad.flatten(1)
+        assert 0 < moved.any(dim=1).sum() < preset.num_experts
 
 
 def _close(name, value, expected, limit):
     assert value.shape == expected.shape, name
     error = (value - expected).abs().max() / expected.abs().max()
     assert error < limit, f'{name}: {error:.2e} of the largest value, limit {limit}'
+    return error.item()
 
 
 def test_first_loss_is_ln_vocabulary(make_model, tmp_path):

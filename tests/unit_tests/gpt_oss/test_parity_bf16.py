@@ -63,8 +63,9 @@ def bf16_errors(preset, length, weights, folder):
 
 @pytest.mark.parametrize('case', CASES)
 @torch.no_grad()
-def test_error_of_bf16(one_rank, tmp_path, case):
+def test_error_of_bf16(one_rank, tmp_path, record_property, case):
     theirs, ours = bf16_errors(*CASES[case], tmp_path)
-    print(f'{case}: {ours:.3e} of the logits, Hugging Face {theirs:.3e}')
+    what = f'logits, bf16, over the {theirs:.1e} of Hugging Face (ratio)'
+    record_property('parity', (what, case, ours / theirs, 1.1))
     assert 1e-4 < theirs < 1  # it is bf16 that is measured
     assert ours <= 1.1 * theirs, f'{ours:.2e} of the logits, Hugging Face {theirs:.2e}'

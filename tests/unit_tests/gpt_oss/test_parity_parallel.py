@@ -175,8 +175,12 @@ def _train(folder, ids, layout, checkpoint, out):
 
 
 @pytest.mark.parametrize('name', LAYOUTS)
-def test_five_steps(ranks, reference, tmp_path, name):
-    layout, written = LAYOUTS[name]
+def test_five_steps(ranks, reference, tmp_path, record_property, name):
+    (layout, written), layout_name = LAYOUTS[name], name
+
+    def record(what, value, limit):
+        record_property('parity', (f'{what}, fp32', f'layout {layout_name}', value, limit))
+
     checkpoint = find_iteration(
         convert_to_megatron(reference['folder'] / 'hf', tmp_path / 'from', written)
     )
@@ -190,12 +194,16 @@ def test_five_steps(ranks, reference, tmp_path, name):
         str(tmp_path / 'trained'),
         world_size=layout.pp * layout.stage_ranks,
     )
+    record('gradient', max(max(errors.values()) for _, _, errors in results), 1e-4)
     for losses, tokens, errors in results:
         wrong = {key: error for key, error in errors.items() if not error < 1e-4}
         assert errors and not wrong, wrong
         if losses:  # a last stage
-            assert max(abs(a / b - 1) for a, b in zip(losses, reference['losses'])) < 1e-5
+            error = max(abs(a / b - 1) for a, b in zip(losses, reference['losses']))
+            record('five AdamW steps: losses', error, 1e-5)
+            assert error < 1e-5
             error = (tokens - reference['tokens']).abs().max() / reference['tokens'].max()
+            record('loss of every token', error.item(), 1e-5)
             assert error < 1e-5, error
     assert any(losses for losses, _, _ in results)
     trained = HFReader(
@@ -203,10 +211,11 @@ def test_five_steps(ranks, reference, tmp_path, name):
             tmp_path / 'trained', tmp_path / 'back', like=reference['folder'] / 'hf', dtype='fp32'
         )
     )
-    start = trained_tensors(PRESET)
+    start, errors = trained_tensors(PRESET), []
     for name in hf_names(PRESET):
         value, expected = trained.read(name), reference['weights'][name]
-        error = (value - expected).abs().max() / expected.abs().max()
-        assert error < 1e-4, f'{name}: {error:.2e}'
+        errors.append(((value - expected).abs().max() / expected.abs().max()).item())
+        assert errors[-1] < 1e-4, f'{name}: {errors[-1]:.2e}'
         moved = (expected - start[name]).abs().max() / (STEPS * ADAMW['lr'])
         assert moved > 0.3 or '.experts.' in name, f'{name} hardly moved: {moved:.2e}'
+    record('five AdamW steps: weights', max(errors), 1e-4)

@@ -79,8 +79,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("truncate", [False, True], ids=["exact-range", "truncate"])
 @pytest.mark.parametrize("factor", [1.0, 1.5, 4.0, 32.0, 64.0])
-def test_frequencies(factor, truncate):
+def test_frequencies(record_property, factor, truncate):
     """Head sizes, bases and original lengths in one test: only the values differ."""
+    errors = []
     for head_dim, theta, original in SHAPES:
         given = dict(
             head_dim=head_dim, theta=theta, factor=factor, original=original, truncate=truncate
@@ -89,6 +90,9 @@ def test_frequencies(factor, truncate):
         ref, attention_factor_ref = transformers_yarn(**given)
         torch.testing.assert_close(inv_freq, ref, rtol=RTOL, atol=0, msg=lambda m: f"{given}: {m}")
         assert attention_factor == pytest.approx(attention_factor_ref, rel=1e-15), given
+        errors.append((inv_freq / ref - 1).abs().max().item())
+    case = f"factor {factor:g}, {'truncate' if truncate else 'exact range'}, {len(SHAPES)} shapes"
+    record_property("parity", ("YaRN inverse frequencies", case, max(errors), RTOL))
 
 
 @pytest.mark.parametrize("beta_fast, beta_slow", [(32.0, 1.0), (16.0, 2.0), (1.0, 1.0)])
