@@ -10,11 +10,13 @@ import functools
 
 import torch
 
+from megatron.gpt_oss.checkpoint import mxfp4_bits
+
 # The sixteen values of E2M1, by code; bit 3 is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 EXPONENT_BIAS = 127
 LARGEST_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2^2
-BLOCK = 32
+BLOCK = mxfp4_bits.BLOCK
 NAN_SCALE = 255
 
 
@@ -77,8 +79,25 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if values.shape[-1] % BLOCK:
         raise ValueError(f"last dimension {values.shape[-1]} is no multiple of {BLOCK}")
-    if values.dtype == torch.bfloat16:
-        return _quantize_bf16(values)
+    if values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        return _quantize_bits(values)
+    return _quantize_floats(values)
+
+
+def _quantize_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same values as `_quantize_floats`, ten times as fast."""
+    bits = values.contiguous().view(torch.int16).view(-1)
+    groups = (*values.shape[:-1], values.shape[-1] // BLOCK)
+    blocks = torch.empty(*groups, BLOCK // 2, dtype=torch.uint8)
+    scales = torch.empty(groups, dtype=torch.uint8)
+    for part in mxfp4_bits.encode(bits, blocks.view(-1), scales.view(-1)):
+        exact = _quantize_floats(bits.view(-1, BLOCK)[part].view(torch.bfloat16))
+        blocks.view(-1, BLOCK // 2)[part] = exact[0].squeeze(1)
+        scales.view(-1)[part] = exact[1].squeeze(1)
+    return blocks, scales
+
+
+def _quantize_floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = values.to(torch.float32).unflatten(-1, (-1, BLOCK))
     largest = values.abs().amax(dim=-1)
     if not torch.isfinite(largest).all():
@@ -106,47 +125,3 @@ def _round_to_even_code(magnitude: torch.Tensor) -> torch.Tensor:
     large = torch.round(magnitude / 2) + 4  # 4, 6 -> codes 6, 7
     code = torch.where(magnitude < 2, small, torch.where(magnitude < 4, middle, large))
     return code.clamp(max=7).to(torch.uint8)
-
-
-def _quantize_bf16(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by the bits of bf16 (sign, 8 of exponent, 7 of mantissa), many times as fast."""
-    bits = values.contiguous().view(torch.int16).view(-1, BLOCK)
-    blocks = torch.empty(len(bits), BLOCK // 2, dtype=torch.uint8, device=bits.device)
-    scales = torch.empty(len(bits), dtype=torch.uint8, device=bits.device)
-    codes = _codes().to(bits.device)
-    for part, to, scale in zip(bits.split(_PIECE), blocks.split(_PIECE), scales.split(_PIECE)):
-        magnitude = part & 0x7FFF
-        largest = magnitude.amax(dim=-1, keepdim=True)
-        if (largest >= 0x7F80).any():
-            raise ValueError("a value is not finite")
-        exponent = ((largest >> 7) - LARGEST_EXPONENT).clamp_(min=0)
-        scale.copy_(exponent.view(-1))
-        if ((exponent <= 2) & (largest > 0)).any():  # subnormal bf16 values may be of weight
-            floats = part.view(torch.bfloat16).to(torch.float32)
-            to.copy_(quantize(floats)[0].view(len(part), -1))
-            continue
-        exponent.masked_fill_(largest == 0, 200)  # a block of zeros
-        # 128 times the logarithm of |value| / scale, but for the curve within an octave.
-        ratio = (part & 0x7FFF).sub_(exponent << 7).clamp_(min=-_RATIOS_BELOW_ONE)
-        index = ratio.add_(_RATIOS_BELOW_ONE).add_(
-            (part >> 15) & _RATIOS
-        )  # the negative ones after
-        code = codes.index_select(0, index.view(-1).to(torch.int32))
-        pair = code.view(torch.int16)
-        to.copy_((pair | pair >> 4).view_as(to))
-    shape = values.shape[:-1]
-    return blocks.view(*shape, -1, BLOCK // 2), scales.view(*shape, -1)
-
-
-# Ratios of value to scale that differ in code: two octaves below 1, where all that is less is 0, and
-# three from 1 on, of 128 bf16 values each.
-_RATIOS_BELOW_ONE = 2 * 128
-_RATIOS = _RATIOS_BELOW_ONE + 3 * 128
-
-
-@functools.cache
-def _codes() -> torch.Tensor:
-    """[2 * _RATIOS] uint8: the code of each ratio, then of the same ratios of negative values."""
-    bits = torch.arange(_RATIOS) - _RATIOS_BELOW_ONE + (EXPONENT_BIAS << 7)
-    codes = _round_to_even_code(bits.to(torch.int16).view(torch.bfloat16).to(torch.float32))
-    return torch.cat((codes, codes | 8))
