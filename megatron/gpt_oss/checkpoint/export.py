@@ -11,8 +11,6 @@ import json
 import os
 from pathlib import Path
 
-import torch
-
 from megatron.gpt_oss.checkpoint.companions import check_tokenizer, copy_companions
 from megatron.gpt_oss.checkpoint.hf_config import (
     CONFIG_NAME,
@@ -27,8 +25,7 @@ from megatron.gpt_oss.checkpoint.hf_writer import (
     write_config,
     write_weights,
 )
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
-from megatron.gpt_oss.checkpoint.mapping import FC1, QKV, locate
+from megatron.gpt_oss.checkpoint.mapping import FC1, QKV
 from megatron.gpt_oss.checkpoint.torch_dist_reader import (
     COMPANIONS_NAME,
     TorchDistReader,
@@ -130,42 +127,6 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
-
-
-class ModelSource:
-    """A `MegatronSource` over a live model that one rank holds whole (TP, PP and EP of 1).
-
-    Args:
-        model: a GPTModel, unwrapped.
-    """
-
-    def __init__(self, model: torch.nn.Module):
-        self._whole: dict[str, torch.Tensor] = {}
-        self._layers: dict[tuple[str, int], torch.Tensor] = {}
-        with torch.no_grad():
-            for part in sharded_tensors(model.sharded_state_dict()):
-                where = locate(part.key, part.global_offset, part.local_shape)
-                prepended = part.prepend_axis_num
-                shape = part.global_shape[prepended:]
-                index = where.index
-                if where.layer is None:
-                    target = self._whole.setdefault(where.key, part.data.new_empty(shape))
-                else:
-                    if where.expert is not None:
-                        shape = (part.global_shape[prepended - 1], *shape)
-                        index = (where.expert, *index)
-                    at = (where.key, where.layer)
-                    target = self._layers.setdefault(at, part.data.new_empty(shape))
-                target[index] = part.data
-
-    def whole(self, key: str) -> torch.Tensor:
-        """See `MegatronSource`."""
-        return self._whole[key]
-
-    def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
-        """See `MegatronSource`."""
-        tensor = next(self._layers[key, layer] for key in keys if (key, layer) in self._layers)
-        return tensor if expert is None else tensor[expert]
 
 
 def preset_from_shapes(reader: TorchDistReader) -> Preset:

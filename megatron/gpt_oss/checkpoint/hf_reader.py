@@ -3,6 +3,7 @@
 """Slices of a Hugging Face gpt-oss checkpoint, read from disk only as they are asked for."""
 
 import json
+import threading
 from pathlib import Path
 
 import torch
@@ -31,7 +32,8 @@ class HFReader:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._open_files: dict[str, SafetensorsFile] = {}
-        self._last: tuple[tuple, torch.Tensor] | None = None
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
         index = self.folder / INDEX_NAME
         if index.is_file():
             try:
@@ -90,15 +92,17 @@ class HFReader:
             name: e.g. model.layers.0.mlp.experts.gate_up_proj.
             index: an int or a contiguous slice for each leading dimension; () is all of it.
         Returns:
-            The part; valid until the next call (the last one is kept, not to read it twice).
+            The part; a thread's last one is kept, not to read it twice, and is not to be changed.
         Raises:
             CheckpointError: no such tensor, or its file is missing or damaged.
         """
         key = (name, tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index))
-        if self._last is None or self._last[0] != key:
+        last = self._of_thread
+        if getattr(last, "key", None) != key:
             read = self._read_mxfp4 if self.is_mxfp4(name) else self._read_plain
-            self._last = (key, read(name, index))
-        return self._last[1]
+            last.key, last.part = None, None  # two at a time are one too many
+            last.key, last.part = key, read(name, index)
+        return last.part
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and place of a stored tensor.
@@ -169,15 +173,16 @@ class HFReader:
         return name + MXFP4_SUFFIXES[0], name + MXFP4_SUFFIXES[1]
 
     def _open(self, filename: str) -> SafetensorsFile:
-        if filename not in self._open_files:
-            try:
-                self._open_files[filename] = SafetensorsFile(self.folder / filename)
-            except FileNotFoundError as error:
-                raise CheckpointError(
-                    f"{self.folder} lacks {filename}, which its index names. Is the download "
-                    "complete?"
-                ) from error
-        return self._open_files[filename]
+        with self._lock:
+            if filename not in self._open_files:
+                try:
+                    self._open_files[filename] = SafetensorsFile(self.folder / filename)
+                except FileNotFoundError as error:
+                    raise CheckpointError(
+                        f"{self.folder} lacks {filename}, which its index names. Is the download "
+                        "complete?"
+                    ) from error
+            return self._open_files[filename]
 
     def _missing_message(self, name: str) -> str:
         """Say which tensors of the same kind there are, e.g. 23 of 24 layers."""

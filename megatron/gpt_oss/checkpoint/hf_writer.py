@@ -11,12 +11,16 @@ import torch
 
 from megatron.gpt_oss.checkpoint.hf_config import CONFIG_NAME
 from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME, MXFP4_SUFFIXES, SINGLE_NAME
+from megatron.gpt_oss.checkpoint.layout import LARGEST_PART
 from megatron.gpt_oss.checkpoint.mapping import (
     MegatronSource,
     as_contiguous,
+    expert_matrix,
     hf_names,
     hf_shape,
+    interleave_gate_up,
     is_expert_matrix,
+    is_vocabulary_matrix,
     megatron_to_hf,
 )
 from megatron.gpt_oss.checkpoint.mxfp4 import BLOCK, quantize
@@ -45,6 +49,16 @@ QUANTIZATION_CONFIG = {
     "quant_method": MXFP4,
 }
 MAX_SHARD_BYTES = 5 * 10**9  # the size of the shards that transformers writes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `first` to `stop` of the `rows` that a tensor has; of an expert matrix, one expert."""
+
+    name: str
+    first: int
+    stop: int
+    rows: int
 
 
 @dataclass
@@ -96,10 +110,12 @@ class FilePlan:
             plan.files[of_many if len(shards) > 1 else SINGLE_NAME] = names
         return plan
 
-    def bytes_of(self, name: str, expert: int | None = None) -> int:
-        """Bytes of what is stored for a name, or for one expert of it."""
-        first = 0 if expert is None else 1
-        return sum(math.prod(s[first:]) * d.itemsize for _, d, s in self.stored[name])
+    def bytes_of(self, name: str, rows: int | None = None) -> int:
+        """Bytes of what is stored for a name, or for some rows (experts) of it."""
+        return sum(
+            (s[0] if rows is None else rows) * math.prod(s[1:]) * d.itemsize
+            for _, d, s in self.stored[name]
+        )
 
     def bytes_total(self) -> int:
         """Bytes of all weights."""
@@ -109,13 +125,19 @@ class FilePlan:
         """Names of the tensors in a file."""
         return [stored for name in self.files[file] for stored, _, _ in self.stored[name]]
 
-    def pieces(self, file: str, preset: Preset) -> list[tuple[str, int | None]]:
-        """What is read at a time: tensors, and each expert's part of the large ones."""
-        return [
-            (name, expert)
-            for name in self.files[file]
-            for expert in (range(preset.num_experts) if is_expert_matrix(name) else (None,))
-        ]
+    def pieces(self, file: str) -> list["Piece"]:
+        """What is read at a time: tensors, each expert's part, some rows of the vocabulary."""
+        pieces = []
+        for name in self.files[file]:
+            rows, *others = self.stored[name][0][2]
+            most = rows
+            if is_expert_matrix(name):
+                most = 1
+            elif is_vocabulary_matrix(name):
+                most = max(LARGEST_PART // math.prod(others), 1)
+            for first in range(0, rows, most):
+                pieces.append(Piece(name, first, min(first + most, rows), rows))
+        return pieces
 
     def header(self, file: str) -> list[tuple[str, torch.dtype, tuple]]:
         """The tensors of a file in the order in which they lie there, bytes last."""
@@ -182,20 +204,20 @@ def write_weights(
     before = [name for file in plan.files if file not in files for name in plan.files[file]]
     if bar is not None:
         bar.begin_at(sum(map(plan.bytes_of, before)))
-    pieces = [piece for file in files for piece in plan.pieces(file, preset)]
-    values = read_ahead(
-        lambda piece: _values(*piece, source, preset, plan), pieces, lambda p: plan.bytes_of(*p)
-    )
+    pieces = [piece for file in files for piece in plan.pieces(file)]
+    values = read_ahead(lambda piece: _values(piece, source, preset, plan), pieces)
     count = len(before)
     for file in files:
         with SafetensorsWriter(folder / file, plan.header(file)) as writer:
-            for name, expert in plan.pieces(file, preset):
-                for (stored, _, _), value in zip(plan.stored[name], next(values)):
-                    writer.write(stored, value, expert or 0)
-                count += expert is None or expert == preset.num_experts - 1
+            for piece in plan.pieces(file):
+                for (stored, _, _), value in zip(plan.stored[piece.name], next(values)):
+                    writer.write(stored, value, piece.first)
+                count += piece.stop == piece.rows
+                size = plan.bytes_of(piece.name, piece.stop - piece.first)
+                if work is not None:
+                    work.written(file, size)
                 if bar is not None:
-                    note = f"{count} of {len(plan.stored)} tensors"
-                    bar.advance(plan.bytes_of(name, expert), note)
+                    bar.advance(size, f"{count} of {len(plan.stored)} tensors")
         if work is not None:
             work.finish(file)
     if list(plan.files) == [SINGLE_NAME]:
@@ -207,19 +229,27 @@ def write_weights(
 
 
 def _values(
-    name: str, expert: int | None, source: MegatronSource, preset: Preset, plan: FilePlan
+    piece: Piece, source: MegatronSource, preset: Preset, plan: FilePlan
 ) -> tuple[torch.Tensor, ...]:
-    """What is stored for a tensor, or for one expert's part of it."""
-    dtype = plan.stored[name][0][1]
-    value = megatron_to_hf(name, preset, source, expert)
-    if plan.dtype != MXFP4 or expert is None:
-        return (as_contiguous(value, dtype),)
+    """What is stored for a piece."""
+    name = piece.name
+    if not is_expert_matrix(name):
+        rows = slice(piece.first, piece.stop)
+        value = megatron_to_hf(name, preset, source, rows=rows)
+        return (as_contiguous(value, plan.stored[name][0][1]),)
+    expert = piece.first
+    if plan.dtype != MXFP4:
+        value = megatron_to_hf(name, preset, source, expert)
+        return (as_contiguous(value, plan.stored[name][0][1]),)
     try:
-        return quantize(value.transpose(0, 1))
+        blocks, scales = quantize(expert_matrix(name, source, expert))
     except ValueError as error:
         raise CheckpointError(
             f"'{name}' of the checkpoint, expert {expert}, cannot be rounded to MXFP4: {error}."
         ) from error
+    if name.endswith("gate_up_proj"):  # a quarter of the bytes that there were before rounding
+        return interleave_gate_up(blocks), interleave_gate_up(scales)
+    return blocks, scales
 
 
 def write_config(config: dict, dtype: str, folder: Path) -> None:

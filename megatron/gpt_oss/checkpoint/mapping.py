@@ -207,8 +207,8 @@ def is_expert_matrix(name: str) -> bool:
 class MegatronSource(Protocol):
     """Where `megatron_to_hf` takes whole Megatron tensors from."""
 
-    def whole(self, key: str) -> torch.Tensor:
-        """A global tensor without layers."""
+    def whole(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
+        """A global tensor without layers, or a range of its rows."""
 
     def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
         """One layer of a tensor (of one expert), under the first of the keys that exists."""
@@ -259,8 +259,17 @@ def hf_shape(name: str, preset: Preset) -> tuple[int, ...]:
     return (hidden,)  # a norm
 
 
+def is_vocabulary_matrix(name: str) -> bool:
+    """Whether a Hugging Face tensor has a row for each token: embedding and head."""
+    return name in ("model.embed_tokens.weight", "lm_head.weight")
+
+
 def megatron_to_hf(
-    name: str, preset: Preset, source: MegatronSource, expert: int | None = None
+    name: str,
+    preset: Preset,
+    source: MegatronSource,
+    expert: int | None = None,
+    rows: slice | None = None,
 ) -> torch.Tensor:
     """Build one Hugging Face tensor (BF16 layout) from Megatron's.
 
@@ -269,13 +278,16 @@ def megatron_to_hf(
         preset: the model's sizes; rows that only pad the vocabulary are left out.
         source: gives Megatron tensors, one layer at a time.
         expert: give only this expert's part of a tensor of the experts.
+        rows: give only these rows of a matrix of the vocabulary.
     Returns:
         The tensor, perhaps a transposed view.
     """
     for key, hf_name in GLOBAL_NAMES.items():
         if name == hf_name:
-            tensor = source.whole(key)
-            return tensor if tensor.dim() == 1 else tensor[: preset.vocab_size]
+            if not is_vocabulary_matrix(name):
+                return source.whole(key)
+            start, stop, _ = (rows or slice(None)).indices(preset.vocab_size)
+            return source.whole(key, slice(start, stop))
     _, _, number, ending = name.split(".", 3)
     layer = int(number)
     keys = tuple(key for key, hf_ending in LAYER_NAMES.items() if hf_ending == ending)
@@ -290,8 +302,25 @@ def megatron_to_hf(
     key = (FC1 if match[1] == "gate_up" else FC2) + ("bias" if match[2] else "weight")
     tensor = source.layer((key,), layer, expert)
     if match[1] == "gate_up":
-        tensor = _interleave(tensor, dim=0 if expert is not None else 1)
+        tensor = interleave_gate_up(tensor, dim=0 if expert is not None else 1)
     return tensor if match[2] else tensor.transpose(-1, -2)
+
+
+def expert_matrix(name: str, source: MegatronSource, expert: int) -> torch.Tensor:
+    """One expert's matrix of a Hugging Face tensor, [out, in] as Megatron and MXFP4 files have it.
+
+    Gate and up lie one behind the other; `interleave_gate_up` of whatever has their rows brings
+    them into the order of Hugging Face.
+    """
+    _, _, layer, ending = name.split(".", 3)
+    key = (FC1 if ending.endswith("gate_up_proj") else FC2) + "weight"
+    return source.layer((key,), int(layer), expert)
+
+
+def interleave_gate_up(gate_then_up: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Gate first and then up, to gate 0, up 0, gate 1, ..."""
+    gate, up = gate_then_up.chunk(2, dim=dim)
+    return torch.stack((gate, up), dim=dim + 1).flatten(dim, dim + 1)
 
 
 def _split_qkv(qkv: torch.Tensor, letter: str, preset: Preset) -> torch.Tensor:
@@ -300,12 +329,6 @@ def _split_qkv(qkv: torch.Tensor, letter: str, preset: Preset) -> torch.Tensor:
     groups = qkv.reshape(preset.num_query_groups, heads + 2, preset.head_dim, *qkv.shape[1:])
     part = {"q": slice(0, heads), "k": slice(heads, heads + 1), "v": slice(heads + 1, None)}[letter]
     return groups[:, part].reshape(-1, *qkv.shape[1:]).contiguous()
-
-
-def _interleave(gate_then_up: torch.Tensor, dim: int) -> torch.Tensor:
-    """Gate first and then up, to gate 0, up 0, gate 1, ..."""
-    gate, up = gate_then_up.chunk(2, dim=dim)
-    return torch.stack((gate, up), dim=dim + 1).flatten(dim, dim + 1)
 
 
 def _no_counterpart(name: str) -> str:

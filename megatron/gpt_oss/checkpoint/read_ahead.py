@@ -1,38 +1,41 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Read and compute the next piece in a thread while the present one is written."""
+"""Read and compute the next pieces in threads while the present one is written."""
 
+import collections
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Callable, Iterable, Iterator, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Larger pieces (an embedding) are read when it is their turn: two of them would double the memory.
-LARGEST_AHEAD = 256 * 2**20
+# While one thread waits for the disk the other computes; on two cores a third only waits for them.
+NUM_THREADS = 2
 
 
 def read_ahead(
-    read: Callable[[Item], Result], items: Iterable[Item], size: Callable[[Item], int]
+    read: Callable[[Item], Result], items: Iterable[Item], num_threads: int = NUM_THREADS
 ) -> Iterator[Result]:
-    """`map(read, items)`, one small item ahead.
+    """`map(read, items)`, as many items ahead as there are threads.
 
     Args:
-        read: called in one other thread, for one item at a time, in order.
+        read: called in other threads, in order, for `num_threads` items at a time.
         items: what to read.
-        size: bytes of an item.
+        num_threads: 1 or more.
     """
-    items = list(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as thread:
-        ahead = None
-        for number, item in enumerate(items):
-            result = (ahead or thread.submit(read, item)).result()
-            ahead = None
-            if number + 1 < len(items) and size(items[number + 1]) <= LARGEST_AHEAD:
-                ahead = thread.submit(read, items[number + 1])
-            yield result
-            del result
+    pending: collections.deque[Future[Result]] = collections.deque()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="read-ahead") as threads:
+        try:
+            for item in items:
+                pending.append(threads.submit(read, item))
+                if len(pending) > num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
 def keep_freed_memory() -> None:

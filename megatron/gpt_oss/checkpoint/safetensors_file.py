@@ -19,6 +19,7 @@ from typing import Sequence
 import numpy
 import torch
 
+from megatron.gpt_oss.checkpoint.runs import LARGEST_CALL, is_one_run, read_run, run_offset
 from megatron.gpt_oss.errors import CheckpointError
 
 DTYPES = {
@@ -36,8 +37,6 @@ DTYPES = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The library's own limit.
 _LARGEST_HEADER = 100_000_000
-# Linux writes at most 2 GiB a call.
-_LARGEST_WRITE = 2**30
 
 Index = tuple[int | slice, ...]
 
@@ -94,12 +93,10 @@ class SafetensorsFile:
         box, kept = _box(entry.shape, index)
         shape = [stop - start for start, stop in box]
         dtype = DTYPES[entry.dtype]
-        if _is_one_run(box, entry.shape):
-            offset = sum(
-                start * math.prod(entry.shape[i + 1 :]) for i, (start, _) in enumerate(box)
-            )
+        if is_one_run(box, entry.shape):
             out = torch.empty(shape, dtype=dtype)
-            self._read_into(out, entry.start + offset * dtype.itemsize)
+            offset = entry.start + run_offset(box, entry.shape) * dtype.itemsize
+            read_run(self._fd, self.path, offset, out)
         else:
             # Mapped for the moment of the copy: the columns of a matrix are no one run of bytes.
             integer = numpy.dtype(f"i{dtype.itemsize}")
@@ -107,19 +104,6 @@ class SafetensorsFile:
             part = numpy.array(array[tuple(slice(*bounds) for bounds in box)])
             out = torch.from_numpy(part).view(dtype)
         return out.reshape([shape[i] for i in kept])
-
-    def _read_into(self, out: torch.Tensor, offset: int) -> None:
-        if not out.numel():
-            return
-        memory = memoryview(out.view(-1).view(torch.uint8).numpy())
-        while memory:
-            count = os.preadv(self._fd, [memory[:_LARGEST_WRITE]], offset)
-            if not count:
-                raise CheckpointError(
-                    f"{self.path} ends at byte {offset}, {len(memory)} bytes before a tensor does: "
-                    "it was cut short while it was being read."
-                )
-            memory, offset = memory[count:], offset + count
 
     def _read_header(self) -> dict[str, Entry]:
         size = os.fstat(self._fd).st_size
@@ -198,7 +182,7 @@ class SafetensorsWriter:
     def _write(self, data, offset: int) -> None:
         memory = memoryview(data)
         while memory:
-            count = os.pwrite(self._fd, memory[:_LARGEST_WRITE], offset)
+            count = os.pwrite(self._fd, memory[:LARGEST_CALL], offset)
             memory, offset = memory[count:], offset + count
 
 
@@ -234,10 +218,3 @@ def _box(shape: tuple[int, ...], index: Index) -> tuple[list[tuple[int, int]], l
         else:
             bounds.append((at, at + 1))
     return bounds, kept
-
-
-def _is_one_run(box: list[tuple[int, int]], shape: tuple[int, ...]) -> bool:
-    """Whether the box is one run of bytes: single entries, then a range, then whole dimensions."""
-    rest = [i for i, (start, stop) in enumerate(box) if stop - start != 1]
-    first = rest[0] if rest else len(box)
-    return all(box[i] == (0, shape[i]) for i in range(first + 1, len(box)))

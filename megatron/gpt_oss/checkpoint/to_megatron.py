@@ -148,13 +148,15 @@ class Job:
             sync_files=False,
         )
         parts = [part for file in self.files if _name(file) not in work.done for part in file.parts]
-        tensors = read_ahead(self.read, parts, self._bytes)
+        tensors = read_ahead(self.read, parts)
         count, results = 0, []
         for file in self.files:
             if _name(file) in work.done:
                 results += [_from_json(place) for place in work.done[_name(file)]["places"]]
             else:
-                planner = _LazyPlanner(self, file, tensors, bar, f"{{}} of {total} pieces", count)
+                planner = _LazyPlanner(
+                    self, file, tensors, work, bar, f"{{}} of {total} pieces", count
+                )
                 plan = SavePlan(planner.items(), storage_data=_StoragePrefix(file.prefix))
                 written = writer.write_data(plan, planner).wait()
                 work.finish(_name(file), {"places": [_to_json(result) for result in written]})
@@ -222,6 +224,7 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         job: the conversion.
         file: what to give.
         tensors: the pieces, in the order of the file.
+        work: told of every piece, so that the one before comes to disk.
         bar: told of every piece, with `note` and the number of pieces, `count` at the beginning.
     """
 
@@ -230,12 +233,13 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         job: Job,
         file: CheckpointFile,
         tensors: Iterator[torch.Tensor],
+        work: Unfinished,
         bar: Progress,
         note: str,
         count: int,
     ):
         super().__init__()
-        self._job, self._file, self._tensors = job, file, tensors
+        self._job, self._file, self._tensors, self._work = job, file, tensors, work
         self._bar, self._note, self._count = bar, note, count
         self._parts = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in file.parts}
         self._order = iter(self._parts)
@@ -258,6 +262,7 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         tensor = next(self._tensors)
         assert write_item.index == next(self._order), "the writer asks in another order"
         self._count += 1
+        self._work.written(_name(self._file), tensor.nbytes)
         self._bar.advance(tensor.nbytes, self._note.format(self._count))
         return tensor
 

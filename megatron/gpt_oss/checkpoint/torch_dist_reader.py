@@ -3,8 +3,10 @@
 """Parts of the model's tensors in a Megatron torch_dist checkpoint, without any process group."""
 
 import dataclasses
+import os
 import pickle
 import re
+import threading
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron.gpt_oss.checkpoint.runs import is_one_run, read_run, run_offset
+from megatron.gpt_oss.checkpoint.torch_save_record import find_tensor
 from megatron.gpt_oss.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -47,7 +51,7 @@ def find_iteration(folder: str | Path) -> Path:
 
 
 class TorchDistReader:
-    """A `mapping.MegatronSource` over a checkpoint on disk; reads one layer at a time.
+    """A `mapping.MegatronSource` over a checkpoint on disk; several threads may read.
 
     Args:
         folder: of one iteration, see `find_iteration`.
@@ -59,6 +63,7 @@ class TorchDistReader:
         self._metadata = self._storage.read_metadata()
         # Once: dcp.load would read the metadata again for every tensor.
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._files = _Files()
         self._pieces: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         # Tensors of the optimizer carry a prefix of their own and are never asked for.
         self._tensors = {
@@ -88,10 +93,12 @@ class TorchDistReader:
         """Dtype of a tensor without layers."""
         return self._tensors[self._known(key)].properties.dtype
 
-    def whole(self, key: str) -> torch.Tensor:
-        """A global tensor without layers."""
-        size = self._tensors[self._known(key)].size
-        return self._read(key, (0,) * len(size), tuple(size))
+    def whole(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
+        """A global tensor without layers, or a range of its rows."""
+        size = list(self._tensors[self._known(key)].size)
+        start, stop, _ = rows.indices(size[0])
+        size[0] = stop - start
+        return self._read(key, (start, *(0,) * (len(size) - 1)), tuple(size))
 
     def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
         """One layer of a tensor (of one expert), under the first of the keys that exists."""
@@ -110,7 +117,10 @@ class TorchDistReader:
         raise CheckpointError(self._missing(f"decoder.layers.{keys[0]}"))
 
     def _read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-        planner = _PartPlanner(key, start, size, self._nearby(key, start[0]))
+        tensor = self._nearby(key, start[0])
+        planner = _PartPlanner(key, start, size, tensor)
+        if self._read_runs(key, tensor, start, planner.part):
+            return planner.part
         try:
             self._storage.read_data(planner.create_local_plan(), planner).wait()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
@@ -119,6 +129,35 @@ class TorchDistReader:
                 "checkpoint is damaged or cut short; use an older iteration."
             ) from error
         return planner.part
+
+    def _read_runs(
+        self, key: str, tensor: TensorStorageMetadata, start: tuple[int, ...], out: torch.Tensor
+    ) -> bool:
+        """Fill `out` where every piece of it is one run, in the file as in `out`; else False."""
+        filled = 0
+        for chunk in tensor.chunks:
+            box = [
+                (max(first, at), min(first + size, at + held))
+                for first, size, at, held in zip(start, out.shape, chunk.offsets, chunk.sizes)
+            ]
+            if any(stop <= first for first, stop in box):
+                continue
+            here = [(first - at, stop - at) for (first, stop), at in zip(box, start)]
+            there = [(first - at, stop - at) for (first, stop), at in zip(box, chunk.offsets)]
+            if not (is_one_run(here, out.shape) and is_one_run(there, chunk.sizes)):
+                return False
+            place = self._storage.storage_data.get(MetadataIndex(key, chunk.offsets))
+            if place is None or place.transform_descriptors:
+                return False
+            path = self.folder / place.relative_path
+            fd = self._files.open(path)
+            first = find_tensor(fd, place.offset, place.length, out.dtype, tuple(chunk.sizes))
+            if first is None:
+                return False
+            part = out[tuple(slice(*bounds) for bounds in here)]
+            read_run(fd, path, first + run_offset(there, chunk.sizes) * out.itemsize, part)
+            filled += part.numel()
+        return filled == out.numel()
 
     def _nearby(self, key: str, layer: int) -> TensorStorageMetadata:
         """The tensor's metadata with those pieces alone that hold this layer.
@@ -130,10 +169,11 @@ class TorchDistReader:
         if not re.match(r"decoder\.layers\.\D", key):
             return tensor
         if key not in self._pieces:
-            self._pieces[key] = table = {}
+            table: dict[int, list[ChunkStorageMetadata]] = {}
             for chunk in tensor.chunks:
                 for held in range(chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]):
                     table.setdefault(held, []).append(chunk)
+            self._pieces[key] = table  # at once, as another thread may look
         return dataclasses.replace(tensor, chunks=self._pieces[key].get(layer, []))
 
     def _known(self, key: str) -> str:
@@ -146,6 +186,28 @@ class TorchDistReader:
             f"{self.folder} has no tensor '{key}' among {len(self._tensors)}. Is it a checkpoint "
             "of a gpt-oss model?"
         )
+
+
+class _Files:
+    """Descriptors of the files that are being read, open until the reader goes."""
+
+    def __init__(self):
+        self._fds: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def open(self, path: Path) -> int:
+        """The descriptor of a file; -1, of which nothing can be read, if there is none."""
+        with self._lock:
+            if path not in self._fds:
+                try:
+                    self._fds[path] = os.open(path, os.O_RDONLY)
+                except OSError:
+                    return -1
+            return self._fds[path]
+
+    def __del__(self):
+        for fd in self._fds.values():
+            os.close(fd)
 
 
 class _PartPlanner(DefaultLoadPlanner):

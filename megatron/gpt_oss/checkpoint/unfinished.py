@@ -23,6 +23,7 @@ from megatron.gpt_oss.errors import UsageError
 _JOURNAL = "conversion.jsonl"
 # What file systems and small files take beyond the bytes of the tensors.
 _RESERVE = 64 * 2**20
+_MOST_IN_MEMORY = 256 * 2**20
 
 
 class Unfinished:
@@ -38,6 +39,7 @@ class Unfinished:
         folder.mkdir(parents=True, exist_ok=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="to-disk")
         self._pending: list[Future] = []
+        self._in_memory = 0
         # Opened in append mode, so that a lock held by another process loses nothing.
         self._journal = open(folder / _JOURNAL, "a+", encoding="utf-8")
         try:
@@ -58,18 +60,24 @@ class Unfinished:
         """
         self._pending.append(self._thread.submit(self._finish, file, record or {}))
 
+    def written(self, file: str, count: int) -> None:
+        """Count bytes of a file that is being written; from time to time they are brought to disk.
+
+        By itself Linux begins with that when a tenth of the memory waits; the disk has nothing to
+        do until then.
+        """
+        self._in_memory += count
+        if self._in_memory >= _MOST_IN_MEMORY and (self.folder / file).exists():
+            self._in_memory = 0
+            self._pending.append(self._thread.submit(_to_disk, self.folder / file))
+
     def wait(self) -> None:
         """Return when every file of `finish` is on disk and recorded."""
         while self._pending:
             self._pending.pop(0).result()
 
     def _finish(self, file: str, record: dict) -> None:
-        handle = os.open(self.folder / file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-            size = os.fstat(handle).st_size
-        finally:
-            os.close(handle)
+        size = _to_disk(self.folder / file)
         record = {"file": file, "size": size, **record}
         self._append(record)
         self.done[file] = record
@@ -131,6 +139,20 @@ class Unfinished:
         self._journal.write(json.dumps(record) + "\n")
         self._journal.flush()
         os.fsync(self._journal.fileno())
+
+
+def _to_disk(path: Path) -> int:
+    """Return the size of a file when all that has been written of it is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            # What is on disk takes the place of other files no longer, and its memory is written
+            # to again: half of the system's time, where fresh memory has to be fetched from a host.
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.fstat(handle).st_size
+    finally:
+        os.close(handle)
 
 
 @contextmanager

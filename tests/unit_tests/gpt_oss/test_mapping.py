@@ -166,8 +166,8 @@ class _Source:
     def __init__(self, tensors):
         self.tensors = tensors
 
-    def whole(self, key):
-        return self.tensors[key]
+    def whole(self, key, rows=slice(None)):
+        return self.tensors[key][rows]
 
     def layer(self, keys, layer, expert=None):
         key = next(k for k in keys if f'decoder.layers.{k}' in self.tensors)

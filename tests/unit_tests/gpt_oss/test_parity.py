@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.gpt_oss.checkpoint.export import ModelSource
 from megatron.gpt_oss.checkpoint.load import load_hf
 from megatron.gpt_oss.checkpoint.mapping import hf_names, megatron_to_hf
+from megatron.gpt_oss.checkpoint.model_source import ModelSource
 from tests.unit_tests.gpt_oss.builders import ODD, TINY, trained_tensors, write_hf
 
 CASES = {

@@ -2,7 +2,6 @@
 
 """Our reading and writing of safetensors by position, against the library's own."""
 
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
