@@ -2,15 +2,22 @@
 
 """Memory and time of `gptoss convert` at real size, against copying the same bytes.
 
-    python benchmarks/convert.py --folder /data/bench --preset 20b --layers 24 --json convert.json
+    python benchmarks/convert.py --folder /data/bench --preset 20b --layers 8 \\
+        --json benchmarks/results/convert_20b_cpu.json
+    python benchmarks/convert.py --page        # docs/parity.md from the results that are there
 
 Writes a random Hugging Face folder in the true MXFP4 layout, converts it to Megatron and back to
 BF16 and MXFP4, checks every tensor, and deletes all of it. Each conversion is the command in a
-process of its own; memory is the resident set of its whole process tree, looked at 50 times a
-second. Copying is `cp` of what was written followed by fsync, as the conversion does; both read
-what was written a moment before. Give --layers as many as the disk holds: it takes twice the
-BF16 size. --preset 120b --layers 1 shows one layer of the large model; the sizes of the rest follow
-from `bytes_of_layer`.
+process of its own, imports included; memory is the resident set of its whole process tree, looked
+at 50 times a second.
+
+Copying is `cp` of what was written, each file followed by fsync, as the conversion does. Whatever is
+read, by a conversion, by `cp` or by `cat`, is put out of the page cache before, as a model of 120b
+does not fit there; `warm` is the same copy with the source in memory. MXFP4 is written from 2.5 times
+its bytes, so that `read`, the time of `cat` for the source, is what its conversion cannot go below.
+
+Give --layers as many as the disk holds: it takes twice the BF16 size. --preset 120b --layers 1 shows
+one layer of the large model; the sizes of the rest follow from `bytes_of_layer`.
 """
 
 import argparse
@@ -19,11 +26,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy
 import psutil
+import report
 import torch
 
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
@@ -33,74 +42,147 @@ from megatron.gpt_oss.checkpoint.hf_writer import (
     QUANTIZATION_CONFIG,
     FilePlan,
 )
+from megatron.gpt_oss.checkpoint.mxfp4 import dequantize, quantize
 from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.presets import Preset, get_preset
+
+PAGE = report.ROOT / "docs" / "parity.md"
+RESULTS = report.ROOT / "benchmarks" / "results"
+HEADER = ["model", "layers", "what", "GB read", "GB written", "s", "of it imports", "read, s"]
+HEADER += ["copy, s", "warm", "s / copy", "s / warm", "s / read", "peak RSS, GiB", "load"]
 
 
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; new")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; new")
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--layers", type=int, nargs="+", default=[6])
     parser.add_argument("--ep", type=int, default=1, help="of the Megatron checkpoint")
     parser.add_argument("--json", type=Path, help="where to write the rows")
+    parser.add_argument("--page", action="store_true", help="write docs/parity.md anew")
     args = parser.parse_args()
-    rows = []
-    for layers in args.layers:
-        preset = get_preset(args.preset, layers)
-        rows += measure(preset, args.folder, ["--ep", str(args.ep)])
-    machine = {
-        "cpu_count": os.cpu_count(),
-        "torch": torch.__version__,
-        "bytes_of_layer": bytes_of_layer(get_preset(args.preset)),
-    }
-    print(json.dumps(machine))
-    print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    if not args.folder and not args.page:
+        parser.error("give --folder, --page or both")
+    if args.folder:
+        rows = []
+        for layers in args.layers:
+            rows += measure(get_preset(args.preset, layers), args.folder, ["--ep", str(args.ep)])
+        print("\n".join("  ".join(f"{w:>13}" for w in line) for line in [HEADER, *table(rows)]))
+        rates = encoder_rates()
+        print(rates)
+        if args.json:
+            report.write_json(
+                args.json,
+                report.machine("torch", "numpy"),
+                bytes_of_layer=bytes_of_layer(get_preset(args.preset)),
+                encoder_gb_per_s=rates,
+                rows=rows,
+            )
+    if args.page:
+        report.write_section(PAGE, "conversions", page_text())
 
 
 def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2) -> list[dict]:
-    """Rows for one model; `folder` is made and deleted. Without copies, no ratio to them."""
+    """Rows for one model; `folder` is made and deleted. Without copies, nothing but memory."""
     folder.mkdir(parents=True)
     try:
         source = write_random_mxfp4(preset, folder / "hf")
+        load = folder / "megatron"
         steps = (
-            ("to-megatron", ["to-megatron", "--hf", source, *layout], "megatron"),
-            ("to-hf bf16", ["to-hf", "--load", folder / "megatron"], "bf16"),
-            ("to-hf mxfp4", ["to-hf", "--load", folder / "megatron", "--dtype", MXFP4], "mxfp4"),
+            ("to-megatron", source, ["to-megatron", "--hf", source, *layout], load),
+            ("to-hf bf16", load, ["to-hf", "--load", load], folder / "bf16"),
+            ("to-hf mxfp4", load, ["to-hf", "--load", load, "--dtype", MXFP4], folder / "mxfp4"),
         )
         rows = []
-        for name, words, out in steps:
-            load = os.getloadavg()[0]
-            seconds, peak = run(["convert", *words, "--out", folder / out])
-            size = sum(path.stat().st_size for path in (folder / out).rglob("*") if path.is_file())
-            # Twice, as the first pays for memory that the machine has not touched before.
-            times = [copy(folder / out, folder / "copy") for _ in range(copies)]
-            copy_seconds = sum(times) / copies if copies else float("nan")
-            rows.append(
-                {
-                    "model": preset.name,
-                    "layers": preset.num_layers,
-                    "what": name,
-                    "bytes_written": size,
-                    "seconds": round(seconds, 2),
-                    "copy_seconds": round(copy_seconds, 2),
-                    "ratio": round(seconds / copy_seconds, 2),
-                    "peak_rss_bytes": peak,
-                    "load_before": round(load, 2),
-                }
-            )
-            print(rows[-1], flush=True)
+        for name, read, words, out in steps:
+            evict(read)
+            average = os.getloadavg()[0]
+            seconds, peak = run(["convert", *words, "--out", out])
+            row = {
+                "model": preset.name,
+                "layers": preset.num_layers,
+                "what": name,
+                "bytes_read": size_of(read),
+                "bytes_written": size_of(out),
+                "seconds": round(seconds, 2),
+                "peak_rss_bytes": peak,
+                "load_before": round(average, 2),
+            }
+            if copies:
+                row |= compare(read, out, folder / "copy", copies, "export" if "hf" in name else "")
+                for other in ("copy", "warm_copy", "read"):
+                    row[f"ratio_{other}"] = round(seconds / row[f"{other}_seconds"], 2)
+            rows.append(row)
+            print(row, flush=True)
             # Random MXFP4 is representable, so that each is the same model as the other.
-            check(source if name == "to-megatron" else folder / out, folder / "megatron")
+            check(source if name == "to-megatron" else out, load)
             if name != "to-hf mxfp4":  # room for the next
-                shutil.rmtree(source if name == "to-megatron" else folder / out)
+                shutil.rmtree(source if name == "to-megatron" else out)
         return rows
     finally:
         shutil.rmtree(folder)
+
+
+def compare(read: Path, out: Path, target: Path, copies: int, module: str) -> dict:
+    """Seconds of what a conversion is compared with."""
+    cold, warm = [], []
+    # Several times, as the first may pay for memory that the machine has not touched before.
+    for _ in range(copies):
+        evict(out)
+        cold.append(copy(out, target))
+        warm.append(copy(out, target))
+    evict(read)
+    start = time.monotonic()
+    files = [path for path in read.rglob("*") if path.is_file()]
+    subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL)
+    read_seconds = time.monotonic() - start
+    module = f"megatron.gpt_oss.checkpoint.{module or 'to_megatron'}"
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], check=True)
+    return {
+        "import_seconds": round(time.monotonic() - start, 2),
+        "copy_seconds": round(sum(cold) / copies, 2),
+        "warm_copy_seconds": round(sum(warm) / copies, 2),
+        "read_seconds": round(read_seconds, 2),
+    }
+
+
+def evict(folder: Path) -> None:
+    """Put the files of a folder out of the page cache."""
+    for path in filter(Path.is_file, folder.rglob("*")):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def encoder_rates() -> dict[str, float]:
+    """GB/s of bf16 that become MXFP4 in memory, by the number of threads; checked first."""
+    torch.set_num_threads(1)
+    values = torch.randn(2880, 2880).to(torch.bfloat16)
+    again = dequantize(*quantize(values))
+    if not torch.equal(dequantize(*quantize(again)), again):
+        raise SystemExit("what MXFP4 holds did not come back as it was")
+    rates = {}
+    for count in (1, 2):
+        threads = [
+            threading.Thread(target=lambda: [quantize(values) for _ in range(40)])
+            for _ in range(count)
+        ]
+        start = time.monotonic()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rates[str(count)] = round(40 * count * values.nbytes / (time.monotonic() - start) / 1e9, 2)
+    return rates
 
 
 def write_random_mxfp4(preset: Preset, folder: Path) -> Path:
@@ -185,16 +267,61 @@ def bytes_of_layer(preset: Preset) -> dict:
     return sizes
 
 
-def table(rows: list[dict]) -> str:
-    """The rows for the reader."""
-    lines = ["model  layers  what          GB written      s   copy s  ratio  peak RSS GiB  load"]
-    for row in rows:
-        lines.append(
-            f"{row['model']:6} {row['layers']:6}  {row['what']:12} {row['bytes_written'] / 1e9:11.2f} "
-            f"{row['seconds']:6.1f} {row['copy_seconds']:8.1f} {row['ratio']:6.2f} "
-            f"{row['peak_rss_bytes'] / 2**30:13.2f} {row['load_before']:5.1f}"
+def table(rows: list[dict]) -> list[list[str]]:
+    """The rows for the reader, as HEADER says."""
+    return [
+        [
+            row["model"],
+            str(row["layers"]),
+            row["what"],
+            f"{row['bytes_read'] / 1e9:.2f}",
+            f"{row['bytes_written'] / 1e9:.2f}",
+            f"{row['seconds']:.1f}",
+            f"{row['import_seconds']:.1f}",
+            f"{row['read_seconds']:.1f}",
+            f"{row['copy_seconds']:.1f}",
+            f"{row['warm_copy_seconds']:.1f}",
+            f"{row['ratio_copy']:.2f}",
+            f"{row['ratio_warm_copy']:.2f}",
+            f"{row['ratio_read']:.2f}",
+            f"{row['peak_rss_bytes'] / 2**30:.2f}",
+            f"{row['load_before']:.1f}",
+        ]
+        for row in rows
+    ]
+
+
+def page_text() -> str:
+    """Tables of the results that are there, and what follows for the layers that are not."""
+    found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("convert_*.json"))}
+    if not found:
+        raise SystemExit(f"no convert_*.json in {RESULTS}")
+    rows = [line for one in found.values() for line in table(one["rows"])]
+    parts = [report.markdown(HEADER, rows)]
+    for path, one in found.items():
+        facts = ", ".join(f"{key} {value}" for key, value in one["machine"].items())
+        rates = ", ".join(f"{n} thread(s) {r} GB/s" for n, r in one["encoder_gb_per_s"].items())
+        parts.append(
+            f"`{path.relative_to(report.ROOT)}`: `{one['command']}`, {one['date']}; {facts}"
         )
-    return "\n".join(lines)
+        parts[-1] += f". Rounding bf16 to MXFP4 in memory: {rates}."
+    whole = []
+    for one in found.values():
+        name = one["rows"][0]["model"]
+        deepest = max(one["rows"], key=lambda row: row["layers"] * (row["what"] == "to-megatron"))
+        rate = deepest["bytes_written"] / deepest["seconds"]
+        for dtype, sizes in one["bytes_of_layer"].items():
+            layers = (sizes["model"] - sizes["rest"]) // sizes["layer"]
+            time_left = f"{sizes['model'] / rate / 60:.0f} min" if dtype == "bf16" else ""
+            line = [name, dtype, str(layers), *(f"{sizes[k] / 1e9:.2f}" for k in ("layer", "rest"))]
+            whole.append([*line, f"{sizes['model'] / 1e9:.2f}", time_left])
+    header = ["model", "dtype", "layers", "GB a layer", "GB of the rest", "GB in all"]
+    parts.append(
+        "The layers that were not converted are arithmetic: each is as large as the next, and no "
+        "memory grows with their number. The last column is `to-megatron` at its rate above."
+    )
+    parts.append(report.markdown([*header, "to-megatron"], whole))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

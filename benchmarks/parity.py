@@ -2,23 +2,23 @@
 
 """Run the parity tests and write what they measured into docs/parity.md.
 
-    python benchmarks/parity.py            # about two minutes on two cores
-    python benchmarks/parity.py --out -    # print the table instead
+    python benchmarks/parity.py                          # about two minutes on two cores
+    python benchmarks/parity.py --print                  # print the table, write nothing
+
+The figures are also written to benchmarks/results/parity_cpu.json.
 
 A test hands over its figures as `record_property("parity", (what, case, measured, limit))`. The page
 is written only if every test passed.
 """
 
 import argparse
-import platform
 import re
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+import report
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = report.ROOT
 TESTS = (
     "tests/unit_tests/gpt_oss/test_parity.py",
     "tests/unit_tests/gpt_oss/test_parity_parallel.py",
@@ -28,7 +28,6 @@ TESTS = (
     "tests/unit_tests/gpt_oss/test_mxfp4.py",
     "tests/unit_tests/models/common/embeddings/test_yarn_rotary_pos_embedding.py",
 )
-BEGIN, END = "<!-- written by benchmarks/parity.py -->", "<!-- end -->"
 
 
 class Collector:
@@ -46,49 +45,43 @@ class Collector:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(ROOT / "docs" / "parity.md"))
+    parser.add_argument("--print", action="store_true", help="the table, and write nothing")
     args = parser.parse_args()
     collector = Collector()
     words = ["-q", "-W", "ignore", f"--rootdir={ROOT}", *(str(ROOT / test) for test in TESTS)]
     code = pytest.main(words, plugins=[collector])
     if code:
         raise SystemExit(f"tests failed ({code!r}): no table is written")
-    text = table(collector.rows)
-    if args.out == "-":
+    rows = largest(collector.rows)
+    facts = report.machine("torch", "transformers", "numpy")
+    text = ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n\n" + table(rows)
+    if args.print:
         print(text)
         return
-    page = Path(args.out)
-    old = page.read_text(encoding="utf-8")
-    pattern = f"{re.escape(BEGIN)}.*{re.escape(END)}"
-    if not re.search(pattern, old, flags=re.S):
-        raise SystemExit(f"{page} has no lines '{BEGIN}' and '{END}' to write between")
-    new = re.sub(pattern, lambda _: f"{BEGIN}\n{text}\n{END}", old, flags=re.S)
-    page.write_text(new, encoding="utf-8")
-    print(f"{page}: {len(collector.rows)} rows")
+    names = ("what", "case", "measured", "limit")
+    report.write_json(
+        ROOT / "benchmarks" / "results" / "parity_cpu.json",
+        facts,
+        rows=[dict(zip(names, row)) for row in rows],
+    )
+    report.write_section(ROOT / "docs" / "parity.md", "parity", text)
+    print(f"docs/parity.md: {len(rows)} rows")
+
+
+def largest(rows: list[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
+    """One row for each what and case, as ranks measure the same each for itself; kinds together."""
+    kept: dict[tuple, tuple] = {}
+    for row in rows:
+        before = kept.get((row[0], row[1]), row)
+        kept[row[0], row[1]] = max(row, before, key=lambda row: row[2])
+    order = {what: i for i, what in reversed(list(enumerate(kind(row) for row in kept.values())))}
+    return sorted(kept.values(), key=lambda row: order[kind(row)])
 
 
 def table(rows: list[tuple[str, str, float, float]]) -> str:
-    """Markdown, rows of one kind together."""
-    import transformers
-
-    lines = [
-        "",
-        f"PyTorch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()} CPU.",
-        "",
-        "| what | case | measured | limit |",
-        "|---|---|---|---|",
-    ]
-    largest: dict[tuple, tuple] = {}  # ranks measure the same each for itself
-    for row in rows:
-        before = largest.get((row[0], row[1]), row)
-        largest[row[0], row[1]] = max(row, before, key=lambda row: row[2])
-    rows = list(largest.values())
-    order = {what: i for i, what in reversed(list(enumerate(kind(row) for row in rows)))}
-    for row in sorted(rows, key=lambda row: order[kind(row)]):
-        what, case, measured, limit = row
-        lines.append(f"| {what} | {case} | {number(measured)} | {number(limit)} |")
-    return "\n".join(lines)
+    """Markdown."""
+    lines = [[what, case, number(value), number(limit)] for what, case, value, limit in rows]
+    return report.markdown(["what", "case", "measured", "limit"], lines)
 
 
 def kind(row: tuple) -> str:

@@ -144,13 +144,17 @@ class HFReader:
     def _read_mxfp4(self, name: str, index: tuple) -> torch.Tensor:
         """BF16 index [experts, in, out] of a tensor stored [experts, out, in / 32]."""
         expert, columns, rows = (*index, *(slice(None),) * (3 - len(index)))
-        blocks, scales = (self._read_plain(n, (expert, rows)) for n in self._stored(name))
+        first, stop, _ = columns.indices(self.shape(name)[1])
+        groups = slice(first // BLOCK, -(-stop // BLOCK))
+        index = (expert, rows, groups)
+        blocks, scales = (self._read_plain(n, index) for n in self._stored(name))
         values = dequantize(blocks, scales)
         if scales.numel() and scales.max() >= NAN_SCALE - 2:  # may overflow, or is NaN
-            self._check_scales(name, scales, values, expert, rows)
-        return values.transpose(-1, -2)[..., columns, :]
+            self._check_scales(name, scales, values, *index)
+        skipped = groups.start * BLOCK
+        return values.transpose(-1, -2)[..., first - skipped : stop - skipped, :]
 
-    def _check_scales(self, name, scales, values, expert, rows) -> None:
+    def _check_scales(self, name, scales, values, expert, rows, groups) -> None:
         bad = ~torch.isfinite(values.unflatten(-1, (-1, BLOCK))).all(-1) | (scales == NAN_SCALE)
         if not bad.any():
             return
@@ -161,6 +165,7 @@ class HFReader:
         else:
             place[0] += expert.start or 0
         place[1] += rows.start or 0
+        place[2] += groups.start
         stored = self._stored(name)[1]
         raise CheckpointError(
             f"{self.folder / self._file_of[stored]}: '{stored}' has {scale} at {place}"

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 from megatron.gpt_oss.checkpoint.hf_writer import QUANTIZATION_CONFIG
 from megatron.gpt_oss.checkpoint.mapping import is_expert_matrix
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
@@ -116,3 +117,17 @@ def write_mxfp4(folder, preset, tensors):
     (folder / 'generation_config.json').write_text('{"eos_token_id": 7}')
     (folder / 'chat_template.jinja').write_text('{{ messages }}')
     return folder
+
+
+def count_differing(one, other):
+    """Number of values in which two Hugging Face folders differ, dtypes and names included."""
+    one, other = HFReader(one), HFReader(other)
+    assert one.names() == other.names()
+    count = 0
+    for name in one.names():
+        first, second = one.read(name), other.read(name)
+        assert first.dtype == second.dtype and first.shape == second.shape, name
+        count += (
+            first.contiguous().view(torch.uint8) != second.contiguous().view(torch.uint8)
+        ).sum()
+    return int(count)

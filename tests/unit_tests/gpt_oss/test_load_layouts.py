@@ -12,9 +12,18 @@ import pytest
 import torch
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 from megatron.gpt_oss.checkpoint.load import load_hf
+from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsFile
 from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
+from tests.unit_tests.gpt_oss.builders import (
+    TINY,
+    build_model,
+    mxfp4_tensors,
+    trained_tensors,
+    write_hf,
+    write_mxfp4,
+)
 
 PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: padded to 272 for four ranks
 PADDED = 272
@@ -51,6 +60,13 @@ def folders(one_rank, tmp_path_factory):
     load_hf([model], hf)
     dist_checkpointing.save(model.sharded_state_dict(), str(checkpoint))
     return str(hf), str(checkpoint)
+
+
+@pytest.fixture(scope='module')
+def published(folders, tmp_path_factory):
+    tensors = mxfp4_tensors(trained_tensors(PRESET))
+    out = tmp_path_factory.mktemp('published') / 'hf'
+    return {'bf16': folders[0], 'mxfp4': str(write_mxfp4(out, PRESET, tensors))}
 
 
 def _build(layout):
@@ -94,3 +110,43 @@ def test_layout(ranks, folders, name):
     whole = sum(tensor.numel() for tensor in trained_tensors(PRESET).values())
     assert sum(compared) >= whole  # every element lies on some rank
     assert max(compared) < 0.75 * whole  # and no rank holds all
+
+
+def _bytes_read(hf, layout):
+    """(bytes that this rank took out of the files, bytes of what it owns in those files)."""
+    read, count = SafetensorsFile.read, 0
+
+    def counted(self, name, index=()):
+        nonlocal count
+        part = read(self, name, index)
+        count += part.nbytes
+        return part
+
+    chunks = _build(layout)
+    SafetensorsFile.read = counted
+    try:
+        load_hf(chunks, hf)
+    finally:
+        SafetensorsFile.read = read
+    mxfp4 = HFReader(hf).is_mxfp4('model.layers.0.mlp.experts.down_proj')
+    owned = 0
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            matrix = '.experts.' in name and name.endswith('weight')
+            owned += parameter.numel() * (17 / 32 if mxfp4 and matrix else 2)
+    return count, owned
+
+
+@pytest.mark.parametrize('dtype', ['bf16', 'mxfp4'])
+@pytest.mark.parametrize('name', LAYOUTS)
+def test_a_rank_reads_what_it_owns(ranks, published, name, dtype):
+    """Byte for byte; but of the vocabulary's padding nothing is read, and 48 columns of an expert
+    lie in two blocks of 32."""
+    world_size, layout = LAYOUTS[name]
+    cut_in_blocks = dtype == 'mxfp4' and 'tp2' in name and 'etp1' not in name
+    for count, owned in ranks.run(_bytes_read, published[dtype], layout, world_size=world_size):
+        if cut_in_blocks:
+            assert owned * 0.97 < count < owned * 1.15
+        else:
+            padding = 2 * (PADDED - PRESET.vocab_size) * PRESET.hidden_size * 2
+            assert owned - padding <= count <= owned

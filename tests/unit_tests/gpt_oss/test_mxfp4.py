@@ -2,6 +2,8 @@
 
 """Rounding to MXFP4: exact where a block can hold the values, to nearest where not."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -79,6 +81,26 @@ def test_bf16_by_its_bits():
         expected_blocks, expected_scales = quantize(values.float())
         assert torch.equal(scales, expected_scales)
         assert torch.equal(blocks, expected_blocks)
+
+
+def test_bf16_in_many_pieces():
+    """More than one piece of work and a rest, by two threads at once; some pieces have zeros or
+    subnormals, which another path takes."""
+    generator = torch.Generator().manual_seed(7)
+    values = torch.randn(9001, 32, generator=generator).to(torch.bfloat16)
+    values[::50] *= 0
+    values[8500] = torch.tensor(2.0**-131)
+    values = values.view(9001, 32).clone()
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(quantize, [values, values.flip(0)] * 3))
+    expected = quantize(values.float())
+    for number, (blocks, scales) in enumerate(results):
+        order = (lambda t: t.flip(0)) if number % 2 else (lambda t: t)
+        assert torch.equal(order(scales), expected[1])
+        assert torch.equal(order(blocks), expected[0])
+    transposed = values[:9000].view(-1, 320).t().contiguous().t()  # [900, 320] in another order
+    for one, other in zip(quantize(transposed), expected):
+        assert torch.equal(one.flatten(), other[:9000].flatten())
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])

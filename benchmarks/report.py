@@ -1,0 +1,75 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What the CPU benchmarks have in common: the machine, a JSON file, a section of a page."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine(*packages: str) -> dict:
+    """What the figures belong to, with the versions of some packages."""
+    facts = {
+        "cpu": _first("/proc/cpuinfo", "model name"),
+        "cpu_count": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+    for package in packages:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "none"
+    words = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(words, capture_output=True, text=True)
+    facts["commit"] = found.stdout.strip() or "unknown"
+    return facts
+
+
+def write_json(path: Path, facts: dict, **content) -> None:
+    """The machine, the command, the date, and what else there is."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    report = {
+        "machine": facts,
+        "command": " ".join(["python benchmarks/" + words[0], *words[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        **content,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Replace what stands on a page between `<!-- begin NAME` and `<!-- end NAME -->`."""
+    old = page.read_text(encoding="utf-8")
+    pattern = f"(<!-- begin {re.escape(name)}[^>]*-->\n).*(<!-- end {re.escape(name)} -->)"
+    new, count = re.subn(pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", old, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{page} has no section '{name}' to write")
+    page.write_text(new, encoding="utf-8")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _first(path: str, key: str) -> str:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    found = (line.split(":", 1)[1].strip() for line in lines if line.startswith(key))
+    return next(found, platform.processor() or "unknown")
