@@ -8,8 +8,10 @@ form of weights without optimizer and iteration: --load takes it, at any paralle
 """
 
 import argparse
+import importlib
 import io
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +36,6 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.gpt_oss.checkpoint.companions import check_tokenizer, copy_companions
 from megatron.gpt_oss.checkpoint.hf_check import check_tensors
 from megatron.gpt_oss.checkpoint.hf_config import (
@@ -55,7 +56,6 @@ from megatron.gpt_oss.checkpoint.torch_dist_reader import COMPANIONS_NAME, TRACK
 from megatron.gpt_oss.checkpoint.unfinished import Unfinished, fingerprint, unfinished
 from megatron.gpt_oss.presets import preset_flags
 from megatron.gpt_oss.progress import Progress
-from megatron.training import checkpoint_integrity
 
 RELEASE = "release"
 _COMMON_STATE = "common_state/shard_0_1"
@@ -107,10 +107,14 @@ class Job:
         """Write the checkpoint, see `convert_to_megatron`."""
         with unfinished(out, self.task(), self.bytes_total()) as work:
             (work.folder / RELEASE).mkdir(exist_ok=True)
+            megatron = _import_megatron()
             with _without_checksums(), Progress(self.bytes_total(), "GB", 1e-9, progress) as bar:
                 results = self.write_files(work, bar)
             work.wait()
+            dist_checkpointing, checkpoint_integrity = megatron.result()
             self.write_metadata(work.folder / RELEASE, results)
+            config = dist_checkpointing.CheckpointingConfig("torch_dist", 1)
+            dist_checkpointing.save_config(config, str(work.folder / RELEASE))
             companions = work.folder / COMPANIONS_NAME
             copy_companions(self.hf, companions)
             for name in (CONFIG_NAME, INDEX_NAME):
@@ -165,7 +169,7 @@ class Job:
         return results
 
     def write_metadata(self, folder: Path, results: list[WriteResult]) -> None:
-        """Write what is known of the whole: where each piece lies, arguments, format."""
+        """Write what is known of the whole: where each piece lies, and the arguments."""
         writer = dcp.FileSystemWriter(folder, thread_count=1, overwrite=True)
         common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
         plan = SavePlan([common], storage_data=_StoragePrefix("__0_common_"))
@@ -180,7 +184,6 @@ class Job:
             tensors[key] = BytesStorageMetadata()
         tensors[_COMMON_STATE] = BytesStorageMetadata()
         writer.finish(Metadata(tensors), [results])
-        save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
     def read(self, part: Part) -> torch.Tensor:
         """One piece in Megatron's layout, from the source."""
@@ -289,6 +292,19 @@ def _without_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+def _import_megatron() -> Future:
+    """Megatron's modules that end a checkpoint: two seconds of imports, while pieces are read."""
+
+    def load() -> tuple:
+        names = ("core.dist_checkpointing.core", "training.checkpoint_integrity")
+        return tuple(importlib.import_module(f"megatron.{name}") for name in names)
+
+    threads = ThreadPoolExecutor(1, thread_name_prefix="import")
+    future = threads.submit(load)
+    threads.shutdown(wait=False)
+    return future
 
 
 def _name(file: CheckpointFile) -> str:
