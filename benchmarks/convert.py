@@ -47,7 +47,7 @@ from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.presets import Preset, get_preset
 
-PAGE = report.ROOT / "docs" / "parity.md"
+PAGE, SECTION = report.ROOT / "docs" / "parity.md", "conversions"
 RESULTS = report.ROOT / "benchmarks" / "results"
 HEADER = ["model", "layers", "what", "GB read", "GB written", "s", "copy, s", "ratio"]
 HEADER += ["read, s", "ratio to read", "warm, s", "warm copy, s", "warm ratio", "imports, s"]
@@ -82,7 +82,7 @@ def main() -> None:
                 rows=rows,
             )
     if args.page:
-        report.write_section(PAGE, "conversions", page_text())
+        report.write_section(PAGE, SECTION, page_text())
 
 
 def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2) -> list[dict]:

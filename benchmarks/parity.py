@@ -19,6 +19,9 @@ import pytest
 import report
 
 ROOT = report.ROOT
+PAGE, SECTION = ROOT / "docs" / "parity.md", "parity"
+RESULT = ROOT / "benchmarks" / "results" / "parity_cpu.json"
+NAMES = ("what", "case", "measured", "limit")
 TESTS = (
     "tests/unit_tests/gpt_oss/test_parity.py",
     "tests/unit_tests/gpt_oss/test_parity_parallel.py",
@@ -52,20 +55,16 @@ def main() -> None:
     code = pytest.main(words, plugins=[collector])
     if code:
         raise SystemExit(f"tests failed ({code!r}): no table is written")
-    rows = largest(collector.rows)
-    facts = report.machine("torch", "transformers", "numpy")
-    text = ", ".join(f"{key} {value}" for key, value in facts.items()) + "\n\n" + table(rows)
+    found = {
+        "machine": report.machine("torch", "transformers", "numpy"),
+        "rows": [dict(zip(NAMES, row)) for row in largest(collector.rows)],
+    }
     if args.print:
-        print(text)
+        print(page_text(found))
         return
-    names = ("what", "case", "measured", "limit")
-    report.write_json(
-        ROOT / "benchmarks" / "results" / "parity_cpu.json",
-        facts,
-        rows=[dict(zip(names, row)) for row in rows],
-    )
-    report.write_section(ROOT / "docs" / "parity.md", "parity", text)
-    print(f"docs/parity.md: {len(rows)} rows")
+    report.write_json(RESULT, found["machine"], rows=found["rows"])
+    report.write_section(PAGE, SECTION, page_text(found))
+    print(f"{PAGE.relative_to(ROOT)}: {len(found['rows'])} rows")
 
 
 def largest(rows: list[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
@@ -78,10 +77,14 @@ def largest(rows: list[tuple[str, str, float, float]]) -> list[tuple[str, str, f
     return sorted(kept.values(), key=lambda row: order[kind(row)])
 
 
-def table(rows: list[tuple[str, str, float, float]]) -> str:
-    """Markdown."""
-    lines = [[what, case, number(value), number(limit)] for what, case, value, limit in rows]
-    return report.markdown(["what", "case", "measured", "limit"], lines)
+def page_text(found: dict) -> str:
+    """What the page says of a result: the machine, and a table."""
+    lines = [
+        [row["what"], row["case"], number(row["measured"]), number(row["limit"])]
+        for row in found["rows"]
+    ]
+    facts = ", ".join(f"{key} {value}" for key, value in found["machine"].items())
+    return f"{facts}\n\n{report.markdown(list(NAMES), lines)}"
 
 
 def kind(row: tuple) -> str:

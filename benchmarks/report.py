@@ -50,6 +50,13 @@ def write_json(path: Path, facts: dict, **content) -> None:
     temporary.replace(path)
 
 
+def read_section(page: Path, name: str) -> str:
+    """What stands there now."""
+    pattern = f"<!-- begin {re.escape(name)}[^>]*-->\n(.*)<!-- end {re.escape(name)} -->"
+    found = re.search(pattern, page.read_text(encoding="utf-8"), flags=re.S)
+    return found[1].strip() if found else ""
+
+
 def write_section(page: Path, name: str, text: str) -> None:
     """Replace what stands on a page between `<!-- begin NAME` and `<!-- end NAME -->`."""
     old = page.read_text(encoding="utf-8")
