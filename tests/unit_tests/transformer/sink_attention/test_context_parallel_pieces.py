@@ -230,6 +230,32 @@ def test_flex_backward(causal, monkeypatch):
     assert all(grad.eq(0).all() for grad in grads)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_on_documents_of_other_lengths(causal):
+    """Documents with fewer queries than keys, with no query, with no key; blocks of 128."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    cu_q, cu_k = (0, 5, 150, 150, 152, 200), (0, 9, 160, 290, 290, 350)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(200, 8, 16), (350, 2, 16), (350, 2, 16)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    bounds = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
+    call = Call(0.3, None, *bounds, 145, 151, False, False, causal)
+    out, lse = flex._out_and_lse(*tensors, call, flex_attention)
+    assert out[150:152].eq(0).all() and lse[:, 150:152].eq(-torch.inf).all()
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        q, k, v = (x.double() for x in (tensors[0][a:b], tensors[1][c:d], tensors[2][c:d]))
+        scores = 0.3 * torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(4, 1))
+        if causal:
+            hidden = torch.ones(scores.shape[1:]).triu(d - c - (b - a) + 1).bool()
+            scores = scores.masked_fill(hidden, -torch.inf)
+        if a == b or c == d:
+            continue
+        expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(4, 1))
+        assert relative_error(out[a:b], expected) < 1e-6
+        assert torch.allclose(lse[:, a:b].double(), scores.logsumexp(-1), atol=1e-5)
+
+
 def test_full_pieces_of_cudnn(monkeypatch):
     """Fewer queries than keys: only without the causal mask."""
     case = Case(torch.device("cuda"), torch.bfloat16, 1, 8, 24, 8, 2, 64, same_lengths=False)

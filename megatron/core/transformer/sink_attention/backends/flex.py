@@ -34,8 +34,6 @@ class FlexBackend(Backend):
             return "computes in bf16, fp16 and fp32, the tensors are float64"
         if not 16 <= case.head_dim <= 256:
             return f"needs a head dim from 16 to 256, not {case.head_dim}"
-        if case.packed and not case.same_lengths:
-            return "takes packed queries and keys of equal lengths only"
         if import_problem("triton") is not None:
             return "needs triton, which is not installed"
         return None

@@ -88,7 +88,7 @@ def _own(query: Tensor, group: ProcessGroup) -> Piece:
 
 
 def _pieces(query: Tensor, group: ProcessGroup) -> list[tuple[slice, Piece, int]]:
-    """Rows of query, the piece, and how many of the others' keys it takes."""
+    """Rows of query, the piece, and how many of the others' keys it takes; all in the first."""
     rank, cp, length = group.rank(), group.size(), query.shape[0] // 2
     first, second = chunk_ranges(rank, cp, query.shape[0] * cp)
     before, between = (0, first[0]), (first[1], second[0])
@@ -97,7 +97,7 @@ def _pieces(query: Tensor, group: ProcessGroup) -> list[tuple[slice, Piece, int]
     keys = (before, between) if rank else (between,)
     pieces = [(slice(length, None), Piece((second,), keys), (2 * cp - 2 - rank) * length)]
     if rank:
-        pieces.insert(0, (slice(0, length), Piece((first,), (before,)), rank * length))
+        pieces.append((slice(0, length), Piece((first,), (before,)), rank * length))
     return pieces
 
 
@@ -122,25 +122,29 @@ def _others(coming: Pending, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 class _Sums:
-    """What this rank adds to the gradients of all keys and values, by their ranks."""
+    """What this rank adds to the gradients of all keys and values, [cp, k and v, 2c, ...]."""
 
     def __init__(self, dk: Tensor, dv: Tensor, dtype: torch.dtype, group: ProcessGroup):
-        self.group, self.length = group, dk.shape[0] // 2
+        self.group, self.empty = group, True
         shape = (group.size(), 2, *dk.shape)
-        self.total = torch.zeros(shape, dtype=dtype, device=dk.device)
+        self.total = torch.empty(shape, dtype=dtype, device=dk.device)
+        self.chunks = self.total.unflatten(2, (2, -1))
+        self.chunks[: group.rank(), :, 1] = 0  # after this rank's second chunk
         self.total[group.rank(), 0], self.total[group.rank(), 1] = dk, dv
 
     def add(self, *grads: Tensor) -> None:
-        """Gradients of the first so many of the others' keys and values."""
-        rank, length = self.group.rank(), self.length
-        total = self.total.unflatten(2, (2, length))
+        """Gradients of the first so many of the others' keys and values; of all, to begin with."""
+        rank, chunks = self.group.rank(), self.chunks
         for kv, grad in enumerate(grads):
-            chunks = grad.unflatten(0, (-1, length))
-            total[:rank, kv, 0] += chunks[:rank]
-            if len(chunks) > rank:
-                first, second = chunks[rank:].chunk(2)
-                total[rank + 1 :, kv, 0] += first
-                total[rank + 1 :, kv, 1] += second.flip(0)
+            parts = grad.unflatten(0, (-1, chunks.shape[3]))
+            if self.empty:
+                first, second = parts[rank:].chunk(2) if len(parts) > rank else (parts[:0],) * 2
+                chunks[:rank, kv, 0] = parts[:rank]
+                chunks[rank + 1 :, kv, 0] = first
+                chunks[rank + 1 :, kv, 1] = second.flip(0)
+            else:
+                chunks[:rank, kv, 0] += parts
+        self.empty = False
 
     def home(self) -> Pending:
         return reduce_scatter(self.total, self.group)

@@ -99,7 +99,7 @@ def halo_attention(
     chunks = chunk_ranges(rank, cp, tokens)
     reach = [end - start for start, end in halo_ranges(rank, cp, tokens, window)]
     options = dict(scale=scale, window=window, backend=backend, deterministic=deterministic)
-    if cu_seqlens is None and (query.shape[1] > 1 or backend == "flex"):
+    if cu_seqlens is None and query.shape[1] > 1:
         parts = [reach[0] + length, reach[1] + length]
         outs = [
             attend(q, k, v, sink, None, None, length, k.shape[0], **options)

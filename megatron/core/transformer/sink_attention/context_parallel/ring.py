@@ -33,11 +33,11 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sink, kernels: PieceAttention, group: ProcessGroup):
         cp = group.size()
-        kv = torch.stack([key, value], dim=1)  # [2c, 2, ...]: the tokens first, to be sent
+        kv = torch.stack([key, value])
         for step in range(cp):
             coming = to_next(kv, group) if step < cp - 1 else None
             rows, keys, piece = _step(step, query.shape[0], group)
-            k, v = kv[keys].unbind(1)
+            k, v = kv[:, keys]
             part = kernels.forward(query[rows], k, v, piece)
             if step == 0:
                 lse = part[1].contiguous()
@@ -58,29 +58,29 @@ class RingAttention(torch.autograd.Function):
         query, key, value, sink, out, lse = ctx.saved_tensors
         kernels, group = ctx.kernels, ctx.group
         cp = group.size()
-        kv = torch.stack([key, value], dim=1)
-        dq = torch.zeros(query.shape, dtype=lse.dtype, device=query.device)
+        kv = torch.stack([key, value])
         sums = None  # of the gradients of the keys at hand, on their way from the rank before
         for step in range(cp):
             coming = to_next(kv, group) if step < cp - 1 else None
             rows, keys, piece = _step(step, query.shape[0], group)
-            k, v = kv[keys].unbind(1)
+            k, v = kv[:, keys]
             dq_i, dk_i, dv_i = kernels.backward(
                 query[rows], k, v, out[rows], lse[..., rows], dout[rows], piece
             )
-            dq[rows] += dq_i
-            if sums is None:
-                total = torch.zeros(kv.shape, dtype=lse.dtype, device=kv.device)
+            if sums is None:  # the own piece: all rows, all keys
+                dq = dq_i.to(lse.dtype).contiguous()
+                total = torch.stack([dk_i, dv_i]).to(lse.dtype)
             else:
+                dq[rows] += dq_i
                 total = sums.wait()
-            total[keys, 0] += dk_i
-            total[keys, 1] += dv_i
+                total[0, keys] += dk_i
+                total[1, keys] += dv_i
             sums = to_next(total, group)
             kv = coming.wait() if coming else None
         dsink = None
         if sink is not None and ctx.needs_input_grad[3]:
             dsink = sink_gradient(batch_first(out), lse, batch_first(dout), sink)
-        dk, dv = (grad.contiguous() for grad in sums.wait().to(key.dtype).unbind(1))
+        dk, dv = sums.wait().to(key.dtype)
         return dq.to(query.dtype), dk, dv, dsink, None, None
 
 
