@@ -35,9 +35,7 @@ def _forward(q, k, v, empty_lse, scale, left, cu_q, cu_k, max_q, max_k, causal, 
     return out, lse.masked_fill(lse == -torch.inf, empty_lse)
 
 
-def _backward(
-    dout, q, k, v, out, lse, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None
-):
+def _backward(dout, q, k, v, out, lse, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
     assert lse.dtype == torch.float32 and lse.is_contiguous()
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     assert lse.shape == shape and not (lse == -torch.inf).any()

@@ -214,6 +214,27 @@ def test_same_bits(ranks):
     assert ranks.run(twice, 4, world_size=4) == [[]] * 4
 
 
+def saved_elements(scheme):
+    """What a forward keeps for the backward, and what it is to keep."""
+    group = torch.distributed.group.WORLD
+    q, k, v, sink, _ = EXAMPLES["B2"].tensors(torch.float32)
+    q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        sink_attention(q, k, v, sink, cp_group=group, cp_comm_type=scheme)
+    wanted = 2 * q.numel() + k.numel() + v.numel() + sink.numel() + q.numel() // q.shape[-1]
+    return sum(x.numel() for x in saved), wanted
+
+
+@pytest.mark.parametrize("scheme", ["all_gather", "p2p", "a2a"])
+def test_keeps_its_own_part_only(ranks, scheme):
+    """q, k, v, out, lse of a rank's share and the sink: nothing that was gathered."""
+    for saved, wanted in ranks.run(saved_elements, scheme, world_size=4):
+        if scheme == "a2a":  # key heads copied for 4 ranks, the sinks of a quarter of the heads
+            wanted += 2 * 96 // 4 * 2 * 8 * 2 - 6
+        assert saved == wanted
+
+
 def half_precision(cp):
     """Relative errors against float64 in bf16, and those of one rank."""
     group, _, levels = make_groups(cp)
