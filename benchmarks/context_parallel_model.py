@@ -13,8 +13,8 @@ sequence on each rank; loss and gradient norm must agree to bf16's rounding. The
 model for all lengths; tokens/s, memory, loss. No length begins later than --limit.
 
 The logits are what does not fit: 201088 x 6 bytes a token (bf16, and fp32 in the cross entropy).
---loss-chunk N passes N tokens at a time through head and loss, by GPTModel's own output_processor,
-and recomputes them in the backward; every token counts. --loss-chunk 0 is upstream's way. Before
+--loss-chunk N passes N tokens at a time through head and loss, as --lm-loss-chunk-size does; every
+token counts. --loss-chunk 0 is upstream's way. Before
 anything is built, the table of what should lie in memory is printed; a length that cannot fit is
 not tried, for the rank that runs out of memory would leave the others waiting.
 
@@ -51,6 +51,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from megatron.gpt_oss.training.step import loss_func
 
 GB = 1e9
@@ -108,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 131072])
     parser.add_argument("--cp-comm-type", default="auto")
-    parser.add_argument("--loss-chunk", type=int, default=4096, help="tokens; 0: all at once")
+    parser.add_argument("--loss-chunk", type=int, default=2048, help="tokens; 0: all at once")
     parser.add_argument("--steps", type=int, default=4, help="the first is not timed")
     parser.add_argument("--check-length", type=int, default=8192, help="0: no check")
     parser.add_argument("--gradients", choices=["fp32", "bf16"], default="fp32")
@@ -176,7 +177,8 @@ def shown(parts: dict) -> str:
 def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: str) -> dict:
     """What should lie in a rank's memory at the peak, in bytes; experts are split over all ranks.
 
-    The last entry is the larger of two peaks that do not meet: logits, and one layer's backward.
+    The last entry is the larger of two peaks that do not meet: head and loss, and one layer's
+    backward.
     """
     h, width = preset.hidden_size, preset.moe_ffn_hidden_size
     q = preset.num_attention_heads * preset.head_dim
@@ -187,13 +189,15 @@ def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: 
     logit_tokens = min(loss_chunk or tokens, tokens)
     routed = tokens * preset.num_experts_per_tok
     # Two bf16 tensors of the width and six of gate and up, in and after the activation, a row.
+    head = 6 * logit_tokens * preset.vocab_size
+    head += 4 * preset.vocab_size * h if loss_chunk else 0  # its gradient, in fp32
     layer = routed * 2 * (2 * h + 6 * 2 * width) + tokens * 2 * (6 * h + 3 * (q + kv))
     return {
         "parameters": 2 * (expert + dense),
         "gradients": (4 if gradients == "fp32" else 2) * (expert + dense),
         "optimizer": 12 * (expert + dense / ranks),
         "layer inputs": 2 * tokens * h * (preset.num_layers + 2),
-        "logits or a layer": max(6 * logit_tokens * preset.vocab_size, layer),
+        "head or a layer": max(head, layer),
     }
 
 
@@ -286,13 +290,16 @@ class Trainer:
     def _forward_step(self, data, model):
         group = parallel_state.get_context_parallel_group()
         batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
-        chunked = dict(output_processor=chunked_loss, output_processor_context=self.loss_chunk)
+        options = {}
+        if self.loss_chunk:
+            options["output_processor"] = chunked_loss_processor(self.loss_chunk)
         losses = model(
             batch["tokens"],
             None,
             None,
             labels=batch["labels"],
-            **(chunked if self.loss_chunk else {}),
+            loss_mask=batch["loss_mask"],
+            **options,
         )
         return losses, partial(loss_func, batch["loss_mask"], cp_group=group)
 
@@ -312,22 +319,6 @@ class Trainer:
         parallel_state.destroy_model_parallel()
         if device_utils.is_cuda():
             torch.cuda.empty_cache()
-
-
-def chunked_loss(
-    hidden_states, *, output_layer, output_weight, labels, compute_language_model_loss, context, **_
-):
-    """Losses [b, s], `context` tokens at a time through the head, again in the backward.
-
-    An output_processor of GPTModel.
-    """
-
-    def losses(hidden, labels):
-        logits, _ = output_layer(hidden, weight=output_weight)
-        return compute_language_model_loss(labels, logits)
-
-    pieces = zip(hidden_states.split(context), labels.split(context, dim=1))
-    return torch.cat([tensor_parallel.checkpoint(losses, False, *piece) for piece in pieces], dim=1)
 
 
 def make_batch(vocab_size: int, length: int) -> dict:

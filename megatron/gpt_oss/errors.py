@@ -4,9 +4,11 @@
 
 import os
 import sys
+import time
 from typing import Callable, NoReturn
 
 EXIT_USAGE = 2
+SECONDS_FOR_RANK_0 = 3.0
 
 
 class UsageError(ValueError):
@@ -24,10 +26,13 @@ class CheckpointError(UsageError):
 def exit_with(error: Exception) -> NoReturn:
     """Print an error as one line and leave with exit code 2.
 
-    Under torchrun every rank meets the same mistake; only rank 0 prints it.
+    Under torchrun every rank meets the same mistake; only rank 0 prints it. The others leave it
+    the time to: torchrun ends all ranks when the first one leaves.
     """
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SECONDS_FOR_RANK_0)
     raise SystemExit(EXIT_USAGE)
 
 

@@ -175,9 +175,12 @@ def test_exit_code_and_rank(capsys, monkeypatch):
     assert stop.value.code == 2
     assert capsys.readouterr().err == 'error: what\n'
     monkeypatch.setenv('RANK', '3')
+    waits = []
+    monkeypatch.setattr('time.sleep', waits.append)
     with pytest.raises(SystemExit):
         exit_with(UsageError('what'))
     assert capsys.readouterr().err == ''
+    assert sum(waits) >= 3  # torchrun ends rank 0, too, when this one leaves
 
 
 SCRIPT = '''

@@ -151,6 +151,29 @@ def test_packed_losses(ranks, files, one_process_packed, layout):
     compare(train(ranks, files, world_size, f'{PACKED} {flags}'), one_process_packed)
 
 
+def test_skipped_iteration(ranks, files):
+    """A skipped step's documents were split one by one, which needs TransformerEngine and lengths
+    that 2 * cp divides."""
+    flags = f'{PACKED} --iterations-to-skip 2'
+    expected = losses(train(ranks, files, 1, flags, steps=3))
+    found = losses(train(ranks, files, 2, f'{flags} --context-parallel-size 2', steps=3))
+    assert len(expected) == 2
+    assert found == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+
+
+def test_router_losses(ranks, files):
+    """A sequence's load is balanced over all of its ranks, and its router's z-loss counts once."""
+    flags = (
+        '--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 --moe-z-loss-coeff 0.01'
+    )
+    one = train(ranks, files, 1, flags, steps=3)
+    layout = '--context-parallel-size 2 --expert-model-parallel-size 2'
+    split = train(ranks, files, 2, f'{flags} {layout}', steps=3)
+    assert losses(split) == pytest.approx(losses(one), rel=RELATIVE_TOLERANCE)
+    norms, expected = ([step['grad_norm'] for step in run[0]['steps']] for run in (split, one))
+    assert norms == pytest.approx(expected, rel=RELATIVE_TOLERANCE)
+
+
 def compare(records, one_process):
     expected = pytest.approx(losses([one_process]), rel=RELATIVE_TOLERANCE)
     assert losses(records) == expected
