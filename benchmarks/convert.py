@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Iterator
 
 import numpy
 import psutil
@@ -67,25 +68,28 @@ def main() -> None:
     if not args.folder and not args.page:
         parser.error("give --folder, --page or both")
     if args.folder:
-        rows = []
+        facts = report.machine("torch", "numpy")
+        found = {
+            "bytes_of_layer": bytes_of_layer(get_preset(args.preset)),
+            "encoder_gb_per_s": encoder_rates(),
+            "rows": [],
+        }
         for layers in args.layers:
-            rows += measure(get_preset(args.preset, layers), args.folder, ["--ep", str(args.ep)])
-        print("\n".join("  ".join(f"{w:>13}" for w in line) for line in [HEADER, *table(rows)]))
-        rates = encoder_rates()
-        print(rates)
-        if args.json:
-            report.write_json(
-                args.json,
-                report.machine("torch", "numpy"),
-                bytes_of_layer=bytes_of_layer(get_preset(args.preset)),
-                encoder_gb_per_s=rates,
-                rows=rows,
-            )
+            preset = get_preset(args.preset, layers)
+            for row in measure(preset, args.folder, ["--ep", str(args.ep)]):
+                print(row, flush=True)
+                found["rows"].append(row)
+                if args.json:  # after every row: a run of minutes may be cut short
+                    report.write_json(args.json, facts, **found)
+        lines = [HEADER, *table(found["rows"])]
+        print("\n".join("  ".join(f"{word:>13}" for word in line) for line in lines))
     if args.page:
         report.write_section(PAGE, SECTION, page_text())
 
 
-def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2) -> list[dict]:
+def measure(
+    preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2
+) -> Iterator[dict]:
     """Rows for one model; `folder` is made and deleted. Without copies, nothing but memory."""
     folder.mkdir(parents=True)
     try:
@@ -96,7 +100,6 @@ def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 
             ("to-hf bf16", load, ["to-hf", "--load", load], folder / "bf16"),
             ("to-hf mxfp4", load, ["to-hf", "--load", load, "--dtype", MXFP4], folder / "mxfp4"),
         )
-        rows = []
         for name, read, words, out in steps:
             evict(read)
             average = os.getloadavg()[0]
@@ -121,13 +124,11 @@ def measure(preset: Preset, folder: Path, layout: list[str] = (), copies: int = 
                 row["ratio"] = round(seconds / row["copy_seconds"], 2)
                 row["warm_ratio"] = round(warm / row["warm_copy_seconds"], 2)
                 row["ratio_to_read"] = round(seconds / row["read_seconds"], 2)
-            rows.append(row)
-            print(row, flush=True)
             # Random MXFP4 is representable, so that each is the same model as the other.
             check(source if name == "to-megatron" else out, load)
             if name != "to-hf mxfp4":  # room for the next
                 shutil.rmtree(source if name == "to-megatron" else out)
-        return rows
+            yield row
     finally:
         shutil.rmtree(folder)
 

@@ -157,7 +157,7 @@ def _settle_in() -> None:
     from megatron.gpt_oss.checkpoint.read_ahead import keep_freed_memory
 
     keep_freed_memory()
-    # Reading and writing are a thread each. More of them wait for each other on a busy machine:
+    # `read_ahead` has threads of its own. PyTorch's would wait for each other on a busy machine:
     # 42 s instead of 17 for one layer of 20b on 2 cores.
     torch.set_num_threads(1)
 

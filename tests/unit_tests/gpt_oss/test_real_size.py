@@ -29,11 +29,11 @@ def test_peak_memory(tmp_path):
     rows = []
     for name, layers in (('20b', 2), ('20b', 6), ('120b', 1)):
         preset = get_preset(name, layers)
-        rows += convert.measure(preset, tmp_path / f'{name}-{layers}', copies=0)
-    print(convert.table(rows))
+        rows += list(convert.measure(preset, tmp_path / f'{name}-{layers}', copies=0))
     for row in rows:
         assert row['peak_rss_bytes'] < LIMIT, row
     shallow, deep = rows[:3], rows[3:6]
     for one, other in zip(shallow, deep):
         assert other['bytes_written'] > 1.5 * one['bytes_written']
-        assert other['peak_rss_bytes'] < 1.1 * one['peak_rss_bytes'], (one, other)
+        # Four layers of 20b are 6.6 GB in Megatron's form. How many pieces are in flight is chance.
+        assert other['peak_rss_bytes'] - one['peak_rss_bytes'] < 256 * 2**20, (one, other)
