@@ -235,19 +235,19 @@ def test_keeps_its_own_part_only(ranks, scheme):
         assert saved == wanted
 
 
-def half_precision(cp):
-    """Relative errors against float64 in bf16, and those of one rank."""
+def rounding(cp, dtype):
+    """Relative errors against float64, and those of one rank."""
     group, _, levels = make_groups(cp)
     found = []
     for name in ("B2", "B2-W9-chunk-shorter", "packed"):
         example = EXAMPLES[name]
-        q, k, v, sink, dout = example.tensors(torch.bfloat16)
+        q, k, v, sink, dout = example.tensors(dtype)
         exact = example.reference(q, k, v, sink, dout)
         out = sink_attention(q, k, v, sink, **example.options())
         alone = [out.detach(), *gradients(out, (q, k, v, sink), dout)]
         limits = [error_of(x, y) for x, y in zip(alone[:4], exact)]
         for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
-            values = run_in(torch.bfloat16, example, where, scheme)
+            values = run_in(dtype, example, where, scheme)
             parts = [torch.empty(group.size(), *x.shape, dtype=x.dtype) for x in values[:4]]
             for gathered, value in zip(parts, values):
                 torch.distributed.all_gather(list(gathered.unbind(0)), value, group=group)
@@ -261,9 +261,10 @@ def error_of(value, target):
     return ((value.double() - target).norm() / target.norm()).item()
 
 
-def test_half_precision(ranks):
-    """Partial results rounded to bf16 and merged: at most 1.5 times the error of one rank."""
-    for found in ranks.run(half_precision, 4, world_size=4):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_rounding(ranks, dtype):
+    """Partial results rounded and merged: at most 1.5 times the error of one rank."""
+    for found in ranks.run(rounding, 4, dtype, world_size=4):
         wrong = [f"{name}: {error:.2e} {limit:.2e}" for name, error, limit in found
                  if not error < 1.5 * limit]  # fmt: skip
         assert not wrong, "\n".join(wrong)

@@ -43,4 +43,5 @@ def test_tiny_run(tmp_path):
 
 def test_the_plan_is_up_to_date():
     """docs/context_parallel.md holds what --plan writes today."""
-    assert plan() in (ROOT / "docs/context_parallel.md").read_text()
+    current = plan() in (ROOT / "docs/context_parallel.md").read_text()
+    assert current, f"run: python {SCRIPT} --plan docs/context_parallel.md"

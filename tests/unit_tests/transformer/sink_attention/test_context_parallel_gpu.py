@@ -6,6 +6,7 @@
         tests/unit_tests/transformer/sink_attention/test_context_parallel_gpu.py
 
 FlexAttention is the slow one: it compiles for some minutes.
+All have 4 query heads a key head: FlashAttention 4, where "auto" takes it, compiles once a kind.
 The limit is the error of one GPU with the same kernels: 1.5 times that, for partial results are
 rounded to bf16 before they are merged.
 """
@@ -35,7 +36,7 @@ NAMES = ("out", "dq", "dk", "dv", "dsink")
 FLAT = ("all_gather", "p2p", "a2a", "auto")
 EXAMPLES = {
     "B2": Example(tokens=1024, batch=2),
-    "H64_8": Example(tokens=2048, heads=64, groups=8, sink_dtype=torch.bfloat16),
+    "H32_8": Example(tokens=2048, heads=32, groups=8),
     "B2-W128": Example(tokens=1024, batch=2, window=128),
     "W400-longer-than-chunk": Example(tokens=1024, window=400),
     "packed": Example(cu=(0, 1, 2, 300, 301, 301, 1000, 1024), fused_qkv=True),
@@ -115,12 +116,15 @@ def able(backend, example):
     )[backend]
 
 
-# Compiled for each kind of call: fewer cases.
-FEW = {"fa4": ("H64_8", "packed", "packed-W128"), "flex": ("H64_8", "packed", "packed-W128")}
+# Kernels that are compiled for each kind of call: fewer cases.
+FEW = {
+    "auto": ("B2-W128", "H32_8", "packed", "packed-W128"),
+    "flex": ("H32_8", "packed", "packed-W128"),
+}
 
 
 @pytest.mark.parametrize(
-    "backend", ["auto", "aten_fa2", "cudnn", "fa4", pytest.param("flex", marks=pytest.mark.slow)]
+    "backend", ["auto", "aten_fa2", "cudnn", pytest.param("flex", marks=pytest.mark.slow)]
 )
 def test_equals_one_gpu(ranks, backend):
     names, reason = list(FEW.get(backend, EXAMPLES)), None
@@ -141,7 +145,9 @@ def same_bits():
     for name in ("B2", "packed", "packed-W128"):
         for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
             runs = [
-                run_one(EXAMPLES[name], torch.bfloat16, where, scheme, "auto", deterministic=True)
+                run_one(
+                    EXAMPLES[name], torch.bfloat16, where, scheme, "aten_fa2", deterministic=True
+                )
                 for _ in range(3)
             ]
             for label, *values in zip(NAMES, *runs):
@@ -157,7 +163,7 @@ def test_deterministic(ranks):
 def no_sync():
     """PyTorch raises at any wait for the device, once the ranks have been compared."""
     group, levels = start()
-    for name in ("B2", "packed", "packed-W128", "packed-short"):
+    for name in ("H32_8", "packed", "packed-W128", "packed-short"):
         example = EXAMPLES[name]
         q, k, v, sink, dout = example.tensors(torch.bfloat16, "cuda")
         q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
