@@ -11,6 +11,7 @@ from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.backends import flex
 from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.context_parallel import (
+    choose,
     chunk_length,
     chunk_ranges,
     from_zigzag,
@@ -102,6 +103,44 @@ def test_when_a_halo_is_enough():
     assert halo_window(None, packed=True, max_seqlen=513, length=512) is None
     assert halo_window(None, packed=False, max_seqlen=512, length=512) is None
     assert halo_window(900, packed=True, max_seqlen=300, length=512) == 300
+
+
+def test_auto_goes_by_the_table(monkeypatch, tmp_path):
+    """By card and length on one machine, by the ranks over several, by heads for a2a."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(choose, "PATH", tmp_path / "table.json")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    choose.load.cache_clear()
+    cuda = torch.device("cuda")
+    try:
+        assert choose.order(cuda, 8192, range(8, 16)) == choose.DEFAULT
+        rows = [
+            {"min_seqlen": 0, "order": ["a2a", "all_gather", "p2p"]},
+            {"min_seqlen": 50000, "order": ["p2p", "a2a", "all_gather"]},
+        ]
+        choose.write("sm90", rows, {"torch": "x"})
+        assert choose.order(cuda, 8192, range(8, 16))[0] == "a2a"
+        assert choose.order(cuda, 131072, range(8))[0] == "p2p"
+        assert choose.order(cuda, 131072, range(0, 16, 8)) == ("p2p",)
+        assert choose.order(cuda, 131072, range(32))[0] == "a2a"
+        assert choose.order(torch.device("cpu"), 131072, range(8)) == choose.DEFAULT
+    finally:
+        choose.load.cache_clear()
+    monkeypatch.setattr(choose, "order", lambda *arguments: ("a2a", "p2p"))
+    for heads, groups, ranks, taken in (
+        (64, 8, 8, "a2a"),
+        (64, 8, 16, "p2p"),  # copies of key heads
+        (64, 8, 32, "a2a"),
+        (20, 4, 8, "p2p"),  # cannot be shared out
+    ):
+        q, k = torch.empty(4, 1, heads, 8), torch.empty(4, 1, groups, 8)
+        assert choose._measured_best(q, k, range(ranks)) == taken
+
+
+def test_the_shipped_table():
+    for rows in choose.load().get("cards", {}).values():
+        assert rows[0]["min_seqlen"] == 0
+        assert all(sorted(row["order"]) == sorted(choose.DEFAULT) for row in rows)
 
 
 def test_kv_copies():

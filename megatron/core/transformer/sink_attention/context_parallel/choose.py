@@ -4,8 +4,9 @@
 
 A windowed layer exchanges its halo, whatever was asked for. So does "auto" for a pack whose
 documents are all shorter than a chunk: the longest document is a window. Else "auto" goes by
-comm_table.json, which `benchmarks/context_parallel.py --write-table` writes; where nothing was
-measured, by DEFAULT.
+comm_table.json, which `benchmarks/context_parallel.py --write-table` writes on one machine; where
+nothing was measured, by DEFAULT. A group over several machines goes by the plan on paper in
+docs/context_parallel.md: the ring, and from 32 ranks on all-to-all, if the heads can be shared out.
 
     {"cards": {"sm90": [{"min_seqlen": 0, "order": ["all_gather", "a2a", "p2p"]}, ...]}}
 """
@@ -14,6 +15,7 @@ import json
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv
 PATH = Path(__file__).with_name("comm_table.json")
 
 DEFAULT = ("all_gather", "a2a", "p2p")
+
+# Ranks from which all-to-all between machines is faster than the ring, on paper.
+_MANY = 32
 
 COMM_TYPES = ("auto", "p2p", "all_gather", "a2a", "a2a+p2p")
 
@@ -96,27 +101,41 @@ def choose_exchange(
         return "a2a+p2p", reach
     if reach is not None:
         return "halo", reach
-    return (_measured_best(query, key, ranks) if comm_type == "auto" else comm_type), None
+    if comm_type == "auto":
+        members = torch.distributed.get_process_group_ranks(group)
+        comm_type = _measured_best(query, key, members)
+    return comm_type, None
 
 
-def _measured_best(query: Tensor, key: Tensor, ranks: int) -> str:
-    for name in _order(query.device, query.shape[0] * ranks):
+def _measured_best(query: Tensor, key: Tensor, members: Sequence[int]) -> str:
+    tokens, ranks = query.shape[0] * len(members), len(members)
+    for name in order(query.device, tokens, members):
         if name != "a2a" or _shareable(query.shape[-2], key.shape[-2], ranks):
             return name
     return DEFAULT[0]
 
 
 def _shareable(heads: int, kv_heads: int, ranks: int) -> bool:
-    """Whether a2a needs no copies of key heads."""
-    return heads % ranks == 0 and kv_copies(heads, kv_heads, ranks) == 1
+    """Whether a2a is worth it; with few ranks copies of key heads cost more than they save."""
+    if heads % ranks:
+        return False
+    return ranks >= _MANY or kv_copies(heads, kv_heads, ranks) == 1
 
 
-def _order(device: torch.device, tokens: int) -> list[str]:
+def order(device: torch.device, tokens: int, members: Sequence[int]) -> tuple[str, ...]:
+    """Exchanges for full layers, the fastest first.
+
+    Args:
+        members: the group's ranks in the whole world; torchrun numbers them machine by machine.
+    """
     if device.type != "cuda":
-        return list(DEFAULT)
+        return DEFAULT
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
+    if len({rank // per_machine for rank in members}) > 1:
+        return ("a2a", "p2p") if len(members) >= _MANY else ("p2p",)
     card = card_family(torch.cuda.get_device_capability(device))
     rows = [row for row in load().get("cards", {}).get(card, []) if row["min_seqlen"] <= tokens]
-    return max(rows, key=lambda row: row["min_seqlen"])["order"] if rows else list(DEFAULT)
+    return tuple(max(rows, key=lambda row: row["min_seqlen"])["order"]) if rows else DEFAULT
 
 
 @lru_cache(maxsize=1)
