@@ -254,7 +254,7 @@ def check(workload: Workload, scheme: str, backend: str, group) -> float:
 
 
 def time_in_turn(calls: dict, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of this rank, all calls once a round, every round begun by all ranks together."""
+    """Milliseconds of this rank; all calls once a round, all ranks beginning each together."""
     times = {name: [] for name in calls}
     for function, tensors in calls.values():  # warm: plans, communicators, allocator
         timed(function, tensors)

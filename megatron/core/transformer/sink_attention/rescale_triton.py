@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The sink's two element-wise passes, and the merging of partial results, as one Triton kernel each.
+"""The sink's two element-wise passes, and merging partial results, as one Triton kernel each.
 
 In plain PyTorch they cost 5 passes over out and dout in mixed precision (about 6 % of the
 attention at 8k on an H100); here out is read and written once, out and dout are read once.

@@ -52,8 +52,8 @@ def check_comm_type(comm_type: str, group: Group | None) -> None:
     if group is None or isinstance(group, ProcessGroup):
         if comm_type == "a2a+p2p" and group_size(group) > 1:
             raise ValueError(
-                "cp_group: is one group, and cp_comm_type 'a2a+p2p' needs two, [a2a, p2p]; Megatron "
-                "makes them with --hierarchical-context-parallel-sizes."
+                "cp_group: is one group, and cp_comm_type 'a2a+p2p' needs two, [a2a, p2p]; Megatron"
+                " makes them with --hierarchical-context-parallel-sizes."
             )
         return
     if len(group) != 2:

@@ -9,6 +9,7 @@ With its halo in front, a chunk is a sequence of its own whose last query stands
 the kernels of one rank do the rest, the sink with it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -130,8 +131,8 @@ class HaloExchange(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, key, value, cu_seqlens, window, group):
-        plan = _Plan(key.shape[0], window, group)
-        ctx.plan, ctx.cu_seqlens = plan, cu_seqlens
+        plan = plan_of(key.shape[0], window, group.rank(), group.size())
+        ctx.plan, ctx.cu_seqlens, ctx.group = plan, cu_seqlens, group
         sent = [x[s.rows] for s in plan.sent for x in (key, value)]
         coming = all_to_all(
             torch.cat(sent) if sent else key[:0], plan.rows_sent, plan.rows_received, group
@@ -153,7 +154,7 @@ class HaloExchange(torch.autograd.Function):
             torch.cat(going) if going else grads[0][:0],
             plan.rows_received,
             plan.rows_sent,
-            plan.group,
+            ctx.group,
         )
         totals = [torch.cat(pair) for pair in chunks]
         tails = [plan.tails(total) for total in totals]
@@ -170,6 +171,12 @@ class HaloExchange(torch.autograd.Function):
         return (*totals, None, None, None)
 
 
+@lru_cache(maxsize=64)
+def plan_of(local: int, window: int, rank: int, cp: int) -> "_Plan":
+    """The plan of a rank with so many tokens; the same for every layer and step."""
+    return _Plan(local, window, rank, cp)
+
+
 class _Plan:
     """Who sends which tokens to whom; the same on every rank.
 
@@ -181,9 +188,8 @@ class _Plan:
         rows_sent, rows_received: rows a rank, of keys and values together.
     """
 
-    def __init__(self, local: int, window: int, group: ProcessGroup):
-        rank, cp = group.rank(), group.size()
-        self.group, self.rank, self.length = group, rank, local // 2
+    def __init__(self, local: int, window: int, rank: int, cp: int):
+        self.rank, self.length = rank, local // 2
         self.tokens, self.window = local * cp, window
         self.chunks = chunk_ranges(rank, cp, self.tokens)
         self.ranges = halo_ranges(rank, cp, self.tokens, window)

@@ -69,7 +69,7 @@ def _repeat(x: Tensor, copies: int) -> Tensor:
 
 
 class SequenceToHeads(torch.autograd.Function):
-    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn], in one exchange."""
+    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn], sent as one."""
 
     @staticmethod
     def forward(ctx, *arguments):
