@@ -307,6 +307,12 @@ def page_text() -> str:
         return ""
     rows = [line for one in found.values() for line in table(one["rows"])]
     parts = [report.markdown(HEADER, rows)]
+    if any(row["load_before"] > 1 for one in found.values() for row in one["rows"]):
+        parts.append(
+            "Rows with a load above 1 are of a machine that was busy with other work, which changed "
+            "from one measurement to the next: their seconds and ratios say little, their bytes and "
+            "memory hold."
+        )
     for path, one in found.items():
         facts = ", ".join(f"{key} {value}" for key, value in one["machine"].items())
         rates = ", ".join(f"{n} thread(s) {r} GB/s" for n, r in one["encoder_gb_per_s"].items())

@@ -21,7 +21,6 @@ def machine(*packages: str) -> dict:
         "cpu": _first("/proc/cpuinfo", "model name"),
         "cpu_count": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "kernel": platform.release(),
         "python": platform.python_version(),
     }
     for package in packages:
