@@ -273,7 +273,17 @@ def make_row(workload, name, kernel, times, tensors, found) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Aligned columns with units in the header."""
-    head = ["case", "backend", "ms", "p20", "p80", "TFLOP/s", "peak MiB", "beyond MiB", "for the sink"]
+    head = [
+        "case",
+        "backend",
+        "ms",
+        "p20",
+        "p80",
+        "TFLOP/s",
+        "peak MiB",
+        "beyond MiB",
+        "for the sink",
+    ]
     lines = [[*head, "ms without sink", "ratio", "max error", "kernel"]]
     for row in rows:
         figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80)]

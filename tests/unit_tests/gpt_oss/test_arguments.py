@@ -43,6 +43,19 @@ def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
     assert args.moe_token_dispatcher_type == 'alltoall'
 
 
+@pytest.mark.parametrize(
+    'flags, grouped',
+    [
+        ('--preset tiny', False),
+        ('--preset tiny --moe-grouped-gemm', True),
+        ('--preset tiny --transformer-impl transformer_engine --moe-grouped-gemm', True),
+    ],
+)
+def test_grouped_experts(monkeypatch, flags, grouped):
+    """Experts as grouped products are asked for, with or without TransformerEngine."""
+    assert _parse(monkeypatch, *flags.split()).moe_grouped_gemm is grouped
+
+
 def test_same_value_as_the_preset_is_no_contradiction(monkeypatch):
     argv = '--preset 20b --num-layers 24 --window-size 127,0 --quick-geglu --norm-epsilon 1e-5'
     assert _parse(monkeypatch, *argv.split()).num_layers == 24

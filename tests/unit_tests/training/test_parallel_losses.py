@@ -9,7 +9,7 @@ rate let a wrong gradient show in the losses that follow, and the gradient norm 
 
 import pytest
 
-from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.distributed import RankFailure, RankPool
 from tests.unit_tests.training import tiny_pretrain
 
 STEPS = 10
@@ -44,6 +44,19 @@ LAYOUTS = {
         '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather',
     ),
     'mbs2': (1, '--micro-batch-size 2'),
+    # Grouped experts, from the same checkpoint, against the run with SequentialMLP.
+    'grouped': (1, '--moe-grouped-gemm'),
+    'grouped-ep2-distopt': (
+        2,
+        '--moe-grouped-gemm --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall '
+        '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather '
+        '--recompute-granularity selective --recompute-modules moe_act',
+    ),
+    'grouped-ep2-tp2': (
+        4,
+        '--moe-grouped-gemm --expert-model-parallel-size 2 --tensor-model-parallel-size 2 '
+        '--sequence-parallel --expert-tensor-parallel-size 2 --moe-token-dispatcher-type alltoall',
+    ),
     'cp2-ep2-mbs2': (
         2,
         '--context-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 2',
@@ -215,6 +228,24 @@ RESUMED = {
         2,
         RELATIVE_TOLERANCE,
     ),
+    # The optimizer's state of one implementation of the experts is that of the other.
+    'sequential-to-grouped-ep2': (
+        '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable '
+        '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall',
+        2,
+        '--moe-grouped-gemm --use-distributed-optimizer --expert-model-parallel-size 2 '
+        '--moe-token-dispatcher-type alltoall',
+        2,
+        RELATIVE_TOLERANCE,
+    ),
+    'grouped-tp2-to-sequential': (
+        '--moe-grouped-gemm --tensor-model-parallel-size 2 --sequence-parallel '
+        '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable',
+        2,
+        '--use-distributed-optimizer',
+        1,
+        RELATIVE_TOLERANCE,
+    ),
 }
 
 
@@ -248,3 +279,16 @@ def test_checkpoint_resumes(ranks, files, tmp_path, case):
     ):
         expected = values(whole[-1]['steps'][3:])
         assert values(resumed[-1]['steps']) == pytest.approx(expected, rel=tolerance, abs=0), key
+
+
+def test_optimizer_of_other_experts(ranks, files, tmp_path):
+    """The default format of the distributed optimizer is bound to the order of the parameters,
+    of which grouped experts have as many as SequentialMLP: refused, with the setting to change.
+    """
+    common = f'--save {tmp_path} --save-interval 3 --use-distributed-optimizer'
+    train(ranks, files, 1, common, steps=3)
+    flags = f'--load {tmp_path} --train-iters 4 --moe-grouped-gemm {common}'.split()
+    with pytest.raises(RankFailure, match='moe_grouped_gemm = False; here it is True'):
+        ranks.run(
+            tiny_pretrain.run_pretrain, flags, files[0], world_size=1, init_process_group=False
+        )

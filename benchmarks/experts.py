@@ -1,0 +1,461 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The experts of one layer, forward and backward: grouped, one by one, and one dense product.
+
+    python benchmarks/experts.py                       all cases, a few minutes on an H100
+    python benchmarks/experts.py --cases 16k 16k-skewed --json benchmarks/results/experts_h100.json
+    python benchmarks/experts.py --cases 131k --profile
+    python benchmarks/experts.py --cases tiny          seconds, on the CPU too
+
+32 experts of gpt-oss (2880 x 5760 and 2880 x 2880), bf16, with biases, clamped SwiGLU and router
+weights. Rows are tokens times 4: a token goes to 4 experts. Balanced rows are equal to within one;
+skewed ones fall off as 1 / (expert + 1), and the last three experts have none.
+
+`grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `products` its
+two grouped products alone, `sequential` SequentialMLP, `dense` the two products as if all rows were
+of one expert: what the same FLOPs cost at best. Values are checked first, on 1,024 rows, against
+float64; an implementation that is wrong gets no figure. Then all are timed in turn by CUDA events
+on one set of random numbers. TFLOP/s count the products alone, 18 x rows x hidden x width forward
+and backward. Peak MiB are beyond weights, input and output gradient, and hold all gradients; kept
+MiB is what is there between forward and backward, the output included.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.grouped_linear import grouped_linear
+from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a product, an activation and a product round in turn
+IMPLEMENTATIONS = ("grouped", "recompute", "products", "sequential", "dense")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one layer, and how they fall to the experts."""
+
+    name: str
+    rows: int
+    skewed: bool = False
+    experts: int = 32
+    hidden: int = 2880
+    width: int = 2880
+
+    @property
+    def flops(self) -> int:
+        """Of the products, forward and backward."""
+        return 6 * self.rows * self.hidden * 3 * self.width
+
+    def counts(self) -> list[int]:
+        """Rows of each expert."""
+        shares = [1.0] * self.experts
+        if self.skewed:
+            empty = min(3, self.experts - 1)
+            shares = [1 / (e + 1) for e in range(self.experts - empty)] + [0.0] * empty
+        counts = [int(self.rows * share / sum(shares)) for share in shares]
+        for missing in range(self.rows - sum(counts)):
+            counts[missing % (self.experts - 3 * self.skewed)] += 1
+        return counts
+
+
+CASES = [
+    Case("16k", 16_384),
+    Case("32k", 32_768),
+    Case("131k", 131_072),
+    Case("16k-skewed", 16_384, skewed=True),
+    Case("131k-skewed", 131_072, skewed=True),
+]
+TINY = Case("tiny", 96, skewed=True, experts=4, hidden=64, width=48)
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    implementation: str
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    tflops: float
+    of_dense: float | None
+    peak_mib: float | None
+    kept_mib: float | None
+    error: float | None
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    one_process()
+    facts = machine()
+    print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
+    rows, left_out = [], []
+    for case in args.chosen:
+        try:
+            found = run_case(case, args, left_out)
+        except torch.cuda.OutOfMemoryError:
+            left_out.append([case.name, "out of memory"])
+            continue
+        rows += found
+        print(table(found), flush=True)
+        if args.json:  # after every case: a run that is stopped keeps its rows
+            write_json(args.json, facts, rows, left_out)
+    for name, reason in left_out:
+        print(f"{name}: {reason}")
+    if args.json:
+        write_json(args.json, facts, rows, left_out)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown name is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    by_name = {case.name: case for case in [*CASES, TINY]}
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case")
+    parser.add_argument("--profile", action="store_true", help="kernels of `grouped`, by time")
+    parser.add_argument("--json", metavar="PATH")
+    args = parser.parse_args()
+    names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
+    for name in names:
+        if name not in by_name:
+            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    args.chosen = [by_name[name] for name in names]
+    return args
+
+
+def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
+    """Check, time, measure memory."""
+    short = Case(case.name, min(1024, case.rows), True, case.experts, case.hidden, case.width)
+    layers = build(case, args.only)
+    parameters = {p for layer in layers.values() for p in layer.parameters()}
+    errors, calls = {}, {}
+    for name, layer in layers.items():
+        error = None if name in ("products", "dense") else check(short, layer)
+        if error is not None and not error < ERROR_LIMIT:
+            left_out.append([f"{case.name} {name}", f"WRONG: relative error {error:.1e}"])
+            continue
+        errors[name] = error
+        calls[name] = call_of(name, layer, case)
+    tensors = inputs(case)
+    times = time_interleaved(calls, tensors, parameters, args.seconds)
+    if args.profile and "grouped" in calls:
+        profile(calls["grouped"], tensors, parameters)
+    dense = statistics.median(times["dense"]) if "dense" in times else None
+    rows = []
+    for name, samples in times.items():
+        p20, median, p80 = quantiles(samples)
+        clear(parameters)
+        peak, kept = memory(calls[name], tensors)
+        rows.append(
+            Row(
+                case.name,
+                name,
+                median,
+                p20,
+                p80,
+                case.flops / median / 1e9,
+                dense and dense / median,
+                peak,
+                kept,
+                errors[name],
+            )
+        )
+    return rows
+
+
+def one_process() -> None:
+    """Megatron's process groups, of this process alone."""
+    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(0)
+    model_parallel_cuda_manual_seed(0)
+
+
+def build(case: Case, names: list[str]) -> dict[str, torch.nn.Module]:
+    """The modules; those that are grouped share one set of weights."""
+    layers = {}
+    for name in names:
+        grouped = name != "sequential"
+        if grouped and layers and (first := layers.get("grouped")) and name != "recompute":
+            layers[name] = first
+            continue
+        config = config_of(case, grouped, recompute=name == "recompute")
+        experts = LocalSpecProvider().grouped_mlp_modules(grouped)
+        layer = experts(
+            case.experts, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+        )
+        with torch.no_grad():
+            for key, parameter in layer.named_parameters():
+                parameter.normal_(std=0.5 if key.endswith("bias") else 0.02)
+        if name == "recompute" and "grouped" in layers:
+            layer.linear_fc1, layer.linear_fc2 = (
+                layers["grouped"].linear_fc1,
+                layers["grouped"].linear_fc2,
+            )
+        layers[name] = layer
+    return layers
+
+
+def config_of(case: Case, grouped: bool, recompute: bool) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=case.hidden,
+        num_attention_heads=case.hidden // 8,
+        ffn_hidden_size=case.width,
+        moe_ffn_hidden_size=case.width,
+        num_moe_experts=case.experts,
+        moe_router_topk=2,
+        moe_grouped_gemm=grouped,
+        gated_linear_unit=True,
+        activation_func=quick_gelu,
+        glu_linear_offset=1.0,
+        activation_func_clamp_value=7.0,
+        add_bias_linear=True,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        params_dtype=torch.bfloat16,
+        bf16=True,
+        recompute_granularity="selective" if recompute else None,
+        recompute_modules=["moe_act"] if recompute else None,
+    )
+
+
+def inputs(case: Case) -> tuple[torch.Tensor, ...]:
+    """Rows, the gradient of the output, router weights, tokens per expert on the device."""
+    x, dout = (
+        torch.randn(case.rows, case.hidden, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)
+    )
+    probs = torch.rand(case.rows, device=DEVICE).requires_grad_()
+    return x.requires_grad_(), dout, probs, torch.tensor(case.counts(), device=DEVICE)
+
+
+def call_of(name: str, layer: torch.nn.Module, case: Case):
+    """A forward of (x, dout, probs, counts); gives outputs and their gradients.
+
+    The products alone have inputs and output gradients of their own: no copy between the two.
+    """
+    if name not in ("products", "dense"):
+        return lambda x, dout, probs, counts: ([layer(x, counts, probs)[0]], [dout])
+    first, second = layer.linear_fc1.weight, layer.linear_fc2.weight
+    options = dict(dtype=torch.bfloat16, device=DEVICE)
+    activated = torch.randn(case.rows, case.width, **options).requires_grad_()
+    dy = torch.randn(case.rows, 2 * case.width, **options)
+
+    one = [weight[0].detach().clone().requires_grad_() for weight in (first, second)]
+
+    def products(x, dout, probs, counts):
+        for leaf in (activated, *one):
+            leaf.grad = None
+        if name == "dense":
+            return [x @ one[0], activated @ one[1]], [dy, dout]
+        groups = RowGroups(counts, x.device)
+        pairs = (x, first), (activated, second)
+        return [grouped_linear(*pair, groups) for pair in pairs], [dy, dout]
+
+    return products
+
+
+def check(case: Case, layer: torch.nn.Module) -> float:
+    """Largest relative error of output, input gradient and router weight gradient."""
+    x, dout, probs, counts = inputs(case)
+    out = layer(x, counts, probs)[0]
+    found = [out, *torch.autograd.grad(out, (x, probs), dout)]
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (x, probs)]
+    pieces = []
+    for e, (rows, p) in enumerate(zip(*(leaf.split(case.counts()) for leaf in leaves))):
+        w1, b1, w2, b2 = (tensor.double() for tensor in weights(layer, e))
+        gate, up = (rows @ w1 + b1).chunk(2, dim=1)
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        pieces.append((((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ w2 + b2) * p[:, None])
+    expected = torch.cat(pieces)
+    expected = [expected, *torch.autograd.grad(expected, leaves, dout.double())]
+    return max(
+        ((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)
+    )
+
+
+def weights(layer: torch.nn.Module, expert: int) -> tuple[torch.Tensor, ...]:
+    """weight [in, out] and bias of both linear layers of an expert."""
+    if hasattr(layer, "local_experts"):
+        fc1, fc2 = layer.local_experts[expert].linear_fc1, layer.local_experts[expert].linear_fc2
+        return (
+            fc1.weight.detach().t(),
+            fc1.bias.detach(),
+            fc2.weight.detach().t(),
+            fc2.bias.detach(),
+        )
+    return tuple(
+        parameter[expert].detach()
+        for linear in (layer.linear_fc1, layer.linear_fc2)
+        for parameter in (linear.weight, linear.bias)
+    )
+
+
+def run_once(call, tensors) -> None:
+    """Forward and backward; gradients go into .grad, cleared before."""
+    x, _, probs, _ = tensors
+    x.grad = probs.grad = None
+    torch.autograd.backward(*call(*tensors))
+
+
+def clear(parameters) -> None:
+    """Drop the weights' gradients, so that none is added to."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def time_interleaved(calls: dict, tensors, parameters, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, taken in turn, until `seconds` are over (five at least)."""
+    times = {name: [] for name in calls}
+    for warm_up in (2, 0):
+        begin = time.perf_counter()
+        while min(map(len, times.values())) < (warm_up or 5) or (
+            not warm_up and time.perf_counter() - begin < seconds
+        ):
+            for name, call in calls.items():
+                clear(parameters)
+                times[name].append(time_once(call, tensors))
+        if warm_up:
+            times = {name: [] for name in calls}
+    return times
+
+
+def time_once(call, tensors) -> float:
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run_once(call, tensors)
+        return (time.perf_counter() - start) * 1e3
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(10_000_000)  # about 5 ms: the host gets ahead, as it is in training
+    start.record()
+    run_once(call, tensors)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(samples)
+    place = [round(share * (len(ordered) - 1)) for share in (0.2, 0.5, 0.8)]
+    return tuple(ordered[i] for i in place)
+
+
+def memory(call, tensors) -> tuple[float | None, float | None]:
+    """MiB at the peak beyond what is there before and after, and kept between the passes."""
+    if DEVICE == "cpu":
+        return None, None
+    x, _, probs, _ = tensors
+    x.grad = probs.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs, gradients = call(*tensors)
+    kept = torch.cuda.memory_allocated() - before
+    torch.autograd.backward(outputs, gradients)
+    peak = torch.cuda.max_memory_allocated() - before
+    return peak / 2**20, kept / 2**20
+
+
+def profile(call, tensors, parameters) -> None:
+    """Time by kernel of one forward and backward."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    clear(parameters)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (DEVICE == "cuda")
+    with torch_profile(activities=activities) as found:
+        run_once(call, tensors)
+    key = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=70))
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    head = ["case", "experts", "ms", "p20", "p80", "TFLOP/s", "of dense", "peak MiB", "kept MiB"]
+    lines = [[*head, "error"]]
+    for row in rows:
+        figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80)] + [f"{row.tflops:.0f}"]
+        for value, style in (
+            (row.of_dense, ".3f"),
+            (row.peak_mib, ".0f"),
+            (row.kept_mib, ".0f"),
+            (row.error, ".1e"),
+        ):
+            figures.append("-" if value is None else format(value, style))
+        lines.append([row.case, row.implementation, *figures])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n" + "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        )
+        for line in lines
+    )
+
+
+def machine() -> dict[str, str]:
+    """What the figures belong to."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "gpu": "none"}
+    if DEVICE == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name().replace(" ", "_")
+        facts["cuda"] = str(torch.version.cuda)
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["driver"] = output_of(*query)
+    folder = str(Path(__file__).parent)
+    facts["commit"] = output_of("git", "-C", folder, "rev-parse", "--short", "HEAD")
+    return facts
+
+
+def output_of(*words: str) -> str:
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.split("\n")[0].strip() or "unknown"
+
+
+def write_json(path: str, facts: dict, rows: list[Row], left_out: list) -> None:
+    """The same rows, with the machine and the command."""
+    report = {
+        "machine": facts,
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [asdict(row) for row in rows],
+        "left_out": [{"case": case, "reason": reason} for case, reason in left_out],
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    temporary.replace(target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Triton kernels over the rows of all experts: bias, clamped SwiGLU, router weight, bias sums.
+
+The rows are cut into tiles that belong to one expert each. How many tiles an expert has depends on
+its rows, which only the device knows: the grid has the most that there can be, a program finds its
+tile from the experts' ends, and those that are left over do nothing. A tile loads its expert's bias
+once and writes one partial sum for the bias' gradient; a second kernel adds the partial sums of
+an expert, always in the same order.
+
+Addresses are int64: 524,288 rows of 5,760 columns pass 2^31.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+# Columns that a program takes at a time. With 16 elements a thread no kernel needs more than 109
+# registers for sm90 (Triton 3.6): four programs or more on a multiprocessor, to hide latency.
+BLOCK_COLUMNS = 64
+# A program finds its tile once and goes through several blocks of columns; with few tiles the
+# blocks are dealt out to more programs, so that 132 multiprocessors have something to do.
+MIN_PROGRAMS = 4096
+
+
+def swiglu_forward(y, bias, probs, ends, constants):
+    """See `grouped_activation.weighted_bias_swiglu`; `ends` is `RowGroups.ends`."""
+    num_rows, width = y.shape[0], y.shape[1] // 2
+    out = y.new_empty(num_rows, width)
+    tiling = _Tiling(num_rows, width, ends)
+    _swiglu_forward[tiling.grid](
+        y,
+        bias,
+        probs.contiguous(),
+        out,
+        ends,
+        ends.numel(),
+        width,
+        constants.alpha,
+        constants.limit or 0.0,
+        constants.offset,
+        HAS_BIAS=bias is not None,
+        HAS_LIMIT=constants.limit is not None,
+        **tiling.sizes,
+    )
+    return out
+
+
+def swiglu_backward(dout, y, bias, probs, ends, constants):
+    """Gradients of y, bias (None without one) and probs, in their dtypes."""
+    num_rows, width = dout.shape
+    tiling = _Tiling(num_rows, width, ends)
+    dy = torch.empty_like(y)
+    dbias, dprobs = tiling.partial_sums(dout, None if bias is None else 2 * width)
+    _swiglu_backward[tiling.grid](
+        dout,
+        y,
+        bias,
+        probs.contiguous(),
+        dy,
+        dbias,
+        dprobs,
+        ends,
+        ends.numel(),
+        num_rows,
+        width,
+        constants.alpha,
+        constants.limit or 0.0,
+        constants.offset,
+        HAS_BIAS=bias is not None,
+        HAS_LIMIT=constants.limit is not None,
+        **tiling.sizes,
+    )
+    if bias is not None:
+        dbias = tiling.sum_tiles(dbias, bias.dtype)
+    return dy, dbias, dprobs.sum(0).to(probs.dtype)
+
+
+def add_weighted_bias_(y, bias, scale, ends):
+    """y[row] += scale[row] * bias[expert of row]; [t, n], [g, n], [t]."""
+    tiling = _Tiling(*y.shape, ends)
+    _add_weighted_bias[tiling.grid](
+        y,
+        bias.contiguous(),
+        scale.contiguous(),
+        ends,
+        ends.numel(),
+        y.shape[1],
+        **tiling.sizes,
+    )
+
+
+def weighted_bias_gradients(dy, bias, scale, ends):
+    """Gradients of bias and scale of `add_weighted_bias_`, in their dtypes."""
+    tiling = _Tiling(*dy.shape, ends)
+    dbias, dscale = tiling.partial_sums(dy, dy.shape[1])
+    _weighted_bias_gradients[tiling.grid](
+        dy,
+        bias.contiguous(),
+        scale.contiguous(),
+        dbias,
+        dscale,
+        ends,
+        ends.numel(),
+        *dy.shape,
+        **tiling.sizes,
+    )
+    return tiling.sum_tiles(dbias, bias.dtype), dscale.sum(0).to(scale.dtype)
+
+
+def zero_where_empty_(dweight, ends):
+    """Clear dweight[e], [g, k, n] contiguous, of each expert e without a row."""
+    size = dweight[0].numel()
+    _zero_where_empty[(ends.numel(), min(64, triton.cdiv(size, 4096)))](
+        dweight, ends, size, BLOCK=4096
+    )
+
+
+class _Tiling:
+    """How a launch cuts rows and columns."""
+
+    def __init__(self, num_rows, width, ends):
+        self.ends, self.num_rows = ends, num_rows
+        # A partial sum a tile: with more rows, larger tiles keep these below 5% of the rows.
+        rows = 32 if num_rows <= 2**17 else 64
+        self.num_tiles = triton.cdiv(num_rows, rows) + ends.numel()  # at most
+        blocks = triton.cdiv(width, BLOCK_COLUMNS)
+        self.grid = (self.num_tiles, min(blocks, triton.cdiv(MIN_PROGRAMS, self.num_tiles)))
+        self.sizes = dict(
+            GROUPS=triton.next_power_of_2(ends.numel()),
+            ROWS=rows,
+            COLUMNS=BLOCK_COLUMNS,
+            num_warps=rows // 8,
+        )
+
+    def partial_sums(self, like, width):
+        """fp32: over the rows of each tile (None if width is), over each program's columns."""
+        of_tiles = width and like.new_empty(self.num_tiles, width, dtype=torch.float32)
+        return of_tiles, like.new_empty(self.grid[1], self.num_rows, dtype=torch.float32)
+
+    def sum_tiles(self, partial, dtype):
+        """[tiles, n] to [g, n]: the sum over each expert's tiles."""
+        num_groups, width = self.ends.numel(), partial.shape[1]
+        sums = partial.new_empty(num_groups, width, dtype=dtype)
+        _sum_tiles[(num_groups, triton.cdiv(width, BLOCK_COLUMNS))](
+            partial, sums, self.ends, num_groups, width, TILES=32, **self.sizes
+        )
+        return sums
+
+
+@triton.jit
+def _experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """Of every expert: first row, row after the last, number of tiles, tile after the last."""
+    group = tl.arange(0, GROUPS)
+    exists = group < num_groups
+    end = tl.load(ends + group, mask=exists, other=0)
+    start = tl.load(ends + group - 1, mask=exists & (group > 0), other=0)
+    tiles = tl.where(exists, (end - start + ROWS - 1) // ROWS, 0)
+    return start, end, tiles, tl.cumsum(tiles, 0)
+
+
+@triton.jit
+def _tile(tile, ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+    """The expert of a tile, its first row and the expert's end; an expert past the last for none."""
+    start, end, tiles, tile_end = _experts_tiles(ends, num_groups, GROUPS, ROWS)
+    expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
+    mine = tl.arange(0, GROUPS) == expert
+    first = tl.sum(tl.where(mine, start + (tile - tile_end + tiles) * ROWS, 0), 0)
+    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.jit
+def _gate_and_up(gate, up, limit, HAS_LIMIT: tl.constexpr):
+    """Clamped; comparisons are false for NaN, which stays."""
+    if HAS_LIMIT:
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, up)
+        up = tl.where(up < -limit, -limit, up)
+    return gate, up
+
+
+@triton.jit
+def _swiglu_forward(
+    y,
+    bias,
+    probs,
+    out,
+    ends,
+    num_groups,
+    width,
+    alpha,
+    limit,
+    offset,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    expert, first, end = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
+    if expert < num_groups:
+        row = first + tl.arange(0, ROWS)
+        in_row = row < end
+        row = row.to(tl.int64)
+        prob = tl.load(probs + row, mask=in_row, other=0.0).to(tl.float32)
+        for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            in_column = column < width
+            mask = in_row[:, None] & in_column[None, :]
+            at = y + row[:, None] * (2 * width) + column[None, :]
+            gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                at = bias + expert.to(tl.int64) * (2 * width) + column
+                gate += tl.load(at, mask=in_column, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(at + width, mask=in_column, other=0.0).to(tl.float32)[None, :]
+            gate, up = _gate_and_up(gate, up, limit, HAS_LIMIT)
+            value = (up + offset) * gate * tl.sigmoid(alpha * gate) * prob[:, None]
+            tl.store(out + row[:, None] * width + column[None, :], value, mask=mask)
+
+
+@triton.jit
+def _swiglu_backward(
+    dout,
+    y,
+    bias,
+    probs,
+    dy,
+    dbias,
+    dprobs,
+    ends,
+    num_groups,
+    num_rows,
+    width,
+    alpha,
+    limit,
+    offset,
+    HAS_BIAS: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert, first, end = _tile(tile, ends, num_groups, GROUPS, ROWS)
+    if expert < num_groups:
+        row = first + tl.arange(0, ROWS)
+        in_row = row < end
+        row = row.to(tl.int64)
+        prob = tl.load(probs + row, mask=in_row, other=0.0).to(tl.float32)
+        dprob = tl.zeros((ROWS,), dtype=tl.float32)
+        for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            in_column = column < width
+            mask = in_row[:, None] & in_column[None, :]
+            place = row[:, None] * (2 * width) + column[None, :]
+            gate = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+            up = tl.load(y + place + width, mask=mask, other=0.0).to(tl.float32)
+            at = dout + row[:, None] * width + column[None, :]
+            d = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            if HAS_BIAS:
+                at = bias + expert.to(tl.int64) * (2 * width) + column
+                gate += tl.load(at, mask=in_column, other=0.0).to(tl.float32)[None, :]
+                up += tl.load(at + width, mask=in_column, other=0.0).to(tl.float32)[None, :]
+            clamped_gate, clamped_up = _gate_and_up(gate, up, limit, HAS_LIMIT)
+            sigmoid = tl.sigmoid(alpha * clamped_gate)
+            silu = clamped_gate * sigmoid
+            dprob += tl.sum(d * (clamped_up + offset) * silu, 1)
+            d = d * prob[:, None]
+            dup = d * silu
+            dgate = d * (clamped_up + offset) * sigmoid
+            dgate = dgate * (1.0 + alpha * clamped_gate * (1.0 - sigmoid))
+            if HAS_LIMIT:
+                dgate = tl.where(gate <= limit, dgate, 0.0)
+                dup = tl.where((up >= -limit) & (up <= limit), dup, 0.0)
+            tl.store(dy + place, dgate, mask=mask)
+            tl.store(dy + place + width, dup, mask=mask)
+            if HAS_BIAS:
+                # Rows past the end are 0 here: their d is.
+                at = dbias + tile.to(tl.int64) * (2 * width) + column
+                tl.store(at, tl.sum(dgate, 0), mask=in_column)
+                tl.store(at + width, tl.sum(dup, 0), mask=in_column)
+        at = dprobs + tl.program_id(1).to(tl.int64) * num_rows + row
+        tl.store(at, dprob, mask=in_row)
+
+
+@triton.jit
+def _add_weighted_bias(
+    y,
+    bias,
+    scale,
+    ends,
+    num_groups,
+    width,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    expert, first, end = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
+    if expert < num_groups:
+        row = first + tl.arange(0, ROWS)
+        in_row = row < end
+        row = row.to(tl.int64)
+        factor = tl.load(scale + row, mask=in_row, other=0.0).to(tl.float32)
+        for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            in_column = column < width
+            mask = in_row[:, None] & in_column[None, :]
+            at = bias + expert.to(tl.int64) * width + column
+            term = tl.load(at, mask=in_column, other=0.0).to(tl.float32)
+            at = y + row[:, None] * width + column[None, :]
+            value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(at, value + factor[:, None] * term[None, :], mask=mask)
+
+
+@triton.jit
+def _weighted_bias_gradients(
+    dy,
+    bias,
+    scale,
+    dbias,
+    dscale,
+    ends,
+    num_groups,
+    num_rows,
+    width,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert, first, end = _tile(tile, ends, num_groups, GROUPS, ROWS)
+    if expert < num_groups:
+        row = first + tl.arange(0, ROWS)
+        in_row = row < end
+        row = row.to(tl.int64)
+        factor = tl.load(scale + row, mask=in_row, other=0.0).to(tl.float32)
+        dfactor = tl.zeros((ROWS,), dtype=tl.float32)
+        for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
+            column = block * COLUMNS + tl.arange(0, COLUMNS)
+            in_column = column < width
+            mask = in_row[:, None] & in_column[None, :]
+            at = dy + row[:, None] * width + column[None, :]
+            d = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            at = bias + expert.to(tl.int64) * width + column
+            term = tl.load(at, mask=in_column, other=0.0).to(tl.float32)
+            dfactor += tl.sum(d * term[None, :], 1)
+            at = dbias + tile.to(tl.int64) * width + column
+            tl.store(at, tl.sum(d * factor[:, None], 0), mask=in_column)
+        at = dscale + tl.program_id(1).to(tl.int64) * num_rows + row
+        tl.store(at, dfactor, mask=in_row)
+
+
+@triton.jit
+def _sum_tiles(
+    partial,
+    sums,
+    ends,
+    num_groups,
+    width,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    expert = tl.program_id(0)
+    _, _, tiles, tile_end = _experts_tiles(ends, num_groups, GROUPS, ROWS)
+    mine = tl.arange(0, GROUPS) == expert
+    last = tl.sum(tl.where(mine, tile_end, 0), 0)
+    first = last - tl.sum(tl.where(mine, tiles, 0), 0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    in_column = column < width
+    total = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for begin in range(first, last, TILES):
+        tile = begin + tl.arange(0, TILES)
+        mask = (tile < last)[:, None] & in_column[None, :]
+        at = partial + tile.to(tl.int64)[:, None] * width + column[None, :]
+        total += tl.sum(tl.load(at, mask=mask, other=0.0), 0)
+    tl.store(sums + expert.to(tl.int64) * width + column, total, mask=in_column)
+
+
+@triton.jit
+def _zero_where_empty(dweight, ends, size, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    end = tl.load(ends + expert)
+    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    if start == end:
+        base = dweight + expert.to(tl.int64) * size
+        for block in range(tl.program_id(1), tl.cdiv(size, BLOCK), tl.num_programs(1)):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            tl.store(base + at, tl.zeros((BLOCK,), dweight.dtype.element_ty), mask=at < size)
