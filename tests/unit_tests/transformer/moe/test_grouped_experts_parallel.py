@@ -151,7 +151,7 @@ def test_layout(ranks, case, layout):
         assert not wrong, wrong
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2-etp2", "tp2-etp1-ep2"])
+@pytest.mark.parametrize("layout", ["ep2", "tp2-etp2"])
 def test_marks(ranks, case, layout):
     """Over which ranks DDP averages and the gradient norm counts: as upstream's own experts."""
     world_size, sizes = LAYOUTS[layout]
