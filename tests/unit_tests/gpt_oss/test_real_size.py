@@ -35,5 +35,6 @@ def test_peak_memory(tmp_path):
     shallow, deep = rows[:3], rows[3:6]
     for one, other in zip(shallow, deep):
         assert other['bytes_written'] > 1.5 * one['bytes_written']
-        # Four layers of 20b are 6.6 GB in Megatron's form. How many pieces are in flight is chance.
-        assert other['peak_rss_bytes'] - one['peak_rss_bytes'] < 256 * 2**20, (one, other)
+        # Four layers of 20b are 6.6 GB in Megatron's form. How many pieces are in flight is chance:
+        # 0.3 GB more of them were seen on a busy machine.
+        assert other['peak_rss_bytes'] - one['peak_rss_bytes'] < 512 * 2**20, (one, other)
