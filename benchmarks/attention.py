@@ -23,9 +23,7 @@ stays out of it: it compiles for every shape anew.
 """
 
 import argparse
-import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -37,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks import report
 from megatron.core.transformer.sink_attention import autotable, registry
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.core.transformer.sink_attention.measure import (
@@ -211,11 +210,8 @@ def too_slow(workload: Workload, name: str) -> str | None:
 
 def check(workload: Workload, name: str) -> tuple[dict, str | None]:
     """Errors on a short sequence of the same kind, and why it gets no figure, if so."""
-    short = replace(workload, seqlen=min(1024, workload.seqlen), batch=workload.batch)
-    if workload.documents and workload.seqlen > 1024:
-        short = replace(short, documents=(1, 200, 311, 512))
     try:
-        found = errors(short, name)
+        found = errors(workload.short(), name)
     except Exception as error:  # goes on with the others, and says so at the end
         return {}, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
     worst = max(found, key=found.get)
@@ -291,15 +287,7 @@ def table(rows: list[Row]) -> str:
         figures += [f"{row.ms_without_sink:.3f}", f"{row.ratio:.3f}"]
         worst = f"{max(row.errors.values()):.1e}" if row.errors else "-"
         lines.append([row.case, row.backend, *figures, worst, row.kernel])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i in (0, 1, 12) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(["", *text])
+    return "\n" + report.columns(lines, words=(0, 1, 12))
 
 
 def packed_cost(rows: list[Row]) -> None:
@@ -358,21 +346,7 @@ def run(*words: str) -> str:
 
 def write_json(path: str, rows: list[Row], skipped: list[list[str]]) -> None:
     """The same rows, with the machine and the command."""
-    report = {
-        "machine": machine(),
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(row).items()}
-            for row in rows
-        ],
-        "left_out": [{"case": case, "reason": reason} for case, reason in skipped],
-    }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(target)
+    report.write_rows(Path(path), machine(), ["python"], rows, skipped)
 
 
 def write_table(rows: list[Row], workloads: list[Workload]) -> None:

@@ -20,7 +20,6 @@ backward; for a halo they are compared with the arithmetic, byte for byte.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.distributed import ReduceOp
 
+from benchmarks import report
 from benchmarks.attention import documents, machine, names
 from megatron.core.transformer.sink_attention import sink_attention
 from megatron.core.transformer.sink_attention.autotable import card_family
@@ -221,20 +221,12 @@ def run_case(workload: Workload, args: argparse.Namespace):
 
 def call(workload: Workload, group, scheme: str, backend: str):
     """sink_attention with this workload's options, of q, k, v, sink."""
-    options = dict(window=workload.window, backend=backend)
-    if workload.documents:
-        bounds = torch.tensor([0, *workload.documents]).cumsum(0)
-        options["cu_seqlens"] = bounds.int().to(device())
-        options["max_seqlen"] = max(workload.documents)
-    options.update(cp_group=group, cp_comm_type=scheme)
-    return lambda *tensors: sink_attention(*tensors, **options)
+    return workload.call(backend, cp_group=group, cp_comm_type=scheme)
 
 
 def check(workload: Workload, scheme: str, backend: str, group) -> float:
     """Largest relative error of out and the gradients on a short sequence of the same kind."""
-    short = replace(workload, seqlen=min(1024, workload.seqlen))
-    if workload.documents and workload.seqlen > 1024:
-        short = replace(short, documents=(1, 200, 311, 512))
+    short = workload.short()
     tensors = [x.detach() for x in short.tensors()]
     generator = torch.Generator(device=device()).manual_seed(1)
     for x in (*tensors[:3], tensors[4]):
@@ -337,35 +329,13 @@ def table(rows: list[Row]) -> str:
         wrong = " WRONG" if row.error >= ERROR_LIMIT else ""
         tail = [halo, f"{row.peak_mib:.0f}", f"{row.error:.1e}{wrong}"]
         lines.append([row.case, row.scheme, row.taken, *figures, *tail])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(["", *text])
+    return "\n" + report.columns(lines, words=(0, 1, 2))
 
 
 def write_json(path: str, facts: dict, rows: list[Row], skipped: list[list[str]]) -> None:
     """The rows so far, with the machine and the command."""
-
-    def plain(value):
-        return None if isinstance(value, float) and math.isnan(value) else value
-
-    report = {
-        "machine": facts,
-        "command": " ".join(["torchrun", f"--nproc-per-node {facts['ranks']}", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [{k: plain(v) for k, v in vars(row).items()} for row in rows],
-        "left_out": [{"case": case, "reason": reason} for case, reason in skipped],
-    }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(target)
+    command = ["torchrun", f"--nproc-per-node {facts['ranks']}"]
+    report.write_rows(Path(path), facts, command, rows, skipped)
 
 
 def write_table(rows: list[Row], facts: dict) -> None:

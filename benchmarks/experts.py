@@ -21,7 +21,6 @@ MiB is what is there between forward and backward, the output included.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -29,14 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks import report
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
@@ -121,11 +120,11 @@ def main() -> None:
         rows += found
         print(table(found), flush=True)
         if args.json:  # after every case: a run that is stopped keeps its rows
-            write_json(args.json, facts, rows, left_out)
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
     for name, reason in left_out:
         print(f"{name}: {reason}")
     if args.json:
-        write_json(args.json, facts, rows, left_out)
+        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -410,14 +409,7 @@ def table(rows: list[Row]) -> str:
         ):
             figures.append("-" if value is None else format(value, style))
         lines.append([row.case, row.implementation, *figures])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n" + "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        )
-        for line in lines
-    )
+    return "\n" + report.columns(lines, words=(0, 1))
 
 
 def machine() -> dict[str, str]:
@@ -439,22 +431,6 @@ def output_of(*words: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return found.stdout.split("\n")[0].strip() or "unknown"
-
-
-def write_json(path: str, facts: dict, rows: list[Row], left_out: list) -> None:
-    """The same rows, with the machine and the command."""
-    report = {
-        "machine": facts,
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [asdict(row) for row in rows],
-        "left_out": [{"case": case, "reason": reason} for case, reason in left_out],
-    }
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(target)
 
 
 if __name__ == "__main__":

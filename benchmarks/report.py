@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What the CPU benchmarks have in common: the machine, a JSON file, a section of a page."""
+"""What the benchmarks have in common: the machine, a JSON file, a table, a section of a page."""
 
 import json
+import math
 import os
 import platform
 import re
@@ -37,9 +38,33 @@ def machine(*packages: str) -> dict:
 def write_json(path: Path, facts: dict, **content) -> None:
     """The machine, the command, the date, and what else there is."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    _save(path, facts, " ".join(["python benchmarks/" + words[0], *words[1:]]), content)
+
+
+def write_rows(path: Path, facts: dict, command: list[str], rows: list, left_out: list) -> None:
+    """The rows of a table, with the machine and the command.
+
+    Args:
+        command: what comes before the script's name: python, or torchrun with its flags.
+        rows: dataclasses; a figure that is nan becomes null.
+        left_out: [case, reason] for what has no row.
+    """
+
+    def plain(value):
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    content = {
+        "rows": [{name: plain(value) for name, value in vars(row).items()} for row in rows],
+        "left_out": [{"case": case, "reason": reason} for case, reason in left_out],
+    }
+    _save(path, facts, " ".join([*command, *sys.argv]), content)
+
+
+def _save(path: Path, facts: dict, command: str, content: dict) -> None:
+    """A run that is stopped leaves the file of before or the whole new one."""
     report = {
         "machine": facts,
-        "command": " ".join(["python benchmarks/" + words[0], *words[1:]]),
+        "command": command,
         "date": time.strftime("%Y-%m-%d"),
         **content,
     }
@@ -47,6 +72,19 @@ def write_json(path: Path, facts: dict, **content) -> None:
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def columns(lines: list[list[str]], words: tuple[int, ...]) -> str:
+    """Aligned columns: those of `words` to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i in words else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(text)
 
 
 def read_section(page: Path, name: str) -> str:

@@ -235,7 +235,6 @@ def _cross_entropy(
 def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
     """The c in dlosses = c * loss_weights, a scalar tensor; least squares, and what is left is checked."""
     weights = torch.ones_like(dlosses) if loss_weights is None else loss_weights.to(dlosses.dtype)
-    # Of sums, not of squares: fp32 keeps them exact for masks, and weights have one sign.
     factor = (dlosses * weights).sum() / weights.square().sum().clamp(min=1e-30)
     distance = (dlosses - factor * weights).abs().max()
     limit = _TOLERANCE * (factor.abs() * weights.abs().max())

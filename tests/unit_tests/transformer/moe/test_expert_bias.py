@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_geglu import quick_gelu
-from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.moe.expert_bias import count_bias_once
-from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.unit_tests.gpt_oss_reference import SIZES, hf_model, moe_to_megatron
+from tests.unit_tests.transformer.moe.grouped_experts_reference import moe_layer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,30 +22,18 @@ def one_process(tmp_path_factory):
     torch.distributed.destroy_process_group()
 
 
-def moe_layer(dtype):
-    config = TransformerConfig(
-        num_layers=1,
+def sequential_layer(dtype):
+    """SequentialMLP's layer in the sizes of the Hugging Face reference."""
+    return moe_layer(
+        False,
+        dtype,
         hidden_size=SIZES["hidden_size"],
-        num_attention_heads=4,
         ffn_hidden_size=SIZES["intermediate_size"],
         moe_ffn_hidden_size=SIZES["intermediate_size"],
         num_moe_experts=SIZES["num_local_experts"],
         moe_router_topk=SIZES["num_experts_per_tok"],
-        moe_router_load_balancing_type="none",
-        moe_token_dispatcher_type="alltoall",
         moe_router_dtype="fp64" if dtype == torch.float64 else None,
-        gated_linear_unit=True,
-        activation_func=quick_gelu,
-        glu_linear_offset=1.0,
-        activation_func_clamp_value=7.0,
-        add_bias_linear=True,
-        bias_dropout_fusion=False,
-        use_cpu_initialization=True,
-        params_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
     )
-    build = get_moe_module_spec(use_te=False, num_experts=config.num_moe_experts)
-    return build.func(config, *build.args, layer_number=1, **build.keywords)
 
 
 # Float64 but for the softmax over the chosen experts, which the router does in float32.
@@ -65,7 +51,7 @@ def test_backward():
     with torch.no_grad():
         reference.router.bias[1] = -100.0  # expert 1 gets no token
     params = dict(reference.named_parameters())
-    layer = moe_layer(torch.float64)
+    layer = sequential_layer(torch.float64)
     mapped = moe_to_megatron(params, "", "")
     with torch.no_grad():
         for name, param in layer.named_parameters():
@@ -95,7 +81,7 @@ def test_backward():
 def test_output_dtype():
     """Float32 probabilities do not widen a bfloat16 expert's output."""
     torch.manual_seed(1)
-    layer = moe_layer(torch.bfloat16)
+    layer = sequential_layer(torch.bfloat16)
     with torch.no_grad():
         for param in layer.parameters():
             param.normal_(std=0.2)

@@ -26,9 +26,8 @@ from megatron.core.transformer.sink_attention.context_parallel.pieces import (
     PieceAttention,
     finish_,
     merge_,
+    sink_gradient_here,
 )
-from megatron.core.transformer.sink_attention.ops import batch_first
-from megatron.core.transformer.sink_attention.rescale import sink_gradient
 
 
 class AllGatherAttention(torch.autograd.Function):
@@ -75,9 +74,7 @@ class AllGatherAttention(torch.autograd.Function):
             sums.add(dk_i, dv_i)
         del keys, values
         going = sums.home()
-        dsink = None
-        if sink is not None and ctx.needs_input_grad[3]:
-            dsink = sink_gradient(batch_first(out), lse, batch_first(dout), sink)
+        dsink = sink_gradient_here(ctx, out, lse, dout, sink)
         dk, dv = going.wait().to(key.dtype)
         return dq, dk, dv, dsink, None, None
 

@@ -24,7 +24,11 @@ from torch import Tensor
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.case import Call, case_of
 from megatron.core.transformer.sink_attention.ops import as_kernel, batch_first
-from megatron.core.transformer.sink_attention.rescale import apply_sink_, merge_partial_
+from megatron.core.transformer.sink_attention.rescale import (
+    apply_sink_,
+    merge_partial_,
+    sink_gradient,
+)
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -132,6 +136,13 @@ def merge_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, sink=None
     sink = None if sink is None else sink.detach()
     with as_kernel(out_a):
         merge_partial_(batch_first(out_a), lse_a, batch_first(out_b), lse_b, sink)
+
+
+def sink_gradient_here(ctx, out: Tensor, lse: Tensor, dout: Tensor, sink: Tensor | None):
+    """dsink of this rank's tokens; None where there is no sink, the fourth input, or no need."""
+    if sink is None or not ctx.needs_input_grad[3]:
+        return None
+    return sink_gradient(batch_first(out), lse, batch_first(dout), sink)
 
 
 def finish_(out: Tensor, lse: Tensor, sink: Tensor | None) -> None:

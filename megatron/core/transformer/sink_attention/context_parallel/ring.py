@@ -12,7 +12,6 @@ gradients in fp32, which are home after the last step.
 """
 
 import torch
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.transformer.sink_attention.context_parallel.collectives import to_next
@@ -22,9 +21,8 @@ from megatron.core.transformer.sink_attention.context_parallel.pieces import (
     PieceAttention,
     finish_,
     merge_,
+    sink_gradient_here,
 )
-from megatron.core.transformer.sink_attention.ops import batch_first
-from megatron.core.transformer.sink_attention.rescale import sink_gradient
 
 
 class RingAttention(torch.autograd.Function):
@@ -77,9 +75,7 @@ class RingAttention(torch.autograd.Function):
                 total[1, keys] += dv_i
             sums = to_next(total, group)
             kv = coming.wait() if coming else None
-        dsink = None
-        if sink is not None and ctx.needs_input_grad[3]:
-            dsink = sink_gradient(batch_first(out), lse, batch_first(dout), sink)
+        dsink = sink_gradient_here(ctx, out, lse, dout, sink)
         dk, dv = sums.wait().to(key.dtype)
         return dq.to(query.dtype), dk, dv, dsink, None, None
 
