@@ -10,6 +10,7 @@ one method of `GptOssSpecProvider`.
 import contextlib
 import io
 from argparse import ArgumentParser, Namespace
+from functools import partial
 
 import torch
 
@@ -27,6 +28,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.presets import Preset, preset_flags
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig
@@ -124,6 +126,7 @@ def model_config(preset: Preset, **overrides) -> GPTModelConfig:
         raise TypeError(f"Megatron has no argument {', '.join(unknown)}")
     parser.set_defaults(**{**preset_flags(preset), "micro_batch_size": 1, **overrides})
     args = parser.parse_args([])
+    set_device_connections(partial(getattr, args))
     ranks = torch.distributed
     args.rank, args.world_size = 0, ranks.get_world_size() if ranks.is_initialized() else 1
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument

@@ -46,13 +46,14 @@ def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
 @pytest.mark.parametrize(
     'flags, grouped',
     [
-        ('--preset tiny', False),
-        ('--preset tiny --moe-grouped-gemm', True),
+        ('--preset tiny', True),
+        ('--preset tiny --no-moe-grouped-gemm', False),
+        ('--preset tiny --transformer-impl transformer_engine', False),
         ('--preset tiny --transformer-impl transformer_engine --moe-grouped-gemm', True),
     ],
 )
 def test_grouped_experts(monkeypatch, flags, grouped):
-    """Experts as grouped products are asked for, with or without TransformerEngine."""
+    """On by default in plain PyTorch, with a way back; TransformerEngine's own are asked for."""
     assert _parse(monkeypatch, *flags.split()).moe_grouped_gemm is grouped
 
 
