@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
 from megatron.gpt_oss.sequence_arguments import check_sequence
@@ -80,6 +81,14 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=0,
         help="Compute head and loss over this many tokens at a time, so that the logits of all "
         "tokens (0.8 MB a token in fp32) never exist; 2048 is a good value. 0: all at once.",
+    )
+    group.add_argument(
+        "--no-moe-grouped-gemm",
+        dest="moe_grouped_gemm",
+        action="store_false",
+        default=argparse.SUPPRESS,
+        help="Run the experts of a layer one after the other. A preset runs them as two grouped "
+        "products, unless TransformerEngine is asked for.",
     )
     return parser
 
@@ -147,9 +156,16 @@ def preset_args_provider(
     defaults = preset_flags(preset) if preset is not None else {}
     defaults.update(_tokenizer_defaults(given))
     if getattr(given, "transformer_impl", "local") != "local":
+        # Which experts TransformerEngine runs is for the command line to say.
+        defaults.pop("moe_grouped_gemm", None)
         defaults["cp_comm_type"] = ["a2a"]  # the one that TransformerEngine has for sinks
     by_default = {action.dest: action.default for action in parser._actions} | defaults
-    check_sequence(lambda dest: getattr(given, dest, by_default[dest]))
+
+    def value(dest: str) -> object:
+        return getattr(given, dest, by_default[dest])
+
+    check_sequence(value)
+    set_device_connections(value)
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)

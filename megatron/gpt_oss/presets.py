@@ -178,6 +178,9 @@ def default_flags(preset: Preset) -> dict:
         "no_persist_layer_norm": True,
         # The fused weight-gradient product is Apex's.
         "gradient_accumulation_fusion": _has_module("fused_weight_gradient_mlp_cuda"),
+        # All experts of a layer as two products (GroupedExperts): same numbers, checkpoints and
+        # initial weights as one after the other (--no-moe-grouped-gemm).
+        "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
         # Near ties among the logits are frequent: bf16 would choose other experts.
         "moe_router_dtype": "fp32",

@@ -35,15 +35,11 @@ CASES = {
         63,
         {'moe_token_dispatcher_type': 'allgather', 'moe_router_dtype': 'fp64'},
     ),
-    'odd-T33-grouped-experts': (ODD, 33, {'moe_grouped_gemm': True}),
+    'odd-T33-experts-one-by-one': (ODD, 33, {'moe_grouped_gemm': False}),
     'odd-T33-recompute-activation': (
         ODD,
         33,
-        {
-            'moe_grouped_gemm': True,
-            'recompute_granularity': 'selective',
-            'recompute_modules': ['moe_act'],
-        },
+        {'recompute_granularity': 'selective', 'recompute_modules': ['moe_act']},
     ),
     'odd-T65-recompute': (
         ODD,

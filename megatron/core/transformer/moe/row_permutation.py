@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Tokens to the experts' rows and back: two maps, each the other's gradient.
+
+A row is a copy of a token; a token has one row for each of its experts, in any number. Taking rows
+is a gather. Adding a token's rows up was a scatter with atomic additions in the rows' dtype, which
+in bf16 rounds after each of them; here the rows of a token are looked up and added in fp32, in
+their order, and rounded once.
+"""
+
+import functools
+
+import torch
+
+
+def take_rows(tokens: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
+    """The token of each row.
+
+    Args:
+        tokens: [n, h], any float.
+        token_of_row: [t], int64, on the same device.
+    Returns:
+        [t, h], dtype of tokens.
+    """
+    return _TakeRows.apply(tokens, token_of_row)
+
+
+def add_rows(rows: torch.Tensor, token_of_row: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The sum of the rows of each token, 0 for one that has none.
+
+    Args:
+        rows: [t, h], any float.
+        token_of_row: [t], int64, on the same device.
+        num_tokens: n.
+    Returns:
+        [n, h], dtype of rows, added up in fp32 at least.
+    """
+    return _AddRows.apply(rows, token_of_row, num_tokens)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, token_of_row):
+        ctx.num_tokens = tokens.shape[0]
+        ctx.save_for_backward(token_of_row)
+        return tokens.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx, drows):
+        (token_of_row,) = ctx.saved_tensors
+        return _sum_by_token(drows, token_of_row, ctx.num_tokens), None
+
+
+class _AddRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, token_of_row, num_tokens):
+        ctx.save_for_backward(token_of_row)
+        return _sum_by_token(rows, token_of_row, num_tokens)
+
+    @staticmethod
+    def backward(ctx, dtokens):
+        (token_of_row,) = ctx.saved_tensors
+        return dtokens.index_select(0, token_of_row), None, None
+
+
+def _sum_by_token(rows, token_of_row, num_tokens):
+    if rows.is_cuda and rows.dtype != torch.float64 and (kernels := _triton_module()) is not None:
+        return kernels.sum_by_token(rows.contiguous(), *rows_of_tokens(token_of_row, num_tokens))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    sums = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide)
+    return sums.index_add_(0, token_of_row, rows.to(wide)).to(rows.dtype)
+
+
+def rows_of_tokens(
+    token_of_row: torch.Tensor, num_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map from tokens to rows, computed on the device.
+
+    Returns:
+        [t], int64: rows in the order of their tokens; [n + 1], int64: where each token's begin.
+    """
+    tokens, rows = token_of_row.sort(stable=True)
+    every = torch.arange(num_tokens + 1, device=tokens.device)
+    return rows, torch.searchsorted(tokens, every)
+
+
+@functools.cache
+def _triton_module():
+    try:
+        from megatron.core.transformer.moe import row_permutation_triton
+    except ImportError:
+        return None
+    return row_permutation_triton
