@@ -23,7 +23,6 @@ in it; recomputation is not counted.
 """
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -32,7 +31,6 @@ import sys
 import time
 import warnings
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,17 +40,9 @@ logging.disable(logging.WARNING)
 
 import torch
 
-from megatron.core import device_utils, parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron.gpt_oss.layer_specs import model_config
+from benchmarks.trainer import Trainer, make_batch, model_flops
+from megatron.core import device_utils
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
-from megatron.gpt_oss.training.step import loss_func
 
 GB = 1e9
 # bf16 has 3 digits; the mean over thousands of tokens is far better than one of them.
@@ -88,7 +78,7 @@ def main() -> None:
             continue
         try:
             if trainer is None:
-                trainer = Trainer(preset, report.ranks, args)
+                trainer = trainer_of(preset, report.ranks, args)
             row.update(measure(trainer, length, args.steps))
         except torch.OutOfMemoryError as error:
             report.write("run", {**row, "out_of_memory": str(error).split(". ")[0]})
@@ -206,131 +196,41 @@ def free_bytes() -> float:
     return torch.cuda.mem_get_info()[0] if device_utils.is_cuda() else float("inf")
 
 
-def model_flops(preset, length: int) -> float:
-    """Forward and backward of one sequence, over all ranks."""
-    h, heads = preset.hidden_size, preset.num_attention_heads * preset.head_dim
-    groups = preset.num_query_groups * preset.head_dim
-    layer = h * (2 * heads + 2 * groups)
-    layer += preset.num_experts_per_tok * 3 * h * preset.moe_ffn_hidden_size
-    dense = 6 * length * (preset.num_layers * layer + preset.vocab_size * h)
-    window = min(preset.sliding_window, length)
-    windowed = window * length - window * (window - 1) / 2
-    full = length * (length + 1) / 2
-    pairs = (preset.num_layers + 1) // 2 * windowed + preset.num_layers // 2 * full
-    return dense + 12 * pairs * heads
+def trainer_of(preset, cp: int, args, optimizer: bool = True) -> Trainer:
+    """A model over the ranks by context parallelism or not, with its experts over all of them."""
+    return Trainer(
+        preset,
+        cp=cp,
+        ep=torch.distributed.get_world_size(),
+        loss_chunk=args.loss_chunk,
+        gradients=args.gradients,
+        optimizer=optimizer,
+        bf16=not args.smoke,
+        seq_length=max(args.check_length, *args.lengths),
+        cp_comm_type=[args.cp_comm_type],
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+    )
 
 
-class Trainer:
-    """A model and its optimizer, over the ranks by context parallelism or not."""
-
-    def __init__(self, preset, cp: int, args, optimizer: bool = True):
-        ranks = torch.distributed.get_world_size()
-        self.preset, self.loss_chunk = preset, args.loss_chunk
-        layout = dict(context_parallel_size=cp, expert_model_parallel_size=ranks)
-        parallel_state.initialize_model_parallel(**layout, expert_tensor_parallel_size=1)
-        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
-        torch.manual_seed(1234)
-        config = model_config(
-            preset,
-            **layout,
-            expert_tensor_parallel_size=1,
-            seq_length=max(args.check_length, *args.lengths),
-            cp_comm_type=[args.cp_comm_type],
-            bf16=not args.smoke,
-            recompute_granularity="full",
-            recompute_method="uniform",
-            recompute_num_layers=1,
-        )
-        config.finalize()
-        self.model = config.get_builder_cls()(config).build_distributed_models(
-            ProcessGroupCollection.use_mpu_process_groups(),
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=args.gradients == "fp32", use_distributed_optimizer=optimizer
-            ),
-            data_parallel_random_init=False,
-            **({"mixed_precision_wrapper": None} if args.smoke else {}),
-        )
-        self.transformer = config.transformer
-        self.transformer.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = None
-        if optimizer:
-            self.optimizer = get_megatron_optimizer(
-                OptimizerConfig(
-                    optimizer="adam",
-                    lr=1e-4,
-                    weight_decay=0.1,
-                    clip_grad=1.0,
-                    bf16=not args.smoke,
-                    params_dtype=torch.float32 if args.smoke else torch.bfloat16,
-                    use_distributed_optimizer=True,
-                ),
-                self.model,
-            )
-            self.transformer.grad_scale_func = self.optimizer.scale_loss
-
-    def forward_backward(self, length: int) -> float:
-        """Gradients of a sequence; returns the mean loss of its tokens."""
-        for chunk in self.model:
-            chunk.zero_grad_buffer()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=iter([make_batch(self.preset.vocab_size, length)]),
-            model=self.model,
-            num_microbatches=1,
-            seq_length=length,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        total = reports[0]["lm loss"].double()
-        torch.distributed.all_reduce(total)
-        return (total[0] / total[1]).item()
-
-    def _forward_step(self, data, model):
-        group = parallel_state.get_context_parallel_group()
-        batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
-        options = {}
-        if self.loss_chunk:
-            options["output_processor"] = chunked_loss_processor(self.loss_chunk)
-        losses = model(
-            batch["tokens"],
-            None,
-            None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            **options,
-        )
-        return losses, partial(loss_func, batch["loss_mask"], cp_group=group)
-
-    def gradient_norm(self) -> float:
-        """Of all parameters, each once, after the reduction."""
-        square = torch.zeros(2, dtype=torch.float64, device=device_utils.current_device())
-        for parameter in self.model[0].parameters():
-            of_expert = not getattr(parameter, "allreduce", True)
-            square[int(of_expert)] += parameter.main_grad.norm().double() ** 2
-        torch.distributed.all_reduce(square[1])  # each rank has its own experts
-        return square.sum().sqrt().item()
-
-    def close(self) -> None:
-        """Give memory and process groups back."""
-        self.model = self.optimizer = self.transformer = None
-        gc.collect()
-        parallel_state.destroy_model_parallel()
-        if device_utils.is_cuda():
-            torch.cuda.empty_cache()
+def mean_loss(trainer: Trainer, length: int) -> float:
+    """Gradients of a sequence, from zero; returns the mean loss of its tokens."""
+    trainer.zero_gradients()
+    report = trainer.forward_backward(make_batch(trainer.preset.vocab_size, length))
+    total = report.double()
+    torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).item()
 
 
-def make_batch(vocab_size: int, length: int) -> dict:
-    """One sequence, the same on every rank: few tokens are frequent, so that there is to learn."""
-    generator = torch.Generator().manual_seed(7)
-    tokens = (vocab_size * torch.rand(1, length + 1, generator=generator) ** 4).long()
-    device = device_utils.current_device()
-    return {
-        "tokens": tokens[:, :-1].contiguous().to(device),
-        "labels": tokens[:, 1:].contiguous().to(device),
-        "loss_mask": torch.ones(1, length, device=device),
-    }
+def gradient_norm(trainer: Trainer) -> float:
+    """Of all parameters, each once, after the reduction."""
+    square = torch.zeros(2, dtype=torch.float64, device=device_utils.current_device())
+    for parameter in trainer.model[0].parameters():
+        of_expert = not getattr(parameter, "allreduce", True)
+        square[int(of_expert)] += parameter.main_grad.norm().double() ** 2
+    torch.distributed.all_reduce(square[1])  # each rank has its own experts
+    return square.sum().sqrt().item()
 
 
 def check(args) -> dict:
@@ -338,7 +238,7 @@ def check(args) -> dict:
     preset, ranks = get_preset(args.preset, 2), torch.distributed.get_world_size()
     found, weights = {}, None
     for cp in (ranks, 1):
-        trainer = Trainer(preset, cp, args, optimizer=False)
+        trainer = trainer_of(preset, cp, args, optimizer=False)
         if cp == 1:
             trainer.loss_chunk = 0
         parameters = dict(trainer.model[0].named_parameters())
@@ -349,7 +249,7 @@ def check(args) -> dict:
                 for name, value in parameters.items():
                     value.copy_(weights[name])
         del parameters
-        found[cp] = (trainer.forward_backward(args.check_length), trainer.gradient_norm())
+        found[cp] = (mean_loss(trainer, args.check_length), gradient_norm(trainer))
         trainer.close()
     (loss, norm), (loss_one, norm_one) = found[ranks], found[1]
     errors = abs(loss / loss_one - 1), abs(norm / norm_one - 1)
@@ -375,10 +275,8 @@ def measure(trainer: Trainer, length: int, steps: int) -> dict:
     for _ in range(steps):
         torch.distributed.barrier()
         begin = time.perf_counter()
-        losses.append(trainer.forward_backward(length))  # reads the loss: waits for the device
-        updated, norm, _ = trainer.optimizer.step()
-        assert updated
-        norms.append(float(norm))
+        losses.append(mean_loss(trainer, length))  # reads the loss: waits for the device
+        norms.append(trainer.update())
         if device_utils.is_cuda():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)

@@ -1,0 +1,321 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The whole training step of gpt-oss-20b on one GPU, from one layer of each kind.
+
+    python benchmarks/train_step.py --json benchmarks/results/train_step_h100.json
+    python benchmarks/train_step.py --cases 4k --profile
+    python benchmarks/train_step.py --smoke                    (CPU, a minute)
+
+24 layers do not fit on one card, so three models are trained one after the other in this process:
+a windowed layer, a full layer, and both, each with embedding, head, loss and a real AdamW step, all
+32 experts of the real width, bf16 with fp32 gradients, master weights and moments. From their times
+
+    full = both - windowed,   windowed = both - full,   head = windowed + full - both
+    step = head + 12 x windowed + 12 x full
+
+which is an extrapolation and printed as one. AdamW's time, measured by parameter, is spread over
+65,536 tokens. Routing is forced to be balanced, as others publish it, or left to a router whose
+bias falls off as `-log(expert + 1)` (`skewed`): the first expert gets 8 times its share.
+
+`tokens/s` is per GPU; model TFLOP/s count 6 a parameter and token and what attention sees, nothing
+twice. Peak GiB is torch's, of the model with both layers, AdamW's step included.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+warnings.filterwarnings("ignore")
+logging.disable(logging.WARNING)
+
+import torch
+
+from benchmarks import report
+from benchmarks.trainer import (
+    Trainer,
+    head_flops,
+    is_windowed,
+    layer_flops,
+    make_batch,
+    num_parameters,
+)
+from megatron.core import device_utils
+from megatron.gpt_oss.presets import get_preset
+
+K = 1024
+STEP_TOKENS = 64 * K
+GIB = 2**30
+FULL_RECOMPUTE = dict(
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+)
+MODELS = {"windowed": [1], "full": [0], "both": [1, 0]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        length: of a sequence.
+        size: sequences of a micro-batch.
+        recompute: Megatron's arguments.
+        loss_chunk: tokens whose logits live at a time.
+        skewed: a router of its own in place of forced balance.
+    """
+
+    name: str
+    length: int
+    size: int
+    recompute: dict
+    loss_chunk: int
+    skewed: bool = False
+    overrides: tuple = ()
+
+
+CASES = [
+    Case("4k", 4 * K, 8, {}, 4 * K),
+    Case("32k", 32 * K, 1, {}, 4 * K),
+    Case("128k", 128 * K, 1, FULL_RECOMPUTE, 4 * K),
+    Case("4k-skewed", 4 * K, 8, {}, 4 * K, skewed=True),
+    Case("32k-skewed", 32 * K, 1, {}, 4 * K, skewed=True),
+    Case("4k-upstream", 4 * K, 2, {}, 0, overrides=(("moe_grouped_gemm", False),)),
+]
+
+
+@dataclass
+class Row:
+    """What was measured, and what follows."""
+
+    case: str
+    tokens: int
+    windowed_ms: float
+    full_ms: float
+    head_ms: float
+    adamw_s: float
+    tokens_per_second: float
+    tflops: float
+    peak_gib: float
+    layers_extrapolated: int
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    start_group()
+    facts = machine()
+    print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
+    rows, left_out, profiles = [], [], {}
+    preset = get_preset("tiny" if args.smoke else "20b")
+    for case in args.chosen:
+        begin = time.perf_counter()
+        try:
+            row = run_case(case, preset, args, profiles)
+        except torch.OutOfMemoryError as error:
+            left_out.append([case.name, str(error).split(". ")[0]])
+            print(f"{case.name}: {left_out[-1][1]}", flush=True)
+            free()
+            continue
+        rows.append(row)
+        print(table([row]), f"\n{time.perf_counter() - begin:.0f} s", flush=True)
+        if args.json:
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+    if args.json:
+        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown name is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    by_name = {case.name: case for case in CASES}
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    parser.add_argument("--repeats", type=int, default=5, help="micro-batches that are timed")
+    parser.add_argument("--profile", action="store_true", help="kernels of a micro-batch, by time")
+    parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
+    args = parser.parse_args()
+    names = args.cases or list(by_name)
+    for name in names:
+        if name not in by_name:
+            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    args.chosen = [by_name[name] for name in names]
+    if args.smoke:
+        args.repeats = 1
+        args.chosen = [replace(c, length=c.length // 64, loss_chunk=64) for c in args.chosen]
+    return args
+
+
+def machine() -> dict:
+    """What the figures belong to."""
+    facts = report.machine("torch", "triton")
+    if device_utils.is_cuda():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def start_group() -> None:
+    """A process group of this one process."""
+    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    torch.distributed.init_process_group(
+        device_utils.default_backend(), store=store, rank=0, world_size=1
+    )
+
+
+def free() -> None:
+    """After a case that did not fit: its model and process groups."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.cuda.empty_cache()
+
+
+def run_case(case: Case, preset, args, profiles: dict) -> Row:
+    """Time the three models and extrapolate."""
+    seconds, updates, peak = {}, {}, 0.0
+    for name, windows in MODELS.items():
+        with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
+            trainer = build(case, preset, windows, args.smoke)
+        seconds[name], updates[name], peak = measure(trainer, case, args.repeats)
+        if args.profile and name == "both":
+            print(profile(trainer, case), flush=True)
+        trainer.close()
+        del trainer
+    windowed = seconds["both"] - seconds["full"]
+    full = seconds["both"] - seconds["windowed"]
+    head = seconds["windowed"] + seconds["full"] - seconds["both"]
+    layer, rest = num_parameters(preset)
+    adamw = updates["both"] / (2 * layer + rest) * (preset.num_layers * layer + rest)
+    tokens = case.length * case.size
+    kinds = [is_windowed(i) for i in range(preset.num_layers)]
+    micro_batch = head + sum(windowed if kind else full for kind in kinds)
+    rate = STEP_TOKENS / (micro_batch * STEP_TOKENS / tokens + adamw)
+    flops = head_flops(preset, case.length)
+    flops += sum(layer_flops(preset, case.length, kind) for kind in kinds)
+    return Row(
+        case=case.name,
+        tokens=tokens,
+        windowed_ms=windowed * 1e3,
+        full_ms=full * 1e3,
+        head_ms=head * 1e3,
+        adamw_s=adamw,
+        tokens_per_second=rate,
+        tflops=rate * flops / case.length / 1e12,
+        peak_gib=peak,
+        layers_extrapolated=preset.num_layers,
+    )
+
+
+def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
+    """A model of so many layers, windowed where it says 1."""
+    trainer = Trainer(
+        replace(preset, num_layers=len(windows)),
+        loss_chunk=case.loss_chunk,
+        bf16=not smoke,
+        seq_length=case.length,
+        micro_batch_size=case.size,
+        window_attn_skip_freq=windows,
+        **case.recompute,
+        **dict(case.overrides),
+    )
+    if case.skewed:
+        with torch.no_grad():
+            for name, parameter in trainer.model[0].named_parameters():
+                if name.endswith("router.bias"):
+                    ranks = torch.arange(1, parameter.numel() + 1, device=parameter.device)
+                    parameter.copy_(-ranks.log())
+    else:
+        trainer.transformer.moe_router_force_load_balancing = True
+    return trainer
+
+
+def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, float]:
+    """Median seconds of a micro-batch's forward and backward, of AdamW; GiB at the peak."""
+    batches = [
+        make_batch(trainer.preset.vocab_size, case.length, case.size, seed)
+        for seed in range(min(4, repeats + 1))
+    ]
+    steps, updates = [], []
+    trainer.zero_gradients()
+    for repeat in range(repeats + 2):
+        steps.append(timed(lambda: trainer.forward_backward(batches[repeat % len(batches)])))
+        if repeat < 3:
+            updates.append(timed(trainer.update))
+            trainer.zero_gradients()
+        if repeat == 0 and device_utils.is_cuda():
+            torch.cuda.reset_peak_memory_stats()
+    peak = torch.cuda.max_memory_allocated() / GIB if device_utils.is_cuda() else float("nan")
+    return median(steps[2:]), min(updates[1:]), peak
+
+
+def timed(function) -> float:
+    """Seconds until the device is done."""
+    if not device_utils.is_cuda():
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def profile(trainer: Trainer, case: Case, most: int = 40) -> str:
+    """The kernels of one micro-batch and AdamW's step, by time."""
+    batch = make_batch(trainer.preset.vocab_size, case.length, case.size)
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
+        trainer.forward_backward(batch)
+        if device_utils.is_cuda():
+            torch.cuda.synchronize()
+    kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in kernels)
+    lines = [["kernel", "calls", "ms", "share"]]
+    for e in kernels[:most]:
+        ms = e.self_device_time_total / 1e3
+        share = e.self_device_time_total / max(total, 1)
+        lines.append([e.key[:110], str(e.count), f"{ms:.3f}", f"{share:.3f}"])
+    return report.columns(lines, words=(0,)) + f"\nkernels: {total / 1e3:.1f} ms"
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    lines = [
+        [
+            "case",
+            "tokens",
+            "windowed ms",
+            "full ms",
+            "head ms",
+            "AdamW s",
+            "tokens/s (24 layers, extrapolated)",
+            "TFLOP/s",
+            "peak GiB",
+        ]
+    ]
+    for row in rows:
+        figures = [f"{x:.2f}" for x in (row.windowed_ms, row.full_ms, row.head_ms, row.adamw_s)]
+        figures += [f"{row.tokens_per_second:.0f}", f"{row.tflops:.0f}", f"{row.peak_gib:.2f}"]
+        lines.append([row.case, str(row.tokens), *figures])
+    return report.columns(lines, words=(0,))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""A few layers of gpt-oss with Megatron's own step, for the benchmarks: no files, no log."""
+
+import gc
+from functools import partial
+
+import torch
+
+from megatron.core import device_utils, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.gpt_oss.layer_specs import model_config
+from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
+from megatron.gpt_oss.training.step import loss_func
+
+
+class Trainer:
+    """A model and its optimizer over the ranks of the default process group.
+
+    Args:
+        preset: the model.
+        cp, ep: context and expert parallel sizes.
+        loss_chunk: tokens whose logits live at a time; 0 is all of them.
+        gradients: 'fp32' or 'bf16', the dtype in which they are kept and reduced.
+        optimizer: whether to make one (AdamW, its states split over the ranks).
+        bf16: False trains in fp32, for tests on the CPU.
+        overrides: Megatron arguments by dest, seq_length among them.
+    """
+
+    def __init__(
+        self,
+        preset: Preset,
+        *,
+        cp: int = 1,
+        ep: int = 1,
+        loss_chunk: int = 0,
+        gradients: str = "fp32",
+        optimizer: bool = True,
+        bf16: bool = True,
+        **overrides,
+    ):
+        self.preset, self.loss_chunk = preset, loss_chunk
+        layout = dict(context_parallel_size=cp, expert_model_parallel_size=ep)
+        parallel_state.initialize_model_parallel(**layout, expert_tensor_parallel_size=1)
+        tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+        torch.manual_seed(1234)
+        config = model_config(
+            preset, **layout, expert_tensor_parallel_size=1, bf16=bf16, **overrides
+        )
+        config.finalize()
+        self.model = config.get_builder_cls()(config).build_distributed_models(
+            ProcessGroupCollection.use_mpu_process_groups(),
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=gradients == "fp32", use_distributed_optimizer=optimizer
+            ),
+            data_parallel_random_init=False,
+            **({} if bf16 else {"mixed_precision_wrapper": None}),
+        )
+        self.transformer = config.transformer
+        self.transformer.finalize_model_grads_func = finalize_model_grads
+        self.optimizer = None
+        if optimizer:
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=1e-4,
+                    weight_decay=0.1,
+                    clip_grad=1.0,
+                    bf16=bf16,
+                    params_dtype=torch.bfloat16 if bf16 else torch.float32,
+                    use_distributed_optimizer=True,
+                ),
+                self.model,
+            )
+            self.transformer.grad_scale_func = self.optimizer.scale_loss
+
+    def zero_gradients(self) -> None:
+        """As Megatron does before the first micro-batch of a step."""
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+
+    def forward_backward(self, batch: dict) -> torch.Tensor:
+        """Gradients of one micro-batch, added to those that are there.
+
+        Returns:
+            [2], this rank's: the sum of its tokens' losses, the number of these tokens.
+        """
+        micro_batch_size, length = batch["tokens"].shape
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter([batch]),
+            model=self.model,
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=micro_batch_size,
+            forward_only=False,
+        )
+        return reports[0]["lm loss"]
+
+    def _forward_step(self, data, model):
+        group = parallel_state.get_context_parallel_group()
+        batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
+        options = {}
+        if self.loss_chunk:
+            options["output_processor"] = chunked_loss_processor(self.loss_chunk)
+        losses = model(
+            batch["tokens"],
+            None,
+            None,
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+            **options,
+        )
+        return losses, partial(loss_func, batch["loss_mask"], cp_group=group)
+
+    def update(self) -> float:
+        """The optimizer's step; returns the gradient norm."""
+        updated, norm, _ = self.optimizer.step()
+        assert updated
+        return float(norm)
+
+    def close(self) -> None:
+        """Give memory and process groups back."""
+        self.model = self.optimizer = self.transformer = None
+        gc.collect()
+        parallel_state.destroy_model_parallel()
+        if device_utils.is_cuda():
+            torch.cuda.empty_cache()
+
+
+def make_batch(vocab_size: int, length: int, size: int = 1, seed: int = 7) -> dict:
+    """Sequences, the same on every rank: few tokens are frequent, so that there is to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = (vocab_size * torch.rand(size, length + 1, generator=generator) ** 4).long()
+    device = device_utils.current_device()
+    return {
+        "tokens": tokens[:, :-1].contiguous().to(device),
+        "labels": tokens[:, 1:].contiguous().to(device),
+        "loss_mask": torch.ones(size, length, device=device),
+    }
+
+
+def is_windowed(layer: int) -> bool:
+    """Whether gpt-oss' layer of this number (from 0) sees a window only: every second, from 0."""
+    return layer % 2 == 0
+
+
+def layer_flops(preset: Preset, length: int, windowed: bool) -> float:
+    """Of one layer and one sequence, forward and backward.
+
+    6 a parameter and token outside attention, 12 x seen query-key pairs x heads x head dim in it;
+    what is computed twice counts once.
+    """
+    h, heads = preset.hidden_size, preset.num_attention_heads * preset.head_dim
+    groups = preset.num_query_groups * preset.head_dim
+    parameters = h * (2 * heads + 2 * groups) + h * preset.num_experts
+    parameters += preset.num_experts_per_tok * 3 * h * preset.moe_ffn_hidden_size
+    window = min(preset.sliding_window, length) if windowed else length
+    pairs = window * length - window * (window - 1) / 2
+    return 6 * length * parameters + 12 * pairs * heads
+
+
+def head_flops(preset: Preset, length: int) -> float:
+    """Of the output layer and one sequence, forward and backward."""
+    return 6 * length * preset.vocab_size * preset.hidden_size
+
+
+def model_flops(preset: Preset, length: int) -> float:
+    """Of the whole model and one sequence, forward and backward."""
+    layers = range(preset.num_layers)
+    return head_flops(preset, length) + sum(
+        layer_flops(preset, length, is_windowed(layer)) for layer in layers
+    )
+
+
+def num_parameters(preset: Preset) -> tuple[int, int]:
+    """Of one layer; of embedding, head and the last norm."""
+    h, f = preset.hidden_size, preset.moe_ffn_hidden_size
+    q = preset.num_attention_heads * preset.head_dim
+    kv = 2 * preset.num_query_groups * preset.head_dim
+    attention = h * (q + kv) + (q + kv) + q * h + h + preset.num_attention_heads
+    router = preset.num_experts * (h + 1)
+    experts = preset.num_experts * (3 * h * f + 2 * f + h)
+    return attention + router + experts + 2 * h, 2 * preset.vocab_size * h + h
