@@ -129,8 +129,21 @@ class Trainer:
 
     def close(self) -> None:
         """Give memory and process groups back."""
+        # Parameter, its gradient's accumulator, the hook on it and DDP make a ring that goes through
+        # C++, where the garbage collector does not see it: the storages are emptied by hand.
+        tensors = []
+        for chunk in self.model:
+            tensors += chunk.parameters()
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+                tensors += [buffer.param_data, buffer.grad_data]
+        for part in self.optimizer.chained_optimizers if self.optimizer else ():
+            for parameter, state in part.optimizer.state.items():
+                tensors += [parameter, *state.values()]
         self.model = self.optimizer = self.transformer = None
         gc.collect()
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                tensor.data.untyped_storage().resize_(0)
         parallel_state.destroy_model_parallel()
         if device_utils.is_cuda():
             torch.cuda.empty_cache()
