@@ -123,8 +123,9 @@ class Report:
         gpu = torch.cuda.get_device_name() if device_utils.is_cuda() else platform.machine()
         self.data = {
             "machine": {"torch": torch.__version__, "device": gpu, "ranks": self.ranks},
-            "command": " ".join(sys.argv),
-            "arguments": vars(args),
+            "command": " ".join(["torchrun", f"--nproc-per-node {self.ranks}", *sys.argv]),
+            "date": time.strftime("%Y-%m-%d"),
+            "arguments": {k: v for k, v in vars(args).items() if k != "json"},
         }
         self.print(" ".join(f"{name}={value}" for name, value in self.data["machine"].items()))
 

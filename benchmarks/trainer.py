@@ -3,7 +3,6 @@
 """A few layers of gpt-oss with Megatron's own step, for the benchmarks: no files, no log."""
 
 import gc
-from functools import partial
 
 import torch
 
@@ -16,8 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
-from megatron.gpt_oss.training.step import loss_func
+from megatron.gpt_oss.training.step import losses_and_loss_func
 
 
 class Trainer:
@@ -108,18 +106,9 @@ class Trainer:
     def _forward_step(self, data, model):
         group = parallel_state.get_context_parallel_group()
         batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
-        options = {}
-        if self.loss_chunk:
-            options["output_processor"] = chunked_loss_processor(self.loss_chunk)
-        losses = model(
-            batch["tokens"],
-            None,
-            None,
-            labels=batch["labels"],
-            loss_mask=batch["loss_mask"],
-            **options,
+        return losses_and_loss_func(
+            model, batch, chunk_size=self.loss_chunk, num_microbatches=1, cp_group=group
         )
-        return losses, partial(loss_func, batch["loss_mask"], cp_group=group)
 
     def update(self) -> float:
         """The optimizer's step; returns the gradient norm."""

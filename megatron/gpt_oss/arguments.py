@@ -48,6 +48,11 @@ _FOREIGN_ARCHITECTURE = (
     "encoder_num_layers",
 )
 
+# Tokens whose logits live at a time: 1.6 GB in bf16, large enough for the products' full rate.
+LM_LOSS_CHUNK_SIZE = 4096
+# What the chunked loss leaves out.
+_UNCHUNKED_ONLY = ("use_mup", "defer_embedding_wgrad_compute")
+
 
 def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add our own flags to Megatron's parser (an `extra_args_provider`)."""
@@ -80,7 +85,8 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         metavar="TOKENS",
         default=0,
         help="Compute head and loss over this many tokens at a time, so that the logits of all "
-        "tokens (0.8 MB a token in fp32) never exist; 2048 is a good value. 0: all at once.",
+        "tokens (0.8 MB a token in fp32) never exist. 0: all at once. A preset takes "
+        f"{LM_LOSS_CHUNK_SIZE}.",
     )
     group.add_argument(
         "--no-moe-grouped-gemm",
@@ -154,6 +160,8 @@ def preset_args_provider(
     check_files(given, preset)
     check_lm_loss(given)
     defaults = preset_flags(preset) if preset is not None else {}
+    if preset is not None and not any(getattr(given, dest, False) for dest in _UNCHUNKED_ONLY):
+        defaults["lm_loss_chunk_size"] = LM_LOSS_CHUNK_SIZE
     defaults.update(_tokenizer_defaults(given))
     if getattr(given, "transformer_impl", "local") != "local":
         # Which experts TransformerEngine runs is for the command line to say.
@@ -278,7 +286,7 @@ def check_lm_loss(given: Namespace) -> None:
         raise UsageError(
             f"--lm-loss-chunk-size {chunk_size}: wanted a number of tokens, or 0 for all at once."
         )
-    for dest in ("use_mup", "defer_embedding_wgrad_compute"):
+    for dest in _UNCHUNKED_ONLY:
         if chunk_size and getattr(given, dest, False):
             flag = "--" + dest.replace("_", "-")
             raise UsageError(

@@ -5,11 +5,16 @@
 gpt-oss has 201,088 logits a token, 13 GB in bf16 for 32k tokens and twice that for the loss in
 fp32. Here a chunk's logits are made, turned into losses and at once into the gradients of hidden
 states and weight, and dropped. The backward only scales those gradients, which asks of it what every
-language model loss does: the gradient of a token's loss is its weight times one common factor.
+language model loss does: the gradient of a token's loss is its weight times one common factor. Who
+knows that factor in the forward gives it: the weight's gradient then goes into `main_grad` at once,
+and a tensor of the weight's size, 2.3 GB in fp32, is not made.
 
 Shapes: s tokens of the sequence (all of them, also with sequence parallelism), b micro batch,
 h hidden, v vocabulary of this tensor parallel rank, n rows (token, sample) of a chunk.
 """
+
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +23,8 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 # Of the relative distance between the gradient of the losses and factor * weights.
 _TOLERANCE = 1e-3
+# Of the relative distance between that factor and the one which was given.
+_FACTOR_TOLERANCE = 1e-5
 
 
 def chunked_lm_loss(
@@ -28,6 +35,7 @@ def chunked_lm_loss(
     *,
     chunk_size: int = 1024,
     z_loss: float = 0.0,
+    gradient_factor: Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
@@ -41,13 +49,17 @@ def chunked_lm_loss(
             The gradient that comes back must be a multiple of it.
         chunk_size: tokens whose logits live at a time.
         z_loss: adds z_loss * logsumexp(logits)^2 to a token's loss.
+        gradient_factor: what loss_weights are multiplied by in the gradient that will come back, a
+            tensor of one number. With it, and a weight that has a `main_grad` in fp32 (Megatron's
+            DDP), the weight's gradient is added there in the forward.
         tp_group: tensor parallel group over which the vocabulary is split.
         sequence_parallel: hidden holds this rank's part of the sequence.
     Returns:
         [b, s] fp32 (fp64 with fp64 inputs): losses, not multiplied by loss_weights.
     Raises:
         ValueError: shapes or chunk_size do not fit; or, in the backward, its gradient is not a
-            multiple of loss_weights (on a GPU as a device-side assertion, which waits for nothing).
+            multiple of loss_weights, or not gradient_factor times them (on a GPU as a device-side
+            assertion, which waits for nothing).
     """
     rows = hidden.shape[0] * hidden.shape[1]
     tp_size = 1 if tp_group is None else get_pg_size(tp_group)
@@ -72,6 +84,7 @@ def chunked_lm_loss(
         loss_weights,
         chunk_size,
         z_loss,
+        gradient_factor,
         tp_group,
         sequence_parallel,
         training,
@@ -96,6 +109,7 @@ class _ChunkedLmLoss(torch.autograd.Function):
         loss_weights,
         chunk_size,
         z_loss,
+        gradient_factor,
         tp_group,
         sequence_parallel,
         training,
@@ -106,30 +120,44 @@ class _ChunkedLmLoss(torch.autograd.Function):
             tokens.labels.shape, dtype=_precise(hidden.dtype), device=hidden.device
         )
         dhidden = torch.empty_like(tokens.hidden) if need_dhidden else None
-        dweight = torch.zeros_like(weight, dtype=losses.dtype) if need_dweight else None
+        main_grad = dweight = None
+        if need_dweight:
+            main_grad = _main_grad(weight) if gradient_factor is not None else None
+            dweight = main_grad
+            if main_grad is None:
+                dweight = torch.zeros_like(weight, dtype=losses.dtype)
         for rows in tokens.chunks(chunk_size):
             chunk = tokens.gather(rows)
+            weights = tokens.weights[:, rows].reshape(-1)
+            if main_grad is not None:
+                weights = weights * gradient_factor
             logits = chunk @ weight.t()
             chunk_losses, dlogits = _cross_entropy(
                 logits,
                 tokens.labels[:, rows].reshape(-1),
-                tokens.weights[:, rows].reshape(-1) if need_dhidden or need_dweight else None,
+                weights if need_dhidden or need_dweight else None,
                 z_loss,
                 tp_group,
                 tokens.tp_size,
             )
+            del logits
             losses[:, rows] = chunk_losses.view(tokens.parts, -1)
             if dlogits is None:
                 continue
             if need_dhidden:
                 dhidden[rows] = tokens.scatter(dlogits @ weight)
             if need_dweight:
-                dweight += dlogits.t() @ chunk
+                _add_product_(dweight, dlogits.t(), chunk)
+            del dlogits
         if need_dhidden and tokens.tp_size > 1 and not sequence_parallel:
             torch.distributed.all_reduce(dhidden, group=tp_group)
         ctx.save_for_backward(
-            None if dhidden is None else dhidden.view_as(hidden), dweight, loss_weights
+            None if dhidden is None else dhidden.view_as(hidden),
+            None if main_grad is not None else dweight,
+            loss_weights,
+            gradient_factor if main_grad is not None else None,
         )
+        ctx.weight = weight if main_grad is not None else None
         ctx.weight_dtype = weight.dtype
         return losses.view(-1, labels.shape[0]).t().contiguous()  # rows run over [s, b]
 
@@ -140,13 +168,44 @@ class _ChunkedLmLoss(torch.autograd.Function):
         if getattr(ctx, "used", False):
             raise RuntimeError("The backward of chunked_lm_loss was called twice.")
         ctx.used = True
-        dhidden, dweight, loss_weights = ctx.saved_tensors
+        dhidden, dweight, loss_weights, given = ctx.saved_tensors
         factor = _common_factor(dlosses, loss_weights)
+        if given is not None:
+            dweight, factor = _in_main_grad(ctx.weight, factor, given)
+            ctx.weight = None
+        elif dweight is not None:
+            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
         if dhidden is not None:
             dhidden.mul_(factor)
-        if dweight is not None:
-            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
-        return dhidden, dweight, *(None,) * 7
+        return dhidden, dweight, *(None,) * 8
+
+
+def _main_grad(weight: Tensor) -> Tensor | None:
+    """Where Megatron's DDP keeps the weight's gradient, if it can be added to in the forward.
+
+    Not that of a weight which is the embedding's too: what autograd brings is added there.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if getattr(weight, "zero_out_wgrad", False) or not hasattr(weight, "grad_added_to_main_grad"):
+        return None
+    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
+
+
+def _in_main_grad(weight: Tensor, factor: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """For a gradient that was added already: a placeholder, and what is left to scale by.
+
+    DDP's hook waits for a gradient and drops it; a factor that is NaN reaches the hidden states.
+    """
+    # A mask without a token gives no factor, and its gradients are 0 already.
+    ratio = torch.where(factor == 0, torch.ones_like(factor), factor / given)
+    _check(
+        ~((ratio - 1).abs() > _FACTOR_TOLERANCE),
+        "chunked_lm_loss: the gradient of the losses is not gradient_factor times loss_weights, "
+        "and the weight's gradient is in main_grad already. Give the factor by which the losses "
+        "are scaled, or none.",
+    )
+    weight.grad_added_to_main_grad = True
+    return torch.empty_like(weight), ratio
 
 
 class _Rows:
@@ -202,34 +261,57 @@ def _cross_entropy(
 
     The gradient is in the dtype of the logits: it goes into two matrix products with them.
     """
-    dtype = logits.dtype
-    probs = logits.to(_precise(dtype))
-    del logits
-    first = 0 if tp_size == 1 else get_pg_rank(tp_group) * probs.shape[-1]
+    first = 0 if tp_size == 1 else get_pg_rank(tp_group) * logits.shape[-1]
     local = labels - first
-    elsewhere = (local < 0) | (local >= probs.shape[-1])
-    local = local.masked_fill(elsewhere, 0).unsqueeze(-1)
-    maximum = probs.amax(-1)
-    _all_reduce(maximum, tp_group, tp_size, torch.distributed.ReduceOp.MAX)
-    probs -= maximum.unsqueeze(-1)
-    target = probs.gather(-1, local).squeeze(-1).masked_fill_(elsewhere, 0.0)
-    probs.exp_()
-    total = probs.sum(-1)
-    both = torch.stack([total, target])
-    _all_reduce(both, tp_group, tp_size, torch.distributed.ReduceOp.SUM)
-    total, target = both.unbind()
-    log_total = total.log()
-    lse = log_total + maximum
-    losses = log_total - target
+    kernels = _triton_kernels(logits)
+    statistics = kernels.row_statistics if kernels is not None else _row_statistics_ref
+    maximum, total, target = statistics(logits, local)
+    if tp_size > 1:
+        highest = maximum.clone()
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX, group=tp_group)
+        both = torch.stack([total * (maximum - highest).exp(), target])
+        torch.distributed.all_reduce(both, group=tp_group)
+        maximum, (total, target) = highest, both
+    lse = total.log() + maximum
+    losses = total.log() - (target - maximum)  # large logits cancel before they are rounded
     if z_loss:
         losses = losses + z_loss * lse.square()
     if weights is None:
         return losses, None
-    weights = weights.to(probs.dtype)
+    weights = weights.to(lse.dtype)
     scale = weights if not z_loss else weights * (1 + 2 * z_loss * lse)
-    probs *= (scale / total).unsqueeze(-1)
-    probs.scatter_add_(-1, local, -weights.masked_fill(elsewhere, 0.0).unsqueeze(-1))
-    return losses, probs.to(dtype)
+    if kernels is None:
+        return losses, _to_gradient_ref(logits, local, lse, scale, weights)
+    kernels.to_gradient_(logits, local, lse, scale, weights)
+    return losses, logits
+
+
+def _row_statistics_ref(logits, labels):
+    """`chunked_lm_loss_triton.row_statistics` in plain PyTorch."""
+    values = logits.to(_precise(logits.dtype))
+    maximum = values.amax(-1)
+    elsewhere = (labels < 0) | (labels >= logits.shape[-1])
+    target = values.gather(-1, labels.masked_fill(elsewhere, 0).unsqueeze(-1)).squeeze(-1)
+    total = (values - maximum.unsqueeze(-1)).exp_().sum(-1)
+    return maximum, total, target.masked_fill(elsewhere, 0.0)
+
+
+def _to_gradient_ref(logits, labels, lse, scale, weights):
+    """`chunked_lm_loss_triton.to_gradient_` in plain PyTorch, and not in place."""
+    probs = logits.to(_precise(logits.dtype)).sub_(lse.unsqueeze(-1)).exp_()
+    probs *= scale.unsqueeze(-1)
+    elsewhere = (labels < 0) | (labels >= logits.shape[-1])
+    columns = labels.masked_fill(elsewhere, 0).unsqueeze(-1)
+    probs.scatter_add_(-1, columns, -weights.masked_fill(elsewhere, 0.0).unsqueeze(-1))
+    return probs.to(logits.dtype)
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; fp32 sums of bf16 products are not rounded in between on CUDA."""
+    if total.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float32:
+        torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
@@ -244,18 +326,32 @@ def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
         "chunked_lm_loss: the gradient of the losses is not a multiple of loss_weights. Give as "
         "loss_weights what the losses are multiplied by, or compute the loss unchunked."
     )
-    if dlosses.device.type == "cpu":
-        if not good:
-            raise ValueError(message)
-    else:
-        torch._assert_async(good, message)
+    _check(good, message)
     return factor
 
 
-def _all_reduce(x: Tensor, group, size: int, op) -> None:
-    if size > 1:
-        torch.distributed.all_reduce(x, op=op, group=group)
+def _check(good: Tensor, message: str) -> None:
+    if good.device.type != "cpu":
+        torch._assert_async(good, message)
+    elif not good:
+        raise ValueError(message)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _triton_kernels(logits: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they take these logits."""
+    if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return _triton_module()
+    return None
+
+
+@functools.cache
+def _triton_module() -> ModuleType | None:
+    try:
+        from megatron.core.fusions import chunked_lm_loss_triton
+    except ImportError:
+        return None
+    return chunked_lm_loss_triton

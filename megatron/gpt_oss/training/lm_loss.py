@@ -8,11 +8,14 @@ from torch import Tensor
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss
 
 
-def chunked_loss_processor(chunk_size: int) -> Callable[..., Tensor]:
+def chunked_loss_processor(
+    chunk_size: int, gradient_factor: Tensor | None = None
+) -> Callable[..., Tensor]:
     """An `output_processor` for GPTModel.forward: losses [b, s] without the logits of all tokens.
 
     Args:
         chunk_size: tokens whose logits live at a time.
+        gradient_factor: as in `chunked_lm_loss`.
     Returns:
         A function of what GPTModel hands over; the output layer's own flags say how its input and
         its vocabulary are split.
@@ -25,6 +28,7 @@ def chunked_loss_processor(chunk_size: int) -> Callable[..., Tensor]:
             labels,
             loss_mask,
             chunk_size=chunk_size,
+            gradient_factor=gradient_factor,
             tp_group=output_layer.tp_group,
             sequence_parallel=output_layer.sequence_parallel,
         )

@@ -10,11 +10,13 @@ from torch import Tensor
 from megatron.core import mpu
 from megatron.core.device_utils import current_device
 from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.utils import (
     get_attr_wrapped_model,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
+    get_model_config,
 )
 from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from megatron.training import get_args, get_timers
@@ -86,14 +88,28 @@ def _without_padding(cu_seqlens: Tensor) -> Tensor:
     return cu_seqlens[:, : ends + 1].contiguous()
 
 
+def counted_tokens(loss_mask: Tensor, cp_group=None, per_token: bool = False) -> Tensor:
+    """What Megatron divides a micro-batch's loss by: see `loss_func`. One int on the device."""
+    num_tokens = loss_mask.sum(dtype=torch.float32).to(torch.int)
+    if not per_token and cp_group is not None and cp_group.size() > 1:
+        torch.distributed.all_reduce(num_tokens, group=cp_group)
+    return num_tokens
+
+
 def loss_func(
-    loss_mask: Tensor, losses: Tensor, *, cp_group=None, per_token: bool = False
+    loss_mask: Tensor,
+    losses: Tensor,
+    *,
+    num_tokens: Tensor | None = None,
+    cp_group=None,
+    per_token: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the token losses, and what Megatron averages it by.
 
     Args:
         loss_mask: [b, s / cp], 1 where a token counts.
         losses: [b, s / cp], fp32, the model's output.
+        num_tokens: of `counted_tokens`, computed here by default.
         cp_group: the ranks that hold the rest of the sequence.
         per_token: --calculate-per-token-loss: Megatron sums losses and numbers over the whole
             global batch before it divides. Without it, it divides here and averages the quotients
@@ -104,12 +120,86 @@ def loss_func(
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
-    num_tokens = mask.sum().detach().to(torch.int)
-    report = torch.cat([loss.detach().view(1), num_tokens.view(1)])
-    if not per_token and cp_group is not None and cp_group.size() > 1:
-        torch.distributed.all_reduce(num_tokens, group=cp_group)
-        loss = loss * cp_group.size()
-    return loss, num_tokens, {"lm loss": report}
+    own = counted_tokens(loss_mask, per_token=True)
+    report = torch.cat([loss.detach().view(1), own.view(1)])
+    if num_tokens is None:
+        num_tokens = counted_tokens(loss_mask, cp_group, per_token)
+    return loss * _ranks_of_a_sequence(cp_group, per_token), num_tokens, {"lm loss": report}
+
+
+def gradient_factor(
+    num_tokens: Tensor,
+    num_microbatches: int,
+    scale: Callable[[Tensor], Tensor] | None,
+    *,
+    cp_group=None,
+    per_token: bool = False,
+) -> Tensor:
+    """What a token's loss is multiplied by on its way to the backward, after `loss_func`.
+
+    Megatron divides by the tokens and micro-batches and multiplies by the loss scale; the chunked
+    loss, whose gradients are made in the forward, must know.
+
+    Args:
+        num_tokens: of `counted_tokens`.
+        num_microbatches: of the step.
+        scale: the config's grad_scale_func, if it has one.
+    Returns:
+        One fp32 number on the device.
+    """
+    factor = torch.ones_like(num_tokens, dtype=torch.float32)
+    factor *= _ranks_of_a_sequence(cp_group, per_token)
+    if not per_token:
+        factor /= num_tokens.clamp(min=1)
+        factor /= num_microbatches
+    return factor if scale is None else scale(factor)
+
+
+def _ranks_of_a_sequence(cp_group, per_token: bool) -> int:
+    """DDP averages over the ranks of a sequence too, which each hold a part of its loss."""
+    return 1 if per_token or cp_group is None else cp_group.size()
+
+
+def losses_and_loss_func(
+    model: GPTModel, batch: dict, *, chunk_size: int, num_microbatches: int, cp_group=None
+) -> tuple[Tensor, Callable]:
+    """Run the model on a micro-batch of this rank.
+
+    Args:
+        batch: as `get_batch` gives it; labels, positions, mask and packed_seq_params may be None.
+        chunk_size: tokens of head and loss at a time, 0 for all.
+        num_microbatches: of the step.
+    Returns:
+        Megatron's forward_step_func's: the model's output, and the function that makes it a loss.
+    """
+    config = get_model_config(model)
+    loss_mask, per_token = batch["loss_mask"], config.calculate_per_token_loss
+    options, num_tokens = {}, None
+    if chunk_size and loss_mask is not None:
+        num_tokens = counted_tokens(loss_mask, cp_group, per_token)
+        factor = None
+        if torch.is_grad_enabled():
+            factor = gradient_factor(
+                num_tokens,
+                num_microbatches,
+                config.grad_scale_func,
+                cp_group=cp_group,
+                per_token=per_token,
+            )
+        options["output_processor"] = chunked_loss_processor(chunk_size, factor)
+    output = model(
+        batch["tokens"],
+        batch.get("position_ids"),
+        batch.get("attention_mask"),
+        labels=batch["labels"],
+        loss_mask=loss_mask,
+        packed_seq_params=batch.get("packed_seq_params"),
+        **options,
+    )
+    function = partial(
+        loss_func, loss_mask, num_tokens=num_tokens, cp_group=cp_group, per_token=per_token
+    )
+    return output, function
 
 
 def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
@@ -118,21 +208,10 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Call
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
-    options, chunk_size = {}, get_args().lm_loss_chunk_size
-    if chunk_size:
-        options["output_processor"] = chunked_loss_processor(chunk_size)
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-        packed_seq_params=batch["packed_seq_params"],
-        **options,
-    )
-    return output, partial(
-        loss_func,
-        batch["loss_mask"],
+    return losses_and_loss_func(
+        model,
+        batch,
+        chunk_size=get_args().lm_loss_chunk_size,
+        num_microbatches=get_num_microbatches(),
         cp_group=mpu.get_context_parallel_group(),
-        per_token=get_args().calculate_per_token_loss,
     )

@@ -2,12 +2,15 @@
 
 """Losses and gradients of the chunked loss are those of all logits at once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
 from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.triton_interpreter import run_in_interpreter
 
 TOKENS, BATCH, HIDDEN, VOCAB = 22, 3, 12, 38
 
@@ -127,6 +130,63 @@ def test_gradient_that_is_no_multiple():
     assert dweight.eq(0).all()  # nothing counts: no division by zero
 
 
+def with_main_grad(weight, labels, mask, hidden, given, used, chunk_size=10):
+    """hidden's gradient and main_grad, which held 1 before."""
+    hidden, weight = hidden.detach().clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+    weight.main_grad = torch.ones_like(weight, dtype=torch.float32)
+    weight.grad_added_to_main_grad = False
+    losses = chunked_lm_loss(
+        hidden, weight, labels, mask, chunk_size=chunk_size, gradient_factor=torch.tensor(given)
+    )
+    ((losses * mask).sum() * used).backward()
+    return losses.detach(), hidden.grad, weight
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_into_main_grad(dtype, limit):
+    """The weight's gradient is added to what is there, and the hook is told so."""
+    hidden, weight, labels, mask = example(dtype)
+    exact = with_gradients(
+        lambda h, w: lm_loss_ref(h, w, labels), hidden.double(), weight.double(), mask.double()
+    )
+    losses, dhidden, weight = with_main_grad(weight, labels, mask, hidden, 0.37, 0.37)
+    close([losses, dhidden, weight.main_grad - 1], exact, limit)
+    assert weight.grad_added_to_main_grad
+
+
+def test_into_main_grad_of_no_token():
+    hidden, weight, labels, mask = example(torch.float32)
+    _, dhidden, weight = with_main_grad(weight, labels, 0 * mask, hidden, 0.37, 0.37)
+    assert dhidden.eq(0).all() and weight.main_grad.eq(1).all()
+
+
+def test_another_factor_than_given():
+    hidden, weight, labels, mask = example(torch.float32)
+    with pytest.raises(ValueError, match="not gradient_factor times loss_weights"):
+        with_main_grad(weight, labels, mask, hidden, 0.37, 0.3701)
+
+
+def test_nan_reaches_the_gradient():
+    """A loss that was made nan after the model: the optimizer must see it in some gradient."""
+    hidden, weight, labels, mask = example(torch.float32)
+    _, dhidden, _ = with_main_grad(weight, labels, mask, hidden, 0.37, float("nan"))
+    assert dhidden.isnan().any()
+
+
+def test_shared_weight_keeps_its_own_gradient():
+    """With tied embeddings autograd brings more than this gradient: nothing is added ahead."""
+    hidden, weight, labels, mask = example(torch.float32)
+    weight = torch.nn.Parameter(weight)
+    weight.main_grad = torch.zeros_like(weight)
+    weight.grad_added_to_main_grad, weight.zero_out_wgrad = False, True
+    factor = torch.tensor(0.37)
+    losses = chunked_lm_loss(hidden, weight, labels, mask, chunk_size=9, gradient_factor=factor)
+    ((losses * mask).sum() * 0.37).backward()
+    expected = with_gradients(lambda h, w: lm_loss_ref(h, w, labels), hidden, weight, mask)
+    close([weight.grad], expected[2:], 1e-6)
+    assert weight.main_grad.eq(0).all() and not weight.grad_added_to_main_grad
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -140,6 +200,10 @@ def test_bad_arguments(change, message):
     arguments = dict(labels=labels, loss_weights=mask, chunk_size=4, **{}) | change
     with pytest.raises(ValueError, match=message):
         chunked_lm_loss(hidden, weight, **arguments)
+
+
+def test_kernels_in_interpreter():
+    run_in_interpreter(Path(__file__).with_name("test_chunked_lm_loss_triton.py"))
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.gpt_oss.checkpoint.load import load_hf
-from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
-from megatron.gpt_oss.training.step import loss_func
+from megatron.gpt_oss.training.step import losses_and_loss_func
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
 from tests.unit_tests.gpt_oss.gradients import gradient_errors
@@ -84,9 +83,9 @@ LAYOUTS = {
     'cp2-auto-ep2': Layout(2, 2, ep=2),
     'cp2-tp2': Layout(4, 2, tp=2),
     'cp2-tp2-sp-ep2': Layout(4, 2, tp=2, sp=True, ep=2, loss_chunk=7),
-    'cp2-pp2': Layout(4, 2, pp=2),
-    'cp2-ep2-dp2': Layout(4, 2, ep=2),
-    'cp2-dp2-distributed-optimizer': Layout(4, 2, 'a2a', distributed_optimizer=True),
+    'cp2-pp2': Layout(4, 2, pp=2, loss_chunk=6),
+    'cp2-ep2-dp2': Layout(4, 2, ep=2, loss_chunk=5),
+    'cp2-dp2-distributed-optimizer': Layout(4, 2, 'a2a', distributed_optimizer=True, loss_chunk=9),
 }
 
 
@@ -187,20 +186,13 @@ def step(folder, layout, arguments, kind):
 
     def forward_step(data, model):
         batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
-        options = {}
-        if layout.loss_chunk:
-            options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
-        output = model(
-            batch['tokens'],
-            None,
-            None,
-            labels=batch['labels'],
-            loss_mask=batch['loss_mask'],
-            packed_seq_params=documents,
-            **options,
+        return losses_and_loss_func(
+            model,
+            {**batch, 'position_ids': None, 'packed_seq_params': documents},
+            chunk_size=layout.loss_chunk,
+            num_microbatches=1,
+            cp_group=group,
         )
-        per_token = arguments['calculate_per_token_loss']
-        return output, partial(loss_func, batch['loss_mask'], cp_group=group, per_token=per_token)
 
     def schedule(forward_only):
         return get_forward_backward_func()(

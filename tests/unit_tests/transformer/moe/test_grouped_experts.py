@@ -2,10 +2,6 @@
 
 """GroupedExperts in one process, against SequentialMLP, transformers and a float64 reference."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +31,7 @@ from tests.unit_tests.transformer.moe.grouped_experts_reference import (
     randomize,
     relative_error,
 )
+from tests.unit_tests.triton_interpreter import run_in_interpreter
 
 COUNTS = {
     "odd": [3, 1, 7, 2],
@@ -302,17 +299,8 @@ def test_dispatcher_does_not_wait():
     assert points == ["before_finish", "no_sync"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are tested on the device")
 def test_triton_kernels_in_interpreter():
-    """In a process of its own: TRITON_INTERPRET counts when triton is imported."""
-    tests = Path(__file__).with_name("test_grouped_experts_triton.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", str(tests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("this Triton's interpreter does not know this NumPy (3.6 and 2.4)")
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(Path(__file__).with_name("test_grouped_experts_triton.py"))
 
 
 @pytest.mark.gpu

@@ -160,7 +160,8 @@ def key_ranges(num_q: int, num_k: int, call: Call, device: torch.device) -> tupl
             upper = torch.full_like(rows, num_k)
     else:
         cu_q, cu_k = call.cu_seqlens_q.long(), call.cu_seqlens_k.long()
-        document = torch.searchsorted(cu_q[1:].contiguous(), rows, right=True)
+        # Of all of cu_q and not of cu_q[1:]: Inductor cannot search a slice.
+        document = torch.searchsorted(cu_q, rows, right=True) - 1
         beyond = document >= cu_q.numel() - 1
         document = document.clamp(max=cu_q.numel() - 2)
         first = cu_k[document]

@@ -1,0 +1,237 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Head and loss of gpt-oss-20b, forward and backward: all logits at once, and in chunks.
+
+    python benchmarks/lm_loss.py --json benchmarks/results/lm_loss_h100.json
+    python benchmarks/lm_loss.py --cases 8k --only unchunked chunked
+
+2880 wide, 201,088 logits a token, bf16. `unchunked` is what Megatron-Core does without
+TransformerEngine: the output layer, then VocabParallelCrossEntropy in fp32. `chunked` is
+`chunked_lm_loss`, `main_grad` the same with the weight's gradient added to fp32 main_grad in the
+forward, as a training run does it (the other two leave a bf16 gradient that DDP still has to add).
+Losses and gradients are compared first with float64 on 512 tokens. Times are CUDA events' medians,
+taken in turn on fresh random data. Peak MiB are beyond hidden states, weight and main_grad; TFLOP/s
+count 6 x tokens x 2880 x 201,088.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import report
+from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
+from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+HIDDEN, VOCAB = 2880, 201_088
+K, MIB = 1024, 2**20
+TOKENS = {"8k": 8 * K, "32k": 32 * K}
+CHUNKS = (2 * K, 4 * K)
+ERROR_LIMIT = 1e-2
+FACTOR = 1e-4
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    loss: str
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    tflops: float
+    of_unchunked: float
+    peak_mib: float
+    error: float
+
+
+class Head:
+    """Tensors of one case: fresh ones for each, so that nothing is kept between them."""
+
+    def __init__(self, tokens: int, vocab: int = VOCAB):
+        self.hidden = torch.empty(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
+        self.weight = torch.nn.Parameter(
+            torch.empty(vocab, HIDDEN, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
+        )
+        self.weight.grad_added_to_main_grad = False
+        self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
+        self.mask = torch.ones(1, tokens, device="cuda")
+        self.factor = torch.tensor(FACTOR, device="cuda")
+        self.refill()
+
+    def refill(self) -> None:
+        """Other values."""
+        self.hidden = self.hidden.detach().normal_().requires_grad_()
+        self.labels = torch.randint(self.weight.shape[0], self.mask.shape, device="cuda")
+        self.weight.grad = None
+
+
+def unchunked(head: Head) -> torch.Tensor:
+    """As GPTModel does it."""
+    logits = head.hidden @ head.weight.t()
+    return vocab_parallel_cross_entropy(logits, head.labels.t(), tp_group=None).t()
+
+
+def chunked(head: Head, size: int, into_main_grad: bool) -> torch.Tensor:
+    """`chunked_lm_loss`."""
+    factor = head.factor if into_main_grad else None
+    return chunked_lm_loss(
+        head.hidden,
+        head.weight,
+        head.labels,
+        head.mask,
+        chunk_size=size,
+        gradient_factor=factor,
+    )
+
+
+IMPLEMENTATIONS = {"unchunked": unchunked}
+for _size in CHUNKS:
+    IMPLEMENTATIONS[f"chunked-{_size}"] = partial(chunked, size=_size, into_main_grad=False)
+    IMPLEMENTATIONS[f"main_grad-{_size}"] = partial(chunked, size=_size, into_main_grad=True)
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    start_group()
+    facts = {**report.machine("torch", "triton"), "gpu": torch.cuda.get_device_name()}
+    rows, left_out = [], []
+    for case in args.cases:
+        found = run_case(case, args, left_out)
+        rows += found
+        print(table(found), flush=True)
+        if args.json:
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+    for case, reason in left_out:
+        print(f"{case}: {reason}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", nargs="+", choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=[*IMPLEMENTATIONS])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", metavar="PATH")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU to measure")
+    return args
+
+
+def start_group() -> None:
+    """Megatron's cross entropy asks for a tensor parallel group."""
+    from benchmarks.train_step import start_group as start
+    from megatron.core import parallel_state
+
+    start()
+    parallel_state.initialize_model_parallel()
+
+
+def run_case(case: str, args: argparse.Namespace, left_out: list) -> list[Row]:
+    """Check, time, and weigh each implementation."""
+    errors = {name: check(IMPLEMENTATIONS[name]) for name in args.only}
+    times, peaks = {name: [] for name in args.only}, {}
+    for repeat in range(args.repeats + 1):
+        for name in list(times):
+            torch.cuda.empty_cache()
+            head = Head(TOKENS[case])
+            try:
+                step(IMPLEMENTATIONS[name], head)  # the allocator's pool is filled
+                ms, peaks[name] = timed(IMPLEMENTATIONS[name], head)
+            except torch.OutOfMemoryError:
+                left_out.append([f"{case} {name}", "out of memory"])
+                del times[name]
+                continue
+            finally:
+                del head
+            if repeat:
+                times[name].append(ms)
+    rows = []
+    base = median(times["unchunked"]) if "unchunked" in times else float("nan")
+    for name, values in times.items():
+        values.sort()
+        ms = median(values)
+        rows.append(
+            Row(
+                case=case,
+                loss=name,
+                ms=ms,
+                ms_p20=values[len(values) // 5],
+                ms_p80=values[len(values) * 4 // 5],
+                tflops=6 * TOKENS[case] * HIDDEN * VOCAB / ms / 1e9,
+                of_unchunked=ms / base,
+                peak_mib=peaks[name],
+                error=errors[name],
+            )
+        )
+    return rows
+
+
+def step(function, head: Head) -> torch.Tensor:
+    """Losses, and the gradients of their weighted sum."""
+    losses = function(head)
+    ((losses * head.mask).sum() * head.factor).backward()
+    return losses
+
+
+def check(function, tokens: int = 512, vocab: int = 8 * K) -> float:
+    """Largest relative error of losses and gradients against float64."""
+    head = Head(tokens, vocab)
+    losses = step(function, head)
+    exact = [x.detach().double().requires_grad_() for x in (head.hidden, head.weight)]
+    expected = lm_loss_ref(*exact, head.labels)
+    (expected.sum() * FACTOR).backward()
+    added = head.weight.grad_added_to_main_grad
+    dweight = head.weight.main_grad if added else head.weight.grad
+    worst = 0.0
+    for value, target in (
+        (losses, expected),
+        (head.hidden.grad, exact[0].grad),
+        (dweight, exact[1].grad),
+    ):
+        worst = max(worst, ((value.double() - target).norm() / target.norm()).item())
+    if not worst < ERROR_LIMIT:
+        raise SystemExit(f"wrong: relative error {worst:.1e}")
+    return worst
+
+
+def timed(function, head: Head) -> tuple[float, float]:
+    """Milliseconds, and MiB at the peak beyond what is there."""
+    head.refill()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step(function, head)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    lines = [["case", "loss", "ms", "p20", "p80", "TFLOP/s", "of unchunked", "peak MiB", "error"]]
+    for row in rows:
+        figures = [f"{x:.2f}" for x in (row.ms, row.ms_p20, row.ms_p80)]
+        figures += [f"{row.tflops:.0f}", f"{row.of_unchunked:.3f}", f"{row.peak_mib:.0f}"]
+        lines.append([row.case, row.loss, *figures, f"{row.error:.1e}"])
+    return report.columns(lines, words=(0, 1))
+
+
+if __name__ == "__main__":
+    main()
