@@ -41,13 +41,16 @@ def write_json(path: Path, facts: dict, **content) -> None:
     _save(path, facts, " ".join(["python benchmarks/" + words[0], *words[1:]]), content)
 
 
-def write_rows(path: Path, facts: dict, command: list[str], rows: list, left_out: list) -> None:
+def write_rows(
+    path: Path, facts: dict, command: list[str], rows: list, left_out: list, **more
+) -> None:
     """The rows of a table, with the machine and the command.
 
     Args:
         command: what comes before the script's name: python, or torchrun with its flags.
         rows: dataclasses; a figure that is nan becomes null.
         left_out: [case, reason] for what has no row.
+        more: other entries of the file.
     """
 
     def plain(value):
@@ -56,6 +59,7 @@ def write_rows(path: Path, facts: dict, command: list[str], rows: list, left_out
     content = {
         "rows": [{name: plain(value) for name, value in vars(row).items()} for row in rows],
         "left_out": [{"case": case, "reason": reason} for case, reason in left_out],
+        **more,
     }
     _save(path, facts, " ".join([*command, *sys.argv]), content)
 

@@ -19,6 +19,11 @@ bias falls off as `-log(expert + 1)` (`skewed`): the first expert gets 8 times i
 
 `tokens/s` is per GPU; model TFLOP/s count 6 a parameter and token and what attention sees, nothing
 twice. Peak GiB is torch's, of the model with both layers, AdamW's step included.
+
+Last, three layers and head are trained at longer and longer sequences until the card is full:
+`lean` (experts in parts and made again), `fast` (nothing made again), `one-by-one` (experts one
+after the other and all logits at once, as upstream's local path, with our attention: upstream's
+own keeps s x s scores).
 """
 
 import argparse
@@ -89,8 +94,14 @@ CASES = [
     Case("128k", 128 * K, 1, EXPERTS_IN_PARTS, 4 * K),
     Case("4k-skewed", 4 * K, 8, {}, 4 * K, skewed=True),
     Case("32k-skewed", 32 * K, 1, {}, 4 * K, skewed=True),
-    Case("4k-upstream", 4 * K, 2, {}, 0, overrides=(("moe_grouped_gemm", False),)),
+    Case("4k-one-by-one", 4 * K, 1, {}, 0, overrides=(("moe_grouped_gemm", False),)),
 ]
+# Three layers and ever longer sequences, until one does not fit.
+GROWING = {
+    "lean": (Case("lean", 128 * K, 1, EXPERTS_IN_PARTS, 4 * K), 16 * K),
+    "fast": (Case("fast", 128 * K, 1, {}, 4 * K), 8 * K),
+    "one-by-one": (replace(CASES[-1], name="one-by-one", length=32 * K), 2 * K),
+}
 
 
 @dataclass
@@ -109,29 +120,56 @@ class Row:
     layers_extrapolated: int
 
 
+@dataclass
+class Growth:
+    """The longest sequence of three layers that fitted, in steps of so many tokens."""
+
+    path: str
+    tokens: int
+    step: int
+    peak_gib: float
+
+
 def main() -> None:
     """Run the chosen cases, print them, write what was asked for."""
     args = parse_arguments()
     start_group()
     facts = machine()
     print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    rows, left_out, profiles = [], [], {}
+    rows, left_out, more = [], [], {"longest": [], "kernels": {}}
     preset = get_preset("tiny" if args.smoke else "20b")
     for case in args.chosen:
         begin = time.perf_counter()
-        try:
-            row = run_case(case, preset, args, profiles)
-        except torch.OutOfMemoryError as error:
-            left_out.append([case.name, str(error).split(". ")[0]])
+        row = run_case(case, preset, args, left_out, more["kernels"])
+        if row is None:
             print(f"{case.name}: {left_out[-1][1]}", flush=True)
-            free()
             continue
         rows.append(row)
         print(table([row]), f"\n{time.perf_counter() - begin:.0f} s", flush=True)
         if args.json:
-            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
-    if args.json:
-        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out, **more)
+    for name in args.growing:
+        more["longest"].append(vars(grow(name, preset, args.smoke)))
+        print(more["longest"][-1], flush=True)
+        if args.json:
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out, **more)
+
+
+def grow(name: str, preset, smoke: bool) -> Growth:
+    """Train steps of longer and longer sequences until the memory is full."""
+    case, step = GROWING[name]
+    if smoke:
+        case, step = replace(case, length=256, loss_chunk=min(case.loss_chunk, 64)), 128
+    trainer, longest, peak = build(case, preset, [1, 0, 1], smoke), 0, 0.0
+    try:
+        for tokens in range(step, case.length + 1, step):
+            _, _, reached = measure(trainer, replace(case, length=tokens, size=1), 0)
+            longest, peak = tokens, reached
+    except torch.OutOfMemoryError:
+        pass
+    finally:
+        trainer.close()
+    return Growth(path=name, tokens=longest, step=step, peak_gib=peak)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,13 +178,16 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     by_name = {case.name: case for case in CASES}
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="of " + ", ".join(by_name))
+    parser.add_argument("--growing", nargs="*", choices=GROWING, default=list(GROWING))
     parser.add_argument("--repeats", type=int, default=5, help="micro-batches that are timed")
-    parser.add_argument("--profile", action="store_true", help="kernels of a micro-batch, by time")
+    parser.add_argument(
+        "--profile", action="store_true", help="kernels of a micro-batch into the JSON"
+    )
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
-    names = args.cases or list(by_name)
+    names = list(by_name) if args.cases is None else args.cases
     for name in names:
         if name not in by_name:
             parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
@@ -173,25 +214,20 @@ def start_group() -> None:
     )
 
 
-def free() -> None:
-    """After a case that did not fit: its model and process groups."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    torch.cuda.empty_cache()
-
-
-def run_case(case: Case, preset, args, profiles: dict) -> Row:
-    """Time the three models and extrapolate."""
+def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | None:
+    """Time the three models and extrapolate; None if one does not fit."""
     seconds, updates, peak = {}, {}, 0.0
     for name, windows in MODELS.items():
-        with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
-            trainer = build(case, preset, windows, args.smoke)
-        seconds[name], updates[name], peak = measure(trainer, case, args.repeats)
-        if args.profile and name == "both":
-            print(profile(trainer, case), flush=True)
-        trainer.close()
-        del trainer
+        trainer = build(case, preset, windows, args.smoke)
+        try:
+            seconds[name], updates[name], peak = measure(trainer, case, args.repeats)
+            if args.profile and name == "both":
+                kernels[case.name] = profile(trainer, case)
+        except torch.OutOfMemoryError:
+            left_out.append([case.name, f"out of memory with the model '{name}'"])
+            return None
+        finally:
+            trainer.close()
     windowed = seconds["both"] - seconds["full"]
     full = seconds["both"] - seconds["windowed"]
     head = seconds["windowed"] + seconds["full"] - seconds["both"]
@@ -219,16 +255,17 @@ def run_case(case: Case, preset, args, profiles: dict) -> Row:
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
     """A model of so many layers, windowed where it says 1."""
-    trainer = Trainer(
-        replace(preset, num_layers=len(windows)),
-        loss_chunk=case.loss_chunk,
-        bf16=not smoke,
-        seq_length=case.length,
-        micro_batch_size=case.size,
-        window_attn_skip_freq=windows,
-        **case.recompute,
-        **dict(case.overrides),
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
+        trainer = Trainer(
+            replace(preset, num_layers=len(windows)),
+            loss_chunk=case.loss_chunk,
+            bf16=not smoke,
+            seq_length=case.length,
+            micro_batch_size=case.size,
+            window_attn_skip_freq=windows,
+            **case.recompute,
+            **dict(case.overrides),
+        )
     if case.skewed:
         with torch.no_grad():
             for name, parameter in trainer.model[0].named_parameters():
@@ -244,11 +281,11 @@ def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, f
     """Median seconds of a micro-batch's forward and backward, of AdamW; GiB at the peak."""
     batches = [
         make_batch(trainer.preset.vocab_size, case.length, case.size, seed)
-        for seed in range(min(4, repeats + 1))
+        for seed in range(min(3, repeats + 1))
     ]
     steps, updates = [], []
     trainer.zero_gradients()
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + 2):  # two to warm up
         steps.append(timed(lambda: trainer.forward_backward(batches[repeat % len(batches)])))
         if repeat < 3:
             updates.append(timed(trainer.update))
@@ -256,7 +293,7 @@ def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, f
         if repeat == 0 and device_utils.is_cuda():
             torch.cuda.reset_peak_memory_stats()
     peak = torch.cuda.max_memory_allocated() / GIB if device_utils.is_cuda() else float("nan")
-    return median(steps[2:]), min(updates[1:]), peak
+    return median(steps[2:] or steps), min(updates[1:]), peak
 
 
 def timed(function) -> float:
@@ -278,8 +315,8 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def profile(trainer: Trainer, case: Case, most: int = 40) -> str:
-    """The kernels of one micro-batch and AdamW's step, by time."""
+def profile(trainer: Trainer, case: Case) -> list[dict]:
+    """The kernels of one micro-batch, by time, those of under 0.1 ms together."""
     batch = make_batch(trainer.preset.vocab_size, case.length, case.size)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
         trainer.forward_backward(batch)
@@ -287,13 +324,13 @@ def profile(trainer: Trainer, case: Case, most: int = 40) -> str:
             torch.cuda.synchronize()
     kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
     kernels.sort(key=lambda e: -e.self_device_time_total)
-    total = sum(e.self_device_time_total for e in kernels)
-    lines = [["kernel", "calls", "ms", "share"]]
-    for e in kernels[:most]:
-        ms = e.self_device_time_total / 1e3
-        share = e.self_device_time_total / max(total, 1)
-        lines.append([e.key[:110], str(e.count), f"{ms:.3f}", f"{share:.3f}"])
-    return report.columns(lines, words=(0,)) + f"\nkernels: {total / 1e3:.1f} ms"
+    rows = [
+        {"kernel": e.key[:160], "calls": e.count, "ms": e.self_device_time_total / 1e3}
+        for e in kernels
+    ]
+    small = [row for row in rows if row["ms"] < 0.1]
+    rest = {"kernel": "all others", "calls": sum(row["calls"] for row in small)}
+    return [*rows[: len(rows) - len(small)], {**rest, "ms": sum(row["ms"] for row in small)}]
 
 
 def table(rows: list[Row]) -> str:
