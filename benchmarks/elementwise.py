@@ -1,0 +1,417 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Operations that only move memory, forward and backward: rotation, bias and residual, RMSNorm.
+
+    python benchmarks/elementwise.py                    all cases, a minute or two on an H100
+    python benchmarks/elementwise.py --cases rope-32k --json benchmarks/results/elementwise_h100.json
+    python benchmarks/elementwise.py --cases tiny       seconds, on the CPU too
+
+`rope` goes from linear_qkv's output to rotated queries and keys and to values, with gpt-oss-20b's
+64 query heads, 8 groups and head dim 64; `residual` adds attention's bias and the residual (hidden
+2880, no dropout); `norm` is RMSNorm. bf16.
+
+`eager` is upstream's path; `compiled` torch.compile (for `residual` what bias_dropout_fusion gives);
+`triton` this project's kernel; `liger` Liger-Kernel's function for q and k after upstream's split, or
+its RMSNorm, where it is installed; `copy` is one copy of as many bytes as the operation cannot
+avoid: each input and output gradient read once, each output and input gradient written once.
+
+Values are checked first, on 1,001 tokens, against float64; an implementation that is wrong gets no
+figure. Then all are timed in turn by CUDA events. GB/s are of the unavoidable bytes, and so
+comparable between implementations; `of copy` is the share of the copy's. Kept MiB is what is there
+between forward and backward beyond weights, the outputs included, once the caller has let go of the
+inputs. Error is the largest relative one of outputs and gradients.
+"""
+
+import argparse
+import functools
+import importlib.util
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import report
+from benchmarks.experts import DEVICE, machine, quantiles
+from megatron.core.fusions import fused_qkv_rotary
+from megatron.core.fusions.fused_bias_dropout import (
+    bias_dropout_add_fused_train,
+    bias_dropout_add_unfused,
+)
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+
+HEADS, GROUPS, HEAD_DIM, HIDDEN = 64, 8, 64, 2880
+QUERIES = HEADS // GROUPS
+MSCALE = 1.3465735902799727  # 0.1 ln(32) + 1
+EPSILON = 1e-5
+CHECKED_TOKENS = 1001
+ERROR_LIMIT = 1e-2  # bf16 keeps 8 bits; eager rounds several times in turn
+IMPLEMENTATIONS = ("eager", "compiled", "triton", "liger")
+K = 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on so many tokens."""
+
+    operation: str
+    tokens: int
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        size = f"{self.tokens // K}k" if self.tokens >= K else str(self.tokens)
+        return f"{self.operation}-{size}" + (f"x{self.batch}" if self.batch > 1 else "")
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    case: str
+    implementation: str
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    forward_ms: float | None
+    gb_per_s: float
+    of_copy: float
+    kept_mib: float | None
+    error: float | None
+
+
+@dataclass
+class Problem:
+    """Tensors of a case.
+
+    Attributes:
+        activations: what comes from the operation before.
+        weights: what is there anyway.
+        douts: gradients of the outputs.
+        floor: bytes that cannot be avoided, forward and backward.
+    """
+
+    activations: list[torch.Tensor]
+    weights: list[torch.Tensor]
+    douts: list[torch.Tensor]
+    floor: int
+
+
+def rope(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
+    """linear_qkv's output to query, key and value."""
+    inv_freq = 150000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
+    angles = torch.outer(torch.arange(case.tokens, dtype=torch.float32), inv_freq)
+    freqs = torch.cat((angles, angles), dim=-1)[:, None, None, :].to(DEVICE)
+    shape = case.tokens, case.batch
+    qkv = draw(*shape, GROUPS, (QUERIES + 2) * HEAD_DIM)
+    douts = [draw(*shape, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS)]
+    config = SimpleNamespace(
+        apply_rope_fusion=False, rotary_interleaved=False, multi_latent_attention=False
+    )
+    rotate = functools.partial(
+        apply_rotary_pos_emb, freqs=freqs, config=config, mscale=MSCALE, cp_group=object()
+    )
+
+    def split(qkv):
+        """As SelfAttention.get_query_key_value_tensors."""
+        sizes = [QUERIES * HEAD_DIM, HEAD_DIM, HEAD_DIM]
+        query, key, value = torch.split(qkv, sizes, dim=3)
+        return query.reshape(*query.shape[:2], -1, HEAD_DIM), key, value
+
+    def eager(qkv):
+        query, key, value = split(qkv)
+        return rotate(query), rotate(key), value
+
+    def fused(implementation, qkv):
+        return fused_qkv_rotary.split_and_rotate(qkv, freqs, QUERIES, MSCALE, implementation)
+
+    def liger(qkv):
+        from liger_kernel.ops.rope import LigerRopeFunction
+
+        query, key, value = split(qkv)
+        cos, sin = ((f(freqs[:, 0]) * MSCALE).to(qkv.dtype) for f in (torch.cos, torch.sin))
+        by_head = (x.permute(1, 2, 0, 3) for x in (query, key))
+        rotated = LigerRopeFunction.apply(*by_head, cos.transpose(0, 1), sin.transpose(0, 1))
+        return *(x.permute(2, 0, 1, 3) for x in rotated), value
+
+    calls = {
+        "eager": eager,
+        "compiled": functools.partial(fused, "compiled"),
+        "triton": functools.partial(fused, "triton"),
+        "liger": liger,
+    }
+    reference = functools.partial(
+        fused_qkv_rotary.split_and_rotate_ref, freqs=freqs, num_queries=QUERIES, mscale=MSCALE
+    )
+    return Problem([qkv], [], douts, 4 * size(qkv)), calls, reference
+
+
+def residual(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
+    """Output of linear_proj, its bias, the residual."""
+    x, rest, dout = (draw(case.tokens, case.batch, HIDDEN) for _ in range(3))
+    unfused = bias_dropout_add_unfused(True)
+    calls = {
+        "eager": lambda x, rest, bias: (unfused((x, bias), rest, 0.0),),
+        "compiled": lambda x, rest, bias: (bias_dropout_add_fused_train((x, bias), rest, 0.0),),
+    }
+    # The gradients of both are the output's, which is read for the bias.
+    problem = Problem([x, rest], [draw(HIDDEN)], [dout], 4 * size(x))
+    return problem, calls, lambda x, rest, bias: (x + bias + rest,)
+
+
+def norm(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
+    """RMSNorm over hidden."""
+    x, dout = (draw(case.tokens, case.batch, HIDDEN) for _ in range(2))
+
+    def eager(x, weight):
+        return (torch.nn.functional.rms_norm(x, (HIDDEN,), weight, EPSILON),)
+
+    def liger(x, weight):
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+        # 'gemma': everything in fp32, as PyTorch; not in place, the residual needs the input.
+        return (LigerRMSNormFunction.apply(x, weight, EPSILON, 0.0, "gemma", False),)
+
+    def in_words(x, weight):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
+        return ((wide * scale * weight).to(x.dtype),)
+
+    calls = {"eager": eager, "compiled": torch.compile(in_words), "liger": liger}
+    return Problem([x], [draw(HIDDEN)], [dout], 5 * size(x)), calls, in_words
+
+
+OPERATIONS = {"rope": rope, "residual": residual, "norm": norm}
+CASES = [Case(name, tokens) for name in OPERATIONS for tokens in (4 * K, 32 * K, 128 * K)]
+TINY = [Case(name, 65, 2) for name in OPERATIONS]
+
+
+def main() -> None:
+    """Run the chosen cases, print them, write what was asked for."""
+    args = parse_arguments()
+    torch.manual_seed(0)
+    facts = machine()
+    print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
+    rows, left_out = [], []
+    for case in args.chosen:
+        try:
+            found = run_case(case, args, left_out)
+        except torch.cuda.OutOfMemoryError:
+            left_out.append([case.name, "out of memory"])
+            continue
+        rows += found
+        print(table(found), flush=True)
+        if args.json:  # after every case: a run that is stopped keeps its rows
+            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+    for name, reason in left_out:
+        print(f"{name}: {reason}")
+    if args.json:
+        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown name is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    by_name = {case.name: [case] for case in CASES} | {"tiny": TINY}
+    for name in OPERATIONS:
+        by_name[name] = [case for case in CASES if case.operation == name]
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
+    parser.add_argument("--json", metavar="PATH")
+    args = parser.parse_args()
+    names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
+    for name in names:
+        if name not in by_name:
+            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    args.chosen = [case for name in names for case in by_name[name]]
+    return args
+
+
+def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
+    """Check, time, measure memory."""
+    make = OPERATIONS[case.operation]
+    short, short_calls, reference = make(Case(case.operation, min(CHECKED_TOKENS, case.tokens), 2))
+    problem, calls, _ = make(case)
+    errors, chosen = {}, {}
+    for name, call in calls.items():
+        if name not in args.only:
+            continue
+        reason = missing(name)
+        if reason is None:
+            try:
+                errors[name] = check(short, short_calls[name], reference)
+                if not errors[name] < ERROR_LIMIT:
+                    reason = f"WRONG: relative error {errors[name]:.1e}"
+            except Exception as error:  # another release of a library, a compiler that fails
+                reason = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                )
+        if reason is None:
+            chosen[name] = call
+        else:
+            left_out.append([f"{case.name} {name}", reason])
+    # The check's shape is forgotten: a training run compiles for the one that it has.
+    torch._dynamo.reset()
+    samples = time_interleaved(chosen, problem, args.seconds)
+    copy = quantiles([total for total, _ in samples["copy"]])[1]
+    rows = []
+    for name, pairs in samples.items():
+        p20, median, p80 = quantiles([total for total, _ in pairs])
+        is_copy = name == "copy"
+        rows.append(
+            Row(
+                case.name,
+                name,
+                median,
+                p20,
+                p80,
+                None if is_copy else statistics.median(forward for _, forward in pairs),
+                problem.floor / median / 1e6,
+                copy / median,
+                None if is_copy else kept(chosen[name], problem),
+                errors.get(name),
+            )
+        )
+    return rows
+
+
+def missing(name: str) -> str | None:
+    """Why an implementation cannot run here."""
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
+    if name != "eager" and DEVICE == "cpu":
+        return "needs a CUDA device"
+    if name == "compiled" and not fused_qkv_rotary.can_compile():
+        return "torch.compile is switched off, or there is no C++ compiler"
+    return None
+
+
+def draw(*shape: int) -> torch.Tensor:
+    """bf16 normal numbers."""
+    return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def check(problem: Problem, call: Callable, reference: Callable) -> float:
+    """Largest relative error of outputs and gradients."""
+    results = []
+    for function, dtype in ((call, torch.bfloat16), (reference, torch.float64)):
+        leaves = [
+            x.detach().to(dtype).requires_grad_() for x in (*problem.activations, *problem.weights)
+        ]
+        # Not leaves: what works in place may.
+        outputs = function(*(leaf * 1 for leaf in leaves))
+        douts = [dout.to(dtype) for dout in problem.douts]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, douts)])
+    return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))
+
+
+def time_interleaved(calls: dict, problem: Problem, seconds: float) -> dict[str, list]:
+    """[forward and backward, forward] milliseconds of each call and of a copy, taken in turn."""
+    activations, weights = (
+        [x.detach().requires_grad_() for x in tensors]
+        for tensors in (problem.activations, problem.weights)
+    )
+    # A copy reads and writes: half of the bytes.
+    source = torch.empty(problem.floor // 2, dtype=torch.uint8, device=DEVICE).fill_(1)
+    target = torch.empty_like(source)
+    calls = {"copy": None, **calls}
+    times = {name: [] for name in calls}
+    for warm_up in (3, 0):
+        begin = time.perf_counter()
+        while min(map(len, times.values())) < (warm_up or 5) or (
+            not warm_up and time.perf_counter() - begin < seconds
+        ):
+            for name, call in calls.items():
+                if call is None:
+                    times[name].append(time_once(lambda: target.copy_(source), None))
+                    continue
+                for leaf in (*activations, *weights):
+                    leaf.grad = None
+                forward = functools.partial(call, *activations, *weights)
+                backward = functools.partial(
+                    torch.autograd.grad,
+                    inputs=(*activations, *weights),
+                    grad_outputs=problem.douts,
+                )
+                times[name].append(time_once(forward, backward))
+        if warm_up:
+            times = {name: [] for name in calls}
+    return times
+
+
+def time_once(forward: Callable, backward: Callable | None) -> tuple[float, float]:
+    marks = []
+    if DEVICE == "cuda":
+        torch.cuda._sleep(10_000_000)  # about 5 ms: the host gets ahead, as it is in training
+    marks.append(mark())
+    outputs = forward()
+    marks.append(mark())
+    if backward is not None:
+        backward(outputs)
+        marks.append(mark())
+    if DEVICE == "cpu":
+        return (marks[-1] - marks[0]) * 1e3, (marks[1] - marks[0]) * 1e3
+    marks[-1].synchronize()
+    return marks[0].elapsed_time(marks[-1]), marks[0].elapsed_time(marks[1])
+
+
+def mark():
+    """An event on the device, or the time."""
+    if DEVICE == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def kept(call: Callable, problem: Problem) -> float | None:
+    """MiB between forward and backward."""
+    if DEVICE == "cpu":
+        return None
+    leaves = [x.detach().requires_grad_() for x in problem.activations]
+    weights = [x.detach().requires_grad_() for x in problem.weights]
+    before = torch.cuda.memory_allocated()
+    # Not leaves, which the graph would keep: something that only the operation may hold on to.
+    outputs = call(*(leaf + 0 for leaf in leaves), *weights)
+    after = torch.cuda.memory_allocated()
+    del outputs
+    return (after - before) / 2**20
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned columns with units in the header."""
+    head = ["case", "by", "ms", "p20", "p80", "forward ms", "GB/s", "of copy", "kept MiB", "error"]
+    lines = [head]
+    for row in rows:
+        line = [row.case, row.implementation]
+        for value, style in (
+            (row.ms, ".3f"),
+            (row.ms_p20, ".3f"),
+            (row.ms_p80, ".3f"),
+            (row.forward_ms, ".3f"),
+            (row.gb_per_s, ".0f"),
+            (row.of_copy, ".3f"),
+            (row.kept_mib, ".0f"),
+            (row.error, ".1e"),
+        ):
+            line.append("-" if value is None else format(value, style))
+        lines.append(line)
+    return "\n" + report.columns(lines, words=(0, 1))
+
+
+if __name__ == "__main__":
+    main()
