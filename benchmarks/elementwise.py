@@ -39,7 +39,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.experts import DEVICE, machine, quantiles
-from megatron.core.fusions import fused_qkv_rotary
+from megatron.core.fusions import fused_bias_residual, fused_qkv_rotary
 from megatron.core.fusions.fused_bias_dropout import (
     bias_dropout_add_fused_train,
     bias_dropout_add_unfused,
@@ -159,6 +159,7 @@ def residual(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
     calls = {
         "eager": lambda x, rest, bias: (unfused((x, bias), rest, 0.0),),
         "compiled": lambda x, rest, bias: (bias_dropout_add_fused_train((x, bias), rest, 0.0),),
+        "triton": lambda x, rest, bias: (fused_bias_residual.add_bias_and_residual(x, bias, rest),),
     }
     # The gradients of both are the output's, which is read for the bias.
     problem = Problem([x, rest], [draw(HIDDEN)], [dout], 4 * size(x))

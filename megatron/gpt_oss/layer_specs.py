@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_bias_residual import get_bias_residual_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
@@ -57,14 +57,14 @@ def gpt_oss_layer_spec(config: TransformerConfig, provider: GptOssSpecProvider) 
                     k_layernorm=IdentityOp,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=get_bias_residual_add,
             pre_mlp_layernorm=norm,
             mlp=get_moe_module_spec_for_backend(
                 backend=provider,
                 num_experts=config.num_moe_experts,
                 moe_grouped_gemm=config.moe_grouped_gemm,
             ),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_bias_residual_add,
             # Names in a checkpoint as TransformerEngine's layers give them, so that either
             # implementation resumes the other's. Upstream's local spec also renames the norm
             # before the experts, which matches TransformerEngine for dense layers only.
