@@ -103,7 +103,8 @@ def compiled(num_queries: int, mscale: float, backend: str = 'inductor') -> Call
 
 def can_compile() -> bool:
     """Whether torch.compile makes a kernel: not switched off, and a C++ compiler to be found."""
-    if torch._dynamo.config.disable:  # TORCHDYNAMO_DISABLE, TORCH_COMPILE_DISABLE
+    # The former is TORCH_COMPILE_DISABLE, read at import; the latter torch.compile reads itself.
+    if torch._dynamo.config.disable or os.environ.get('TORCHDYNAMO_DISABLE') == '1':
         return False
     names = (os.environ.get('CXX'), 'c++', 'g++', 'clang++')
     return any(name and shutil.which(name) for name in names)
@@ -114,7 +115,8 @@ class _SplitAndRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, freqs, num_queries, mscale):
-        ctx.save_for_backward(freqs)
+        # A table made by a generation is kept for training, whose backward may not save it.
+        ctx.save_for_backward(freqs.clone() if freqs.is_inference() else freqs)
         ctx.constants = num_queries, mscale
         return _triton_module().split_and_rotate(qkv, *_tables(freqs, mscale), num_queries)
 

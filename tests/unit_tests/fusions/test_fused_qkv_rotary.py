@@ -23,12 +23,12 @@ SHAPES = {
 }
 
 
-def make(shape, dtype=torch.float64, device="cpu"):
+def make(shape, dtype=torch.float64, device="cpu", start=0):
     """qkv, angles of each token, gradients of query, key and value."""
     tokens, batch, groups, queries, head_dim = shape
     torch.manual_seed(0)
     inv_freq = 150000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    freqs = torch.outer(torch.arange(tokens, dtype=torch.float32), inv_freq)
+    freqs = torch.outer(start + torch.arange(tokens, dtype=torch.float32), inv_freq)
     freqs = torch.cat((freqs, freqs), dim=-1)[:, None, None, :].to(device)
     qkv = torch.randn(tokens, batch, groups, (queries + 2) * head_dim).to(device, dtype)
     grads = [
@@ -170,7 +170,11 @@ def test_can_compile(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.setattr(fused.shutil, "which", lambda name: name if name == "g++" else None)
     monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
     assert fused.can_compile()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert not fused.can_compile()
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     monkeypatch.setattr(torch._dynamo.config, "disable", True)
     assert not fused.can_compile()
     monkeypatch.setattr(torch._dynamo.config, "disable", False)
@@ -195,9 +199,9 @@ def test_triton_kernel_in_interpreter():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("implementation", ["triton", "compiled"])
 def test_cuda(implementation):
-    """gpt-oss' heads in bf16, of the length of a batch and of another: one rounding."""
+    """gpt-oss' heads in bf16, at two lengths, where angles are large: rounded once."""
     for tokens in (4099, 2048):
-        qkv, freqs, grads = make((tokens, 1, 8, 8, 64), torch.bfloat16, "cuda")
+        qkv, freqs, grads = make((tokens, 1, 8, 8, 64), torch.bfloat16, "cuda", start=126_000)
         found = fused.split_and_rotate(qkv, freqs, 8, MSCALE, implementation)
         found = with_gradient(found, qkv, grads)
         wide = qkv.detach().double().requires_grad_()

@@ -126,6 +126,19 @@ def test_unused_output():
     assert (by_head[..., 4:, :] == 0).all() and (by_head[..., :4, :] != 0).any()
 
 
+def test_angles_of_a_generation():
+    """RotaryEmbedding keeps its table; one made in inference mode may not be saved as it is."""
+    with torch.inference_mode():
+        freqs = angles(5, 16)
+    qkv = draw(5, 1, 2, 6 * 16, dtype=torch.float32, seed=0)
+    grads = [torch.ones(5, 1, heads, 16, device=DEVICE) for heads in (8, 2, 2)]
+    found, expected = (
+        run(lambda x, f=f: fused.split_and_rotate(x, f, 4, 1.0, "triton"), qkv, grads)
+        for f in (freqs, freqs.clone())
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_values_are_no_view():
     """A view would keep linear_qkv's output alive until the backward."""
     qkv = draw(5, 1, 2, 6 * 16, dtype=torch.float32, seed=0)

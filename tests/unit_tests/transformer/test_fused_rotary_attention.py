@@ -207,20 +207,16 @@ def test_failure_leaves_nothing_behind(calls):
     check_same(run(attention, hidden, **kwargs), run(build(SelfAttention), hidden, **kwargs), 0)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("implementation", ["triton", "compiled"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_cuda(monkeypatch, implementation, packed):
-    """bf16: no further from float64 than SelfAttention is, forward and every gradient."""
-    monkeypatch.setattr(fused_qkv_rotary, "IMPLEMENTATION", implementation)
+def check_bf16(packed):
+    """No further from float64 than SelfAttention is, forward and every gradient."""
     tokens, batch = (197, 1) if packed else (197, 2)
     kwargs = dict(rotary_pos_emb=angles(tokens))
     if packed:
         cu_seqlens = torch.tensor([0, 97, 98, tokens], dtype=torch.int32, device=DEVICE)
         kwargs["packed_seq_params"] = PackedSequence.of(cu_seqlens, tokens)
         kwargs["rotary_pos_emb"] = kwargs["packed_seq_params"].rotary_rows(angles(tokens))
-    hidden = torch.randn(tokens, batch, 20, device=DEVICE).bfloat16()
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, batch, 20).to(DEVICE).bfloat16()
     layers = [build(module, torch.bfloat16) for module in (FusedRotarySelfAttention, SelfAttention)]
     exact = build(SelfAttention)
     exact.load_state_dict({k: v.double() for k, v in layers[0].state_dict().items()})
@@ -231,5 +227,23 @@ def test_cuda(monkeypatch, implementation, packed):
             ((values[name].double() - reference).norm() / reference.norm()).item()
             for values in (found, theirs)
         ]
-        assert errors[0] <= 1.05 * errors[1] + 1e-6, (name, errors)
+        # 80 biases are few: their errors' norm is known to about a tenth.
+        assert errors[0] <= 1.3 * errors[1] + 1e-6, (name, errors)
     assert found["value"].is_contiguous() and not theirs["value"].is_contiguous()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_bf16(calls, packed):
+    """The reference in place of the kernels."""
+    check_bf16(packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("implementation", ["triton", "compiled"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_cuda(monkeypatch, implementation, packed):
+    """The kernels."""
+    monkeypatch.setattr(fused_qkv_rotary, "IMPLEMENTATION", implementation)
+    assert fused_qkv_rotary.fused_implementation(torch.zeros(1, device=DEVICE)) == implementation
+    check_bf16(packed)
