@@ -173,6 +173,7 @@ def default_flags(preset: Preset) -> dict:
         # Eager is the same maths; compiling the activation for each expert's own number of
         # tokens does not pay.
         "bias_gelu_fusion": False,
+        # Nor does it here; bias and residual are fused by fused_bias_residual, without compiling.
         "bias_dropout_fusion": False,
         # PyTorch's RMSNorm has no persistent kernel; the local norm asserts this off.
         "no_persist_layer_norm": True,
