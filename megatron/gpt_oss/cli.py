@@ -10,6 +10,7 @@ import logging
 import sys
 from typing import Sequence
 
+from megatron.gpt_oss.data.tokenize_arguments import add_tokenize_arguments
 from megatron.gpt_oss.errors import run_main
 from megatron.gpt_oss.presets import PRESETS
 from megatron.gpt_oss.quiet import silence_import_notices
@@ -40,41 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_tokenize(commands) -> None:
     parser = commands.add_parser("tokenize", help="text files to Megatron's indexed dataset")
-    parser.add_argument("inputs", nargs="+", help="files, folders or glob patterns")
-    parser.add_argument("--output", required=True, help="path of the .bin and .idx, without ending")
-    parser.add_argument("--tokenizer", help="folder with tokenizer.json; byte-level by default")
-    parser.add_argument("--end-token", help="ends a document; the tokenizer's eos_token by default")
-    parser.add_argument("--pattern", action="append", help="names to take from a folder, *.txt ...")
-    parser.add_argument("--exclude", action="append", default=[], help="paths to leave out, glob")
-    parser.add_argument("--json-key", default="text", help="field of a .jsonl line")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    add_tokenize_arguments(parser)
     parser.set_defaults(run=_run_tokenize)
 
 
 def _run_tokenize(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.data.byte_tokenizer import END_OF_TEXT, build_byte_tokenizer
-    from megatron.gpt_oss.data.tokenize import SKIP_EMPTY, TEXT_PATTERNS, tokenize_files
-    from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
+    from megatron.gpt_oss.data.tokenize_command import run_tokenize
 
-    if args.tokenizer:
-        tokenizer = load_text_tokenizer(args.tokenizer, args.end_token)
-    else:
-        tokenizer = build_byte_tokenizer()
-        tokenizer = TextTokenizer(tokenizer, END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
-    summary = tokenize_files(
-        args.inputs,
-        args.output,
-        tokenizer,
-        patterns=args.pattern or TEXT_PATTERNS,
-        exclude=args.exclude,
-        json_key=args.json_key,
-        overwrite=args.overwrite,
-        show_progress=True,
-    )
-    for path, reason in summary.skipped:
-        if reason != SKIP_EMPTY:
-            print(f"skipped {path}: {reason}", file=sys.stderr)
-    print(f"{args.output}.bin, .idx: {summary}")
+    run_tokenize(args)
 
 
 def _add_init_tiny(commands) -> None:

@@ -24,15 +24,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
     records = [by_step[step] for step in sorted(by_step)]
     evaluations = {r["step"]: r for r in read_metrics(metrics) if "valid_loss" in r}
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError(
-            "Drawing needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
-        ) from error
-    matplotlib.use("agg")  # no display needed
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     has_lr = any("learning_rate" in record for record in records)
     figure, axes = pyplot.subplots(
         2 if has_lr else 1,
@@ -64,6 +56,24 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     figure.savefig(out, dpi=120)
     pyplot.close(figure)
     return out
+
+
+def import_pyplot():
+    """matplotlib.pyplot, without a display.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(
+            "Drawing needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
+        ) from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def _draw(axis, records: list[dict], key: str, label: str, **style) -> None:

@@ -2,45 +2,80 @@
 
 """Text files to Megatron's indexed dataset (.bin and .idx)."""
 
-import fnmatch
-import glob
+import errno
+import hashlib
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator, Sequence
 
 import numpy
-from tokenizers import Tokenizer
 
-from megatron.core.datasets.indexed_dataset import (
-    DType,
-    IndexedDatasetBuilder,
-    get_bin_path,
-    get_idx_path,
+from megatron.gpt_oss.data.documents import (
+    TEXT_PATTERNS,
+    Record,
+    is_whole_text,
+    place_of,
+    read_records,
 )
+from megatron.gpt_oss.data.encode import (
+    Encoded,
+    EncodeJob,
+    Encoder,
+    encode_in_process,
+    start_process,
+)
+from megatron.gpt_oss.data.find_files import find_files
+from megatron.gpt_oss.data.lengths import LONG, VALIDATION, Histogram, bucket_names, short_length
+from megatron.gpt_oss.data.partial_output import PartialOutput, dataset_prefix
+from megatron.gpt_oss.data.process_map import process_map
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.progress import Progress
 
-TEXT_PATTERNS = ("*.txt", "*.md", "*.rst", "*.py", "*.jsonl")  # taken from a folder by default
-BATCH_CHARS = 4_000_000  # texts encoded at a time, on all cores
-SKIP_NOT_UTF8 = "not UTF-8"
+BATCH_BYTES = 2_000_000  # of text that a process gets at a time
+BATCH_RECORDS = 2_000
+SAVE_SECONDS = 20.0  # at most so much work is done again after a kill
+SKIP, STOP = "skip", "stop"
 SKIP_EMPTY = "empty"
+_MOST_SHOWN = 100  # places kept in the summary; all are in PREFIX.skipped.txt
 
 
 @dataclass
 class Summary:
-    """What a run of `tokenize_files` did."""
+    """What a run of `tokenize_files` did.
+
+    Attributes:
+        datasets: {path without ending: (documents, tokens)} of what was written.
+        skipped: (place, reason) of what was left out, the first hundred.
+        num_skipped: all of them.
+    """
 
     files: int = 0
     documents: int = 0
     tokens: int = 0
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    num_skipped: int = 0
+    datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    histogram: Histogram | None = None
 
     def __str__(self) -> str:
         text = f"{self.documents:,} documents, {self.tokens:,} tokens from {self.files:,} files"
-        return text + (f"; {len(self.skipped):,} files skipped" if self.skipped else "")
+        if self.histogram is not None:
+            share = 100 * self.histogram.long_share
+            text += f", {share:.1f} % of the tokens in documents over {short_length(LONG)}"
+        return text + (f"; {self.num_skipped:,} skipped" if self.num_skipped else "")
+
+
+@dataclass
+class _Batch:
+    file: int
+    path: Path
+    records: list[Record]
+    first: int  # records of the file before these
+    last_of_file: bool
 
 
 def tokenize_files(
@@ -52,159 +87,301 @@ def tokenize_files(
     json_key: str = "text",
     overwrite: bool = False,
     show_progress: bool = False,
+    workers: int = 1,
+    bad: str = STOP,
+    split_at: Sequence[int] = (),
+    validation_share: float = 0.0,
 ) -> Summary:
     """Tokenise text into output_prefix.bin and .idx, which appear when they are whole.
 
-    A file is one document; a line of a .jsonl file is one. Each ends with the end-of-document
-    token. What looks like a special token in a text stays text. Files that are not UTF-8, or
-    empty, are skipped and reported.
+    See `documents.read_records` for what a document is in which file. Each ends with the
+    end-of-document token. What looks like a special token in a text stays text. The output depends
+    on inputs and arguments alone, not on the number of processes; a killed run goes on where it was
+    when it is started again. output_prefix.json tells what was written.
 
     Args:
-        inputs: files, folders, or glob patterns; taken in sorted order.
+        inputs, patterns, exclude: see `find_files`.
         output_prefix: path without ending.
         tokenizer: see `load_text_tokenizer`.
-        patterns: names of files to take from a folder.
-        exclude: patterns on the whole path, of files to leave out.
-        json_key: field of a .jsonl line that holds the text.
-        overwrite: replace an existing dataset.
+        json_key: field or column that holds the text.
+        overwrite: replace an existing dataset, and an unfinished one.
         show_progress: a live line on stderr.
-    Returns:
-        The counts, and the files skipped with the reason.
+        workers: processes.
+        bad: 'stop' at a line or row that cannot be read, or 'skip' it. Whole text files that are
+            not UTF-8, and documents without text, are always skipped; all are told.
+        split_at: rising lengths in tokens: a dataset for the documents below the first, one for
+            those from the first to below the second, ... (see `bucket_names`).
+        validation_share: share of the documents that goes to output_prefix.valid instead, chosen
+            by the text, so that copies of a document stay together.
     Raises:
-        UsageError: nothing to read, a bad .jsonl line, or the dataset exists.
+        UsageError: nothing to read, a bad line, or the dataset exists.
     """
-    prefix = str(output_prefix)
-    targets = get_bin_path(prefix), get_idx_path(prefix)
-    existing = [target for target in targets if os.path.exists(target)]
+    prefix = Path(output_prefix)
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least one process is needed.")
+    if not 0 <= validation_share < 1:
+        raise UsageError(
+            f"--validation-share {validation_share} is not from 0 to below 1, such as 0.005."
+        )
+    buckets = bucket_names(split_at) or [""]
+    names = buckets + ([VALIDATION] if validation_share else [])
+    files = find_files(inputs, patterns, exclude)
+    # As DType.optimal_dtype chooses, without importing torch.
+    dtype = "uint16" if tokenizer.vocab_size < 65500 else "int32"
+    job = EncodeJob(
+        tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
+    )
+    output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+    try:
+        if not output.complete:
+            _check_new(prefix, names, overwrite)
+            run = _Run(files, output, buckets, split_at, bad)
+            run.encode(job, workers, show_progress)
+        summary = _publish(output, prefix, names, tokenizer, overwrite)
+    except BaseException as error:
+        output.close()
+        if not output.saved or isinstance(error, _NothingFound):
+            output.remove()
+        raise _with_remedy(error, output) from error
+    output.remove()
+    return summary
+
+
+class _NothingFound(UsageError):
+    """There is no document to go on with."""
+
+
+class _Run:
+    """Reading, encoding and writing; what it knows is what the journal holds."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        output: PartialOutput,
+        buckets: Sequence[str],
+        split_at: Sequence[int],
+        bad: str,
+    ):
+        self._files, self._output, self._buckets, self._bad = files, output, buckets, bad
+        self._split_at = numpy.array(split_at, dtype=numpy.int64)
+        state = output.state
+        self._file, self._record = state.get("file", 0), state.get("record", 0)
+        self.files = state.get("files", 0)
+        self.tokens = state.get("tokens", 0)
+        self._found = state.get("found", 0)  # documents of the file in work
+        self.num_skipped = state.get("num_skipped", 0)
+        self.skipped = state.get("skipped", [])
+
+    def _state(self) -> dict:
+        return {
+            "file": self._file,
+            "record": self._record,
+            "found": self._found,
+            "files": self.files,
+            "tokens": self.tokens,
+            "num_skipped": self.num_skipped,
+            "skipped": self.skipped,
+        }
+
+    def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> None:
+        sizes = [path.stat().st_size for path in self._files]
+        started = saved = time.monotonic()
+        tokens_before, position = self.tokens, 0
+        with Progress(sum(sizes), "MB", 1e-6, show_progress) as progress:
+            progress.begin_at(sum(sizes[: self._file]))
+            for batch, encoded in self._encoded(job, workers):
+                self._take(batch, encoded)
+                now = time.monotonic()
+                rate = (self.tokens - tokens_before) / max(now - started, 1e-9)
+                here = sizes[batch.file] if batch.last_of_file else batch.records[-1].position
+                progress.advance(here - position, f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+                position = 0 if batch.last_of_file else here
+                if now - saved >= SAVE_SECONDS:
+                    self._output.save(self._state())
+                    saved = now
+        self._output.save(self._state(), complete=True)
+
+    def _encoded(self, job: EncodeJob, workers: int) -> Iterator[tuple[_Batch, Encoded]]:
+        batches = self._batches(job.key)
+        if workers == 1:
+            encoder = Encoder(job)
+            yield from ((batch, encoder(batch.records)) for batch in batches)
+            return
+        # Only the records go to the processes; the batch says where they come from.
+        waiting: list[_Batch] = []
+
+        def records():
+            for batch in batches:
+                waiting.append(batch)
+                yield batch.records
+
+        for _, encoded in process_map(encode_in_process, records(), workers, start_process, (job,)):
+            yield waiting.pop(0), encoded
+
+    def _batches(self, key: str) -> Iterator[_Batch]:
+        """Records of one file, in portions; the last of a file may be empty."""
+        for number in range(self._file, len(self._files)):
+            path = self._files[number]
+            first = self._record if number == self._file else 0
+            records, size, count = [], 0, 0
+            for record in read_records(path, key):
+                count += 1
+                if count <= first:
+                    continue
+                records.append(record)
+                size += len(record.raw) if isinstance(record.raw, (bytes, str)) else 0
+                if size >= BATCH_BYTES or len(records) >= BATCH_RECORDS:
+                    yield _Batch(number, path, records, count - len(records), False)
+                    records, size = [], 0
+            yield _Batch(number, path, records, count - len(records), True)
+
+    def _take(self, batch: _Batch, encoded: Encoded) -> None:
+        """Write what came of a batch."""
+        for number, reason in encoded.bad:
+            place = place_of(batch.path, number)
+            if self._bad == STOP and not (number == 0 and is_whole_text(batch.path)):
+                raise UsageError(f"{place}: {reason}. Or leave out such lines: --bad-lines {SKIP}.")
+            self._skip(place, reason)
+        self._write(encoded)
+        self._found += len(encoded.lengths)
+        self.tokens += len(encoded.ids)
+        self._file, self._record = batch.file, batch.first + len(batch.records)
+        if batch.last_of_file:
+            self.files += bool(self._found)
+            if not self._found and not encoded.bad:
+                self._skip(str(batch.path), SKIP_EMPTY)
+            self._file, self._record, self._found = batch.file + 1, 0, 0
+
+    def _write(self, encoded: Encoded) -> None:
+        """Each document to its dataset, in order."""
+        which = numpy.searchsorted(self._split_at, encoded.lengths, side="right")
+        which[encoded.held_out] = len(self._buckets)
+        owner = numpy.repeat(which, encoded.lengths)
+        for number in numpy.unique(which):
+            name = VALIDATION if number == len(self._buckets) else self._buckets[number]
+            ids = encoded.ids[owner == number]
+            self._output.append(name, ids, encoded.lengths[which == number])
+
+    def _skip(self, place: str, reason: str) -> None:
+        self.num_skipped += 1
+        if len(self.skipped) < _MOST_SHOWN:
+            self.skipped.append((place, reason))
+        self._output.note_skipped(f"{place}: {reason}")
+
+
+def _task(job: EncodeJob, files: Sequence[Path], split_at: Sequence[int]) -> dict:
+    """What makes the output what it is."""
+    stats = [(str(path.absolute()), path.stat()) for path in files]
+    listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return {
+        "files": _digest(listing),
+        "tokenizer": _digest(job.tokenizer),
+        "end token": job.end_id,
+        "--json-key": job.key,
+        "--split-at": list(split_at),
+        "--validation-share": job.validation_share,
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_new(prefix: Path, names: Sequence[str], overwrite: bool) -> None:
+    targets = [dataset_prefix(prefix, name) for name in names]
+    existing = [f"{t}{end}" for t in targets for end in (".bin", ".idx")]
+    existing = [path for path in existing if os.path.exists(path)]
     if existing and not overwrite:
         raise UsageError(f"{existing[0]} exists. Give another name, or --overwrite.")
-    files = find_files(inputs, patterns, exclude)
-    os.makedirs(os.path.dirname(prefix) or ".", exist_ok=True)
-    temporary = f"{prefix}.part-{os.getpid()}"
-    try:
-        builder = IndexedDatasetBuilder(
-            get_bin_path(temporary), dtype=DType.optimal_dtype(tokenizer.vocab_size)
-        )
-        summary = _write_documents(builder, files, tokenizer, json_key, show_progress)
-        if summary.documents == 0:
-            raise UsageError(
-                f"None of the {len(files)} files found holds UTF-8 text, e.g. {files[0]}."
-            )
-        builder.finalize(get_idx_path(temporary))
-        os.replace(get_bin_path(temporary), targets[0])
-        os.replace(get_idx_path(temporary), targets[1])  # last: without it there is no dataset
-    finally:
-        for path in (get_bin_path(temporary), get_idx_path(temporary)):
-            if os.path.exists(path):
-                os.unlink(path)
-    return summary
 
 
-def find_files(
-    inputs: Sequence[str | Path], patterns: Sequence[str], exclude: Sequence[str] = ()
-) -> list[Path]:
-    """The files that the inputs mean, sorted, each once.
-
-    Raises:
-        UsageError: an input matches nothing.
-    """
-    found: set[Path] = set()
-    for item in map(str, inputs):
-        if os.path.isdir(item):
-            tree = (p for p in Path(item).rglob("*") if p.is_file())
-            matches = [p for p in tree if any(fnmatch.fnmatch(p.name, n) for n in patterns)]
-            hint = f" with a name like {', '.join(patterns)} (change it with --pattern)"
-        else:
-            matches = [Path(p) for p in glob.glob(item, recursive=True) if os.path.isfile(p)]
-            matches = [Path(item)] if os.path.isfile(item) else matches
-            hint = ""
-        matches = [p for p in matches if not any(fnmatch.fnmatch(str(p), n) for n in exclude)]
-        if not matches:
-            raise UsageError(f"{item}: no file{hint}. Give files, folders or glob patterns.")
-        found.update(matches)
-    return sorted(found)
-
-
-def _write_documents(
-    builder: IndexedDatasetBuilder,
-    files: Sequence[Path],
+def _publish(
+    output: PartialOutput,
+    prefix: Path,
+    names: Sequence[str],
     tokenizer: TextTokenizer,
-    json_key: str,
-    show_progress: bool,
+    overwrite: bool,
 ) -> Summary:
-    summary = Summary()
-    encoder = Tokenizer.from_str(tokenizer.tokenizer.to_str())
-    encoder.encode_special_tokens = True  # '<|endoftext|>' in a source file is no document end
-    batch: list[str] = []
-    batch_chars = 0
-
-    def flush() -> None:
-        for encoding in encoder.encode_batch(batch, add_special_tokens=False):
-            ids = numpy.array([*encoding.ids, tokenizer.end_id])
-            builder.add_document(ids, [len(ids)])
-            summary.documents += 1
-            summary.tokens += len(ids)
-        batch.clear()
-
-    with Progress(sum(p.stat().st_size for p in files), "MB", 1e-6, show_progress) as progress:
-        for path in files:
-            for text, size in _texts_of(path, json_key, summary):
-                if text:
-                    batch.append(text)
-                    batch_chars += len(text)
-                if batch_chars >= BATCH_CHARS:
-                    flush()
-                    batch_chars = 0
-                progress.advance(size, f"{summary.tokens:,} tokens")
-        flush()
+    """Name the finished datasets, and write the summary beside them."""
+    state = output.state
+    lengths = {name: output.lengths(name) for name in names}
+    everything = numpy.concatenate(list(lengths.values()))
+    if not len(everything):
+        first = state["skipped"][0]
+        raise _NothingFound(
+            f"None of the files found holds a document, e.g. {first[0]}: {first[1]}."
+        )
+    published = output.publish()
+    summary = Summary(
+        files=state["files"],
+        documents=len(everything),
+        tokens=state["tokens"],
+        skipped=[tuple(item) for item in state["skipped"]],
+        num_skipped=state["num_skipped"],
+        datasets={
+            str(dataset_prefix(prefix, name)): (len(lengths[name]), int(lengths[name].sum()))
+            for name in published
+        },
+        histogram=Histogram.of(everything),
+    )
+    path = Path(f"{prefix}.json")
+    if overwrite and path.exists():
+        _remove_former(path, prefix, published)
+    temporary = path.with_name(f".{path.name}.new")
+    text = json.dumps(_record(summary, prefix, published, tokenizer), indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
     return summary
 
 
-def _texts_of(path: Path, json_key: str, summary: Summary) -> Iterator[tuple[str, int]]:
-    """The documents of one file and the bytes they took; '' where there is none.
+def _record(
+    summary: Summary, prefix: Path, published: Sequence[str], tokenizer: TextTokenizer
+) -> dict:
+    """The content of PREFIX.json."""
+    histogram = summary.histogram
+    counts = [summary.datasets[str(dataset_prefix(prefix, name))] for name in published]
+    return {
+        "files": summary.files,
+        "documents": summary.documents,
+        "tokens": summary.tokens,
+        # Beside this file; '' is the name without a split.
+        "datasets": {
+            name: {"documents": documents, "tokens": tokens}
+            for name, (documents, tokens) in zip(published, counts)
+        },
+        "share_of_tokens_in_documents_over_32k": histogram.long_share,
+        "lengths": {
+            "from": list(histogram.edges[:-1]),
+            "documents": list(histogram.documents),
+            "tokens": list(histogram.tokens),
+        },
+        "vocab_size": tokenizer.vocab_size,
+        "end_token": tokenizer.end_token,
+        "end_id": tokenizer.end_id,
+        "num_skipped": summary.num_skipped,
+        "skipped": [f"{place}: {reason}" for place, reason in summary.skipped],
+    }
 
-    Counts the file, or notes why it is skipped.
-    """
-    if path.suffix == ".jsonl":
-        yield from _lines_of(path, json_key, summary)
+
+def _remove_former(path: Path, prefix: Path, published: Sequence[str]) -> None:
+    """Datasets of the output that is replaced, which the new one does not have."""
+    try:
+        former = json.loads(path.read_text(encoding="utf-8"))["datasets"]
+    except (ValueError, KeyError):
         return
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        summary.skipped.append((path, SKIP_NOT_UTF8))
-        text = ""
-    else:
-        if text.strip():
-            summary.files += 1
-        else:
-            summary.skipped.append((path, SKIP_EMPTY))
-            text = ""
-    yield text, len(data)
+    for name in set(former) - set(published):
+        for end in (".idx", ".bin"):
+            Path(f"{dataset_prefix(prefix, name)}{end}").unlink(missing_ok=True)
 
 
-def _lines_of(path: Path, json_key: str, summary: Summary) -> Iterator[tuple[str, int]]:
-    """The documents of a .jsonl file, which may be larger than the memory."""
-    documents = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            text = _text_of_line(line, json_key, f"{path}, line {number}") if line.strip() else ""
-            documents += bool(text)
-            yield text, len(line)
-    if documents:
-        summary.files += 1
-    else:
-        summary.skipped.append((path, SKIP_EMPTY))
-
-
-def _text_of_line(line: bytes, json_key: str, place: str) -> str:
-    try:
-        text = json.loads(line)[json_key]
-    except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError is a ValueError
-        raise UsageError(
-            f"{place}: not a JSON object with a '{json_key}' ({error!r}). Name the field with "
-            "--json-key."
-        ) from error
-    if not isinstance(text, str):
-        raise UsageError(f"{place}: '{json_key}' is not a string.")
-    return text
+def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
+    """The error as a user sees it."""
+    kept = f" What is done stays in {output.folder}: the same command goes on from there."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UsageError(
+            f"No space left on the disk of {output.folder.parent}. Make room."
+            + (kept if output.saved else "")
+        )
+    if isinstance(error, UsageError) and output.folder.exists():
+        return UsageError(f"{error}{kept}")
+    return error

@@ -32,9 +32,11 @@ def test_tokenize(tmp_path, capsys):
     (tmp_path / 'b.txt').write_bytes(b'\xff')
     _gptoss('tokenize', tmp_path, '--output', tmp_path / 'data' / 'x')
     printed = capsys.readouterr()
-    assert '1 documents, 4 tokens from 1 files; 1 files skipped' in printed.out
+    assert '1 documents, 4 tokens from 1 files, 0.0 % of the tokens' in printed.out
+    assert '; 1 skipped' in printed.out
     assert 'skipped' in printed.err and 'b.txt: not UTF-8' in printed.err
     assert (tmp_path / 'data' / 'x.idx').is_file()
+    assert (tmp_path / 'data' / 'x.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The files that the inputs of `gptoss tokenize` mean."""
+
+import fnmatch
+import glob
+import os
+from pathlib import Path
+from typing import Sequence
+
+from megatron.gpt_oss.errors import UsageError
+
+
+def find_files(
+    inputs: Sequence[str | Path], patterns: Sequence[str], exclude: Sequence[str] = ()
+) -> list[Path]:
+    """Files, folders and glob patterns as files, sorted, each once.
+
+    Args:
+        inputs: files, folders, or glob patterns.
+        patterns: names to take from a folder.
+        exclude: patterns on the whole path, of files to leave out.
+    Raises:
+        UsageError: an input matches nothing.
+    """
+    found: set[Path] = set()
+    for item in map(str, inputs):
+        if os.path.isdir(item):
+            tree = (p for p in Path(item).rglob("*") if p.is_file())
+            matches = [p for p in tree if any(fnmatch.fnmatch(p.name, n) for n in patterns)]
+            hint = f" with a name like {', '.join(patterns)} (change it with --pattern)"
+        else:
+            matches = [Path(p) for p in glob.glob(item, recursive=True) if os.path.isfile(p)]
+            matches = [Path(item)] if os.path.isfile(item) else matches
+            hint = ""
+        matches = [p for p in matches if not any(fnmatch.fnmatch(str(p), n) for n in exclude)]
+        if not matches:
+            raise UsageError(f"{item}: no file{hint}. Give files, folders or glob patterns.")
+        found.update(matches)
+    return sorted(found)
