@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Callable, Sequence
 
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.data.blend_arguments import add_blend_arguments, blend_defaults
+from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
@@ -96,6 +98,7 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="Run the experts of a layer one after the other. A preset runs them as two grouped "
         "products, unless TransformerEngine is asked for.",
     )
+    add_blend_arguments(group)
     return parser
 
 
@@ -163,6 +166,7 @@ def preset_args_provider(
     if preset is not None and not any(getattr(given, dest, False) for dest in _UNCHUNKED_ONLY):
         defaults["lm_loss_chunk_size"] = LM_LOSS_CHUNK_SIZE
     defaults.update(_tokenizer_defaults(given))
+    defaults.update(blend_defaults(given))
     if getattr(given, "transformer_impl", "local") != "local":
         # Which experts TransformerEngine runs is for the command line to say.
         defaults.pop("moe_grouped_gemm", None)
@@ -301,8 +305,12 @@ def check_files(given: Namespace, preset: Preset | None) -> None:
         UsageError: names the flag, the path and what is missing there.
     """
     for dest in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        for prefix in getattr(given, dest, None) or ():
-            _check_dataset("--" + dest.replace("_", "-"), prefix)
+        weight = None
+        for word in getattr(given, dest, None) or ():
+            if _is_weight(word):
+                weight = float(word)
+            elif weight != 0:  # what is never read need not be there
+                _check_dataset("--" + dest.replace("_", "-"), word)
     if getattr(given, "tokenizer_model", None) is not None:
         _check_tokenizer(given.tokenizer_model)
     if getattr(given, "load_hf", None) is not None:
@@ -324,11 +332,17 @@ def _tokenizer_defaults(given: Namespace) -> dict:
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model}
 
 
+def _is_weight(word: str) -> bool:
+    """Whether a word of a blend is the weight of the prefix that follows."""
+    return re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", word) is not None
+
+
 def _check_dataset(flag: str, prefix: str) -> None:
-    if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", prefix) or "://" in prefix:
-        return  # the weight of a blend, or object storage
+    if "://" in prefix:
+        return  # object storage
     missing = [prefix + end for end in (".bin", ".idx") if not os.path.isfile(prefix + end)]
     if not missing:
+        check_dataset(prefix)
         return
     hint = "Make the dataset with: gptoss tokenize"
     if prefix.endswith((".bin", ".idx")):

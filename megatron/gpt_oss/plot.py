@@ -23,7 +23,11 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
     records = [by_step[step] for step in sorted(by_step)]
-    evaluations = {r["step"]: r for r in read_metrics(metrics) if "valid_loss" in r}
+    evaluations: dict[str, dict] = {}  # by validation set, by step
+    for record in read_metrics(metrics):
+        if "valid_loss" in record:
+            of_set = evaluations.setdefault(record.get("set", "validation"), {})
+            of_set[record["step"]] = record
     pyplot = import_pyplot()
     has_lr = any("learning_rate" in record for record in records)
     figure, axes = pyplot.subplots(
@@ -37,7 +41,8 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     )
     loss_axis = axes[0, 0]
     _draw(loss_axis, records, "loss", "training")
-    _draw(loss_axis, list(evaluations.values()), "valid_loss", "validation", marker="o")
+    for name, of_set in evaluations.items():
+        _draw(loss_axis, list(of_set.values()), "valid_loss", name, marker="o")
     first, last = records[0], records[-1]
     loss_axis.set_title(
         f"{title}: loss {first['loss']:.3f} at step {first['step']}, "

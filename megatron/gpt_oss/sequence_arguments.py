@@ -19,6 +19,11 @@ def check_sequence(value: Callable[[str], object]) -> None:
     """
     if value("dataloader_inter_document_masking"):
         _check_packing(value)
+    elif value("document_positions") == "restart":
+        raise UsageError(
+            "--document-positions restart without --dataloader-inter-document-masking: attention "
+            "then crosses documents, and positions run on. Give both, or neither."
+        )
     if value("context_parallel_size") > 1:
         _check_length(value)
         if value("transformer_impl") == "local":

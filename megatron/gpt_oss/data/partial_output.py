@@ -111,6 +111,8 @@ class PartialOutput:
                 os.fsync(stream.fileno())
             # An old index never stands beside new data: without an index there is no dataset.
             Path(f"{target}.idx").unlink(missing_ok=True)
+            # Where Megatron keeps the samples that it cut from the old data, by name alone.
+            shutil.rmtree(target / "cache" / "GPTDataset_indices", ignore_errors=True)
             if data.exists():
                 os.replace(data, f"{target}.bin")
             os.replace(self.folder / "idx", f"{target}.idx")

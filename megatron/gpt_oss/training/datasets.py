@@ -4,10 +4,14 @@
 from argparse import Namespace
 from functools import partial
 
+import torch
+
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.gpt_oss.data.blend import without_unread
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -15,14 +19,18 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
     """Megatron's dataset configuration for these arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    if blend_per_split is not None:
+        blend_per_split = [without_unread(blend) for blend in blend_per_split]
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=blend,
+        blend=without_unread(blend),
         blend_per_split=blend_per_split,
         split=args.split,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
+        # A set of a corpus is evaluated whole, though it ends in half a sequence.
+        drop_last_partial_validation_sequence=not args.multiple_validation_sets,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
@@ -51,19 +59,59 @@ def _is_built_here(vp_stage: int | None) -> bool:
     return mpu.get_tensor_model_parallel_rank() == 0 and wanted
 
 
+class FixedSamples(torch.utils.data.Dataset):
+    """The same samples for every evaluation, so that losses of different steps can be compared.
+
+    Args:
+        dataset: one epoch of a validation set.
+        per_evaluation: samples that an evaluation draws.
+        num_samples: samples of all evaluations.
+    """
+
+    index_split = Split.valid  # tells the data loader which batch size
+
+    def __init__(self, dataset: GPTDataset, per_evaluation: int, num_samples: int):
+        if len(dataset) == 0:
+            raise ValueError(f"The validation set {dataset.dataset_path} has no token.")
+        self._dataset, self._per_evaluation = dataset, per_evaluation
+        self._num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def __getitem__(self, index: int) -> dict:
+        # A set with fewer samples than an evaluation draws is gone through again.
+        return self._dataset[index % self._per_evaluation % len(self._dataset)]
+
+
 def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tuple:
     """Megatron's train_valid_test_datasets_provider.
 
     Args:
         num_samples: samples wanted of the training, validation and test set.
+    Returns:
+        Training, validation and test set; with --multiple-validation-sets a list of validation
+        sets, each of `num_samples[1]` samples (unless --full-validation asks for all).
     """
     args = get_args()
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
     is_built = partial(_is_built_here, vp_stage)
-    builder = BlendedMegatronDatasetBuilder(
-        dataset_class, num_samples, is_built, dataset_config(args)
-    )
-    return builder.build()
+    each_its_own = args.multiple_validation_sets and not args.full_validation
+    wanted = list(num_samples)
+    if each_its_own:
+        wanted[Split.valid.value] = None  # one epoch of each
+    builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, dataset_config(args))
+    train, valid, test = builder.build()
+    if each_its_own:
+        valid = [
+            dataset and FixedSamples(dataset, _samples_per_evaluation(args), num_samples[1])
+            for dataset in (valid if isinstance(valid, list) else [valid])
+        ]
+    return train, valid, test
+
+
+def _samples_per_evaluation(args: Namespace) -> int:
+    return args.eval_iters * args.eval_global_batch_size
 
 
 # Megatron builds the sets on every rank then, and asks _is_built_here.

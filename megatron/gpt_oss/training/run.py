@@ -18,6 +18,7 @@ from megatron.gpt_oss.arguments import parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.layer_specs import model_config_from_args
+from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.gpt_oss.training.log import TrainingLog
 from megatron.gpt_oss.training.step import forward_step
@@ -173,9 +174,13 @@ def _announced(provider, args: Namespace, console: TextIO):
         if args.rank == 0 and not vp_stage:
             print(_summary(args), file=console, flush=True)
         try:
-            return provider(num_samples, vp_stage)
+            datasets = provider(num_samples, vp_stage)
         except ValueError as error:  # what is wrong with the data, said by Megatron's datasets
             raise UsageError(str(error)) from error
+        if args.rank == 0 and not vp_stage:
+            for use in corpus_uses(datasets[0], args.seq_length):
+                print(use.line(os.path.basename(use.path), args.seq_length), file=console)
+        return datasets
 
     provide.is_distributed = True
     return provide

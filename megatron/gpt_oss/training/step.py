@@ -77,7 +77,10 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
         if max_seqlen is None:
             max_seqlen = int(batch["max_seqlen"])
         batch["packed_seq_params"] = PackedSequence.of(
-            batch["cu_seqlens"].flatten(), args.seq_length, max_seqlen
+            batch["cu_seqlens"].flatten(),
+            args.seq_length,
+            max_seqlen,
+            run_on=getattr(args, "document_positions", None) == "run-on",
         )
     return batch
 

@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 from megatron.gpt_oss import arguments
+from megatron.gpt_oss.data.index_file import write_index
 from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
 from megatron.gpt_oss.presets import PRESETS
 from megatron.gpt_oss.tiny import write_tiny_hf
@@ -134,13 +136,27 @@ def test_extra_flags_of_the_entry_script(monkeypatch):
 
 def test_missing_files(tmp_path, tiny_hf):
     present = tmp_path / 'data'
-    (tmp_path / 'data.bin').touch()
-    (tmp_path / 'data.idx').touch()
+    for name in ('data', 'damaged'):
+        (tmp_path / f'{name}.bin').write_bytes(bytes(8))
+        with open(tmp_path / f'{name}.idx', 'wb') as stream:
+            write_index(stream, numpy.array([4]), 'uint16')
+    (tmp_path / 'damaged.idx').write_bytes((tmp_path / 'damaged.idx').read_bytes()[:-4])
     (tmp_path / 'half.bin').touch()
+    (tmp_path / 'data.yaml').write_text('corpora: {a: {path: data}}')
     check = lambda *argv: _check('--preset', 'tiny', *argv)
-    check('--data-path', 0.5, present, '1e-2', present)
+    check('--data-path', 0.5, present, '1e-2', present, 0, tmp_path / 'gone')
+    check('--data-blend', tmp_path / 'data.yaml')
     for argv, words in (
         (('--data-path', 0.5, present, 1, tmp_path / 'gone'), ('gone.bin', 'gone.idx')),
+        (
+            ('--data-path', present, tmp_path / 'damaged'),
+            ('damaged.idx', '58 bytes', '--overwrite'),
+        ),
+        (
+            ('--data-blend', tmp_path / 'data.yaml', '--split', '9,1,0'),
+            ('--split', 'both name data'),
+        ),
+        (('--data-blend', tmp_path / 'no.yaml'), ('--data-blend', 'no.yaml')),
         (('--valid-data-path', tmp_path / 'half'), ('--valid-data-path', 'half.idx')),
         (('--data-path', f'{present}.bin'), ('without its ending', str(present))),
         (('--tokenizer-model', tmp_path / 'no'), ('--tokenizer-model', 'tokenizer.json')),

@@ -144,7 +144,10 @@ def run(folder, layout):
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
     )
-    return {kind: step(folder, layout, arguments, kind) for kind in ('dense', 'packed')}
+    kinds = ['dense', 'packed']
+    if layout.cp > 1 and layout.comm_type in ('p2p', 'a2a+p2p'):
+        kinds.append('run-on')  # the same function
+    return {kind: step(folder, layout, arguments, kind) for kind in kinds}
 
 
 def step(folder, layout, arguments, kind):
@@ -174,9 +177,9 @@ def step(folder, layout, arguments, kind):
     model.config.grad_scale_func = optimizer.scale_loss
 
     batch, documents = make_batch(kind), None
-    if kind == 'packed':
+    if kind != 'dense':
         cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)
-        documents = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=18)
+        documents = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=18, run_on=kind == 'run-on')
         if layout.dp > 1:  # the same on both, so that the average is that of one
             batch = {key: value.repeat(layout.dp, 1) for key, value in batch.items()}
     rows = {
@@ -205,7 +208,7 @@ def step(folder, layout, arguments, kind):
             forward_only=forward_only,
         )
 
-    expected = torch.load(folder / f'{kind}.pt')
+    expected = torch.load(folder / f"{kind.replace('run-on', 'packed')}.pt")
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
     reports = [schedule(forward_only=False)]

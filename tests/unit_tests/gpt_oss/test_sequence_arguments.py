@@ -34,6 +34,10 @@ REFUSED = {
     ),
     'heads-hierarchy': (f'{TINY} 16 --cp-comm-type a2a+p2p {HIERARCHY} 8 2', '4 .* 8 = 8 ranks'),
     'packed-batch': (f'{DOCUMENTS} --micro-batch-size 2', '--micro-batch-size 2 .* longer'),
+    'positions-without-packing': (
+        '--preset tiny --document-positions restart',
+        'restart without --dataloader-inter-document-masking',
+    ),
     'packed-positions': (f'{DOCUMENTS} --reset-position-ids', 'Drop --reset-position-ids'),
 }
 
@@ -45,6 +49,9 @@ ACCEPTED = {
     'hierarchy': f'{TINY} 4 --cp-comm-type a2a+p2p {HIERARCHY} 2 2',
     'heads-of-a-node': f'{TINY} 16 --cp-comm-type a2a+p2p {HIERARCHY} 4 4',
     'packed': f'{DOCUMENTS} --context-parallel-size 2',
+    'run-on': f'{DOCUMENTS} --document-positions run-on',
+    'restart': f'{DOCUMENTS} --document-positions restart',
+    'run-on-without-packing': '--preset tiny --document-positions run-on',
 }
 
 

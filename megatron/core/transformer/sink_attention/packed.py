@@ -27,9 +27,16 @@ class PackedSequence(PackedSeqParams):
 
     num_tokens: int | None = None  # of the whole sequence
     longest: int | None = None  # tokens of the longest document; max_seqlen_q is a bound of it
+    run_on: bool = False  # positions go on from one document to the next
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None = None):
+    def of(
+        cls,
+        cu_seqlens: Tensor,
+        num_tokens: int,
+        max_seqlen: int | None = None,
+        run_on: bool = False,
+    ):
         """Describe documents in a sequence of `num_tokens`.
 
         Args:
@@ -37,10 +44,12 @@ class PackedSequence(PackedSeqParams):
                 num_tokens, which are documents without tokens.
             num_tokens: tokens of the whole sequence, before it is split over ranks.
             max_seqlen: of the longest document, a Python int; num_tokens by default.
+            run_on: count positions from the beginning of the sequence, not of each document.
+                Rotary attention within documents is the same function, but for rounding.
         """
         longest = num_tokens if max_seqlen is None else max_seqlen
         # RotaryEmbedding keeps a table for each bound that it meets: let it be few.
-        bound = min(num_tokens, 1 << (longest - 1).bit_length())
+        bound = num_tokens if run_on else min(num_tokens, 1 << (longest - 1).bit_length())
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
@@ -49,10 +58,11 @@ class PackedSequence(PackedSeqParams):
             max_seqlen_kv=bound,
             num_tokens=num_tokens,
             longest=longest,
+            run_on=run_on,
         )
 
     def positions(self, cp_group: ProcessGroup | None = None) -> Tensor:
-        """Place in its document of each token of this rank.
+        """Place in its document of each token of this rank; in the sequence with `run_on`.
 
         Returns:
             [num_tokens / cp] int64, on the device of cu_seqlens.
@@ -60,13 +70,15 @@ class PackedSequence(PackedSeqParams):
         starts = self.cu_seqlens_q.long()
         rank, size = (0, 1) if cp_group is None else (cp_group.rank(), cp_group.size())
         tokens = global_positions(rank, size, self.num_tokens, starts.device)
+        if self.run_on:
+            return tokens
         return tokens - starts[torch.searchsorted(starts, tokens, right=True) - 1]
 
     def rotary_rows(self, table: Tensor | None, cp_group: ProcessGroup | None = None):
         """The rows of a rotary table for the tokens of this rank.
 
         Args:
-            table: [max_seqlen, 1, 1, d]: the angles of each place in a document.
+            table: [max_seqlen_q, 1, 1, d]: the angles of each place.
         Returns:
             [num_tokens / cp, 1, d], for queries and keys [t, heads, d]; None for None.
         """

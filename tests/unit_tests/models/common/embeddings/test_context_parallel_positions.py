@@ -97,12 +97,13 @@ def test_dense(size, rank):
 
 
 @ranks
-def test_packed(size, rank):
+@pytest.mark.parametrize('run_on', [False, True], ids=['restart', 'run-on'])
+def test_packed(size, rank, run_on):
     """Upstream took each document for split over the ranks, and 2 * cp for a divisor of each."""
     group, mine = Group(size, rank), own_tokens(size, rank)
     x = torch.randn(LENGTH, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
     cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)
-    params = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=46)
+    params = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=46, run_on=run_on)
     table, mscale = yarn(group)(params.max_seqlen_q, packed_seq=True)
     got = rope_utils.apply_rotary_pos_emb(
         x[mine],
@@ -113,6 +114,8 @@ def test_packed(size, rank):
         cp_group=group,
     )
     places = torch.cat([torch.arange(b - a) for a, b in zip(DOCUMENTS, DOCUMENTS[1:])])
+    if run_on:
+        places = torch.arange(LENGTH)
     torch.testing.assert_close(got, rotated_by_transformers(x, places)[mine], rtol=0, atol=2e-5)
 
 

@@ -1,0 +1,85 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""What a run draws from each corpus, told before its first step."""
+
+from dataclasses import dataclass
+
+import numpy
+
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+
+
+@dataclass(frozen=True)
+class CorpusUse:
+    """How a training set draws on one corpus.
+
+    Attributes:
+        path: of the corpus, without ending.
+        share: of the samples of the training set.
+        documents, tokens: of the corpus' training split.
+        long_documents, long_tokens: those of more tokens than a sequence, and what they hold. They
+            are cut into several samples; nothing of them is left out.
+        epochs: times that the run goes through the corpus.
+        cut_samples: share of the samples that begin within a document.
+    """
+
+    path: str
+    share: float
+    documents: int
+    tokens: int
+    long_documents: int
+    long_tokens: int
+    epochs: float
+    cut_samples: float
+
+    def line(self, name: str, seq_length: int) -> str:
+        """For the console."""
+        text = (
+            f"data {name}: {100 * self.share:.1f} % of the samples, {self.documents:,} documents, "
+            f"{self.tokens:,} tokens, {self.epochs:.2f} epochs; {100 * self.cut_samples:.0f} % of "
+            "the samples begin within a document"
+        )
+        if self.long_documents:
+            text += (
+                f"; {self.long_documents:,} documents ({100 * self.long_tokens / self.tokens:.1f} % "
+                f"of the tokens) are longer than a sequence of {seq_length:,} and are cut"
+            )
+        return text
+
+
+def corpus_uses(dataset: object, seq_length: int) -> list[CorpusUse]:
+    """What a training set draws from each of its corpora.
+
+    Args:
+        dataset: as Megatron's builder makes it; None where it is not built, and any other.
+        seq_length: tokens of a sample.
+    Returns:
+        [] for sets that are not made of indexed datasets.
+    """
+    if isinstance(dataset, BlendedDataset):
+        drawn = numpy.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
+        parts = list(zip(dataset.datasets, map(int, drawn)))
+    elif isinstance(dataset, GPTDataset) and not isinstance(dataset, MockGPTDataset):
+        parts = [(dataset, min(len(dataset), dataset.num_samples or len(dataset)))]
+    else:
+        return []
+    total = max(1, sum(samples for _, samples in parts))
+    return [_use(part, samples, total, seq_length) for part, samples in parts]
+
+
+def _use(dataset: GPTDataset, samples: int, total: int, seq_length: int) -> CorpusUse:
+    lengths = dataset.dataset.sequence_lengths[dataset.indices]
+    long = lengths[lengths > seq_length]
+    tokens = int(lengths.sum(dtype=numpy.int64))
+    # (document, offset) of each sample's first token; the last row is where the last one ends.
+    offsets = dataset.sample_index[:-1, 1]
+    return CorpusUse(
+        path=dataset.dataset_path,
+        share=samples / total,
+        documents=len(lengths),
+        tokens=tokens,
+        long_documents=len(long),
+        long_tokens=int(long.sum(dtype=numpy.int64)),
+        epochs=samples * seq_length / max(1, tokens),
+        cut_samples=float(numpy.mean(offsets > 0)) if len(offsets) else 0.0,
+    )
