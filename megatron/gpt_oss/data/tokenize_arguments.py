@@ -16,7 +16,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, help="path of the .bin and .idx, without ending")
     parser.add_argument("--tokenizer", help="folder with tokenizer.json; byte-level by default")
-    parser.add_argument("--end-token", help="ends a document; the tokenizer's eos_token by default")
+    parser.add_argument("--end-token", help="ends a document; <|endoftext|>, else the eos_token")
     parser.add_argument("--pattern", action="append", help="names to take from a folder, *.txt ...")
     parser.add_argument("--exclude", action="append", default=[], help="paths to leave out, glob")
     parser.add_argument(

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
+from megatron.gpt_oss.data.byte_tokenizer import (
+    END_OF_TEXT,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+)
 from megatron.gpt_oss.errors import UsageError
 
 
@@ -39,8 +43,8 @@ def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextT
 
     Args:
         path: the folder, or its tokenizer.json.
-        end_token: ends a document; by default the tokenizer's eos_token, which is also what
-            Megatron takes for the end of a document.
+        end_token: ends a document; by default <|endoftext|> where the tokenizer has it, else its
+            eos_token. (gpt-oss' eos_token is <|return|>, the end of an answer.)
     Raises:
         UsageError: no such file, not a tokenizer, or it does not know the end token.
     """
@@ -54,10 +58,12 @@ def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextT
         raise UsageError(
             f"{file} is not a tokenizer of the tokenizers package ({error})."
         ) from error
+    if end_token is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
+        end_token = END_OF_TEXT
     end_token = end_token or eos_token_of(file.parent)
     if end_token is None:
         raise UsageError(
-            f"{file.parent / TOKENIZER_CONFIG_NAME} names no eos_token. Say which token ends a "
+            f"{file} has no {END_OF_TEXT}, {TOKENIZER_CONFIG_NAME} names no eos_token. Say which token ends a "
             "document with --end-token."
         )
     end_id = tokenizer.token_to_id(end_token)

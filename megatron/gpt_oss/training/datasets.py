@@ -12,6 +12,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.gpt_oss.data.blend import without_unread
+from megatron.gpt_oss.data.document_end import DatasetTokenizer, document_end_of
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -21,10 +22,13 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend_per_split is not None:
         blend_per_split = [without_unread(blend) for blend in blend_per_split]
+    blend = without_unread(blend)
+    prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
+    local = [prefix for prefix in prefixes if "://" not in prefix]
     return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=without_unread(blend),
+        blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
         multiple_validation_sets=args.multiple_validation_sets,
@@ -34,7 +38,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
+        tokenizer=DatasetTokenizer(build_tokenizer(args), document_end_of(local)),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,

@@ -359,6 +359,11 @@ def test_bad_tokenizers(tmp_path):
     write_byte_tokenizer(tmp_path)
     with pytest.raises(UsageError, match="no token '<|nope|>'"):
         load_text_tokenizer(tmp_path, '<|nope|>')
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": {"content": "b"}}')
+    assert load_text_tokenizer(tmp_path).end_id == END  # the end of a document, not of an answer
+    content = (tmp_path / 'tokenizer.json').read_text()
+    (tmp_path / 'tokenizer.json').write_text(content.replace('<|endoftext|>', '<|eod|>'))
+    assert load_text_tokenizer(tmp_path).end_id == ord('b')
     (tmp_path / 'tokenizer_config.json').unlink()
     with pytest.raises(UsageError, match='names no eos_token.*--end-token'):
         load_text_tokenizer(tmp_path)
