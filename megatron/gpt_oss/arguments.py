@@ -9,6 +9,7 @@ missing file are refused in one sentence before torch.distributed is touched.
 
 import argparse
 import difflib
+import glob
 import importlib.util
 import os
 import re
@@ -345,6 +346,8 @@ def _check_dataset(flag: str, prefix: str) -> None:
         check_dataset(prefix)
         return
     hint = "Make the dataset with: gptoss tokenize"
+    if glob.glob(f"{glob.escape(prefix)}.*-*.idx"):
+        hint = "It was split by length: name it in a file for --data-blend"
     if prefix.endswith((".bin", ".idx")):
         hint = f"Give the path without its ending: {prefix[:-4]}"
     raise UsageError(f"{flag} {prefix}: no file {' and no file '.join(missing)}. {hint}.")

@@ -141,7 +141,8 @@ def test_missing_files(tmp_path, tiny_hf):
         with open(tmp_path / f'{name}.idx', 'wb') as stream:
             write_index(stream, numpy.array([4]), 'uint16')
     (tmp_path / 'damaged.idx').write_bytes((tmp_path / 'damaged.idx').read_bytes()[:-4])
-    (tmp_path / 'half.bin').touch()
+    for name in ('half.bin', 'split.0-8k.idx', 'split.8k-up.idx'):
+        (tmp_path / name).touch()
     (tmp_path / 'data.yaml').write_text('corpora: {a: {path: data}}')
     check = lambda *argv: _check('--preset', 'tiny', *argv)
     check('--data-path', 0.5, present, '1e-2', present, 0, tmp_path / 'gone')
@@ -156,6 +157,7 @@ def test_missing_files(tmp_path, tiny_hf):
             ('--data-blend', tmp_path / 'data.yaml', '--split', '9,1,0'),
             ('--split', 'both name data'),
         ),
+        (('--data-path', tmp_path / 'split'), ('split by length', '--data-blend')),
         (('--data-blend', tmp_path / 'no.yaml'), ('--data-blend', 'no.yaml')),
         (('--valid-data-path', tmp_path / 'half'), ('--valid-data-path', 'half.idx')),
         (('--data-path', f'{present}.bin'), ('without its ending', str(present))),
