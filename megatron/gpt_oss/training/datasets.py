@@ -76,7 +76,10 @@ class FixedSamples(torch.utils.data.Dataset):
 
     def __init__(self, dataset: GPTDataset, per_evaluation: int, num_samples: int):
         if len(dataset) == 0:
-            raise ValueError(f"The validation set {dataset.dataset_path} has no token.")
+            raise ValueError(
+                f"The validation set {dataset.dataset_path} has fewer than two tokens. Hold out "
+                "more, or leave it out with validation: false."
+            )
         self._dataset, self._per_evaluation = dataset, per_evaluation
         self._num_samples = num_samples
 
@@ -106,6 +109,12 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
         wanted[Split.valid.value] = None  # one epoch of each
     builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, dataset_config(args))
     train, valid, test = builder.build()
+    if valid is None and args.eval_iters and is_built():
+        raise ValueError(
+            f"There is no validation set, and --eval-iters is {args.eval_iters}. Give "
+            "--eval-iters 0, or hold documents out (gptoss tokenize --validation-share, or "
+            "--split)."
+        )
     if each_its_own:
         valid = [
             dataset and FixedSamples(dataset, _samples_per_evaluation(args), num_samples[1])

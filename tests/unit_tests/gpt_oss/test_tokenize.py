@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy
+import psutil
 import pytest
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -249,8 +250,11 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, workers):
             if (state.get('file', 0), state.get('record', 0)) >= (file, record):
                 break
             time.sleep(0.001)
+        others = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert len(others) >= (workers if workers > 1 else 0)
+        assert not psutil.wait_procs(others, timeout=20)[1], 'processes outlive a killed parent'
         assert not (killed / 'data.json').exists(), 'it was through before it was killed'
         places.append((state['file'], state['record']))
     assert places[0] < places[1]
@@ -292,7 +296,10 @@ def test_killed_while_files_get_their_names(tokenizer, tmp_path, monkeypatch):
 def test_overwrite_leaves_no_other_bucket(corpus, tokenizer, tmp_path):
     tokenize_files([corpus], tmp_path / 'data', tokenizer, split_at=(10, 20))
     assert (tmp_path / 'data.10-20.idx').exists()
+    cache = tmp_path / 'data' / 'cache' / 'GPTDataset_indices'
+    cache.mkdir(parents=True)  # of samples that a run cut from an earlier dataset of that name
     tokenize_files([corpus], tmp_path / 'data', tokenizer, overwrite=True)
+    assert not cache.exists()
     assert not list(tmp_path.glob('data.*-*'))
     assert len(_documents(tmp_path / 'data')) == 6
 

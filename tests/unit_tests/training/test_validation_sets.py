@@ -10,7 +10,7 @@ import pytest
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.data.tokenize import tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
-from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.distributed import RankFailure, RankPool
 
 FLAGS = (
     '--preset tiny --preset-layers 2 --seq-length 32 --micro-batch-size 1 --global-batch-size 2 '
@@ -127,3 +127,11 @@ def test_weight_0_of_a_data_path(ranks, folder):
     run(ranks, folder, 'data-path', '--eval-iters', '0', data=data, steps=1)
     records = (folder / 'run-data-path' / 'metrics.jsonl').read_text().splitlines()
     assert len(records) == 1
+
+
+def test_no_validation_set(ranks, folder):
+    """Then nothing is evaluated; to ask for it was a TypeError at the first evaluation."""
+    write_blend(folder / 'none.yaml', a={'weight': 1, 'validation': False})
+    assert run(ranks, folder, 'none', '--eval-iters', '0', steps=1) == []
+    with pytest.raises(RankFailure, match='no validation set, and --eval-iters is 3. Give'):
+        run(ranks, folder, 'none', steps=1)
