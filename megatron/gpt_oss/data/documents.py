@@ -84,6 +84,8 @@ def read_records(path: Path, key: str) -> Iterator[Record]:
                 yield from _json_documents(stream, raw, key)
             else:
                 yield Record(TEXT, stream.read(), 0, os.fstat(raw.fileno()).st_size)
+    except UnicodeDecodeError:
+        yield Record(BAD, "not UTF-8, and the rest is not read", 0, path.stat().st_size)
     except (EOFError, zlib.error, gzip.BadGzipFile, *_zstd_errors()) as error:
         size = path.stat().st_size
         yield Record(BAD, f"not whole, or not {path.suffix[1:]} ({error})", 0, size)
@@ -166,7 +168,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _decoded(first: bytes, stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     yield decoder.decode(first)
     while chunk := stream.read(CHUNK_BYTES):
         yield decoder.decode(chunk)

@@ -42,7 +42,8 @@ class Encoded:
         ids: [tokens], the documents one after the other.
         lengths: [documents] int32, each with its end-of-document token.
         held_out: [documents] bool.
-        empty: numbers of the records without text. bad: number and reason of those not read.
+        empty: places in the batch of the records without text.
+        bad: places of those that could not be read, with the reason.
     """
 
     ids: numpy.ndarray
@@ -63,16 +64,16 @@ class Encoder:
 
     def __call__(self, records: list[Record]) -> Encoded:
         texts, empty, bad = [], [], []
-        for record in records:
+        for place, record in enumerate(records):
             try:
                 text = text_of(record, self._job.key)
             except BadDocument as error:
-                bad.append((record.number, str(error)))
+                bad.append((place, str(error)))
                 continue
             if text.strip():
                 texts.append(text)
             else:
-                empty.append(record.number)
+                empty.append(place)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         lengths = numpy.array([len(e.ids) + 1 for e in encodings], dtype=numpy.int32)
         ids = numpy.empty(int(lengths.sum()), dtype=self._job.dtype)

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -51,6 +52,7 @@ class Summary:
         datasets: {path without ending: (documents, tokens)} of what was written.
         skipped: (place, reason) of what was left out, the first hundred.
         num_skipped: all of them.
+        tokens_per_second: of this process; 0 where an earlier one had encoded everything.
     """
 
     files: int = 0
@@ -60,22 +62,40 @@ class Summary:
     num_skipped: int = 0
     datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
     histogram: Histogram | None = None
+    tokens_per_second: float = 0.0
 
     def __str__(self) -> str:
         text = f"{self.documents:,} documents, {self.tokens:,} tokens from {self.files:,} files"
         if self.histogram is not None:
             share = 100 * self.histogram.long_share
             text += f", {share:.1f} % of the tokens in documents over {short_length(LONG)}"
+        if self.tokens_per_second:
+            text += f", {self.tokens_per_second:,.0f} tokens/s"
         return text + (f"; {self.num_skipped:,} skipped" if self.num_skipped else "")
 
 
 @dataclass
-class _Batch:
+class _Part:
+    """Records of one file within a batch."""
+
     file: int
-    path: Path
-    records: list[Record]
     first: int  # records of the file before these
-    last_of_file: bool
+    count: int
+    position: int  # bytes of the file that were read
+    ends_file: bool
+
+
+@dataclass
+class _Batch:
+    """What a process gets at a time: a part of a large file, or many small files."""
+
+    records: list[Record] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
+    size: int = 0
+
+    def is_full(self) -> bool:
+        most = max(len(self.records), len(self.parts))  # files may be without records
+        return self.size >= BATCH_BYTES or most >= BATCH_RECORDS
 
 
 def tokenize_files(
@@ -132,11 +152,12 @@ def tokenize_files(
         tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
     )
     output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+    rate = 0.0
     try:
         if not output.complete:
             _check_new(prefix, names, overwrite)
             run = _Run(files, output, buckets, split_at, bad)
-            run.encode(job, workers, show_progress)
+            rate = run.encode(job, workers, show_progress)
         summary = _publish(output, prefix, names, tokenizer, overwrite)
     except BaseException as error:
         output.close()
@@ -144,6 +165,7 @@ def tokenize_files(
             output.remove()
         raise _with_remedy(error, output) from error
     output.remove()
+    summary.tokens_per_second = rate
     return summary
 
 
@@ -152,7 +174,7 @@ class _NothingFound(UsageError):
 
 
 class _Run:
-    """Reading, encoding and writing; what it knows is what the journal holds."""
+    """Reading, encoding and writing; `_state` is what the journal holds of it."""
 
     def __init__(
         self,
@@ -183,23 +205,26 @@ class _Run:
             "skipped": self.skipped,
         }
 
-    def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> None:
+    def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> float:
+        """Go on from the state to the last file; returns tokens a second."""
         sizes = [path.stat().st_size for path in self._files]
         started = saved = time.monotonic()
-        tokens_before, position = self.tokens, 0
+        rate, tokens_before, position = 0.0, self.tokens, sum(sizes[: self._file])
         with Progress(sum(sizes), "MB", 1e-6, show_progress) as progress:
-            progress.begin_at(sum(sizes[: self._file]))
+            progress.begin_at(position)
             for batch, encoded in self._encoded(job, workers):
                 self._take(batch, encoded)
                 now = time.monotonic()
                 rate = (self.tokens - tokens_before) / max(now - started, 1e-9)
-                here = sizes[batch.file] if batch.last_of_file else batch.records[-1].position
+                last = batch.parts[-1]
+                here = sum(sizes[: last.file]) + last.position
                 progress.advance(here - position, f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
-                position = 0 if batch.last_of_file else here
+                position = here
                 if now - saved >= SAVE_SECONDS:
                     self._output.save(self._state())
                     saved = now
         self._output.save(self._state(), complete=True)
+        return rate
 
     def _encoded(self, job: EncodeJob, workers: int) -> Iterator[tuple[_Batch, Encoded]]:
         batches = self._batches(job.key)
@@ -219,38 +244,53 @@ class _Run:
             yield waiting.pop(0), encoded
 
     def _batches(self, key: str) -> Iterator[_Batch]:
-        """Records of one file, in portions; the last of a file may be empty."""
+        batch = _Batch()
         for number in range(self._file, len(self._files)):
-            path = self._files[number]
-            first = self._record if number == self._file else 0
-            records, size, count = [], 0, 0
-            for record in read_records(path, key):
-                count += 1
-                if count <= first:
-                    continue
-                records.append(record)
-                size += len(record.raw) if isinstance(record.raw, (bytes, str)) else 0
-                if size >= BATCH_BYTES or len(records) >= BATCH_RECORDS:
-                    yield _Batch(number, path, records, count - len(records), False)
-                    records, size = [], 0
-            yield _Batch(number, path, records, count - len(records), True)
+            done = self._record if number == self._file else 0
+            part = _Part(number, done, 0, 0, False)
+            batch.parts.append(part)
+            for record in islice(read_records(self._files[number], key), done, None):
+                if batch.is_full():
+                    yield batch
+                    part = _Part(number, part.first + part.count, 0, part.position, False)
+                    batch = _Batch(parts=[part])
+                batch.records.append(record)
+                batch.size += len(record.raw) if isinstance(record.raw, (bytes, str)) else 0
+                part.count, part.position = part.count + 1, record.position
+            part.position, part.ends_file = self._files[number].stat().st_size, True
+            if batch.is_full():
+                yield batch
+                batch = _Batch()
+        if batch.parts:
+            yield batch
 
     def _take(self, batch: _Batch, encoded: Encoded) -> None:
         """Write what came of a batch."""
-        for number, reason in encoded.bad:
-            place = place_of(batch.path, number)
-            if self._bad == STOP and not (number == 0 and is_whole_text(batch.path)):
-                raise UsageError(f"{place}: {reason}. Or leave out such lines: --bad-lines {SKIP}.")
-            self._skip(place, reason)
+        bad, empty = dict(encoded.bad), set(encoded.empty)
+        start = 0
+        for part in batch.parts:
+            path = self._files[part.file]
+            places = range(start, start + part.count)
+            start += part.count
+            reasons = [(batch.records[i].number, bad[i]) for i in places if i in bad]
+            for number, reason in reasons:
+                self._refuse(path, number, reason)
+            self._found += part.count - len(reasons) - sum(i in empty for i in places)
+            self._file, self._record = part.file, part.first + part.count
+            if part.ends_file:
+                self.files += bool(self._found)
+                if not self._found and not reasons:
+                    self._skip(str(path), SKIP_EMPTY)
+                self._file, self._record, self._found = part.file + 1, 0, 0
         self._write(encoded)
-        self._found += len(encoded.lengths)
         self.tokens += len(encoded.ids)
-        self._file, self._record = batch.file, batch.first + len(batch.records)
-        if batch.last_of_file:
-            self.files += bool(self._found)
-            if not self._found and not encoded.bad:
-                self._skip(str(batch.path), SKIP_EMPTY)
-            self._file, self._record, self._found = batch.file + 1, 0, 0
+
+    def _refuse(self, path: Path, number: int, reason: str) -> None:
+        """Stop at a record that could not be read, or leave it out."""
+        place = place_of(path, number)
+        if self._bad == STOP and not (number == 0 and is_whole_text(path)):
+            raise UsageError(f"{place}: {reason}. Or leave out such lines: --bad-lines {SKIP}.")
+        self._skip(place, reason)
 
     def _write(self, encoded: Encoded) -> None:
         """Each document to its dataset, in order."""

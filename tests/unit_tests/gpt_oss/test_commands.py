@@ -33,7 +33,7 @@ def test_tokenize(tmp_path, capsys):
     _gptoss('tokenize', tmp_path, '--output', tmp_path / 'data' / 'x')
     printed = capsys.readouterr()
     assert '1 documents, 4 tokens from 1 files, 0.0 % of the tokens' in printed.out
-    assert '; 1 skipped' in printed.out
+    assert 'tokens/s; 1 skipped' in printed.out
     assert 'skipped' in printed.err and 'b.txt: not UTF-8' in printed.err
     assert (tmp_path / 'data' / 'x.idx').is_file()
     assert (tmp_path / 'data' / 'x.png').read_bytes().startswith(b'\x89PNG')

@@ -83,6 +83,13 @@ def test_lines_of_array_elements(tmp_path):
     assert cut == [(1, 'a'), (2, "bad: the array ends here, without a ']'")]
 
 
+def test_array_that_is_not_utf8(tmp_path):
+    """Nothing is replaced in silence."""
+    path = write(tmp_path / 'a.json', b'[{"text": "a"},\n{"text": "caf\xe9"}]')
+    assert read(path)[-1] == (0, 'bad: not UTF-8, and the rest is not read')
+    assert not any('\ufffd' in text for _, text in read(path))
+
+
 @pytest.mark.parametrize('packed', ['.gz', '.zst'])
 def test_cut_short(tmp_path, packed):
     """What is there comes first, and then that there should be more."""

@@ -147,6 +147,10 @@ def _mixed_corpus(folder, documents=300):
     folder.mkdir()
     generator = numpy.random.default_rng(3)
     texts = []
+    for i in range(documents // 10):  # many small files, some of them empty
+        text = f'small {i}' if i % 7 else ''
+        (folder / f'_{i:03}.txt').write_text(text)
+        texts += [text] if text else []
     for name in ('a.jsonl', 'b.jsonl.gz', 'c.json'):
         some = [
             f'{name} {i} ' + 'wörd ' * int(length)
@@ -169,7 +173,8 @@ def test_processes_lengths_and_validation(tokenizer, tmp_path, monkeypatch):
         tokenize_files([tmp_path / 'corpus'], out, tokenizer, workers=workers, **arguments)
     names = sorted(os.listdir(tmp_path / '1'))
     assert names == sorted(
-        f'data.{name}' for name in ('json', *(f'{part}.{end}' for part in _PARTS for end in _ENDS))
+        f'data.{name}'
+        for name in ('json', 'skipped.txt', *(f'{part}.{end}' for part in _PARTS for end in _ENDS))
     )
     for name in names:
         assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '3' / name).read_bytes(), name
@@ -190,6 +195,8 @@ def test_processes_lengths_and_validation(tokenizer, tmp_path, monkeypatch):
         'tokens': sum(map(len, held_out)),
     }
     assert record['tokens'] == sum(map(len, expected)) == sum(record['lengths']['tokens'])
+    empty = [i for i in range(30) if i % 7 == 0]
+    assert record['files'] == 33 - len(empty) and record['num_skipped'] == len(empty)
 
 
 _PARTS = ('0-1k', '1k-2k', '2k-up', 'valid')
@@ -242,7 +249,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, workers):
     journal = killed / '.data.partial' / 'journal.json'
     places = []
     # The later the run is killed, the further it has come: twice on the way, in other files.
-    for file, record in ((0, 100), (1, 50)):
+    for file, record in ((90, 100), (91, 50)):
         process = start(killed)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
@@ -287,7 +294,8 @@ def test_killed_while_files_get_their_names(tokenizer, tmp_path, monkeypatch):
             tokenize_files([tmp_path / 'corpus'], out / 'data', tokenizer, **arguments)
         monkeypatch.setattr(os, 'replace', replace)
         monkeypatch.setattr(tokenize._Run, 'encode', None)
-        tokenize_files([tmp_path / 'corpus'], out / 'data', tokenizer, **arguments)
+        summary = tokenize_files([tmp_path / 'corpus'], out / 'data', tokenizer, **arguments)
+        assert summary.tokens_per_second == 0
         monkeypatch.undo()
         for name in os.listdir(tmp_path / 'whole'):
             assert (out / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
