@@ -40,7 +40,8 @@ logging.disable(logging.WARNING)
 
 import torch
 
-from benchmarks.trainer import Trainer, make_batch, model_flops
+from benchmarks.trainer import Trainer, make_batch
+from benchmarks.work import model_flops
 from megatron.core import device_utils
 from megatron.gpt_oss.presets import get_preset
 

@@ -46,14 +46,8 @@ logging.disable(logging.WARNING)
 import torch
 
 from benchmarks import report
-from benchmarks.trainer import (
-    Trainer,
-    head_flops,
-    is_windowed,
-    layer_flops,
-    make_batch,
-    num_parameters,
-)
+from benchmarks.trainer import Trainer, make_batch
+from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
 from megatron.gpt_oss.presets import get_preset
 
@@ -165,8 +159,8 @@ def grow(name: str, preset, smoke: bool) -> Growth:
         for tokens in range(step, case.length + 1, step):
             _, _, reached = measure(trainer, replace(case, length=tokens, size=1), 0)
             longest, peak = tokens, reached
-    except torch.OutOfMemoryError:
-        pass
+    except torch.OutOfMemoryError as error:
+        print(f"{name}, {tokens} tokens: {str(error).split('. See')[0]}", flush=True)
     finally:
         trainer.close()
     return Growth(path=name, tokens=longest, step=step, peak_gib=peak)

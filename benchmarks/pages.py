@@ -1,0 +1,219 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Writes the tables of docs/performance.md and docs/context_parallel.md from the committed results.
+
+    python benchmarks/pages.py
+
+A test compares the pages with the results: tables are written, not edited.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+from benchmarks.work import (
+    attention_flops,
+    head_flops,
+    is_windowed,
+    linear_flops,
+)
+from megatron.gpt_oss.presets import get_preset
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = report.ROOT / "docs"
+# What products reach at best, in TFLOP/s: the roofline of docs/performance.md.
+PRODUCT_RATE = 560.0
+# Patterns in a kernel's name, most particular first.
+CLASSES = [
+    ("experts' products", "GroupProblemShape"),
+    ("cross entropy", "^_to_gradient|^_row_statistics"),
+    ("experts' activation and biases", "^_swiglu|_weighted_bias|^_sum_tiles"),
+    ("rows to experts and back", "gather_kernel|^_sum_by_token|radix_sort|index"),
+    ("attention", "flash|fmha|convert_dq|dot_do_o|_sink_|_sink$"),
+    ("rotation, bias, residual", "^_split_and_rotate$|^_add$"),
+    ("RMSNorm", "layer_norm|GammaBeta"),
+    ("products of head and attention", "nvjet|gemm"),
+    ("weight gradients added up in fp32", "CUDAFunctor_add<float>"),
+]
+
+
+def main() -> None:
+    """Write every section."""
+    for (page, section), text in sections().items():
+        report.write_section(DOCS / page, section, text)
+
+
+def sections() -> dict[tuple[str, str], str]:
+    """(page, section): what stands there."""
+    return {
+        ("performance.md", "training step"): step_section(),
+        ("performance.md", "kernels"): kernel_section(),
+        ("performance.md", "loss"): loss_section(),
+        ("performance.md", "experts"): experts_section(),
+        ("performance.md", "elementwise"): elementwise_section(),
+        ("context_parallel.md", "two GPUs"): context_parallel_section(),
+        ("context_parallel.md", "model on two GPUs"): context_parallel_model_section(),
+    }
+
+
+def load(name: str) -> dict:
+    """A result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def source(name: str, found: dict) -> str:
+    """File, command, card and versions."""
+    facts = found["machine"]
+    card = facts.get("gpu", facts.get("device", "")).replace("_", " ")
+    words = [card] + [f"{k} {facts[k]}" for k in ("torch", "triton", "commit") if k in facts]
+    link = f"[JSON](../benchmarks/results/{name}.json)"
+    return f"{link}: `{found['command']}`, {found['date']}; {', '.join(words)}."
+
+
+def step_section() -> str:
+    """Tokens/s of the whole model, extrapolated."""
+    found = load("train_step_h100")
+    header = ["case", "tokens", "windowed layer, ms", "full layer, ms", "head, ms", "AdamW, s"]
+    header += ["tokens/s/GPU, extrapolated", "model TFLOP/s", "peak GiB, 2 layers"]
+    rows = []
+    for row in found["rows"]:
+        figures = [f"{row[k]:.1f}" for k in ("windowed_ms", "full_ms", "head_ms")]
+        figures += [f"{row['adamw_s']:.2f}", f"{row['tokens_per_second']:,.0f}"]
+        figures += [f"{row['tflops']:.0f}", f"{row['peak_gib']:.1f}"]
+        rows.append([row["case"], f"{row['tokens']:,}", *figures])
+    return report.markdown(header, rows) + "\n\n" + source("train_step_h100", found)
+
+
+def kernel_section() -> str:
+    """Where a micro-batch of two layers and head spends its time, against the roofline."""
+    found = load("train_step_h100")
+    cases = {"4k": (4096, 8), "32k": (32768, 1)}
+    header = ["kernels"]
+    for case in cases:
+        header += [f"{case}, ms", f"{case}, roofline ms"]
+    totals = {case: by_class(found["kernels"][case]) for case in cases}
+    bounds = {case: roofline(*size) for case, size in cases.items()}
+    names = [name for name, _ in CLASSES] + ["the rest"]
+    names.sort(key=lambda name: -totals["32k"].get(name, 0))
+    rows = []
+    for name in names:
+        line = [name]
+        for case in cases:
+            bound = bounds[case].get(name)
+            line += [f"{totals[case].get(name, 0):.1f}", "-" if bound is None else f"{bound:.1f}"]
+        rows.append(line)
+    line = ["all"]
+    for case in cases:
+        line += [f"{sum(totals[case].values()):.1f}", f"{sum(bounds[case].values()):.1f}"]
+    return report.markdown(header, [*rows, line])
+
+
+def by_class(kernels: list[dict]) -> dict[str, float]:
+    """Milliseconds of each class."""
+    totals: dict[str, float] = {}
+    for kernel in kernels:
+        name = kernel["kernel"]
+        matches = (label for label, pattern in CLASSES if re.search(pattern, name))
+        label = next(matches, "the rest")
+        totals[label] = totals.get(label, 0.0) + kernel["ms"]
+    return totals
+
+
+def roofline(length: int, size: int) -> dict[str, float]:
+    """Milliseconds of the products at PRODUCT_RATE, of attention as measured alone."""
+    preset = get_preset("20b")
+    experts, linears = linear_flops(preset, length)
+    dense = 2 * linears + head_flops(preset, length)
+    attention = load("attention_h100")["rows"]
+    full = next(r for r in attention if (r["case"], r["backend"]) == ("causal-32k", "cudnn"))
+    window = next(r for r in attention if (r["case"], r["backend"]) == ("window-32k", "aten_fa2"))
+    tokens = length * size
+    return {
+        "experts' products": 2 * experts * size / PRODUCT_RATE / 1e9,
+        "products of head and attention": dense * size / PRODUCT_RATE / 1e9,
+        "attention": attention_flops(preset, length, False) * size / full["tflops"] / 1e9
+        + window["ms"] * tokens / 32768,
+    }
+
+
+def loss_section() -> str:
+    """Head and loss."""
+    found = load("lm_loss_h100")
+    header = ["tokens", "loss", "ms", "TFLOP/s", "of unchunked", "peak MiB beyond", "error"]
+    rows = [
+        [r["case"], r["loss"], f"{r['ms']:.1f}", f"{r['tflops']:.0f}"]
+        + [f"{r['of_unchunked']:.2f}", f"{r['peak_mib']:,.0f}", f"{r['error']:.1e}"]
+        for r in found["rows"]
+    ]
+    return report.markdown(header, rows) + "\n\n" + source("lm_loss_h100", found)
+
+
+def experts_section() -> str:
+    """The experts of a layer."""
+    found = load("experts_h100")
+    header = ["rows", "experts", "ms", "TFLOP/s", "of dense", "peak MiB", "kept MiB"]
+    rows = []
+    for r in found["rows"]:
+        figures = [f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['of_dense']:.2f}"]
+        figures += [f"{r['peak_mib']:,.0f}", f"{r['kept_mib']:,.0f}"]
+        rows.append([r["case"], r["implementation"], *figures])
+    return report.markdown(header, rows) + "\n\n" + source("experts_h100", found)
+
+
+def elementwise_section() -> str:
+    """Rotation, bias and residual, RMSNorm."""
+    found = load("elementwise_h100")
+    header = ["case", "by", "ms", "of a copy of the same bytes", "error"]
+    rows = []
+    for r in found["rows"]:
+        error = "-" if r["error"] is None else f"{r['error']:.1e}"
+        rows.append(
+            [r["case"], r["implementation"], f"{r['ms']:.3f}", f"{r['of_copy']:.2f}", error]
+        )
+    return report.markdown(header, rows) + "\n\n" + source("elementwise_h100", found)
+
+
+def context_parallel_section() -> str:
+    """Every exchange on two GPUs."""
+    found = load("context_parallel_h100x2")
+    header = ["case", "asked for", "taken", "ms", "one GPU, ms", "efficiency", "MiB received"]
+    rows = []
+    for r in found["rows"]:
+        halo = "" if r["halo_mib"] is None else f" ({r['halo_mib']:.3f} forward, as computed)"
+        figures = [f"{r['ms']:.1f}", f"{r['one_gpu_ms']:.1f}", f"{r['efficiency']:.3f}"]
+        rows.append(
+            [r["case"], r["scheme"], r["taken"], *figures, f"{r['received_mib']:.1f}{halo}"]
+        )
+        if r["halo_mib"] is not None and not r["bytes_as_computed"]:
+            raise SystemExit(f"{r['case']}: the halo's bytes are not the arithmetic's")
+    return report.markdown(header, rows) + "\n\n" + source("context_parallel_h100x2", found)
+
+
+def context_parallel_model_section() -> str:
+    """Four layers at long context, and the check against cp 1."""
+    found = load("context_parallel_model_h100x2")
+    header = ["tokens", "layers", "losses", "s a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB"]
+    header += ["expected GB"]
+    rows = []
+    for r in found["run"]:
+        losses = ", ".join(f"{x:.2f}" for x in r["losses"])
+        figures = [f"{r['step_seconds']:.3f}", f"{r['tokens_per_second_per_rank']:,.0f}"]
+        figures += [f"{r['tflops_per_rank']:.0f}", f"{r['peak_gb']:.1f}"]
+        figures += [f"{sum(r['expected'].values()) / 1e9:.1f}"]
+        rows.append([f"{r['length']:,}", str(r["layers"]), losses, *figures])
+    check = found["check"][0]
+    text = (
+        f"At {check['length']:,} tokens, where one rank holds the sequence, {check['layers']} layers "
+        f"over both ranks have the loss of one to {check['loss_error']:.1e}, the gradient norm to "
+        f"{check['grad_norm_error']:.1e}."
+    )
+    name = "context_parallel_model_h100x2"
+    return "\n\n".join([report.markdown(header, rows), text, source(name, found)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The step benchmark runs and extrapolates from its three models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.work import num_parameters
+from megatron.gpt_oss.presets import get_preset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_smoke(tmp_path):
+    path = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/train_step.py", "--smoke", "--json", str(path)]
+    command += ["--cases", "4k", "4k-skewed", "--growing", "lean"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(path.read_text())
+    assert [row["case"] for row in found["rows"]] == ["4k", "4k-skewed"]
+    tiny = get_preset("tiny")
+    for row in found["rows"]:
+        ms = row["head_ms"] + tiny.num_layers / 2 * (row["windowed_ms"] + row["full_ms"])
+        seconds = ms / 1e3 * 65_536 / row["tokens"] + row["adamw_s"]
+        assert abs(row["tokens_per_second"] * seconds / 65_536 - 1) < 1e-6
+    assert found["longest"][0]["tokens"] == 256
+
+
+def test_parameters_are_counted_as_they_are():
+    """AdamW's time is spread by them."""
+    layer, rest = num_parameters(get_preset("20b"))
+    assert 24 * layer + rest == 20_914_757_184
