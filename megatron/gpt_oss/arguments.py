@@ -24,6 +24,7 @@ from megatron.gpt_oss.data.blend_arguments import add_blend_arguments, blend_def
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError
+from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
 from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
 from megatron.gpt_oss.sequence_arguments import check_sequence
 
@@ -100,6 +101,13 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         "products, unless TransformerEngine is asked for.",
     )
     add_blend_arguments(group)
+    group.add_argument(
+        "--memory",
+        choices=list(POLICIES),
+        default=None,
+        help="How much is computed again to keep less: fast keeps all, balanced makes the cheap "
+        "part again, lean keeps a layer's input alone. --recompute-* and --lm-loss-chunk-size win.",
+    )
     return parser
 
 
@@ -179,6 +187,9 @@ def preset_args_provider(
 
     check_sequence(value)
     set_device_connections(value)
+    policy = policy_flags(given, value)
+    check_lm_loss(Namespace(**(policy | vars(given))))
+    defaults.update(policy)
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)

@@ -1,0 +1,71 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""--memory: how much of a step is computed again to keep less of it, as one word.
+
+A word stands for Megatron's own flags, and any of those on the command line wins. "core_attn" is
+not among them, for the attention kernels keep no scores; nor "layernorm", whose recomputation
+compiles C++ when it first runs.
+"""
+
+from argparse import Namespace
+from typing import Callable
+
+from megatron.gpt_oss.errors import UsageError
+
+# Tokens whose logits live at a time: fewer do not fill the product's kernel.
+LOSS_CHUNK = 2048
+
+# By dest; what a policy leaves out keeps Megatron's default, which is no recomputation.
+POLICIES: dict[str, dict] = {
+    # Everything is kept, the logits of all tokens too.
+    "fast": {},
+    # The experts' activation, a fifth of what a layer keeps, costs 3 % of the experts' time to make
+    # again; the loss in chunks costs the addition of a chunk's weight gradient.
+    "balanced": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe_act"],
+        "lm_loss_chunk_size": LOSS_CHUNK,
+    },
+    # A layer keeps its input alone: a third more of products and attention.
+    "lean": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+        "lm_loss_chunk_size": LOSS_CHUNK,
+    },
+}
+
+# One of these on the command line replaces what a policy says of recomputation, all of it: halves
+# of two policies would not fit each other.
+RECOMPUTE = (
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+    "recompute_modules",
+    "recompute_activations",
+)
+
+
+def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
+    """What --memory puts under the command line, by dest; nothing without it.
+
+    Args:
+        given: the flags on the command line, and no defaults.
+        value: the argument of a name with the defaults in it, before Megatron's validation.
+    Raises:
+        UsageError: the policy needs something that the other flags leave out.
+    """
+    name = getattr(given, "memory", None)
+    if name is None:
+        return {}
+    if name not in POLICIES:
+        raise UsageError(f"--memory {name} is unknown. Choose one of {', '.join(POLICIES)}.")
+    flags = dict(POLICIES[name])
+    if any(hasattr(given, dest) for dest in RECOMPUTE):
+        flags = {dest: flag for dest, flag in flags.items() if dest not in RECOMPUTE}
+    if "moe_act" in flags.get("recompute_modules", ()) and not value("moe_grouped_gemm"):
+        raise UsageError(
+            f"--memory {name} makes the experts' activation again in the backward, which needs "
+            "experts in grouped products. Give --moe-grouped-gemm, or --memory lean."
+        )
+    return {dest: flag for dest, flag in flags.items() if not hasattr(given, dest)}
