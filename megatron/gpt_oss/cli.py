@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plot(commands)
     _add_presets(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -231,6 +232,13 @@ def _run_doctor(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.doctor import run_doctor
 
     run_doctor(args.preset, args.seqlen, not args.no_measure, args.flex, args.json)
+
+
+def _add_plan(commands) -> None:
+    parser = commands.add_parser("plan", help="layouts that fit some GPUs: memory, time, flags")
+    from megatron.gpt_oss.plan.command import add_arguments
+
+    add_arguments(parser)
 
 
 if __name__ == "__main__":

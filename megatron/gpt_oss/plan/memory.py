@@ -1,0 +1,193 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Memory of the fullest rank at the fullest moment of a step, in bytes of live tensors.
+
+It is torch.cuda.max_memory_allocated that this foretells; what CUDA, NCCL and the allocator's
+fragments take comes on top, and is what a card has beyond its name (an "80 GB" H100 has 84.9e9
+bytes).
+"""
+
+from dataclasses import dataclass, fields
+
+from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors, MicroBatch
+from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.parameters import rank_parameters, stage_layers
+
+GB = 10**9
+# bf16 weight and, in fp32, master weight and two moments of AdamW.
+WEIGHT, MASTER, MOMENTS = 2, 4, 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its fullest moment.
+
+    Attributes:
+        parameters, gradients, optimizer: there all the time; `optimizer` has what a step of AdamW
+            takes besides, where the optimizer's step is the moment.
+        activations: of the layers, kept and in use.
+        logits: of the head, its gradients and the loss.
+        host: of the optimizer on the host, not in the total.
+        moment: which it is.
+        stage: the pipeline rank.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    host: int
+    moment: str
+    stage: int
+
+    @property
+    def total(self) -> int:
+        """On the GPU."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+    def as_dict(self) -> dict:
+        """For JSON, in bytes."""
+        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "total": self.total}
+
+
+def fullest_rank(layout: Layout) -> Memory:
+    """Of the pipeline rank that needs most: the first holds most micro-batches, the last the loss."""
+    stages = {0, min(1, layout.pp - 1), layout.pp - 1}
+    return max((stage_memory(layout, stage) for stage in sorted(stages)), key=lambda m: m.total)
+
+
+def stage_memory(layout: Layout, stage: int) -> Memory:
+    """Of a pipeline rank at its fullest moment."""
+    dense, expert = rank_parameters(layout, stage)
+    state, host, step = optimizer_memory(layout, dense, expert)
+    moments = {
+        name: (parts[0], parts[1], 0) for name, parts in StageMoments(layout, stage).all().items()
+    }
+    moments["optimizer's step"] = (0, 0, step)
+    buffers = gather_buffer(layout)
+    name, (layers, logits, more) = max(moments.items(), key=lambda item: sum(item[1]))
+    return Memory(
+        parameters=WEIGHT * (dense + expert),
+        gradients=layout.grad_bytes * (dense + expert),
+        optimizer=state + more,
+        activations=layers + buffers,
+        logits=logits,
+        host=host,
+        moment=name,
+        stage=stage,
+    )
+
+
+def optimizer_memory(layout: Layout, dense: int, expert: int) -> tuple[int, int, int]:
+    """Bytes of master weights and moments on the GPU, on the host, and what a step takes besides.
+
+    Args:
+        dense, expert: elements on the rank.
+    """
+    if layout.distributed_optimizer:
+        dense = -(-dense // (layout.dp * layout.cp))
+        expert = -(-expert // layout.expert_dp)
+    both = round((MASTER + MOMENTS) * (dense + expert) * layout.offload)
+    here = (MASTER + MOMENTS) * (dense + expert) - both
+    host = both + round(4 * (dense + expert) * layout.offload)  # and the gradients
+    # PyTorch's AdamW takes a square root of all second moments at once, of one optimizer after the
+    # other; experts have one of their own where their copies are other ranks.
+    own = layout.ep > 1 or layout.etp != layout.tp
+    largest = max(dense, expert) if own else dense + expert
+    step = round(4 * largest * (1 - layout.offload))
+    if layout.grad_bytes != 4:
+        step += round(4 * (dense + expert) * (1 - layout.offload))  # gradients in fp32
+    return here, host, step
+
+
+def gather_buffer(layout: Layout) -> int:
+    """The buffer into which sequence parallelism gathers a linear layer's input, which stays."""
+    if not layout.sequence_parallel or layout.tp == 1:
+        return 0
+    return 2 * MicroBatch.of(layout).tokens * layout.preset.hidden_size
+
+
+class StageMoments:
+    """Bytes of layers and of the head, at the moments of a step that may be the fullest."""
+
+    def __init__(self, layout: Layout, stage: int, device: str = "cuda"):
+        self.layout, self.stage, self.device = layout, stage, device
+        self.numbers = stage_layers(layout, stage)
+        by_kind = {kind: LayerTensors(layout, kind, device) for kind in (True, False)}
+        # Layers 0, 2, ... see a window.
+        self.layers = [by_kind[number % 2 == 0] for number in self.numbers]
+        self.sizes = self.layers[0].sizes
+        self.head = HeadTensors(layout, device) if stage == layout.pp - 1 else None
+
+    def kept(self) -> int:
+        """Bytes that the layers of one micro-batch keep between forward and backward."""
+        recompute = self.layout.recompute
+        count = len(self.layers)
+        if recompute.granularity != "full":
+            return sum(layer.kept() for layer in self.layers)
+        h, preset = self.layout.preset.hidden_size, self.layout.preset
+        inputs = 2 * self.sizes.residual * h
+        angles = 4 * self.sizes.length * preset.head_dim  # of the positions, one tensor for all
+        if recompute.method == "block":
+            again = min(recompute.num_layers, count)
+            rest = sum(layer.everything() for layer in self.layers[again:])
+            return again * inputs + angles + rest
+        return -(-count // recompute.num_layers) * inputs + angles
+
+    def in_flight(self) -> float:
+        """Micro-batches (of all chunks of the rank) whose tensors are kept at the same time."""
+        layout = self.layout
+        pp, chunks = layout.pp, layout.virtual_stages
+        if chunks == 1:
+            return min(pp - self.stage, layout.microbatches)
+        warm_up = (pp - self.stage - 1) * 2 + (chunks - 1) * pp + 1
+        return min(warm_up, layout.microbatches * chunks) / chunks
+
+    def all(self) -> dict[str, tuple[int, int]]:
+        """(layers, head) in bytes by moment."""
+        kept, flight = self.kept(), self.in_flight()
+        all_kept = round(kept * flight) + 32 * self.sizes.tokens  # and tokens, labels, positions
+        moments = {}
+        last, alive_before = self._last_layers(kept)
+        others = all_kept - alive_before
+        if self.layout.recompute.granularity is None or not (
+            self.layout.recompute.granularity == "full" or self.layout.recompute.makes_again("moe")
+        ):
+            for name, size in last.forward_moments().items():
+                moments[f"forward: {name}"] = (others + size, 0)
+        if self.head is not None:
+            for name, size in self.head.logits().items():
+                moments[name] = (all_kept + self.head.norm, size)
+        for name, size in last.backward_moments().items():
+            moments[f"backward: {name}"] = (others + self._made_again() + size, 0)
+        if self.layout.recompute.granularity == "full" or self.layout.recompute.makes_again("moe"):
+            residual = 2 * self.sizes.residual * self.layout.preset.hidden_size
+            for name, size in last.forward_moments().items():
+                moments[f"made again: {name}"] = (
+                    others + self._made_again() + residual + size,
+                    0,
+                )
+        if self.stage == 0:
+            vocabulary = self.layout.preset.vocab_size // self.layout.tp
+            size = 2 * (vocabulary + self.sizes.tokens) * self.layout.preset.hidden_size
+            moments["gradient of the embedding"] = (all_kept - kept + size, 0)
+        return moments
+
+    def _last_layers(self, kept: int) -> tuple[LayerTensors, int]:
+        """The layer whose backward is first, and what it keeps by itself until then."""
+        last = self.layers[-1]
+        if self.layout.recompute.granularity != "full":
+            return last, last.kept()
+        if self.layout.recompute.method == "block":
+            if self.layout.recompute.num_layers < len(self.layers):
+                return last, last.everything()
+        return last, 0
+
+    def _made_again(self) -> int:
+        """What the layers made again together with the last one keep: uniform, several a unit."""
+        recompute = self.layout.recompute
+        if recompute.granularity != "full" or recompute.method == "block":
+            return 0
+        unit = min(recompute.num_layers, len(self.layers))
+        return sum(layer.everything() for layer in self.layers[len(self.layers) - unit : -1])

@@ -1,0 +1,100 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Plans as text: one row a layout, one breakdown, a command line."""
+
+from typing import Sequence
+
+from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.memory import GB
+from megatron.gpt_oss.plan.rates import Rates
+from megatron.gpt_oss.plan.search import Plan, shown
+
+SIZES = ("tp", "etp", "ep", "cp", "pp", "dp")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits")
+_SHORT = ("params", "grads", "optim", "activ", "logits")
+
+
+def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
+    """One aligned row a plan; memory in GB of 10^9 bytes."""
+    header = [*map(str.upper, SIZES), "memory", "optimizer", *_SHORT, "GB", "fits"]
+    header += ["s/step", "tokens/s/GPU"] if times else []
+    header.append("fullest at")
+    rows = [header]
+    for plan in plans:
+        layout, memory = plan.layout, plan.memory
+        row = [str(getattr(layout, name)) for name in SIZES]
+        row += [layout.policy(), _optimizer(layout)]
+        row += [f"{getattr(memory, name) / GB:.1f}" for name in PARTS]
+        row += [f"{memory.total / GB:.1f}", "yes" if plan.fits else "no"]
+        if times:
+            row += [f"{plan.time.total:.2f}", f"{plan.tokens_per_second:.0f}"]
+        row.append(memory.moment)
+        rows.append(row)
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width; what begins with a digit stands to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    numeric = [all(cell[:1].isdigit() for cell in column[1:]) for column in zip(*rows)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric)
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _optimizer(layout: Layout) -> str:
+    where = (
+        "host" if layout.offload == 1 else f"{layout.offload:.0%} host" if layout.offload else ""
+    )
+    return where or ("split" if layout.distributed_optimizer else "whole")
+
+
+def breakdown(plan: Plan, gpu_memory: float | None) -> str:
+    """Memory and time of one plan, a line a part.
+
+    Args:
+        gpu_memory: bytes; None where the card is not known.
+    """
+    memory, layout = plan.memory, plan.layout
+    lines = [[name, f"{getattr(memory, name) / GB:.2f} GB"] for name in PARTS]
+    lines.append(["in all", f"{memory.total / GB:.2f} GB"])
+    if memory.host:
+        lines.append(["on the host", f"{memory.host / GB:.2f} GB"])
+    text = [
+        shown(layout),
+        f"Memory of the fullest GPU (pipeline rank {memory.stage}), at the {memory.moment}:",
+        aligned([["", ""], *lines]).lstrip("\n"),
+    ]
+    if gpu_memory is not None:
+        left = (gpu_memory - memory.total) / GB
+        verdict = f"fits, {left:.2f} GB are left" if left >= 0 else f"{-left:.2f} GB too much"
+        text.append(f"On a GPU of {gpu_memory / GB:.1f} GB: {verdict}.")
+    spent = [[name, f"{seconds:.3f} s"] for name, seconds in vars(plan.time).items() if seconds]
+    text += [
+        f"Time of a step at least, {layout.microbatches} micro-batches of "
+        f"{layout.micro_batch_size} x {layout.seq_length} tokens:",
+        aligned([["", ""], *spent, ["in all", f"{plan.time.total:.3f} s"]]).lstrip("\n"),
+        f"{plan.tokens_per_second:.0f} tokens/s/GPU",
+    ]
+    return "\n".join(text)
+
+
+def command_line(layout: Layout) -> str:
+    """The torchrun command of a layout, machine by machine of eight GPUs."""
+    processes = min(layout.gpus, 8)
+    machines = f" --nnodes {layout.gpus // processes}" if layout.gpus > processes else ""
+    lines = [f"torchrun{machines} --nproc-per-node {processes} pretrain_gpt_oss.py"]
+    lines += [f"    {flag}" for flag in layout.flags()]
+    return " \\\n".join(lines)
+
+
+def sources() -> str:
+    """Where the rates come from, one line."""
+    found = Rates().data["sources"].values()
+    cards = sorted({source["gpu"] for source in found})
+    return f"Rates of {', '.join(cards)}: " + ", ".join(source["file"] for source in found)
