@@ -132,6 +132,10 @@ def run(args: argparse.Namespace) -> None:
             f"{len(fitting)} of {len(plans)} layouts fit.\n"
         )
         print(plans_table(plans[: args.rows or None], times=not args.memory_only))
+        print(
+            "\nGB of the fullest GPU at its fullest moment: activations, logits and AdamW's step "
+            "are the\nmost that each takes, not at the same moment."
+        )
     if not fitting:
         nearest = min(plans, key=lambda plan: plan.memory.total)
         raise UsageError(advice(wanted, nearest))

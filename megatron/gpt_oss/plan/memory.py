@@ -7,7 +7,7 @@ fragments take comes on top, and is what a card has beyond its name (an "80 GB" 
 bytes).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors, MicroBatch
 from megatron.gpt_oss.plan.layout import Layout
@@ -20,35 +20,40 @@ WEIGHT, MASTER, MOMENTS = 2, 4, 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank at its fullest moment.
+    """Bytes of one rank.
 
     Attributes:
-        parameters, gradients, optimizer: there all the time; `optimizer` has what a step of AdamW
-            takes besides, where the optimizer's step is the moment.
-        activations: of the layers, kept and in use.
-        logits: of the head, its gradients and the loss.
+        parameters, gradients, optimizer: there all the time.
+        moments: of what comes and goes, bytes at each moment of a step that may be the fullest.
+        activations, logits, step: the most that layers, head and loss, and AdamW's step take; not
+            all at the same moment.
         host: of the optimizer on the host, not in the total.
-        moment: which it is.
         stage: the pipeline rank.
     """
 
     parameters: int
     gradients: int
     optimizer: int
+    moments: dict[str, int]
     activations: int
     logits: int
+    step: int
     host: int
-    moment: str
     stage: int
 
     @property
+    def moment(self) -> str:
+        """The fullest."""
+        return max(self.moments, key=self.moments.get)
+
+    @property
     def total(self) -> int:
-        """On the GPU."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+        """On the GPU, at the fullest moment."""
+        return self.parameters + self.gradients + self.optimizer + self.moments[self.moment]
 
     def as_dict(self) -> dict:
         """For JSON, in bytes."""
-        return {**{f.name: getattr(self, f.name) for f in fields(self)}, "total": self.total}
+        return {**vars(self), "moment": self.moment, "total": self.total}
 
 
 def fullest_rank(layout: Layout) -> Memory:
@@ -61,20 +66,21 @@ def stage_memory(layout: Layout, stage: int) -> Memory:
     """Of a pipeline rank at its fullest moment."""
     dense, expert = rank_parameters(layout, stage)
     state, host, step = optimizer_memory(layout, dense, expert)
-    moments = {
-        name: (parts[0], parts[1], 0) for name, parts in StageMoments(layout, stage).all().items()
-    }
-    moments["optimizer's step"] = (0, 0, step)
     buffers = gather_buffer(layout)
-    name, (layers, logits, more) = max(moments.items(), key=lambda item: sum(item[1]))
+    moments = {
+        name: (layers + buffers, logits)
+        for name, (layers, logits) in StageMoments(layout, stage).all().items()
+    }
     return Memory(
         parameters=WEIGHT * (dense + expert),
         gradients=layout.grad_bytes * (dense + expert),
-        optimizer=state + more,
-        activations=layers + buffers,
-        logits=logits,
+        optimizer=state,
+        moments={name: sum(parts) for name, parts in moments.items()}
+        | {"optimizer's step": step + buffers},
+        activations=max(layers for layers, _ in moments.values()),
+        logits=max(logits for _, logits in moments.values()),
+        step=step,
         host=host,
-        moment=name,
         stage=stage,
     )
 
@@ -146,45 +152,48 @@ class StageMoments:
 
     def all(self) -> dict[str, tuple[int, int]]:
         """(layers, head) in bytes by moment."""
-        kept, flight = self.kept(), self.in_flight()
-        all_kept = round(kept * flight) + 32 * self.sizes.tokens  # and tokens, labels, positions
+        recompute, hidden = self.layout.recompute, self.layout.preset.hidden_size
+        kept = self.kept()
+        all_kept = round(kept * self.in_flight()) + 32 * self.sizes.tokens  # and the batch itself
+        last, kept_by_last = self._last_layer()
+        others = all_kept - kept_by_last
+        again = recompute.makes_again("moe") or self._last_is_made_again()
+        residual = 2 * self.sizes.residual * hidden
         moments = {}
-        last, alive_before = self._last_layers(kept)
-        others = all_kept - alive_before
-        if self.layout.recompute.granularity is None or not (
-            self.layout.recompute.granularity == "full" or self.layout.recompute.makes_again("moe")
-        ):
-            for name, size in last.forward_moments().items():
+        for name, size in last.forward_moments().items():
+            if not again:
                 moments[f"forward: {name}"] = (others + size, 0)
+            else:  # while the gradient of its output waits
+                size += self._made_with_last() + residual
+                moments[f"made again: {name}"] = (others + size, 0)
         if self.head is not None:
             for name, size in self.head.logits().items():
                 moments[name] = (all_kept + self.head.norm, size)
         for name, size in last.backward_moments().items():
-            moments[f"backward: {name}"] = (others + self._made_again() + size, 0)
-        if self.layout.recompute.granularity == "full" or self.layout.recompute.makes_again("moe"):
-            residual = 2 * self.sizes.residual * self.layout.preset.hidden_size
-            for name, size in last.forward_moments().items():
-                moments[f"made again: {name}"] = (
-                    others + self._made_again() + residual + size,
-                    0,
-                )
+            if again:  # the output, that autograd starts from
+                size += self._made_with_last() + residual
+            moments[f"backward: {name}"] = (others + size, 0)
         if self.stage == 0:
             vocabulary = self.layout.preset.vocab_size // self.layout.tp
-            size = 2 * (vocabulary + self.sizes.tokens) * self.layout.preset.hidden_size
+            size = 2 * (vocabulary + self.sizes.tokens) * hidden
             moments["gradient of the embedding"] = (all_kept - kept + size, 0)
         return moments
 
-    def _last_layers(self, kept: int) -> tuple[LayerTensors, int]:
+    def _last_is_made_again(self) -> bool:
+        """Whether full recomputation, which begins with the first layer, comes to the last."""
+        recompute = self.layout.recompute
+        if recompute.granularity != "full":
+            return False
+        return recompute.method != "block" or recompute.num_layers >= len(self.layers)
+
+    def _last_layer(self) -> tuple[LayerTensors, int]:
         """The layer whose backward is first, and what it keeps by itself until then."""
         last = self.layers[-1]
-        if self.layout.recompute.granularity != "full":
-            return last, last.kept()
-        if self.layout.recompute.method == "block":
-            if self.layout.recompute.num_layers < len(self.layers):
-                return last, last.everything()
-        return last, 0
+        if self._last_is_made_again():
+            return last, 0
+        return last, last.kept()
 
-    def _made_again(self) -> int:
+    def _made_with_last(self) -> int:
         """What the layers made again together with the last one keep: uniform, several a unit."""
         recompute = self.layout.recompute
         if recompute.granularity != "full" or recompute.method == "block":

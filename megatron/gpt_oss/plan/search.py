@@ -192,6 +192,6 @@ def shown(layout: Layout) -> str:
 
 
 def largest_part(memory: Memory) -> str:
-    """The largest of a rank's five parts."""
-    parts = ("parameters", "gradients", "optimizer", "activations", "logits")
+    """The largest of a rank's parts."""
+    parts = ("parameters", "gradients", "optimizer", "activations", "logits", "step")
     return max(parts, key=lambda name: getattr(memory, name))

@@ -10,8 +10,8 @@ from megatron.gpt_oss.plan.rates import Rates
 from megatron.gpt_oss.plan.search import Plan, shown
 
 SIZES = ("tp", "etp", "ep", "cp", "pp", "dp")
-PARTS = ("parameters", "gradients", "optimizer", "activations", "logits")
-_SHORT = ("params", "grads", "optim", "activ", "logits")
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "step")
+_SHORT = ("params", "grads", "optim", "activ", "logits", "step")
 
 
 def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
@@ -33,10 +33,14 @@ def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
     return aligned(rows)
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
+def _gb(size: float) -> str:
+    return f"{size / GB:.2f} GB"
+
+
+def aligned(rows: Sequence[Sequence[str]], header: bool = True) -> str:
     """Columns of equal width; what begins with a digit stands to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    numeric = [all(cell[:1].isdigit() for cell in column[1:]) for column in zip(*rows)]
+    numeric = [all(cell[:1].isdigit() for cell in column[header:]) for column in zip(*rows)]
     lines = (
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)
@@ -61,24 +65,31 @@ def breakdown(plan: Plan, gpu_memory: float | None) -> str:
         gpu_memory: bytes; None where the card is not known.
     """
     memory, layout = plan.memory, plan.layout
-    lines = [[name, f"{getattr(memory, name) / GB:.2f} GB"] for name in PARTS]
-    lines.append(["in all", f"{memory.total / GB:.2f} GB"])
+    held = [[name, _gb(getattr(memory, name))] for name in PARTS[:3]]
+    held.append(["always", _gb(sum(getattr(memory, name) for name in PARTS[:3]))])
     if memory.host:
-        lines.append(["on the host", f"{memory.host / GB:.2f} GB"])
+        held.append(["on the host", _gb(memory.host)])
+    moments = sorted(memory.moments.items(), key=lambda item: -item[1])
     text = [
         shown(layout),
-        f"Memory of the fullest GPU (pipeline rank {memory.stage}), at the {memory.moment}:",
-        aligned([["", ""], *lines]).lstrip("\n"),
+        f"\nMemory of the fullest GPU (pipeline rank {memory.stage}):",
+        aligned(held, header=False),
+        "and besides, at one moment or another:",
+        aligned([[name, _gb(size)] for name, size in moments], header=False),
+        f"At the fullest moment: {_gb(memory.total)}.",
     ]
     if gpu_memory is not None:
-        left = (gpu_memory - memory.total) / GB
-        verdict = f"fits, {left:.2f} GB are left" if left >= 0 else f"{-left:.2f} GB too much"
-        text.append(f"On a GPU of {gpu_memory / GB:.1f} GB: {verdict}.")
+        left = gpu_memory - memory.total
+        verdict = f"{_gb(left)} are left" if left >= 0 else f"{_gb(-left)} too much"
+        text.append(
+            f"The GPU has {_gb(gpu_memory)}: {verdict}. CUDA, NCCL and the allocator's fragments "
+            "take 3 to 5 GB."
+        )
     spent = [[name, f"{seconds:.3f} s"] for name, seconds in vars(plan.time).items() if seconds]
     text += [
-        f"Time of a step at least, {layout.microbatches} micro-batches of "
+        f"\nTime of a step at least, {layout.microbatches} micro-batches of "
         f"{layout.micro_batch_size} x {layout.seq_length} tokens:",
-        aligned([["", ""], *spent, ["in all", f"{plan.time.total:.3f} s"]]).lstrip("\n"),
+        aligned([*spent, ["in all", f"{plan.time.total:.3f} s"]], header=False),
         f"{plan.tokens_per_second:.0f} tokens/s/GPU",
     ]
     return "\n".join(text)

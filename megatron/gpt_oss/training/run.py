@@ -19,6 +19,7 @@ from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.layer_specs import model_config_from_args
 from megatron.gpt_oss.training.data_report import corpus_uses
+from megatron.gpt_oss.plan.dry_run import add_dry_run_argument, asked_for, dry_run
 from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.gpt_oss.training.log import TrainingLog
 from megatron.gpt_oss.training.step import forward_step
@@ -34,8 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: the command line cannot be run; no process group was made.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    _single_process_environment()
     run_dir = _run_dir(argv)
+    if asked_for(argv):
+        return dry_run(argv, lambda parser: add_run_arguments(parser, run_dir))
+    _single_process_environment()
     with _upstream_output(run_dir) as console:
         args = parse(argv, lambda parser: add_run_arguments(parser, run_dir))
         _check_schedule(args)
@@ -75,6 +78,7 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
         help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
         "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
     )
+    add_dry_run_argument(group)
     parser.set_defaults(
         micro_batch_size=1,
         log_interval=1,

@@ -1,0 +1,191 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""pretrain_gpt_oss.py --dry-run: memory and time of exactly the flags given, and no training.
+
+The flags go through Megatron's own validation; no process group is made, no model, no folder.
+"""
+
+import contextlib
+import io
+import logging
+import os
+from argparse import ArgumentParser, Namespace
+from typing import Callable, Sequence
+
+import torch
+
+from megatron.core.transformer.sink_attention import available_backends
+from megatron.gpt_oss.arguments import parse
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.plan.search import Wanted, plan_of
+from megatron.gpt_oss.plan.table import breakdown, sources
+from megatron.gpt_oss.presets import Preset
+
+FLAG = "--dry-run"
+
+
+def add_dry_run_argument(parser: ArgumentParser) -> None:
+    """The flag; its value is a number of GPUs, by default those of torchrun."""
+    parser.add_argument(
+        FLAG,
+        type=int,
+        nargs="?",
+        const=0,
+        default=None,
+        metavar="GPUS",
+        help="Print memory and time of a step with these flags, and stop before anything is made. "
+        "GPUS: as if on so many; by default as many as torchrun started, one without it.",
+    )
+
+
+def asked_for(argv: Sequence[str]) -> bool:
+    """Whether --dry-run stands on the command line, which is not --help."""
+    words = {word.split("=")[0] for word in argv}
+    return FLAG in words and not {"-h", "--help"} & words
+
+
+def dry_run(
+    argv: Sequence[str], extra_args_provider: Callable[[ArgumentParser], ArgumentParser]
+) -> None:
+    """Print on rank 0 what the command line needs.
+
+    Raises:
+        UsageError: the command line cannot be run, or the planner does not know the model.
+    """
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(FLAG, type=int, nargs="?", const=0, default=0)
+    gpus = finder.parse_known_args(list(argv))[0].dry_run
+    if gpus < 0:
+        raise UsageError(f"{FLAG} {gpus}: wanted a number of GPUs, or none for torchrun's.")
+    gpus = gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    # Megatron's validation reads its world from here.
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ["WORLD_SIZE"] = str(gpus)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
+        logging.disable(logging.WARNING)
+        try:
+            args = parse(argv, extra_args_provider)
+        finally:
+            logging.disable(logging.NOTSET)
+    if int(os.environ["RANK"]) == 0:
+        print(report(args), flush=True)
+
+
+def report(args: Namespace) -> str:
+    """The text of a dry run.
+
+    Args:
+        args: validated ones.
+    """
+    layout = layout_of(args)
+    if (problem := layout.problem()) is not None:
+        raise UsageError(f"{FLAG}: {problem}")
+    memory = None
+    if torch.cuda.is_available():
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+    backend = _backend(layout)
+    plan = plan_of(layout, Wanted(layout, memory or float("inf"), backend=backend))
+    text = f"{args.preset}, {args.num_layers} layers, {args.world_size} GPUs\n"
+    text += f"{breakdown(plan, memory)}\n{sources()}; attention: {backend}."
+    if left_out := not_counted(args):
+        text += f"\nNot in these figures: {'; '.join(left_out)}."
+    return text
+
+
+def _backend(layout: Layout) -> str:
+    """The attention kernels whose rates hold: FlashAttention 4 where it runs, or PyTorch's own."""
+    preset = layout.preset
+    heads = preset.num_attention_heads // layout.tp, preset.num_query_groups // layout.tp
+    shape = (layout.seq_length, layout.micro_batch_size)
+    if torch.cuda.is_available():
+        query, key = ((*shape, number, preset.head_dim) for number in heads)
+        if available_backends(query, key)["fa4"] is None:
+            return "fa4"
+    return "cudnn"
+
+
+def layout_of(args: Namespace) -> Layout:
+    """The planner's view of validated arguments.
+
+    Raises:
+        UsageError: the model has no experts.
+    """
+    if not args.num_experts:
+        raise UsageError(f"{FLAG} knows models with experts alone. Give --preset or --num-experts.")
+    preset = Preset(
+        name=args.preset,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups or args.num_attention_heads,
+        head_dim=args.kv_channels,
+        num_experts=args.num_experts,
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+        num_experts_per_tok=args.moe_router_topk,
+        sliding_window=args.window_size[0] + 1 if args.window_size else args.seq_length,
+    )
+    granularity = args.recompute_granularity
+    modules = args.recompute_modules or (["core_attn"] if granularity == "selective" else [])
+    full_layer = 1 if len(args.cp_comm_type) > 1 else 0
+    return Layout(
+        preset,
+        args.world_size,
+        tp=args.tensor_model_parallel_size,
+        etp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+        ep=args.expert_model_parallel_size,
+        cp=args.context_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        virtual_stages=args.virtual_pipeline_model_parallel_size or 1,
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.global_batch_size,
+        sequence_parallel=args.sequence_parallel,
+        recompute=Recompute(
+            granularity,
+            tuple(modules) if granularity == "selective" else (),
+            args.recompute_method if granularity == "full" else None,
+            args.recompute_num_layers or 1,
+        ),
+        loss_chunk=args.lm_loss_chunk_size,
+        distributed_optimizer=args.use_distributed_optimizer,
+        offload=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
+        grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else 2,
+        overlap=args.overlap_grad_reduce and args.overlap_param_gather,
+        cp_comm_type=args.cp_comm_type[full_layer],
+    )
+
+
+def not_counted(args: Namespace) -> list[str]:
+    """What the flags ask for and the planner does not model, in a few words each."""
+    found = {
+        f"--transformer-impl {args.transformer_impl} (counted as local)": (
+            args.transformer_impl != "local"
+        ),
+        "weights that are not bf16 (counted as --bf16)": not args.bf16,
+        "experts one after the other (counted as --moe-grouped-gemm)": not args.moe_grouped_gemm,
+        "fully sharded weights": args.use_megatron_fsdp or args.use_torch_fsdp2,
+        "layers shared out unevenly over the pipeline": any(
+            getattr(args, name, None)
+            for name in (
+                "decoder_first_pipeline_num_layers",
+                "decoder_last_pipeline_num_layers",
+                "pipeline_model_parallel_layout",
+                "account_for_embedding_in_pipeline_split",
+                "account_for_loss_in_pipeline_split",
+            )
+        ),
+        "weights that embedding and head share": not args.untie_embeddings_and_output_weights,
+        f"--optimizer {args.optimizer} (counted as adam)": args.optimizer != "adam",
+        "activations on the host": bool(
+            getattr(args, "fine_grained_activation_offloading", False)
+            or getattr(args, "cpu_offloading", False)
+        ),
+        f"--moe-token-dispatcher-type {args.moe_token_dispatcher_type} (counted as alltoall)": (
+            args.moe_token_dispatcher_type != "alltoall"
+        ),
+    }
+    return [text for text, there in found.items() if there]

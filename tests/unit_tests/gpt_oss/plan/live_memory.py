@@ -1,0 +1,109 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Bytes of live tensors while a program runs, on the CPU, as a GPU's allocator would count them."""
+
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts each storage from its first operation to its end; `peak` is the most so far.
+
+    Args:
+        known: tensors that are there already and do not count.
+    """
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return out
+
+    def _note(self, storage):
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen or size == 0:
+            return
+        self._seen.add(place)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, place, size)
+
+    def _gone(self, place, size):
+        self._seen.discard(place)
+        self.now -= size
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps what the fused RMSNorm of CUDA keeps; its values are of no interest."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_ones(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.ones_like(x)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight, _ = ctx.saved_tensors
+        return torch.full_like(x, 1e-3), torch.zeros_like(weight)
+
+
+@contextmanager
+def balanced_routing():
+    """Equal rows for every expert, where Megatron's --moe-router-force-load-balancing draws them."""
+    from megatron.core.transformer.moe import router
+
+    def balanced(logits):
+        experts = torch.arange(logits.shape[-1])
+        tokens = torch.arange(logits.numel() // len(experts)).view(*logits.shape[:-1], 1)
+        return logits * 0 + (experts - 4 * tokens) % len(experts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, 'apply_random_logits', balanced)
+        yield
+
+
+@contextmanager
+def kernels_of_cuda():
+    """Kernels that allocate as those of CUDA do, where the CPU's reference takes more."""
+    from megatron.core.transformer.moe import grouped_activation, grouped_linear
+
+    def partial_sums(rows, bias):
+        return rows.new_empty(len(rows) // 32 + len(bias), bias.shape[1], dtype=torch.float32)
+
+    def swiglu_backward(dout, y, bias, probs, ends, constants):
+        sums = partial_sums(y, bias)
+        gradients = torch.full_like(y, 1e-3), torch.zeros_like(bias), torch.zeros_like(probs)
+        del sums
+        return gradients
+
+    def bias_gradients(dy, bias, scale, ends):
+        sums = partial_sums(dy, bias)
+        gradients = torch.zeros_like(bias), torch.zeros_like(scale)
+        del sums
+        return gradients
+
+    kernels = SimpleNamespace(
+        swiglu_forward=lambda y, *_: y.new_ones(y.shape[0], y.shape[1] // 2),
+        swiglu_backward=swiglu_backward,
+        add_weighted_bias_=lambda *_: None,
+        weighted_bias_gradients=bias_gradients,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (grouped_activation, grouped_linear):
+            patch.setattr(module, 'triton_kernels', lambda tensor: kernels)
+        patch.setattr(
+            torch.nn.functional, 'rms_norm', lambda x, shape, weight, eps: _Norm.apply(x, weight)
+        )
+        yield

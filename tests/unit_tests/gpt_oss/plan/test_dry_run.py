@@ -1,0 +1,107 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""pretrain_gpt_oss.py --dry-run, and the flags that the planner prints, through Megatron's checks."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.plan.dry_run import asked_for, layout_of, not_counted
+from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.search import Wanted, all_plans
+from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.training.run import add_run_arguments
+from megatron.training.arguments import parse_args, validate_args
+from tests.unit_tests.distributed import free_port
+
+ROOT = Path(__file__).resolve().parents[4]
+NULL = '--tokenizer-type NullTokenizer --vocab-size 200000 --moe-grouped-gemm'.split()
+FLAGS = '--preset 20b --bf16 --global-batch-size 64 --expert-model-parallel-size 2'
+SPLIT = f'{FLAGS} --use-distributed-optimizer --memory lean'
+
+
+def _run(*command):
+    environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        environ.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', *command, *NULL],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_alone_and_under_torchrun(tmp_path):
+    """The same breakdown, once; nothing is made."""
+    flags = ['pretrain_gpt_oss.py', *SPLIT.split(), '--run-dir', str(tmp_path / 'run')]
+    code, alone, error = _run(*flags, '--dry-run', '2')
+    assert code == 0, error
+    torchrun = ['-m', 'torch.distributed.run', '--nproc-per-node', '2']
+    torchrun += ['--master-port', str(free_port())]
+    code, together, error = _run(*torchrun, *flags, '--dry-run')
+    assert code == 0, error
+    assert alone == together
+    assert '20b, 24 layers, 2 GPUs' in alone and 'EP 2 DP 2, lean' in alone
+    # 20.915e9 parameters, of which 19.117e9 are the experts', on two ranks; 2 bytes each
+    assert 'parameters   22.71 GB' in alone
+    assert not (tmp_path / 'run').exists()
+
+
+def test_mistake():
+    """One sentence and exit code 2, as without --dry-run."""
+    code, _, error = _run('pretrain_gpt_oss.py', *FLAGS.split(), '--dry-run', '3')
+    assert code == 2 and error.startswith('error: Megatron refuses these arguments')
+
+
+@pytest.mark.parametrize(
+    'argv, expected',
+    [
+        ('--dry-run', True),
+        ('--preset 20b --dry-run=8', True),
+        ('--preset 20b', False),
+        ('--help --dry-run', False),
+    ],
+)
+def test_asked_for(argv, expected):
+    assert asked_for(argv.split()) is expected
+
+
+def _validated(monkeypatch, gpus, flags):
+    argv = [*flags, *NULL]
+    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
+    monkeypatch.setenv('WORLD_SIZE', str(gpus))
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', '1')
+    args = parse_args(preset_args_provider(argv, add_run_arguments))
+    validate_args(args)
+    return args
+
+
+def test_printed_flags_are_accepted(monkeypatch):
+    """Megatron validates the command line of a layout, and it means that layout."""
+    wanted = Wanted(Layout(get_preset('20b'), 8, seq_length=8192, global_batch_size=64), 80e9)
+    fitting = [plan.layout for plan in all_plans(wanted) if plan.fits]
+    for layout in fitting[:: len(fitting) // 6]:
+        flags = [word for flag in layout.flags() for word in flag.split()]
+        args = _validated(monkeypatch, 8, flags)
+        found = layout_of(args)
+        assert replace(found, preset=layout.preset) == layout
+        for name in ('hidden_size', 'num_query_groups', 'head_dim', 'sliding_window', 'vocab_size'):
+            assert getattr(found.preset, name) == getattr(layout.preset, name)
+        assert not not_counted(args)
+
+
+def test_what_is_not_counted(monkeypatch):
+    args = _validated(monkeypatch, 1, '--preset 20b --optimizer sgd'.split())
+    assert len(not_counted(args)) == 2
+    args.moe_grouped_gemm = False
+    assert 'experts one after the other' in ' '.join(not_counted(args))

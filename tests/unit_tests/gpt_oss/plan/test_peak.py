@@ -1,0 +1,123 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The fullest moment of forward and backward, as planned and as counted while a model runs.
+
+Live tensors are counted on the CPU, with kernels and norms that allocate as those of CUDA do. What
+Python's frames and autograd hold meanwhile is the same on either.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron.gpt_oss.plan.layout import Recompute
+from megatron.gpt_oss.plan.memory import StageMoments, gather_buffer, optimizer_memory
+from megatron.gpt_oss.presets import get_preset
+from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.gpt_oss.plan import test_memory
+from tests.unit_tests.gpt_oss.plan.live_memory import (
+    LiveMemory,
+    balanced_routing,
+    kernels_of_cuda,
+)
+
+# Wide experts and little attention, as in gpt-oss; short, for the CPU's attention keeps all scores.
+MODEL = dataclasses.replace(
+    get_preset('tiny', 3),
+    hidden_size=320,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=32,
+    moe_ffn_hidden_size=352,
+    vocab_size=512,
+    sliding_window=24,
+)
+LARGE_HEAD = dataclasses.replace(MODEL, num_layers=1, vocab_size=8192)
+
+
+@pytest.fixture(scope='module')
+def ranks():
+    with RankPool(2) as pool:
+        yield pool
+
+
+def _layout(world_size=1, policy='fast', preset=MODEL, recompute=None, **sizes):
+    layout = test_memory._layout(world_size, policy, seq_length=96, micro_batch_size=8, **sizes)
+    layout = dataclasses.replace(layout, preset=preset, recompute=recompute or layout.recompute)
+    return dataclasses.replace(layout, loss_chunk=2 * layout.loss_chunk)
+
+
+def peak_bytes(layout):
+    """Most bytes of live tensors in one forward and backward, weights left out."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
+
+    test_memory._start(layout)
+    builder = test_memory._builder(layout)
+    model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = model.bfloat16().train()
+    for parameter in model.parameters():  # as DDP, which has added it to its buffer
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))
+    length = layout.seq_length // layout.cp
+    options = {}
+    if layout.loss_chunk:
+        options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
+    with kernels_of_cuda(), balanced_routing():
+        for _ in range(2):  # the first makes buffers that stay
+            ids = torch.randint(layout.preset.vocab_size, (layout.micro_batch_size, length))
+            positions, mask = torch.arange(length).expand_as(ids), torch.ones(ids.shape)
+            memory = LiveMemory(known=model.parameters())
+            with memory:
+                losses = model(ids, positions, None, labels=ids, loss_mask=mask, **options)
+                losses.sum().backward()
+            del losses
+    return memory.peak
+
+
+CASES = {
+    'fast': _layout(),
+    'balanced': _layout(policy='balanced'),
+    'lean': _layout(policy='lean'),
+    'all-experts-again': _layout(policy='balanced', recompute=Recompute('selective', ('moe',))),
+    'two-layers-of-three': _layout(recompute=Recompute('full', (), 'block', 2)),
+    'two-layers-a-unit': _layout(recompute=Recompute('full', (), 'uniform', 2)),
+    'all-logits': _layout(preset=LARGE_HEAD),
+    'logits-in-chunks': _layout(policy='balanced', preset=LARGE_HEAD),
+    'logits-in-one-chunk': dataclasses.replace(
+        _layout(policy='balanced', preset=LARGE_HEAD), loss_chunk=10**6
+    ),
+    'ep2': _layout(2, ep=2),
+    'ep2-balanced': _layout(2, 'balanced', ep=2),
+    'ep2-lean': _layout(2, 'lean', ep=2),
+    'tp2-ep2': _layout(2, tp=2, ep=2),
+    'tp2-lean': _layout(2, 'lean', tp=2, ep=2),
+    'cp2-ep2': _layout(2, cp=2, ep=2, cp_comm_type='all_gather'),
+}
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_peak(ranks, case):
+    layout = CASES[case]
+    measured = ranks.run(peak_bytes, layout, world_size=layout.gpus)
+    measured = sum(measured) / len(measured)
+    moments = StageMoments(layout, 0).all()
+    expected = max(map(sum, moments.values())) + gather_buffer(layout)
+    assert expected == pytest.approx(measured, rel=0.03)
+
+
+def test_step_of_adamw():
+    """What PyTorch's AdamW takes on CUDA besides its state, where it works on all tensors at once."""
+    parameters = [torch.nn.Parameter(torch.ones(1000 + i, 100)) for i in range(3)]
+    optimizer = torch.optim.AdamW(parameters, foreach=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    known = [*parameters, *(p.grad for p in parameters)]
+    known += [t for state in optimizer.state.values() for t in state.values()]
+    memory = LiveMemory(known=known)
+    with memory:
+        optimizer.step()
+    elements = sum(p.numel() for p in parameters)
+    layout = _layout(distributed_optimizer=False)
+    assert memory.peak == pytest.approx(optimizer_memory(layout, elements, 0)[2], rel=0.01)
