@@ -43,6 +43,8 @@ import torch
 from benchmarks.trainer import Trainer, make_batch
 from benchmarks.work import model_flops
 from megatron.core import device_utils
+from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
 
 GB = 1e9
@@ -167,29 +169,23 @@ def shown(parts: dict) -> str:
 
 
 def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: str) -> dict:
-    """What should lie in a rank's memory at the peak, in bytes; experts are split over all ranks.
-
-    The last entry is the larger of two peaks that do not meet: head and loss, and one layer's
-    backward.
-    """
-    h, width = preset.hidden_size, preset.moe_ffn_hidden_size
-    q = preset.num_attention_heads * preset.head_dim
-    kv = 2 * preset.num_query_groups * preset.head_dim
-    expert = preset.num_experts * 3 * h * width / ranks * preset.num_layers
-    dense = 2 * preset.vocab_size * h + preset.num_layers * h * (2 * q + kv)
-    tokens = length / ranks
-    logit_tokens = min(loss_chunk or tokens, tokens)
-    routed = tokens * preset.num_experts_per_tok
-    # Two bf16 tensors of the width and six of gate and up, in and after the activation, a row.
-    head = 6 * logit_tokens * preset.vocab_size
-    head += 4 * preset.vocab_size * h if loss_chunk else 0  # its gradient, in fp32
-    layer = routed * 2 * (2 * h + 6 * 2 * width) + tokens * 2 * (6 * h + 3 * (q + kv))
+    """What should lie in a rank's memory at the peak, in bytes, as `gptoss plan` counts it."""
+    layout = Layout(
+        preset,
+        ranks,
+        cp=ranks,
+        ep=ranks,
+        seq_length=length,
+        recompute=Recompute.of_policy("lean"),
+        loss_chunk=loss_chunk,
+        grad_bytes=4 if gradients == "fp32" else 2,
+    )
+    memory = fullest_rank(layout)
     return {
-        "parameters": 2 * (expert + dense),
-        "gradients": (4 if gradients == "fp32" else 2) * (expert + dense),
-        "optimizer": 12 * (expert + dense / ranks),
-        "layer inputs": 2 * tokens * h * (preset.num_layers + 2),
-        "head or a layer": max(head, layer),
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        memory.moment: memory.moments[memory.moment],
     }
 
 

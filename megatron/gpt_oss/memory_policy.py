@@ -19,8 +19,8 @@ LOSS_CHUNK = 2048
 POLICIES: dict[str, dict] = {
     # Everything is kept, the logits of all tokens too.
     "fast": {},
-    # The experts' activation, a fifth of what a layer keeps, costs 3 % of the experts' time to make
-    # again; the loss in chunks costs the addition of a chunk's weight gradient.
+    # The experts' activation, a sixth of what a layer keeps, costs 3 to 5 % of the experts' time to
+    # make again (benchmarks/experts.py); the loss in chunks, adding up a chunk's weight gradient.
     "balanced": {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe_act"],
