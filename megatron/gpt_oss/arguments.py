@@ -187,9 +187,7 @@ def preset_args_provider(
 
     check_sequence(value)
     set_device_connections(value)
-    policy = policy_flags(given, value)
-    check_lm_loss(Namespace(**(policy | vars(given))))
-    defaults.update(policy)
+    defaults.update(policy_flags(given, value))
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)

@@ -12,26 +12,22 @@ from typing import Callable
 
 from megatron.gpt_oss.errors import UsageError
 
-# Tokens whose logits live at a time: fewer do not fill the product's kernel.
-LOSS_CHUNK = 2048
+# Tokens whose logits live at a time; a preset takes LM_LOSS_CHUNK_SIZE of arguments.py.
+LEAN_LOSS_CHUNK = 2048
 
-# By dest; what a policy leaves out keeps Megatron's default, which is no recomputation.
+# By dest; what a policy leaves out keeps its default, which is no recomputation.
 POLICIES: dict[str, dict] = {
-    # Everything is kept, the logits of all tokens too.
     "fast": {},
     # The experts' activation, a sixth of what a layer keeps, costs 3 to 5 % of the experts' time to
-    # make again (benchmarks/experts.py); the loss in chunks, adding up a chunk's weight gradient.
-    "balanced": {
-        "recompute_granularity": "selective",
-        "recompute_modules": ["moe_act"],
-        "lm_loss_chunk_size": LOSS_CHUNK,
-    },
-    # A layer keeps its input alone: a third more of products and attention.
+    # make again (benchmarks/experts.py).
+    "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    # A layer keeps its input alone: a third more of products, two sevenths of attention. Half the
+    # logits of a preset's chunk.
     "lean": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
-        "lm_loss_chunk_size": LOSS_CHUNK,
+        "lm_loss_chunk_size": LEAN_LOSS_CHUNK,
     },
 }
 
@@ -63,9 +59,12 @@ def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
     flags = dict(POLICIES[name])
     if any(hasattr(given, dest) for dest in RECOMPUTE):
         flags = {dest: flag for dest, flag in flags.items() if dest not in RECOMPUTE}
-    if "moe_act" in flags.get("recompute_modules", ()) and not value("moe_grouped_gemm"):
+    grouped = value("moe_grouped_gemm") is True  # a flag without a default has argparse's mark
+    if "moe_act" in flags.get("recompute_modules", ()) and not grouped:
         raise UsageError(
             f"--memory {name} makes the experts' activation again in the backward, which needs "
             "experts in grouped products. Give --moe-grouped-gemm, or --memory lean."
         )
+    if not value("lm_loss_chunk_size"):  # all logits at once, because the run needs it or says so
+        flags.pop("lm_loss_chunk_size", None)
     return {dest: flag for dest, flag in flags.items() if not hasattr(given, dest)}

@@ -3,9 +3,9 @@
 """The tensors of a micro-batch on one rank: what a layer and the head keep, what they use.
 
 Bytes of bf16 training on the local path with experts in grouped products, as autograd keeps them:
-a storage counts once, a parameter not at all. The names say which tensor it is; what a test
-measures with saved_tensors_hooks on the CPU differs in the norms alone (`device`), which PyTorch
-fuses on CUDA.
+a storage counts once, a parameter not at all. The names say which tensor it is. What a test
+measures with saved_tensors_hooks on the CPU differs (`device`) in the norms, which PyTorch fuses on
+CUDA, and in the rotation, which is a kernel of ours there.
 """
 
 from dataclasses import dataclass
@@ -110,8 +110,6 @@ class LayerTensors:
         out = 2 * n.tokens * n.q
         kept = {
             **self._norm("input"),
-            # For query and key, whatever the micro-batch.
-            "cos and sin": 4 * n.length * preset.head_dim * 2,
             "query": out,
             "out": out,
             "lse": 4 * n.tokens * n.heads,
@@ -126,9 +124,13 @@ class LayerTensors:
         elif exchange.startswith("a2a"):
             kept["key, value of this rank's heads"] = 2 * key * self._key_copies()
             kept["out in the order of tokens"] = out
-        else:
+        elif self.device == "cpu":
             kept["key"] = key
             kept["value, within query, key and value"] = out + 2 * key
+        else:
+            kept["key, value"] = 2 * key
+        if self.device == "cpu":  # for query and key, whatever the micro-batch
+            kept["cos and sin"] = 4 * n.length * preset.head_dim * 2
         return {**kept, **self._norm("experts'")}
 
     def _key_copies(self) -> int:
@@ -234,8 +236,13 @@ class HeadTensors:
         """Between forward and backward."""
         if not self.chunk:
             return self.norm + self.tokens * (4 * self.rows + 1 + 8)
-        # The gradient of the norm's output in the place of the output, and the weight's in fp32.
-        return self.norm + 4 * self.weight + 4 * self.tokens
+        # The gradient of the norm's output in the place of the output, and the weight's in fp32
+        # where it is not in DDP's buffer already.
+        return self.norm + 4 * self._own_gradient() + 4 * self.tokens
+
+    def _own_gradient(self) -> int:
+        """Elements of the weight's gradient that is kept beside DDP's buffer, which is not fp32."""
+        return 0 if self.layout.grad_bytes == 4 else self.weight
 
     def logits(self) -> dict[str, int]:
         """All that is alive of the head, its norm left out, at the moments of the loss."""
@@ -244,16 +251,13 @@ class HeadTensors:
             # and the weight's.
             return {
                 "loss": 6 * self.tokens * self.rows,
-                "gradient of the loss": self.tokens * 6 * self.rows,
-                "gradient of the head": self.tokens * 2 * self.rows + 2 * self.weight + self.hidden,
+                "gradient of the loss": 6 * self.tokens * self.rows,
+                "gradient of the head": 2 * self.tokens * self.rows + 2 * self.weight + self.hidden,
             }
-        # While a chunk's loss is computed: bf16 logits, fp32, and the gradient in bf16, and that of
-        # the chunk before, which Python still holds.
-        several = self.chunk < self.tokens
-        loss = (10 if several else 8) * self.chunk * self.rows
-        weight = 4 * self.chunk * self.rows + 2 * self.weight
-        kept = self.hidden + 4 * self.weight
+        # The logits of a chunk, which their gradient overwrites. What autograd gets for the weight
+        # is a tensor of its size in any case.
+        own = 4 * self._own_gradient()
         return {
-            "loss": kept + max(loss, weight),
-            "gradient of the head": kept + 2 * self.weight,
+            "loss": self.hidden + own + 2 * self.chunk * self.rows,
+            "gradient of the head": self.hidden + own + 2 * self.weight,
         }

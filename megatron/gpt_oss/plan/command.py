@@ -133,8 +133,8 @@ def run(args: argparse.Namespace) -> None:
         )
         print(plans_table(plans[: args.rows or None], times=not args.memory_only))
         print(
-            "\nGB of the fullest GPU at its fullest moment: activations, logits and AdamW's step "
-            "are the\nmost that each takes, not at the same moment."
+            "\nGB of the fullest GPU at its fullest moment: activations, logits and the optimizer's "
+            "step are\nthe most that each takes, not at the same moment."
         )
     if not fitting:
         nearest = min(plans, key=lambda plan: plan.memory.total)

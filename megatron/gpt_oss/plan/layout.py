@@ -8,6 +8,15 @@ from dataclasses import dataclass
 from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.presets import Preset
 
+# What a preset takes where --memory says nothing of it (LM_LOSS_CHUNK_SIZE of arguments.py, whose
+# import takes seconds).
+DEFAULT_LOSS_CHUNK = 4096
+
+
+def loss_chunk_of(policy: str) -> int:
+    """Tokens whose logits live at a time with a word of --memory."""
+    return POLICIES[policy].get("lm_loss_chunk_size", DEFAULT_LOSS_CHUNK)
+
 
 @dataclass(frozen=True)
 class Recompute:
@@ -137,11 +146,10 @@ class Layout:
         return None
 
     def policy(self) -> str:
-        """The word of --memory that gives these flags, or what they are."""
-        for name, flags in POLICIES.items():
-            chunk = flags.get("lm_loss_chunk_size", 0)
-            if self.recompute == Recompute.of_policy(name) and self.loss_chunk == chunk:
-                return name
+        """The word of --memory for these flags, or what they are; * for another chunk of the loss."""
+        for name in POLICIES:
+            if self.recompute == Recompute.of_policy(name):
+                return name if self.loss_chunk == loss_chunk_of(name) else f"{name}*"
         if self.recompute.granularity == "full":
             return f"{self.recompute.method} {self.recompute.num_layers}"
         return "+".join(self.recompute.modules) or "none"
@@ -165,8 +173,12 @@ class Layout:
             f"--micro-batch-size {self.micro_batch_size}",
             f"--global-batch-size {self.global_batch_size}",
             "--bf16",
-            f"--memory {self.policy()}",
+            f"--memory {self.policy().removesuffix('*')}",
         ]
+        if self.policy().endswith("*"):
+            flags.append(f"--lm-loss-chunk-size {self.loss_chunk}")
+        if self.grad_bytes == 2:
+            flags.append("--grad-reduce-in-bf16")
         if self.distributed_optimizer:
             flags.append("--use-distributed-optimizer")
         if self.offload:

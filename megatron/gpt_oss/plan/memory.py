@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors, MicroBatch
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.parameters import rank_parameters, stage_layers
+from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters, stage_layers
 
 GB = 10**9
 # bf16 weight and, in fp32, master weight and two moments of AdamW.
@@ -25,8 +25,8 @@ class Memory:
     Attributes:
         parameters, gradients, optimizer: there all the time.
         moments: of what comes and goes, bytes at each moment of a step that may be the fullest.
-        activations, logits, step: the most that layers, head and loss, and AdamW's step take; not
-            all at the same moment.
+        activations, logits, step: the most that layers, head and loss, and the optimizer's step
+            take; not all at the same moment.
         host: of the optimizer on the host, not in the total.
         stage: the pipeline rank.
     """
@@ -91,19 +91,20 @@ def optimizer_memory(layout: Layout, dense: int, expert: int) -> tuple[int, int,
     Args:
         dense, expert: elements on the rank.
     """
+    largest = [max(tensors.values()) for tensors in layer_parameters(layout)]
+    largest[0] = max(largest[0], layout.preset.vocab_size // layout.tp * layout.preset.hidden_size)
     if layout.distributed_optimizer:
         dense = -(-dense // (layout.dp * layout.cp))
         expert = -(-expert // layout.expert_dp)
     both = round((MASTER + MOMENTS) * (dense + expert) * layout.offload)
     here = (MASTER + MOMENTS) * (dense + expert) - both
     host = both + round(4 * (dense + expert) * layout.offload)  # and the gradients
-    # PyTorch's AdamW takes a square root of all second moments at once, of one optimizer after the
-    # other; experts have one of their own where their copies are other ranks.
-    own = layout.ep > 1 or layout.etp != layout.tp
-    largest = max(dense, expert) if own else dense + expert
-    step = round(4 * largest * (1 - layout.offload))
+    # AdamW is one kernel. Before it, gradients are clipped a tensor at a time, by way of a copy;
+    # where they are not fp32, all of them are copied first.
+    clipped = max(map(min, zip(largest, (dense, expert))))
+    step = round(4 * clipped * (1 - layout.offload))
     if layout.grad_bytes != 4:
-        step += round(4 * (dense + expert) * (1 - layout.offload))  # gradients in fp32
+        step += round(4 * (dense + expert) * (1 - layout.offload))
     return here, host, step
 
 
@@ -130,11 +131,12 @@ class StageMoments:
         """Bytes that the layers of one micro-batch keep between forward and backward."""
         recompute = self.layout.recompute
         count = len(self.layers)
-        if recompute.granularity != "full":
-            return sum(layer.kept() for layer in self.layers)
         h, preset = self.layout.preset.hidden_size, self.layout.preset
-        inputs = 2 * self.sizes.residual * h
         angles = 4 * self.sizes.length * preset.head_dim  # of the positions, one tensor for all
+        if recompute.granularity != "full":
+            own = angles if self.device == "cuda" else 0  # the CPU keeps cosines and sines instead
+            return own + sum(layer.kept() for layer in self.layers)
+        inputs = 2 * self.sizes.residual * h
         if recompute.method == "block":
             again = min(recompute.num_layers, count)
             rest = sum(layer.everything() for layer in self.layers[again:])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Iterator
 
 from megatron.gpt_oss.memory_policy import POLICIES
-from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.plan.memory import GB, Memory, fullest_rank
 from megatron.gpt_oss.plan.rates import Rates
 from megatron.gpt_oss.plan.time import StepTime, step_time
@@ -127,8 +127,7 @@ def layouts(wanted: Wanted) -> Iterator[Layout]:
 
 
 def _with_policy(layout: Layout, name: str) -> Layout:
-    chunk = POLICIES[name].get("lm_loss_chunk_size", 0)
-    return replace(layout, recompute=Recompute.of_policy(name), loss_chunk=chunk)
+    return replace(layout, recompute=Recompute.of_policy(name), loss_chunk=loss_chunk_of(name))
 
 
 def advice(wanted: Wanted, nearest: Plan) -> str:

@@ -20,16 +20,16 @@ BETWEEN_MACHINES = 40e9
 HOST_LINK = 25e9
 HOST_MEMORY = 25e9
 
-# Passes over memory, counted in the code. Bytes of AdamW for an element of its state (decay 8,
-# moments 12 + 8 + 16, square root 8, division 8, epsilon 8, update 16; norm 4, clipping 8, weight
-# 6), and to clear a gradient.
-ADAM, CLEAR = 102, 4
-# Bytes a logit: product's output 2, to fp32 6, maximum 4, subtraction 8, exponential 8, sum 4,
-# division 8, gradient 8, to bf16 6, its two reads 4.
-LOGIT = 58
-# Bytes for each hidden element of a token and layer, forward: two norms 8, two residuals 12, bias
-# 4; the backward takes twice as many. For each of query and key: bias, split, rotation.
-TOKEN, ROTARY = 24, 24
+# Passes over memory, counted in the code. Bytes of an element of the optimizer's state (AdamW's
+# kernel 28, norm 4, clipping 16, weight 6), and to clear a gradient.
+ADAM, CLEAR = 54, 4
+# Bytes a logit. All at once: product's output 2, to fp32 6, maximum 4, subtraction 8, exponential 8,
+# sum 4, division 8, gradient 8, to bf16 6, its two reads 4. In chunks: product 2, two kernels 2 and
+# 4, two reads 4.
+LOGIT, CHUNKED_LOGIT = 58, 12
+# Bytes for each hidden element of a token and layer, forward: two norms 8, two residuals with bias
+# 12; the backward takes twice as many. For each of query, key and value: bias 4, rotation 4.
+TOKEN, ROTARY = 20, 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Clock:
 
     def passes(self) -> float:
         sizes, h, layout = self.sizes, self.layout.preset.hidden_size, self.layout
-        forward = sizes.residual * TOKEN * h + sizes.tokens * ROTARY * (sizes.q + sizes.kv)
+        forward = sizes.residual * TOKEN * h + sizes.tokens * ROTARY * (sizes.q + 2 * sizes.kv)
         # To the rows and back, and where rows come from several ranks, their sort and back.
         sorts = layout.ep * layout.etp > 1 and layout.local_experts > 1
         forward += 2 * 4 * h * (sizes.sent + sizes.rows * sorts)
@@ -180,9 +180,9 @@ class _Clock:
         rows = layout.preset.vocab_size // layout.tp
         weight = rows * layout.preset.hidden_size
         products = 6 * sizes.tokens * weight / self.rates.product(sizes.tokens)
-        size = LOGIT * sizes.tokens * rows
-        if layout.loss_chunk:  # each chunk's gradient of the weight, written, read and added
-            size += 12 * weight * -(-sizes.tokens // layout.loss_chunk)
+        size = (CHUNKED_LOGIT if layout.loss_chunk else LOGIT) * sizes.tokens * rows
+        if layout.loss_chunk:  # the gradient of the weight is read and written for each chunk
+            size += 8 * weight * -(-sizes.tokens // layout.loss_chunk)
         return products, size / self.rates.memory()
 
     def reduction(self) -> float:

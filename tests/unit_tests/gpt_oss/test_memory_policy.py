@@ -15,7 +15,7 @@ from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from megatron.training.arguments import parse_args
 from tests.unit_tests.gpt_oss.builders import ODD
 
-NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256', '--moe-grouped-gemm']
+NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
 
 
 def _parsed(monkeypatch, flags):
@@ -34,18 +34,19 @@ def _parsed(monkeypatch, flags):
 @pytest.mark.parametrize(
     'flags, expected',
     [
-        ('', (None, None, None, None, 0)),
-        ('--memory fast', (None, None, None, None, 0)),
-        ('--memory balanced', ('selective', ['moe_act'], None, None, 2048)),
+        ('', (None, None, None, None, 4096)),
+        ('--memory fast', (None, None, None, None, 4096)),
+        ('--memory balanced', ('selective', ['moe_act'], None, None, 4096)),
         ('--memory lean', ('full', None, 'uniform', 1, 2048)),
         # The command line wins; a recompute flag replaces all that is said of recomputation.
         ('--memory lean --lm-loss-chunk-size 0', ('full', None, 'uniform', 1, 0)),
+        ('--memory lean --use-mup', ('full', None, 'uniform', 1, 0)),
         ('--memory lean --recompute-granularity selective', ('selective', None, None, None, 2048)),
         ('--memory fast --lm-loss-chunk-size 64', (None, None, None, None, 64)),
         (
             '--memory balanced --recompute-granularity full --recompute-method block '
             '--recompute-num-layers 2',
-            ('full', None, 'block', 2, 2048),
+            ('full', None, 'block', 2, 4096),
         ),
     ],
 )
@@ -57,15 +58,15 @@ def test_flags(monkeypatch, flags, expected):
     'flags, message',
     [
         ('--memory small', 'choose from'),
+        ('--memory balanced --no-moe-grouped-gemm', 'or --memory lean'),
         (
             '--memory balanced --transformer-impl transformer_engine',
             'needs experts in grouped products. Give --moe-grouped-gemm, or --memory lean',
         ),
-        ('--memory lean --use-mup', 'does not go with --use-mup'),
     ],
 )
 def test_refused(flags, message):
-    argv = ['--preset', 'tiny', *NULL[:-1], *flags.split()]
+    argv = ['--preset', 'tiny', *NULL, *flags.split()]
     with pytest.raises(UsageError, match=message):
         preset_args_provider(argv)
 

@@ -77,7 +77,9 @@ def balanced_routing():
 @contextmanager
 def kernels_of_cuda():
     """Kernels that allocate as those of CUDA do, where the CPU's reference takes more."""
-    from megatron.core.transformer.moe import grouped_activation, grouped_linear
+    from megatron.core.fusions import chunked_lm_loss, fused_qkv_rotary
+    from megatron.core.transformer import fused_rotary_attention
+    from megatron.core.transformer.moe import grouped_activation, grouped_linear, row_permutation
 
     def partial_sums(rows, bias):
         return rows.new_empty(len(rows) // 32 + len(bias), bias.shape[1], dtype=torch.float32)
@@ -94,6 +96,24 @@ def kernels_of_cuda():
         del sums
         return gradients
 
+    def split(qkv, cos, sin, num_queries):
+        heads = qkv.unflatten(3, (num_queries + 2, -1)).split((num_queries, 1, 1), dim=3)
+        return tuple(x.flatten(2, 3).clone() for x in heads)
+
+    def join(dquery, dkey, dvalue, cos, sin, num_queries):
+        return dkey.new_zeros(*dkey.shape[:3], (num_queries + 2) * dkey.shape[3])
+
+    def row_statistics(logits, labels):
+        return tuple(logits.new_ones(len(logits), dtype=torch.float32) for _ in range(3))
+
+    def sum_by_token(rows, token_of_row, num_tokens):
+        order = row_permutation.rows_of_tokens(token_of_row, num_tokens)
+        sums = rows.new_zeros(num_tokens, rows.shape[1])
+        del order
+        return sums
+
+    rotation = SimpleNamespace(split_and_rotate=split, rotate_back_and_join=join)
+    loss = SimpleNamespace(row_statistics=row_statistics, to_gradient_=lambda *_: None)
     kernels = SimpleNamespace(
         swiglu_forward=lambda y, *_: y.new_ones(y.shape[0], y.shape[1] // 2),
         swiglu_backward=swiglu_backward,
@@ -103,6 +123,11 @@ def kernels_of_cuda():
     with pytest.MonkeyPatch.context() as patch:
         for module in (grouped_activation, grouped_linear):
             patch.setattr(module, 'triton_kernels', lambda tensor: kernels)
+        patch.setattr(fused_rotary_attention, 'fused_implementation', lambda tensor: 'triton')
+        patch.setattr(fused_qkv_rotary, '_triton_module', lambda: rotation)
+        patch.setattr(row_permutation, '_sum_by_token', sum_by_token)
+        patch.setattr(chunked_lm_loss, '_triton_kernels', lambda logits: loss)
+        patch.setattr(chunked_lm_loss, '_add_product_', lambda *_: None)
         patch.setattr(
             torch.nn.functional, 'rms_norm', lambda x, shape, weight, eps: _Norm.apply(x, weight)
         )

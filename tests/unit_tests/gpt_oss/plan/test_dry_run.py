@@ -20,7 +20,7 @@ from megatron.training.arguments import parse_args, validate_args
 from tests.unit_tests.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[4]
-NULL = '--tokenizer-type NullTokenizer --vocab-size 200000 --moe-grouped-gemm'.split()
+NULL = '--tokenizer-type NullTokenizer --vocab-size 200000'.split()
 FLAGS = '--preset 20b --bf16 --global-batch-size 64 --expert-model-parallel-size 2'
 SPLIT = f'{FLAGS} --use-distributed-optimizer --memory lean'
 

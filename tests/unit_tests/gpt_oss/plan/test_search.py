@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss import cli
-from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.arguments import LM_LOSS_CHUNK_SIZE
+from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.plan.parameters import rank_parameters
 from megatron.gpt_oss.plan.rates import Rates, collect, load
@@ -70,7 +71,9 @@ def test_order():
 def test_policies_trade_time_for_memory():
     base = Layout(B20, 8, ep=8, seq_length=32768, global_batch_size=16)
     totals = []
-    for name, chunk in (('fast', 0), ('balanced', 2048), ('lean', 2048)):
+    assert loss_chunk_of('fast') == LM_LOSS_CHUNK_SIZE
+    for name in ('fast', 'balanced', 'lean'):
+        chunk = loss_chunk_of(name)
         layout = replace(base, recompute=Recompute.of_policy(name), loss_chunk=chunk)
         assert layout.policy() == name
         totals.append((fullest_rank(layout).total, -step_time(layout).total))
