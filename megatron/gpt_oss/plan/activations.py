@@ -254,10 +254,11 @@ class HeadTensors:
                 "gradient of the loss": 6 * self.tokens * self.rows,
                 "gradient of the head": 2 * self.tokens * self.rows + 2 * self.weight + self.hidden,
             }
-        # The logits of a chunk, which their gradient overwrites. What autograd gets for the weight
-        # is a tensor of its size in any case.
+        # The logits of a chunk, which their gradient overwrites, and that of its hidden states. What
+        # autograd gets for the weight is a tensor of its size in any case.
         own = 4 * self._own_gradient()
+        chunk = 2 * self.chunk * (self.rows + self.layout.preset.hidden_size)
         return {
-            "loss": self.hidden + own + 2 * self.chunk * self.rows,
+            "loss": self.hidden + own + chunk,
             "gradient of the head": self.hidden + own + 2 * self.weight,
         }

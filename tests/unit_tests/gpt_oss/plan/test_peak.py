@@ -7,11 +7,14 @@ Python's frames and autograd hold meanwhile is the same on either.
 """
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from megatron.gpt_oss.plan.layout import Recompute
+from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors
+from megatron.gpt_oss.plan.layout import Layout, Recompute
 from megatron.gpt_oss.plan.memory import StageMoments, gather_buffer, optimizer_memory
 from megatron.gpt_oss.presets import get_preset
 from tests.unit_tests.distributed import RankPool
@@ -104,6 +107,49 @@ def test_peak(ranks, case):
     moments = StageMoments(layout, 0).all()
     expected = max(map(sum, moments.values())) + gather_buffer(layout)
     assert expected == pytest.approx(measured, rel=0.03)
+
+
+def _measured(name):
+    """The rows of a benchmark's result on a GPU."""
+    path = Path(__file__).resolve().parents[4] / 'benchmarks' / 'results' / name
+    if not path.is_file():
+        pytest.skip(f'{name} is not in benchmarks/results')
+    return json.loads(path.read_text())['rows']
+
+
+def test_head_as_measured_on_a_gpu():
+    """Beyond hidden states, weight and main_grad; the unchunked loss there has no gradient buffer."""
+    lengths = {'8k': 8192, '32k': 32768}
+    for row in _measured('lm_loss_h100.json'):
+        kind, _, chunk = row['loss'].partition('-')
+        layout = Layout(
+            get_preset('20b'),
+            1,
+            seq_length=lengths[row['case']],
+            loss_chunk=int(chunk or 0),
+            grad_bytes=2 if kind == 'chunked' else 4,
+        )
+        expected = max(HeadTensors(layout).logits().values()) / 2**20
+        assert expected == pytest.approx(row['peak_mib'], rel=0.01), row['loss']
+
+
+def test_experts_as_measured_on_a_gpu():
+    """The benchmark holds the output and, beyond the weights, every gradient."""
+    rows_of = {'16k': 16384, '32k': 32768, '131k': 131072}
+    measured = {(row['case'], row['implementation']): row for row in _measured('experts_h100.json')}
+    for case, rows in rows_of.items():
+        layout = Layout(get_preset('20b'), 1, seq_length=rows // 4)
+        layer = LayerTensors(layout, False)
+        kept = layer.experts['gate and up'] + layer.experts["experts' activation"]
+        out = 2 * rows * 2880
+        assert (kept + out) / 2**20 == pytest.approx(measured[case, 'grouped']['kept_mib'], rel=0.01)
+        # in the activation's backward, or with all gradients at the end
+        moment = layer.backward_moments()["experts' activation"] - layer.everything()
+        moment += kept - 2 * layer.sizes.residual * 2880  # what is there, without the residual
+        weights = 2 * 32 * 2880 * 3 * 2880
+        first = 4 * rows * 2880 + 2 * rows * 2880
+        peak = out + max(weights // 3 + moment, weights + first)
+        assert peak / 2**20 == pytest.approx(measured[case, 'grouped']['peak_mib'], rel=0.03)
 
 
 def test_step_of_adamw():
