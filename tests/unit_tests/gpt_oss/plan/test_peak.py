@@ -142,7 +142,9 @@ def test_experts_as_measured_on_a_gpu():
         layer = LayerTensors(layout, False)
         kept = layer.experts['gate and up'] + layer.experts["experts' activation"]
         out = 2 * rows * 2880
-        assert (kept + out) / 2**20 == pytest.approx(measured[case, 'grouped']['kept_mib'], rel=0.01)
+        assert (kept + out) / 2**20 == pytest.approx(
+            measured[case, 'grouped']['kept_mib'], rel=0.01
+        )
         # in the activation's backward, or with all gradients at the end
         moment = layer.backward_moments()["experts' activation"] - layer.everything()
         moment += kept - 2 * layer.sizes.residual * 2880  # what is there, without the residual
