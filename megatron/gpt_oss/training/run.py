@@ -18,8 +18,8 @@ from megatron.gpt_oss.arguments import parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.layer_specs import model_config_from_args
-from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.plan.dry_run import add_dry_run_argument, asked_for, dry_run
+from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.gpt_oss.training.log import TrainingLog
 from megatron.gpt_oss.training.step import forward_step
