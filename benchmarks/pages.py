@@ -78,12 +78,14 @@ def step_section() -> str:
     """Tokens/s of the whole model, extrapolated."""
     found = load("train_step_h100")
     header = ["case", "tokens", "windowed layer, ms", "full layer, ms", "head, ms", "AdamW, s"]
-    header += ["tokens/s/GPU, extrapolated", "model TFLOP/s", "peak GiB, 2 layers"]
+    header += ["tokens/s/GPU, extrapolated", "model TFLOP/s", "peak GiB, 2 layers", "planned GiB"]
     rows = []
     for row in found["rows"]:
         figures = [f"{row[k]:.1f}" for k in ("windowed_ms", "full_ms", "head_ms")]
         figures += [f"{row['adamw_s']:.2f}", f"{row['tokens_per_second']:,.0f}"]
-        figures += [f"{row['tflops']:.0f}", f"{row['peak_gib']:.1f}"]
+        figures += [
+            f"{row[k]:.{d}f}" for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
+        ]
         rows.append([row["case"], f"{row['tokens']:,}", *figures])
     return report.markdown(header, rows) + "\n\n" + source("train_step_h100", found)
 

@@ -18,7 +18,8 @@ which is an extrapolation and printed as one. AdamW's time, measured by paramete
 bias falls off as `-log(expert + 1)` (`skewed`): the first expert gets 8 times its share.
 
 `tokens/s` is per GPU; model TFLOP/s count 6 a parameter and token and what attention sees, nothing
-twice. Peak GiB is torch's, of the model with both layers, AdamW's step included.
+twice. Peak GiB is torch's, of the model with both layers, AdamW's step included; planned GiB are what
+`gptoss plan` expects of it.
 
 Last, three layers and head are trained at longer and longer sequences until the card is full:
 `lean` (experts in parts and made again), `fast` (nothing made again), `one-by-one` (experts one
@@ -49,6 +50,8 @@ from benchmarks import report
 from benchmarks.trainer import Trainer, make_batch
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
+from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
 
 K = 1024
@@ -111,6 +114,7 @@ class Row:
     tokens_per_second: float
     tflops: float
     peak_gib: float
+    planned_gib: float
     layers_extrapolated: int
 
 
@@ -243,8 +247,27 @@ def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | N
         tokens_per_second=rate,
         tflops=rate * flops / case.length / 1e12,
         peak_gib=peak,
+        planned_gib=planned(case, replace(preset, num_layers=len(MODELS["both"]))),
         layers_extrapolated=preset.num_layers,
     )
+
+
+def planned(case: Case, preset) -> float:
+    """GiB that `gptoss plan` expects at the peak."""
+    layout = Layout(
+        preset,
+        1,
+        seq_length=case.length,
+        micro_batch_size=case.size,
+        global_batch_size=case.size,
+        loss_chunk=case.loss_chunk,
+        mlp_chunks=case.recompute.get("mlp_chunks_for_training", 1),
+        recompute=Recompute(
+            case.recompute.get("recompute_granularity"),
+            tuple(case.recompute.get("recompute_modules", ())),
+        ),
+    )
+    return fullest_rank(layout).total / GIB
 
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
@@ -340,11 +363,13 @@ def table(rows: list[Row]) -> str:
             "tokens/s (24 layers, extrapolated)",
             "TFLOP/s",
             "peak GiB",
+            "planned GiB",
         ]
     ]
     for row in rows:
         figures = [f"{x:.2f}" for x in (row.windowed_ms, row.full_ms, row.head_ms, row.adamw_s)]
         figures += [f"{row.tokens_per_second:.0f}", f"{row.tflops:.0f}", f"{row.peak_gib:.2f}"]
+        figures.append(f"{row.planned_gib:.2f}")
         lines.append([row.case, str(row.tokens), *figures])
     return report.columns(lines, words=(0,))
 

@@ -29,3 +29,8 @@ def test_work_of_the_20b_model():
     per_token = model_flops(preset, 4096) / 4096
     assert 6 * 3.0e9 < per_token < 6 * 4.2e9
     assert layer_flops(preset, 4096, True) < layer_flops(preset, 4096, False)
+
+
+def test_the_planner_is_within_a_tenth_of_what_was_measured():
+    for row in pages.load("train_step_h100")["rows"]:
+        assert abs(row["planned_gib"] / row["peak_gib"] - 1) < 0.1, row["case"]
