@@ -8,7 +8,7 @@ measures with saved_tensors_hooks on the CPU differs (`device`) in the norms, wh
 CUDA, and in the rotation, which is a kernel of ours there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron.gpt_oss.plan.layout import Layout
 
@@ -74,18 +74,23 @@ class LayerTensors:
 
     def __init__(self, layout: Layout, windowed: bool, device: str = "cuda"):
         self.layout, self.windowed, self.device = layout, windowed, device
-        self.sizes = MicroBatch.of(layout)
+        sizes, parts = MicroBatch.of(layout), layout.mlp_chunks
+        # Of one part of the sequence, where experts take it in parts.
+        routed = {name: getattr(sizes, name) // parts for name in ("routed", "sent", "rows")}
+        self.sizes = replace(sizes, **routed)
         self.hidden = layout.preset.hidden_size
         self.attention = self._attention()
         self.experts = self._experts()
 
     def everything(self) -> int:
-        """Bytes of all that a layer would keep if nothing were made again."""
-        return sum(self.attention.values()) + sum(self.experts.values())
+        """Bytes of all that a layer has where nothing is made again, or while it is."""
+        parts = 1 if self.layout.recompute.makes_again("moe") else self.layout.mlp_chunks
+        return sum(self.attention.values()) + parts * sum(self.experts.values())
 
     def kept(self) -> int:
         """Bytes that stay, for the selective policies; full recomputation is the stage's."""
-        recompute, kept = self.layout.recompute, {**self.attention, **self.experts}
+        recompute, parts = self.layout.recompute, self.layout.mlp_chunks
+        kept = self.attention | {name: parts * size for name, size in self.experts.items()}
         if recompute.makes_again("moe"):
             kept = dict(self.attention)
         if recompute.makes_again("moe_act"):

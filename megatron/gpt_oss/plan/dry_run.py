@@ -150,6 +150,7 @@ def layout_of(args: Namespace) -> Layout:
             args.recompute_method if granularity == "full" else None,
             args.recompute_num_layers or 1,
         ),
+        mlp_chunks=getattr(args, "mlp_chunks_for_training", None) or 1,
         loss_chunk=args.lm_loss_chunk_size,
         distributed_optimizer=args.use_distributed_optimizer,
         offload=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,

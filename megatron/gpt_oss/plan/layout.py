@@ -56,6 +56,7 @@ class Layout:
         seq_length, micro_batch_size, global_batch_size: of the whole run.
         sequence_parallel: what lies between attention and experts is split over TP too.
         recompute: what is computed again.
+        mlp_chunks: parts of the sequence that experts take one after the other.
         loss_chunk: tokens whose logits live at a time; 0: all.
         distributed_optimizer: its state is split over the data parallel ranks.
         offload: the part of the optimizer's state on the host, 0 to 1.
@@ -78,6 +79,7 @@ class Layout:
     global_batch_size: int = 1
     sequence_parallel: bool = False
     recompute: Recompute = Recompute()
+    mlp_chunks: int = 1
     loss_chunk: int = 0
     distributed_optimizer: bool = True
     offload: float = 0.0

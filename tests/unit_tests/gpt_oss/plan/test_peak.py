@@ -16,7 +16,7 @@ import torch
 
 from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors
 from megatron.gpt_oss.plan.layout import Layout, Recompute
-from megatron.gpt_oss.plan.memory import StageMoments, gather_buffer, optimizer_memory
+from megatron.gpt_oss.plan.memory import StageMoments, fullest_rank, gather_buffer, optimizer_memory
 from megatron.gpt_oss.presets import get_preset
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.plan import test_memory
@@ -134,6 +134,26 @@ def test_head_as_measured_on_a_gpu():
         )
         expected = max(HeadTensors(layout).logits().values()) / 2**20
         assert expected == pytest.approx(row['peak_mib'], rel=0.01), row['loss']
+
+
+@pytest.mark.parametrize(
+    'case, length, size, modules, parts',
+    [('4k', 4096, 8, (), 1), ('32k', 32768, 1, (), 1), ('128k', 131072, 1, ('moe',), 4)],
+)
+def test_steps_as_measured_on_a_gpu(case, length, size, modules, parts):
+    """Two layers and the head, balanced routing: what a whole step takes."""
+    row = {row['case']: row for row in _measured('train_step_h100.json')}[case]
+    layout = Layout(
+        get_preset('20b', 2),
+        1,
+        seq_length=length,
+        micro_batch_size=size,
+        global_batch_size=size,
+        recompute=Recompute('selective' if modules else None, modules),
+        mlp_chunks=parts,
+        loss_chunk=4096,
+    )
+    assert fullest_rank(layout).total / 2**30 == pytest.approx(row['peak_gib'], rel=0.05)
 
 
 def test_experts_as_measured_on_a_gpu():
