@@ -36,10 +36,10 @@ def module_norms(model_chunks: list[torch.nn.Module]) -> dict[str, dict[str, flo
     Args:
         model_chunks: this rank's, wrapped by DistributedDataParallel; gradients reduced.
     Returns:
-        'grad_norm' and 'weight_norm', each by kind, kinds without a parameter left out; 'sinks':
-        'lowest' and 'highest' sink of the model.
+        'grad_norm' and 'weight_norm', each by kind, kinds without a (trained) parameter left out;
+        'sinks': 'lowest' and 'highest' sink of the model.
     """
-    squares = torch.zeros(3, len(NAMES), dtype=torch.float64, device=current_device())
+    squares = torch.zeros(4, len(NAMES), dtype=torch.float64, device=current_device())
     # Lowest and highest by one maximum: of -sinks and of sinks.
     extremes = squares.new_full((2,), -math.inf)
     names = {
@@ -54,26 +54,25 @@ def module_norms(model_chunks: list[torch.nn.Module]) -> dict[str, dict[str, flo
             extremes = torch.maximum(extremes, torch.stack([(-sinks).amax(), sinks.amax()]))
         if _is_first_copy(parameter) and _is_first_replica(parameter):
             squares[1, NAMES.index(kind)] += _square_sum(parameter)
-            squares[2, NAMES.index(kind)] += parameter.numel()
+            squares[2, NAMES.index(kind)] += parameter.requires_grad
+            squares[3, NAMES.index(kind)] += 1
     torch.distributed.all_reduce(squares)
     torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX)
-    gradient_squares, weight_squares, numbers = squares.tolist()
+    gradient_squares, weight_squares, num_trained, num_all = squares.tolist()
     norms = {
-        "grad_norm": {
-            kind: math.sqrt(value)
-            for kind, value, number in zip(NAMES, gradient_squares, numbers)
-            if number
-        },
-        "weight_norm": {
-            kind: math.sqrt(value)
-            for kind, value, number in zip(NAMES, weight_squares, numbers)
-            if number
-        },
+        "grad_norm": _by_kind(gradient_squares, num_trained),
+        "weight_norm": _by_kind(weight_squares, num_all),
     }
     low, high = extremes.tolist()
     if math.isfinite(high):
         norms["sinks"] = {"lowest": -low, "highest": high}
     return norms
+
+
+def _by_kind(squares: list[float], numbers: list[float]) -> dict[str, float]:
+    return {
+        kind: math.sqrt(value) for kind, value, number in zip(NAMES, squares, numbers) if number
+    }
 
 
 def owned_gradients(

@@ -5,12 +5,14 @@ Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
 `decoder.layers.3.mlp.router.weight`; patterns as the shell's: '*.router.*', 'embedding.*'.
 """
 
+import re
 from argparse import Namespace
 from fnmatch import fnmatchcase
 from typing import Callable, Sequence
 
 import torch
 
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.gpt_oss.errors import UsageError
 from megatron.training.non_finite import global_names
 
@@ -21,7 +23,7 @@ def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
     """{'*.router.*': 0.1} from ['*.router.*=0.1'].
 
     Raises:
-        UsageError: a word is not PATTERN=FACTOR with a factor above 0.
+        UsageError: a word is not PATTERN=FACTOR with a factor of 0 or more.
     """
     factors = {}
     for word in words:
@@ -30,10 +32,10 @@ def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
             factor = float(number)
         except ValueError:
             factor = -1.0
-        if not pattern or not 0 < factor < float("inf"):
+        if not pattern or not 0 <= factor < float("inf"):
             raise UsageError(
-                f"--lr-multiplier {word}: wanted PATTERN=FACTOR with a factor above 0, for example "
-                "'*.router.*=0.1'. To leave parameters as they are: --freeze PATTERN."
+                f"--lr-multiplier {word}: wanted PATTERN=FACTOR with a factor of 0 or more, for "
+                "example '*.router.*=0.1'."
             )
         factors[pattern] = factor
     return factors
@@ -45,7 +47,13 @@ def check_patterns(args: Namespace) -> None:
     Raises:
         UsageError: names the flag and what to do.
     """
-    if parse_multipliers(args.lr_multiplier) and args.decoupled_lr is not None:
+    factors = parse_multipliers(args.lr_multiplier)
+    if 0 in factors.values() and args.lr_warmup_init:
+        raise UsageError(
+            f"--lr-warmup-init {args.lr_warmup_init} would move parameters whose --lr-multiplier is "
+            "0. Warm up from 0."
+        )
+    if factors and args.decoupled_lr is not None:
         raise UsageError(
             f"--lr-multiplier and --decoupled-lr {args.decoupled_lr} both set the learning rate of "
             "embedding and head. Write it as a multiplier: --lr-multiplier 'embedding.*=FACTOR' "
@@ -88,10 +96,29 @@ def pattern_hook(args: Namespace) -> Hook:
                 if fnmatchcase(name, pattern):
                     parameter.lr_multiplier = factor
         if args.freeze:
-            _check_something_trains(args.freeze, any(p.requires_grad for p in named.values()))
+            trains = {name: parameter.requires_grad for name, parameter in named.items()}
+            _check_frozen(args.freeze, trains, args.save and not args.no_save_optim)
+            if args.recompute_granularity is not None:
+                _keep_graph_above_embedding(model_chunks)
         return model_chunks
 
     return hook
+
+
+def _keep_graph_above_embedding(model_chunks: list[torch.nn.Module]) -> None:
+    """Let the embedding's output ask for a gradient although nothing below it does.
+
+    Recomputation runs a layer outside of autograd and notices from its input alone that gradients
+    are wanted: with the embedding frozen every weight of the layer would silently get none.
+    """
+
+    def ask(module, inputs, output):
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, LanguageModelEmbedding):
+                module.register_forward_hook(ask)
 
 
 def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
@@ -109,9 +136,29 @@ def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
             )
 
 
-def _check_something_trains(patterns: Sequence[str], trains: bool) -> None:
-    if not any(_gathered(trains)):
-        raise UsageError(f"--freeze {' '.join(patterns)} leaves no parameter to train.")
+def _check_frozen(patterns: Sequence[str], trains: dict[str, bool], saves: bool) -> None:
+    """Something has to train, and a checkpoint's optimizer state to be without holes."""
+    everywhere: dict[str, bool] = {}
+    for part in _gathered(trains):
+        everywhere.update(part)
+    words = f"--freeze {' '.join(patterns)}"
+    if not any(everywhere.values()):
+        raise UsageError(f"{words} leaves no parameter to train.")
+    # In a checkpoint the layers (and experts) of a parameter are rows of one tensor.
+    frozen, trained = (
+        {_without_numbers(name): name for name, value in everywhere.items() if value == wanted}
+        for wanted in (False, True)
+    )
+    for row in frozen.keys() & trained.keys() if saves else ():
+        raise UsageError(
+            f"{words} freezes {frozen[row]} and not {trained[row]}, but a checkpoint holds optimizer "
+            "state for all layers and experts or for none. Freeze it in all of them, or hold it with "
+            "--lr-multiplier PATTERN=0."
+        )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
 
 
 def _gathered(value) -> list:

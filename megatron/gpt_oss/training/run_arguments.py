@@ -62,7 +62,8 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
         metavar="PATTERN=FACTOR",
         default=[],
         help="Learning rates of the parameters whose names fit, as multiples of --lr and --min-lr, "
-        "for example '*.softmax_offset=0.1'. The last pattern that fits counts.",
+        "for example '*.softmax_offset=0.1'. The last pattern that fits counts. 0 holds them where "
+        "they are.",
     )
     parser.set_defaults(
         micro_batch_size=1,
