@@ -43,7 +43,7 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
     if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError)):
         return RunError(str(error), everywhere=True)
     chain = list(_chain(error))
-    for cause in chain:
+    for cause in map(_written_error, chain):
         if isinstance(cause, OSError) and cause.errno in _DISK and _is_of_checkpoint(cause, args):
             where = f" ({cause.filename})" if cause.filename else ""
             return RunError(
@@ -68,6 +68,14 @@ def print_traceback(error: BaseException) -> None:
     """Into Megatron's own output, for whoever wants to know more."""
     traceback.print_exception(error, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _written_error(error: BaseException) -> BaseException:
+    """The OSError of a checkpoint's writer, of which its process hands on the text alone."""
+    found = re.search(r"[Ww]orker.*\[Errno (\d+)\] ([^'\n]*)(?:'([^']*)')?", str(error))
+    if isinstance(error, OSError) or found is None:
+        return error
+    return OSError(int(found[1]), found[2], found[3])
 
 
 def _is_of_checkpoint(error: OSError, args: Namespace) -> bool:

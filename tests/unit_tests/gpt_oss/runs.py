@@ -50,8 +50,11 @@ def start(ranks, inputs: Path, run_dir: Path, flags: str, world_size: int = 1) -
     return read_metrics(run_dir / 'metrics.jsonl')
 
 
-def main_in_rank(argv: list[str]) -> str:
-    """main() as a process of its own would run it; returns what it printed for people."""
+def main_in_rank(argv: list[str], prepare=None) -> str:
+    """main() as a process of its own would run it; returns what it printed for people.
+
+    `prepare()` may register callbacks of its own before.
+    """
     from megatron.gpt_oss.training.run import main
     from megatron.training import step_callbacks
     from megatron.training.training import set_startup_timestamps
@@ -59,6 +62,8 @@ def main_in_rank(argv: list[str]) -> str:
     step_callbacks.clear()
     # Upstream reduces it over the ranks where it is set, as an earlier run leaves it on some.
     set_startup_timestamps(program_start=time.time())
+    if prepare is not None:
+        prepare()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     printed = io.StringIO()
     try:

@@ -29,7 +29,9 @@ def router_of(model):
 def inputs():
     generator = torch.Generator().manual_seed(5)
     # A mean other than zero prefers some experts.
-    return [torch.randn(*SIZES, TINY.hidden_size, generator=generator) + 0.1 for _ in range(BATCHES)]
+    return [
+        torch.randn(*SIZES, TINY.hidden_size, generator=generator) + 0.1 for _ in range(BATCHES)
+    ]
 
 
 def gradient_of_router_loss(make_model, **flags):
@@ -95,7 +97,9 @@ def test_global_batch(make_model):
     )
     check(found, COEFFICIENT * loss, weight)
     assert tracked['global_load_balancing_loss'] == pytest.approx(float(loss), rel=1e-4)
-    assert float(loss) != pytest.approx(float(sum(switch_loss(batch) for batch in logits)), rel=1e-3)
+    assert float(loss) != pytest.approx(
+        float(sum(switch_loss(batch) for batch in logits)), rel=1e-3
+    )
 
 
 def test_z_loss(make_model):
