@@ -5,9 +5,11 @@ Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
 `decoder.layers.3.mlp.router.weight`; patterns as the shell's: '*.router.*', 'embedding.*'.
 """
 
+import json
 import re
 from argparse import Namespace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
@@ -63,6 +65,27 @@ def check_patterns(args: Namespace) -> None:
         if (args.freeze or args.lr_multiplier) and getattr(args, flag, False):
             raise UsageError(
                 f"--freeze and --lr-multiplier do not go with --{flag.replace('_', '-')}."
+            )
+
+
+def check_same_parameters(args: Namespace, earlier_arguments: Path) -> None:
+    """A run that goes on needs the optimizer state of the parameters that it trains.
+
+    Args:
+        earlier_arguments: arguments.json of the start before, if there was one.
+    Raises:
+        UsageError: --freeze or --lr-multiplier are others than then.
+    """
+    if args.no_load_optim or args.finetune or not earlier_arguments.is_file():
+        return
+    earlier = json.loads(earlier_arguments.read_text(encoding="utf-8"))
+    for flag, key in (("--freeze", "freeze"), ("--lr-multiplier", "lr_multiplier_factors")):
+        now, then = getattr(args, key), earlier.get(key, getattr(args, key))
+        if now != then:
+            raise UsageError(
+                f"{flag} was {then or 'not given'} when this run was last started, and is "
+                f"{now or 'not given'} now: its checkpoints hold optimizer state for other "
+                "parameters. Give the same, or begin with fresh optimizer state: --no-load-optim."
             )
 
 

@@ -27,8 +27,16 @@ from megatron.gpt_oss.training.flops import model_flops, peak_tflops
 from megatron.gpt_oss.training.keep import CheckpointKeeper
 from megatron.gpt_oss.training.log import TrainingLog
 from megatron.gpt_oss.training.monitor import Monitor
-from megatron.gpt_oss.training.parameter_patterns import parse_multipliers, pattern_hook
-from megatron.gpt_oss.training.run_arguments import add_run_arguments, check_run_arguments
+from megatron.gpt_oss.training.parameter_patterns import (
+    check_same_parameters,
+    parse_multipliers,
+    pattern_hook,
+)
+from megatron.gpt_oss.training.run_arguments import (
+    add_run_arguments,
+    check_async_save,
+    check_run_arguments,
+)
 from megatron.gpt_oss.training.step import forward_step
 from megatron.gpt_oss.training.writers import Writers, check_writers
 from megatron.training import checkpoint_integrity, pretrain, step_callbacks
@@ -47,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _single_process_environment()
     run_dir = _run_dir(argv)
     writer_defaults = check_writers(argv, run_dir)
+    check_async_save(argv, device_utils.is_cuda())
     with _upstream_output(run_dir) as console:
 
         def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -57,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parse(argv, add_arguments)
         check_run_arguments(args)
         args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
+        if run_dir is not None and _goes_on(args.load):
+            check_same_parameters(args, run_dir / "arguments.json")
         signals.forward_usr1(args)
         log = _register_log(args, console, run_dir)
         monitor = Monitor(args, log)

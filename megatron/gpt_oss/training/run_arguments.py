@@ -3,6 +3,7 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import Sequence
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.parameter_patterns import check_patterns
@@ -82,6 +83,26 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
         checkpoints = str(run_dir / "checkpoints")
         parser.set_defaults(save=checkpoints, load=checkpoints)
     return parser
+
+
+def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
+    """Refuse --async-save where Megatron would write in the foreground without a word, or hang.
+
+    Raises:
+        UsageError: what to give instead.
+    """
+    if "--async-save" not in argv:
+        return
+    if not is_cuda:
+        raise UsageError(
+            "--async-save: Megatron's checkpoint worker does not run on a CPU. Drop the flag: "
+            "checkpoints are then written before the next step."
+        )
+    if "--use-persistent-ckpt-worker" not in argv:
+        raise UsageError(
+            "--async-save alone is ignored by Megatron. Give --use-persistent-ckpt-worker with it "
+            "(and --async-strategy mcore without nvidia-resiliency-ext)."
+        )
 
 
 def check_run_arguments(args: Namespace) -> None:

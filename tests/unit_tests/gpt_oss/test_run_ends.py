@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.gpt_oss.errors import RunError
+from megatron.gpt_oss.errors import RunError, UsageError
+from megatron.gpt_oss.training.run_arguments import check_async_save
 from megatron.training import checkpoint_integrity, step_callbacks
 from tests.unit_tests.distributed import RankPool, free_port
 from tests.unit_tests.gpt_oss import runs
@@ -213,6 +214,16 @@ def test_checkpoint_deleted_while_it_is_written(inputs, ranks, tmp_path):
     assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     records = runs.start(ranks, inputs, tmp_path / 'run', flags)
     assert sorted(runs.steps(records)) == [1, 2, 3]
+
+
+def test_asynchronous_checkpoints_are_not_dropped_in_silence():
+    """Upstream takes --async-save back with a warning among hundreds of lines."""
+    with pytest.raises(UsageError, match='does not run on a CPU'):
+        check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=False)
+    with pytest.raises(UsageError, match='alone is ignored by Megatron'):
+        check_async_save(['--async-save'], is_cuda=True)
+    check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=True)
+    check_async_save(['--save', 'x'], is_cuda=False)
 
 
 def nan_batch_at_step_3(folder):
