@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_sample(commands)
     _add_plot(commands)
+    _add_report(commands)
     _add_presets(commands)
     _add_doctor(commands)
     _add_plan(commands)
@@ -196,6 +197,19 @@ def _run_plot(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.plot import plot_loss
 
     print(f"{plot_loss(args.metrics, args.out, args.title)}: written")
+
+
+def _add_report(commands) -> None:
+    parser = commands.add_parser("report", help="a run as one HTML page")
+    parser.add_argument("run_dir", metavar="RUN", help="the --run-dir of the run")
+    parser.add_argument("--out", help="the page; RUN/report.html by default")
+    parser.set_defaults(run=_run_report)
+
+
+def _run_report(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.run_report import write_report
+
+    print(f"{write_report(args.run_dir, args.out)}: written")
 
 
 def _add_presets(commands) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Callable, NoReturn
 
+EXIT_FAULT = 1
 EXIT_USAGE = 2
 SECONDS_FOR_RANK_0 = 3.0
 
@@ -23,22 +24,37 @@ class CheckpointError(UsageError):
     """A checkpoint that is missing, incomplete, or of another model."""
 
 
-def exit_with(error: Exception) -> NoReturn:
-    """Print an error as one line and leave with exit code 2.
+class RunError(RuntimeError):
+    """What ended a run that was well begun, in words for the user.
 
-    Under torchrun every rank meets the same mistake; only rank 0 prints it. The others leave it
-    the time to: torchrun ends all ranks when the first one leaves.
+    Args:
+        message: what happened, what is saved, what to do.
+        everywhere: every rank has the same message, so that rank 0 alone need print it.
     """
-    if int(os.environ.get("RANK", "0")) == 0:
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
+
+
+def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
+    """Print an error as one line and leave with an exit code.
+
+    Under torchrun every rank may meet the same one (`everywhere`); only rank 0 prints it then. The
+    others leave it the time to: torchrun ends all ranks when the first one leaves.
+    """
+    if not everywhere or int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         time.sleep(SECONDS_FOR_RANK_0)
-    raise SystemExit(EXIT_USAGE)
+    raise SystemExit(code)
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run an entry point; a UsageError becomes one sentence on stderr and exit code 2."""
+    """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1."""
     try:
         main()
     except UsageError as error:
         exit_with(error)
+    except RunError as error:
+        exit_with(error, EXIT_FAULT, error.everywhere)

@@ -18,10 +18,36 @@ from megatron.core import device_utils
 
 Callback = Callable[[Dict[str, Any]], None]
 
+_gradients_ready: List[Callback] = []
 _training_log: List[Callback] = []
+_step_ended: List[Callback] = []
 _evaluation: List[Callback] = []
 _checkpoint_saved: List[Callback] = []
 _upstream_log_silenced = False
+
+
+def on_gradients_ready(callback: Callback) -> None:
+    """Call `callback` with one dictionary in every iteration, between backward and update.
+
+    The gradients are those of the global batch, reduced over all ranks, not clipped yet; with
+    --use-distributed-optimizer a rank holds its shard of them, see `module_norms`.
+
+    Its keys:
+        iteration: int, from 1. model: list of this rank's model chunks, in their wrappers.
+    """
+    _gradients_ready.append(callback)
+
+
+def on_step_ended(callback: Callback) -> None:
+    """Call `callback` with one dictionary at the end of every iteration.
+
+    After its line is logged and the validation sets are evaluated, before a checkpoint is saved.
+
+    Its keys:
+        iteration: int, from 1. model: list of this rank's model chunks, in their wrappers.
+        optimizer: Megatron's.
+    """
+    _step_ended.append(callback)
 
 
 def on_training_log(callback: Callback) -> None:
@@ -35,6 +61,8 @@ def on_training_log(callback: Callback) -> None:
         elapsed_per_iteration: seconds, mean over the interval.
         consumed_samples: int, since the start of training. batch_size: int, samples.
         tokens_in_batch: int, of the last iteration; padding is not counted in packed batches.
+        squared_lengths_in_batch: float, of the last iteration: squared lengths of the documents of
+            packed batches, summed over all ranks; None where batches are not packed.
         skipped_iterations, nan_iterations: int, within the interval.
         loss_scale: float.
         peak_memory: bytes on this rank: PyTorch's CUDA allocator, on the CPU the process.
@@ -78,7 +106,13 @@ def upstream_log_silenced() -> bool:
 
 def clear() -> None:
     """Forget every callback, and let upstream print again."""
-    for callbacks in (_training_log, _evaluation, _checkpoint_saved):
+    for callbacks in (
+        _gradients_ready,
+        _training_log,
+        _evaluation,
+        _step_ended,
+        _checkpoint_saved,
+    ):
         callbacks.clear()
     silence_upstream_log(False)
 
@@ -86,6 +120,18 @@ def clear() -> None:
 # ---------------------------------------------------------------------------------------------
 # Called by the training loop.
 # ---------------------------------------------------------------------------------------------
+
+
+def gradients_ready(**values) -> None:
+    """From train_step()."""
+    for callback in _gradients_ready:
+        callback(dict(values))
+
+
+def step_ended(**values) -> None:
+    """From post_training_step_callbacks()."""
+    for callback in _step_ended:
+        callback(dict(values))
 
 
 def training_logged(**values) -> None:

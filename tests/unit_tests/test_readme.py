@@ -47,7 +47,7 @@ def check_python(words):
 
 def check_torchrun(words):
     from megatron.gpt_oss.arguments import add_gpt_oss_arguments
-    from megatron.gpt_oss.training.run import add_run_arguments
+    from megatron.gpt_oss.training.run_arguments import add_run_arguments
     from megatron.training.arguments import add_megatron_arguments
 
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))

@@ -4,9 +4,10 @@
 import math
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Callable, TextIO
 
 from megatron.gpt_oss.metrics import append_metrics, drop_from
+from megatron.gpt_oss.training.writers import Writers
 
 LOSS = "lm loss"
 GIB = 2**30
@@ -28,12 +29,30 @@ class TrainingLog:
         metrics: path of metrics.jsonl, or None. A line is one JSON object; a run that resumes
             before its last logged step replaces what came after.
         seq_length: tokens a sample.
+        num_ranks: over which a step's work is divided.
+        flops_of: FLOPs of the model over a number of tokens, whose documents' squared lengths have
+            the sum that is given, or None.
+        peak_tflops: of one rank's device, or None where it is not known: no MFU then.
+        writers: where the numbers go besides.
     """
 
-    def __init__(self, console: TextIO, metrics: Path | None, seq_length: int):
+    def __init__(
+        self,
+        console: TextIO,
+        metrics: Path | None,
+        seq_length: int,
+        num_ranks: int = 1,
+        flops_of: Callable[[float, float | None], float] | None = None,
+        peak_tflops: float | None = None,
+        writers: Writers | None = None,
+    ):
         self._console = console
         self._metrics = metrics
         self._seq_length = seq_length
+        self._num_ranks = num_ranks
+        self._flops_of = flops_of
+        self._peak_tflops = peak_tflops
+        self._writers = writers
         self._seconds_per_step: float | None = None
         self._trimmed = False
 
@@ -45,12 +64,23 @@ class TrainingLog:
         mean = elapsed if self._seconds_per_step is None else self._seconds_per_step
         self._seconds_per_step = 0.9 * mean + 0.1 * elapsed
         remaining = timedelta(seconds=round(self._seconds_per_step * max(0, last - step)))
+        tokens_per_second = values["batch_size"] * self._seq_length / elapsed
+        tflops = self._tflops(values, elapsed)
+        mfu = tflops / self._peak_tflops if tflops and self._peak_tflops else None
         record = {
             "step": step,
             "loss": values["losses"].get(LOSS),
+            **{
+                name.replace(" ", "_"): value
+                for name, value in values["losses"].items()
+                if name != LOSS
+            },
             "learning_rate": values["learning_rate"],
             "grad_norm": values["grad_norm"],
-            "tokens_per_second": values["batch_size"] * self._seq_length / elapsed,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_gpu": tokens_per_second / self._num_ranks,
+            "tflops_per_gpu": tflops,
+            "mfu": mfu,
             "peak_memory_bytes": values["peak_memory"],
             "tokens": values["consumed_samples"] * self._seq_length,
             "seconds_per_step": elapsed,
@@ -62,14 +92,26 @@ class TrainingLog:
             f"loss {_number(record['loss'], '7.4f')}",
             f"lr {_number(record['learning_rate'], '.2e')}",
             f"grad norm {_number(record['grad_norm'], '7.3f')}",
-            f"{short_count(record['tokens_per_second']):>7} tokens/s",
+            f"{short_count(record['tokens_per_second_per_gpu']):>7} tokens/s/GPU",
+            f"{_number(tflops, '6.1f'):>6} TFLOP/s",
+            f"MFU {_number(mfu, '5.1%'):>5}",
             f"{record['peak_memory_bytes'] / GIB:6.2f} GiB",
             f"{short_count(record['tokens']):>7} tokens",
             f"ETA {remaining}",
         ]
         if record["skipped_steps"]:
             fields.append(f"{record['skipped_steps']} skipped")
-        self._write(" | ".join(fields), record, remade_from=step)
+        self._write(" | ".join(fields), record, "train", remade_from=step)
+
+    def _tflops(self, values: dict[str, Any], elapsed: float) -> float | None:
+        """Of the model, on one rank."""
+        if self._flops_of is None:
+            return None
+        squares = values.get("squared_lengths_in_batch")
+        tokens = values["batch_size"] * self._seq_length
+        if squares is not None:
+            tokens = values["tokens_in_batch"]
+        return self._flops_of(tokens, squares) / elapsed / self._num_ranks / 1e12
 
     def evaluation(self, values: dict[str, Any]) -> None:
         """A validation or test set was evaluated (see `step_callbacks.on_evaluation`)."""
@@ -83,16 +125,58 @@ class TrainingLog:
             f"{name} at step {values['iteration']}: loss {_number(loss, '.4f')}, "
             f"perplexity {_number(perplexity, '.3f')}",
             {"step": values["iteration"], "set": name, key: loss},
+            name,
             remade_from=values["iteration"] + 1,
+        )
+
+    def experts(self, step: int, load: dict[str, list[float]]) -> None:
+        """Load of the experts and entropy of the routers (see `RouterLoad.take`)."""
+        shares, entropies = load["busiest_share"], load["router_entropy"]
+        worst = max(range(len(shares)), key=shares.__getitem__)
+        mean_cv = sum(load["load_cv"]) / len(shares)
+        self._write(
+            f"experts at step {step}: busiest {shares[worst]:.1%} of its layer's tokens "
+            f"(layer {worst}), load variation {mean_cv:.2f}, "
+            f"router entropy {min(entropies):.2f} to {max(entropies):.2f}",
+            {"step": step, "experts": load},
+            "experts",
+            remade_from=step,
+        )
+
+    def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
+        """Norms by kind of module (see `module_norms`)."""
+        gradients = ", ".join(f"{kind} {value:.3g}" for kind, value in norms["grad_norm"].items())
+        sinks = norms.get("sinks")
+        tail = f"; sinks {sinks['lowest']:.2f} to {sinks['highest']:.2f}" if sinks else ""
+        self._write(
+            f"grad norms at step {step}: {gradients}{tail}",
+            {"step": step, "norms": norms},
+            "norms",
+            remade_from=step,
+        )
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """A text that the model wrote."""
+        self._write(
+            f"sample at step {step}: {text!r}",
+            {"step": step, "sample": {"prompt": prompt, "text": text}},
+            "sample",
+            remade_from=step + 1,
         )
 
     def checkpoint(self, values: dict[str, Any]) -> None:
         """A checkpoint is complete (see `step_callbacks.on_checkpoint_saved`)."""
         print(f"saved {values['checkpoint']}", file=self._console, flush=True)
 
-    def _write(self, line: str, record: dict[str, Any], remade_from: int) -> None:
+    def _write(self, line: str, record: dict[str, Any], section: str, remade_from: int) -> None:
         """Print and log; the first record says which steps of an earlier start are made anew."""
         print(line, file=self._console, flush=True)
+        if self._writers is not None:
+            numbers = {name: value for name, value in record.items() if name != "step"}
+            inner = numbers.get(section)
+            self._writers.write(
+                section, inner if isinstance(inner, dict) else numbers, record["step"]
+            )
         if self._metrics is None:
             return
         if not self._trimmed:

@@ -7,22 +7,40 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
 from typing import Iterator, Sequence, TextIO
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.core import device_utils
 from megatron.core.enums import ModelType
-from megatron.gpt_oss.arguments import parse
+from megatron.gpt_oss.arguments import NO_PRESET, parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.layer_specs import model_config_from_args
-from megatron.gpt_oss.plan.dry_run import add_dry_run_argument, asked_for, dry_run
+from megatron.gpt_oss.plan.dry_run import asked_for, dry_run
+from megatron.gpt_oss.training import signals
 from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
+from megatron.gpt_oss.training.faults import as_run_error, print_traceback
+from megatron.gpt_oss.training.flops import model_flops, peak_tflops
+from megatron.gpt_oss.training.keep import CheckpointKeeper
 from megatron.gpt_oss.training.log import TrainingLog
+from megatron.gpt_oss.training.monitor import Monitor
+from megatron.gpt_oss.training.parameter_patterns import (
+    check_same_parameters,
+    parse_multipliers,
+    pattern_hook,
+)
+from megatron.gpt_oss.training.run_arguments import (
+    add_run_arguments,
+    check_async_save,
+    check_run_arguments,
+)
 from megatron.gpt_oss.training.step import forward_step
+from megatron.gpt_oss.training.writers import Writers, check_writers
 from megatron.training import checkpoint_integrity, pretrain, step_callbacks
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
@@ -32,30 +50,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says.
 
     Raises:
-        UsageError: the command line cannot be run; no process group was made.
+        UsageError: the command line cannot be run.
+        RunError: the run was ended by something that has a name.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     run_dir = _run_dir(argv)
     if asked_for(argv):
         return dry_run(argv, lambda parser: add_run_arguments(parser, run_dir))
     _single_process_environment()
+    writer_defaults = check_writers(argv, run_dir)
+    check_async_save(argv, device_utils.is_cuda())
     with _upstream_output(run_dir) as console:
-        args = parse(argv, lambda parser: add_run_arguments(parser, run_dir))
-        _check_schedule(args)
-        _register_log(args, console, run_dir)
-        pretrain(
-            pretrain_cfg_container_from_args(args, _model_config(args)),
-            _announced(provide_datasets, args, console),
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
+
+        def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+            parser = add_run_arguments(parser, run_dir)
+            parser.set_defaults(**writer_defaults)
+            return parser
+
+        args = parse(argv, add_arguments)
+        check_run_arguments(args)
+        args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
+        if run_dir is not None and _goes_on(args.load):
+            check_same_parameters(args, run_dir / "arguments.json")
+        signals.forward_usr1(args)
+        log = _register_log(args, console, run_dir)
+        monitor = Monitor(args, log)
+        _write_arguments(args, run_dir)
+        try:
+            pretrain(
+                pretrain_cfg_container_from_args(args, _model_config(args, monitor)),
+                _announced(provide_datasets, args, console),
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
+        except (Exception, CheckpointException) as error:
+            known = as_run_error(error, args)
+            if known is None:
+                raise
+            print_traceback(error)
+            raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _model_config(args: Namespace) -> GPTModelConfig:
+def _model_config(args: Namespace, monitor: Monitor) -> GPTModelConfig:
     """The model, and the weights to start from where the run has no checkpoint of its own yet."""
     config = model_config_from_args(args)
+    config.pre_wrap_hooks += [pattern_hook(args), monitor.watch]
     if args.load_hf and not _goes_on(args.load):
         config.pre_wrap_hooks.append(load_hf_hook(args.load_hf))
     return config
@@ -66,34 +107,6 @@ def _goes_on(load_dir: str | None) -> bool:
         return False
     tracker = Path(load_dir) / "latest_checkpointed_iteration.txt"
     return tracker.is_file() or checkpoint_integrity.holds_checkpoint(load_dir)
-
-
-def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> ArgumentParser:
-    """--run-dir, and the defaults of Megatron's flags that suit a run."""
-    group = parser.add_argument_group(title="run")
-    group.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        default=None,
-        help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
-        "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
-    )
-    add_dry_run_argument(group)
-    parser.set_defaults(
-        micro_batch_size=1,
-        log_interval=1,
-        save_interval=500,
-        eval_interval=500,
-        eval_iters=10,
-        # Attention is causal in every layer, and its kernels know it.
-        create_attention_mask_in_dataloader=False,
-        # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
-        dist_ckpt_optim_fully_reshardable=True,
-    )
-    if run_dir is not None:
-        checkpoints = str(run_dir / "checkpoints")
-        parser.set_defaults(save=checkpoints, load=checkpoints)
-    return parser
 
 
 def _run_dir(argv: Sequence[str]) -> Path | None:
@@ -111,22 +124,6 @@ def _check_run_dir(run_dir: Path | None) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from error
-
-
-def _check_schedule(args: Namespace) -> None:
-    """What Megatron asserts of the schedule only once the model is built."""
-    if not args.train_iters and not args.train_samples:
-        raise UsageError("Nothing says how long to train. Give --train-iters or --train-samples.")
-    if args.lr is None:
-        raise UsageError("No learning rate. Give --lr, for example --lr 2e-5.")
-    for unit in ("iters", "samples"):
-        warmup = getattr(args, f"lr_warmup_{unit}")
-        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
-        if decay and warmup >= decay:
-            raise UsageError(
-                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {unit} that the "
-                "learning rate decays over. Give fewer, or --lr-warmup-fraction."
-            )
 
 
 def _single_process_environment() -> None:
@@ -157,18 +154,44 @@ def _upstream_output(run_dir: Path | None) -> Iterator[TextIO]:
         yield console
 
 
-def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> None:
-    """Our lines on the last rank, which holds the loss; the arguments from the first."""
+def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> TrainingLog | None:
+    """Our lines on the last rank, which holds the loss; old checkpoints are deleted by the first."""
+    log = None
+    if args.rank == args.world_size - 1:
+        log = TrainingLog(
+            console,
+            run_dir / "metrics.jsonl" if run_dir is not None else None,
+            args.seq_length,
+            args.world_size,
+            partial(model_flops, args) if args.preset != NO_PRESET else None,
+            peak_tflops(args),
+            Writers(),
+        )
+        step_callbacks.on_evaluation(log.evaluation)
+        step_callbacks.on_checkpoint_saved(log.checkpoint)
+
+    def step(values: dict) -> None:
+        values["peak_memory"] = _largest(values["peak_memory"])
+        if log is not None:
+            log.step(values)
+
+    step_callbacks.on_training_log(step)
+    if args.keep_checkpoints and args.rank == 0:
+        step_callbacks.on_checkpoint_saved(CheckpointKeeper(args.keep_checkpoints).after_save)
+    return log
+
+
+def _largest(number: int) -> int:
+    """Over all ranks."""
+    value = torch.tensor(number, dtype=torch.int64, device=device_utils.current_device())
+    torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
+    return int(value)
+
+
+def _write_arguments(args: Namespace, run_dir: Path | None) -> None:
     if args.rank == 0 and run_dir is not None:
         arguments = json.dumps(vars(args), indent=1, default=str, sort_keys=True)
         (run_dir / "arguments.json").write_text(arguments, encoding="utf-8")
-    if args.rank != args.world_size - 1:
-        return
-    metrics = run_dir / "metrics.jsonl" if run_dir is not None else None
-    log = TrainingLog(console, metrics, args.seq_length)
-    step_callbacks.on_training_log(log.step)
-    step_callbacks.on_evaluation(log.evaluation)
-    step_callbacks.on_checkpoint_saved(log.checkpoint)
 
 
 def _announced(provider, args: Namespace, console: TextIO):

@@ -20,6 +20,7 @@ from megatron.core.utils import (
 )
 from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
@@ -205,12 +206,20 @@ def losses_and_loss_func(
     return output, function
 
 
+def _count_documents(packed: PackedSequence | None, model: GPTModel) -> None:
+    """Lengths of the documents of a training step, from which its FLOPs are counted."""
+    if packed is None or not model.training or get_attr_wrapped_model(model, "vp_stage"):
+        return
+    update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)
+
+
 def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
     """Megatron's forward_step_func."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     timers("batch-generator").stop()
+    _count_documents(batch["packed_seq_params"], model)
     return losses_and_loss_func(
         model,
         batch,

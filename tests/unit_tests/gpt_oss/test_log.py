@@ -34,17 +34,42 @@ def evaluation_values(step):
 
 def test_one_line_a_step(tmp_path):
     console = io.StringIO()
-    log = TrainingLog(console, tmp_path / "metrics.jsonl", seq_length=512)
+    log = TrainingLog(
+        console,
+        tmp_path / "metrics.jsonl",
+        seq_length=512,
+        num_ranks=4,
+        flops_of=lambda tokens, squares: 5e11 * tokens if squares is None else squares * tokens,
+        peak_tflops=989.5,
+    )
     log.step(step_values(20))
     log.step(step_values(21, grad_norm=None, skipped_iterations=1))
-    first, second = console.getvalue().splitlines()
+    log.step(step_values(22, losses={"lm loss": 2.0, "load_balancing_loss": 1.5}))
+    log.step(step_values(23, tokens_in_batch=4000, squared_lengths_in_batch=2e9))
+    first, second, _, packed = console.getvalue().splitlines()
     assert first == (
-        "step  20/120 | loss  3.0000 | lr 3.00e-03 | grad norm   0.500 |   2.05k tokens/s |   "
-        "1.50 GiB |  81.92k tokens | ETA 0:03:20"
+        "step  20/120 | loss  3.0000 | lr 3.00e-03 | grad norm   0.500 |     512 tokens/s/GPU |  "
+        "256.0 TFLOP/s | MFU 25.9% |   1.50 GiB |  81.92k tokens | ETA 0:03:20"
     )
     assert "grad norm -" in second and second.endswith("1 skipped")
-    record = read_metrics(tmp_path / "metrics.jsonl")[0]
-    assert record["tokens_per_second"] == 2048 and record["tokens"] == 81920
+    assert "|    1.0 TFLOP/s |" in packed
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert records[0]["tokens_per_second"] == 2048 and records[0]["tokens"] == 81920
+    assert records[0]["mfu"] == 256 / 989.5
+    assert records[2]["load_balancing_loss"] == 1.5
+
+
+def test_lines_have_one_width():
+    console = io.StringIO()
+    log = TrainingLog(console, None, 512, flops_of=lambda tokens, squares: 1e12)
+    for step, loss in ((1, 12.3456), (9, 0.5), (120, 3.0)):
+        log.step(step_values(step, losses={"lm loss": loss}, consumed_samples=8 * step))
+    columns = {tuple(i for i, c in enumerate(line) if c == "|") for line in lines_of(console)}
+    assert len(columns) == 1 and "MFU     - |" in lines_of(console)[0]
+
+
+def lines_of(console):
+    return console.getvalue().splitlines()
 
 
 def test_a_resumed_run_replaces_the_steps_that_it_makes_again(tmp_path):
@@ -67,7 +92,7 @@ def test_a_run_with_nothing_left_to_train_keeps_every_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     TrainingLog(io.StringIO(), path, 512).step(step_values(4))
     TrainingLog(io.StringIO(), path, 512).evaluation(evaluation_values(4))
-    assert [sorted(r)[-1] for r in read_metrics(path)] == ["tokens_per_second", "valid_loss"]
+    assert ["valid_loss" in record for record in read_metrics(path)] == [False, True]
 
 
 def test_short_count():

@@ -120,6 +120,54 @@ def test_checkpoint_saved(ranks, data, tmp_path, mode):
         assert checkpoint['tracker'] == str(checkpoint['iteration'])
 
 
+def run_with_model_callbacks(flags, data) -> dict:
+    """Norms of all gradients when they are said to be ready, and weights before and after."""
+    seen = {'ready': [], 'ended': [], 'steps': []}
+
+    def weights(model):
+        return sum(float(p.detach().double().sum()) for p in model[0].parameters())
+
+    def ready(values):
+        gradients = [p.main_grad for p in values['model'][0].parameters()]
+        norm = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
+        seen['ready'].append((values['iteration'], norm, weights(values['model'])))
+
+    def ended(values):
+        assert hasattr(values['optimizer'], 'param_groups')
+        seen['ended'].append((values['iteration'], weights(values['model']), len(seen['steps'])))
+
+    step_callbacks.clear()
+    step_callbacks.on_gradients_ready(ready)
+    step_callbacks.on_step_ended(ended)
+    args = tiny_pretrain.parse(flags, data)
+    step_callbacks.on_training_log(seen['steps'].append)
+    tiny_pretrain.pretrain(
+        tiny_pretrain.pretrain_cfg_container_from_args(
+            args, tiny_pretrain.gpt_config_from_args(args)
+        ),
+        tiny_pretrain.provide_datasets,
+        tiny_pretrain.ModelType.encoder_or_decoder,
+        tiny_pretrain.forward_step,
+    )
+    step_callbacks.clear()
+    return seen
+
+
+def test_model_callbacks(ranks, data):
+    """Gradients are seen reduced and not clipped, before the update; the end of a step after it."""
+    flags = '--train-iters 3 --clip-grad 0.01 --lr-warmup-iters 0 --use-cpu-initialization'.split()
+    seen = ranks.run(run_with_model_callbacks, flags, data, world_size=1, init_process_group=False)[
+        0
+    ]
+    assert [entry[0] for entry in seen['ready']] == [1, 2, 3]
+    assert [entry[0] for entry in seen['ended']] == [1, 2, 3]
+    assert [entry[2] for entry in seen['ended']] == [1, 2, 3]  # the step's line came before
+    for step, (_, norm, _) in zip(seen['steps'], seen['ready']):
+        assert norm == pytest.approx(step['grad_norm'], rel=1e-5) and norm > 0.02
+    for (_, _, before), (_, after, _) in zip(seen['ready'], seen['ended']):
+        assert before != after
+
+
 def test_clear():
     calls = []
     step_callbacks.on_checkpoint_saved(calls.append)

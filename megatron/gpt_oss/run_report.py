@@ -1,0 +1,139 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""A run as one HTML page: its curves and its whole configuration, with nothing to load from elsewhere."""
+
+import json
+from html import escape
+from pathlib import Path
+
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.svg_chart import line_chart
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+svg { width: 100%; max-width: 46rem; } svg text { font-size: 11px; fill: #444; }
+svg polyline { fill: none; stroke-width: 1.5; } svg .grid { stroke: #ddd; }
+table { border-collapse: collapse; } td { padding: 0 1rem 0 0; vertical-align: top; }
+td:last-child { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; background: #f4f4f5; padding: .5rem; }
+"""
+_STEP_CURVES = (
+    ("Learning rate", ("learning_rate",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Tokens a second and GPU", ("tokens_per_second_per_gpu",)),
+    ("Model TFLOP/s a GPU", ("tflops_per_gpu",)),
+    ("MFU", ("mfu",)),
+    ("Router losses", ("load_balancing_loss", "global_load_balancing_loss", "z_loss")),
+)
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write report.html of a run.
+
+    Args:
+        run_dir: --run-dir of the run, with metrics.jsonl and arguments.json.
+        out: the page; RUN/report.html by default.
+    Raises:
+        UsageError: no metrics.jsonl there, or no step in it yet.
+    """
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir / "metrics.jsonl")
+    steps = list({r["step"]: r for r in records if "loss" in r}.values())
+    if not steps:
+        raise UsageError(f"{run_dir / 'metrics.jsonl'} has no record with a step and a loss yet.")
+    sections = [_summary(steps), _section("Loss", line_chart(_losses(records, steps), "loss"))]
+    for title, keys in _STEP_CURVES:
+        sections.append(_section(title, line_chart({k: _curve(steps, k) for k in keys}, title)))
+    sections += [_layer_charts(records), _norm_charts(records), _samples(records)]
+    sections.append(_configuration(run_dir / "arguments.json"))
+    name = escape(run_dir.resolve().name)
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>{name}</h1>{''.join(sections)}</body></html>\n"
+    )
+    out = Path(out) if out else run_dir / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _curve(records: list[dict], key: str) -> list[tuple[float, float]]:
+    return [(r["step"], r[key]) for r in records if r.get(key) is not None]
+
+
+def _losses(records: list[dict], steps: list[dict]) -> dict:
+    curves = {"training": _curve(steps, "loss")}
+    for record in records:
+        for key in ("valid_loss", "test_loss"):
+            if record.get(key) is not None:
+                points = curves.setdefault(record.get("set", key), [])
+                points.append((record["step"], record[key]))
+    return curves
+
+
+def _summary(steps: list[dict]) -> str:
+    first, last = steps[0], steps[-1]
+    return (
+        f"<p>Steps {first['step']} to {last['step']}, {last.get('tokens', 0):,} tokens: loss "
+        f"{_shown(first['loss'])} to {_shown(last['loss'])}.</p>"
+    )
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.4f}"
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{escape(title)}</h2>\n{content}\n" if content else ""
+
+
+def _layer_charts(records: list[dict]) -> str:
+    looked = [(r["step"], r["experts"]) for r in records if "experts" in r]
+    parts = []
+    for key, title in (
+        ("busiest_share", "Share of the busiest expert, by layer"),
+        ("load_cv", "Variation of the experts' load, by layer"),
+        ("router_entropy", "Entropy of the router (nats), by layer"),
+    ):
+        layers = len(looked[0][1][key]) if looked else 0
+        # A line a layer would be a thicket: the extremes and a few in between.
+        chosen = sorted({round(i * (layers - 1) / 5) for i in range(6)}) if layers else []
+        series = {f"layer {i}": [(step, load[key][i]) for step, load in looked] for i in chosen}
+        parts.append(_section(title, line_chart(series, title)))
+    return "".join(parts)
+
+
+def _norm_charts(records: list[dict]) -> str:
+    looked = [(r["step"], r["norms"]) for r in records if "norms" in r]
+    parts = []
+    for key, title in (
+        ("grad_norm", "Gradient norm by kind of module"),
+        ("weight_norm", "Weight norm by kind of module"),
+        ("sinks", "Range of the sinks"),
+    ):
+        kinds = looked[-1][1].get(key, {}) if looked else {}
+        series = {
+            kind: [(step, n[key][kind]) for step, n in looked if kind in n.get(key, {})]
+            for kind in kinds
+        }
+        parts.append(_section(title, line_chart(series, title)))
+    return "".join(parts)
+
+
+def _samples(records: list[dict]) -> str:
+    texts = [(r["step"], r["sample"]["text"]) for r in records if "sample" in r]
+    return _section(
+        "Samples",
+        "".join(f"<p>Step {step}</p><pre>{escape(text)}</pre>" for step, text in texts[-10:]),
+    )
+
+
+def _configuration(path: Path) -> str:
+    if not path.is_file():
+        return _section("Configuration", f"<p>No {escape(path.name)} in the run's folder.</p>")
+    values = json.loads(path.read_text(encoding="utf-8"))
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
+        for name, value in sorted(values.items())
+    )
+    return _section("Configuration", f"<table>{rows}</table>")

@@ -1,0 +1,114 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""What ends a run from outside, each as one message: what happened, what is saved, what to do."""
+
+import errno
+import re
+import sys
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron.gpt_oss.errors import RunError
+from megatron.training import checkpoint_integrity
+from megatron.training.non_finite import NonFiniteError
+
+# What gloo, NCCL and PyTorch's store say when the other end is gone.
+_LOST = re.compile(
+    "Connection (closed|reset) by (remote )?peer|[Bb]roken pipe|Timed out waiting \\d+ *ms|"
+    "[Ss]ocket[ A-Za-z]*(closed|Timeout)|remote process exited|NCCL error|heartbeat|"
+    "failed to recv, got 0 bytes|[Cc]onnection (was )?(refused|likely broken)|Application timeout"
+)
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file is larger than this file system or `ulimit -f` allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk has an input/output error",
+    errno.ENOENT: "a file or folder vanished while it was written",
+    errno.ESTALE: "the network file system lost the file",
+}
+
+
+def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
+    """The error in one message for the user, or None: let the traceback speak.
+
+    Args:
+        error: that ended pretrain().
+        args: Megatron's, for what was saved and where.
+    """
+    if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError)):
+        return RunError(str(error), everywhere=True)
+    chain = list(_chain(error))
+    for cause in map(_written_error, chain):
+        if isinstance(cause, OSError) and cause.errno in _DISK and _is_of_checkpoint(cause, args):
+            where = f" ({cause.filename})" if cause.filename else ""
+            return RunError(
+                f"A checkpoint could not be written: {_DISK[cause.errno]}{where}. "
+                f"{_what_is_saved(args)} Make room, then start again with the same command."
+            )
+    for cause in chain:
+        text = " ".join(str(cause).split())
+        is_lost = _LOST.search(text) is not None
+        if isinstance(cause, torch.distributed.DistError) or (
+            isinstance(cause, (RuntimeError, ConnectionError)) and is_lost
+        ):
+            return RunError(
+                f"Rank {args.rank} lost contact with another rank, which ended or hangs: its own "
+                f"output tells why. Here: {text[:200]}. {_what_is_saved(args)} Start again with the "
+                "same command."
+            )
+    return None
+
+
+def print_traceback(error: BaseException) -> None:
+    """Into Megatron's own output, for whoever wants to know more."""
+    traceback.print_exception(error, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def _written_error(error: BaseException) -> BaseException:
+    """The OSError of a checkpoint's writer, of which its process hands on the text alone."""
+    found = re.search(r"[Ww]orker.*\[Errno (\d+)\] ([^'\n]*)(?:'([^']*)')?", str(error))
+    if isinstance(error, OSError) or found is None:
+        return error
+    return OSError(int(found[1]), found[2], found[3])
+
+
+def _is_of_checkpoint(error: OSError, args: Namespace) -> bool:
+    """A file that is not there may also be one that was to be read."""
+    if error.errno != errno.ENOENT:
+        return True
+    name = str(error.filename or "")
+    return bool(args.save) and name.startswith(str(args.save)) and "iter_" in name
+
+
+def _what_is_saved(args: Namespace) -> str:
+    if not args.save:
+        return "Nothing was saved (no --save or --run-dir)."
+    try:
+        choice = checkpoint_integrity.choose(args.save)
+    except (checkpoint_integrity.CheckpointError, OSError):
+        return f"No whole checkpoint is in {args.save}."
+    if choice.iteration < 0:
+        return f"No checkpoint was complete yet in {args.save}."
+    folder = Path(args.save) / f"iter_{choice.iteration:07d}"
+    return f"The last whole checkpoint is {folder}."
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what caused it, and what ranks of a checkpoint's save reported."""
+    seen: set[int] = set()
+    stack = [error]
+    while stack:
+        current = stack.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if isinstance(current, CheckpointException):
+            stack += [failure[0] for failure in current.failures.values()]
+        stack += [current.__cause__, current.__context__]

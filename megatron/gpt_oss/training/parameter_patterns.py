@@ -1,0 +1,192 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""--freeze and --lr-multiplier: parameters chosen by patterns of their names.
+
+Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
+`decoder.layers.3.mlp.router.weight`; patterns as the shell's: '*.router.*', 'embedding.*'.
+"""
+
+import json
+import re
+from argparse import Namespace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.gpt_oss.errors import UsageError
+from megatron.training.non_finite import global_names
+
+Hook = Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
+
+
+def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
+    """{'*.router.*': 0.1} from ['*.router.*=0.1'].
+
+    Raises:
+        UsageError: a word is not PATTERN=FACTOR with a factor of 0 or more.
+    """
+    factors = {}
+    for word in words:
+        pattern, _, number = word.rpartition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not pattern or not 0 <= factor < float("inf"):
+            raise UsageError(
+                f"--lr-multiplier {word}: wanted PATTERN=FACTOR with a factor of 0 or more, for "
+                "example '*.router.*=0.1'."
+            )
+        factors[pattern] = factor
+    return factors
+
+
+def check_patterns(args: Namespace) -> None:
+    """What of --freeze and --lr-multiplier can be refused before there is a model.
+
+    Raises:
+        UsageError: names the flag and what to do.
+    """
+    factors = parse_multipliers(args.lr_multiplier)
+    if 0 in factors.values() and args.lr_warmup_init:
+        raise UsageError(
+            f"--lr-warmup-init {args.lr_warmup_init} would move parameters whose --lr-multiplier is "
+            "0. Warm up from 0."
+        )
+    if factors and args.decoupled_lr is not None:
+        raise UsageError(
+            f"--lr-multiplier and --decoupled-lr {args.decoupled_lr} both set the learning rate of "
+            "embedding and head. Write it as a multiplier: --lr-multiplier 'embedding.*=FACTOR' "
+            "'output_layer.*=FACTOR'."
+        )
+    for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if (args.freeze or args.lr_multiplier) and getattr(args, flag, False):
+            raise UsageError(
+                f"--freeze and --lr-multiplier do not go with --{flag.replace('_', '-')}."
+            )
+
+
+def check_same_parameters(args: Namespace, earlier_arguments: Path) -> None:
+    """A run that goes on needs the optimizer state of the parameters that it trains.
+
+    Args:
+        earlier_arguments: arguments.json of the start before, if there was one.
+    Raises:
+        UsageError: --freeze or --lr-multiplier are others than then.
+    """
+    if args.no_load_optim or args.finetune or not earlier_arguments.is_file():
+        return
+    earlier = json.loads(earlier_arguments.read_text(encoding="utf-8"))
+    for flag, key in (("--freeze", "freeze"), ("--lr-multiplier", "lr_multiplier_factors")):
+        now, then = getattr(args, key), earlier.get(key, getattr(args, key))
+        if now != then:
+            raise UsageError(
+                f"{flag} was {then or 'not given'} when this run was last started, and is "
+                f"{now or 'not given'} now: its checkpoints hold optimizer state for other "
+                "parameters. Give the same, or begin with fresh optimizer state: --no-load-optim."
+            )
+
+
+def pattern_hook(args: Namespace) -> Hook:
+    """A hook for `GPTModelConfig.pre_wrap_hooks`, before DDP and optimizer look at parameters.
+
+    A frozen parameter gets requires_grad = False: it has no gradient, no place in the gradient
+    buffers and no optimizer state. A factor becomes the attribute `lr_multiplier`, from which
+    `megatron.training.learning_rate_multipliers` makes parameter groups; of several patterns that
+    fit, the last one on the command line counts.
+
+    Raises:
+        UsageError: on every rank, if a pattern fits no parameter of the whole model, or nothing is
+            left to train.
+    """
+    factors = parse_multipliers(args.lr_multiplier)
+
+    def hook(model_chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+        named = {
+            name: parameter
+            for chunk in model_chunks
+            for parameter, name in global_names(chunk).items()
+            if isinstance(parameter, torch.nn.Parameter)
+        }
+        for flag, patterns in (("--freeze", args.freeze), ("--lr-multiplier", factors)):
+            _check_all_fit(flag, list(patterns), list(named))
+        for name, parameter in named.items():
+            if any(fnmatchcase(name, pattern) for pattern in args.freeze):
+                parameter.requires_grad_(False)
+            for pattern, factor in factors.items():
+                if fnmatchcase(name, pattern):
+                    parameter.lr_multiplier = factor
+        if args.freeze:
+            trains = {name: parameter.requires_grad for name, parameter in named.items()}
+            _check_frozen(args.freeze, trains, args.save and not args.no_save_optim)
+            if args.recompute_granularity is not None:
+                _keep_graph_above_embedding(model_chunks)
+        return model_chunks
+
+    return hook
+
+
+def _keep_graph_above_embedding(model_chunks: list[torch.nn.Module]) -> None:
+    """Let the embedding's output ask for a gradient although nothing below it does.
+
+    Recomputation runs a layer outside of autograd and notices from its input alone that gradients
+    are wanted: with the embedding frozen every weight of the layer would silently get none.
+    """
+
+    def ask(module, inputs, output):
+        return output.requires_grad_() if torch.is_grad_enabled() else output
+
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            if isinstance(module, LanguageModelEmbedding):
+                module.register_forward_hook(ask)
+
+
+def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
+    """A pattern may fit on one pipeline stage alone, and every rank has to say the same."""
+    if not patterns:
+        return
+    fits = [any(fnmatchcase(name, pattern) for name in names) for pattern in patterns]
+    everywhere = _gathered((fits, names[:3] + names[-1:]))
+    for index, pattern in enumerate(patterns):
+        if not any(seen[index] for seen, _ in everywhere):
+            examples = ", ".join(everywhere[0][1])
+            raise UsageError(
+                f"{flag} {pattern} fits no parameter. Names look like these: {examples}. A pattern "
+                "has to fit the whole name: '*.router.*', not 'router'."
+            )
+
+
+def _check_frozen(patterns: Sequence[str], trains: dict[str, bool], saves: bool) -> None:
+    """Something has to train, and a checkpoint's optimizer state to be without holes."""
+    everywhere: dict[str, bool] = {}
+    for part in _gathered(trains):
+        everywhere.update(part)
+    words = f"--freeze {' '.join(patterns)}"
+    if not any(everywhere.values()):
+        raise UsageError(f"{words} leaves no parameter to train.")
+    # In a checkpoint the layers (and experts) of a parameter are rows of one tensor.
+    frozen, trained = (
+        {_without_numbers(name): name for name, value in everywhere.items() if value == wanted}
+        for wanted in (False, True)
+    )
+    for row in frozen.keys() & trained.keys() if saves else ():
+        raise UsageError(
+            f"{words} freezes {frozen[row]} and not {trained[row]}, but a checkpoint holds optimizer "
+            "state for all layers and experts or for none. Freeze it in all of them, or hold it with "
+            "--lr-multiplier PATTERN=0."
+        )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
+
+
+def _gathered(value) -> list:
+    values = [value]
+    if torch.distributed.is_initialized():
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values

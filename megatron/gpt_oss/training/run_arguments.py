@@ -1,0 +1,158 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""Flags of a run that Megatron does not have, and the defaults of its own that suit one."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Sequence
+
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.plan.dry_run import add_dry_run_argument
+from megatron.gpt_oss.training.parameter_patterns import check_patterns
+
+
+def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> ArgumentParser:
+    """--run-dir and what is logged, kept and trained."""
+    group = parser.add_argument_group(title="run")
+    group.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        default=None,
+        help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
+        "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
+    )
+    add_dry_run_argument(group)
+    group.add_argument(
+        "--monitor-interval",
+        type=int,
+        metavar="STEPS",
+        default=100,
+        help="Every so many steps: load of the experts and entropy of the router in each layer, "
+        "norms of weights and gradients by kind of module, range of the sinks. 0: never.",
+    )
+    group.add_argument(
+        "--sample-interval",
+        type=int,
+        metavar="STEPS",
+        default=0,
+        help="Every so many steps the model writes a text. 0: never.",
+    )
+    group.add_argument("--sample-prompt", default="", help="The text that a sample goes on from.")
+    group.add_argument(
+        "--sample-tokens", type=int, default=64, metavar="N", help="Length of a sample, at most."
+    )
+    group.add_argument(
+        "--sample-temperature", type=float, default=0.8, help="0 takes the likeliest token."
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        metavar="K",
+        default=0,
+        help="Delete checkpoints older than the K newest whole ones once a new one is complete. "
+        "0: keep all.",
+    )
+    group.add_argument(
+        "--freeze",
+        nargs="+",
+        metavar="PATTERN",
+        default=[],
+        help="Do not train the parameters whose names fit, for example '*.router.*' 'embedding.*': "
+        "no gradient, no optimizer state.",
+    )
+    group.add_argument(
+        "--lr-multiplier",
+        nargs="+",
+        metavar="PATTERN=FACTOR",
+        default=[],
+        help="Learning rates of the parameters whose names fit, as multiples of --lr and --min-lr, "
+        "for example '*.softmax_offset=0.1'. The last pattern that fits counts. 0 holds them where "
+        "they are.",
+    )
+    parser.set_defaults(
+        micro_batch_size=1,
+        log_interval=1,
+        save_interval=500,
+        eval_interval=500,
+        eval_iters=10,
+        # SIGTERM and SIGUSR1 save and end the run.
+        exit_signal_handler=True,
+        # Attention is causal in every layer, and its kernels know it.
+        create_attention_mask_in_dataloader=False,
+        # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
+        dist_ckpt_optim_fully_reshardable=True,
+    )
+    if run_dir is not None:
+        checkpoints = str(run_dir / "checkpoints")
+        parser.set_defaults(save=checkpoints, load=checkpoints)
+    return parser
+
+
+def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
+    """Refuse --async-save where Megatron would write in the foreground without a word, or hang.
+
+    Raises:
+        UsageError: what to give instead.
+    """
+    if "--async-save" not in argv:
+        return
+    if not is_cuda:
+        raise UsageError(
+            "--async-save: Megatron's checkpoint worker does not run on a CPU. Drop the flag: "
+            "checkpoints are then written before the next step."
+        )
+    if "--use-persistent-ckpt-worker" not in argv:
+        raise UsageError(
+            "--async-save alone is ignored by Megatron. Give --use-persistent-ckpt-worker with it "
+            "(and --async-strategy mcore without nvidia-resiliency-ext)."
+        )
+
+
+def check_run_arguments(args: Namespace) -> None:
+    """Refuse what Megatron asserts only once the model is built, and what of ours does not fit.
+
+    Raises:
+        UsageError: names the flag, the value and what to do.
+    """
+    _check_schedule(args)
+    check_patterns(args)
+    for name in ("monitor_interval", "sample_interval", "keep_checkpoints", "sample_tokens"):
+        lowest = 1 if name == "sample_tokens" else 0
+        if getattr(args, name) < lowest:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}: wanted {lowest} or more.")
+    if args.keep_checkpoints and args.save_retain_interval is not None:
+        raise UsageError(
+            f"--keep-checkpoints {args.keep_checkpoints} and --save-retain-interval "
+            f"{args.save_retain_interval} both delete old checkpoints. Drop one of them."
+        )
+    if args.sample_interval and args.tokenizer_type != "HuggingFaceTokenizer":
+        raise UsageError(
+            f"--sample-interval {args.sample_interval} needs a tokenizer that writes text, and "
+            f"--tokenizer-type is {args.tokenizer_type}. Give --tokenizer-model FOLDER."
+        )
+    for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if args.monitor_interval and getattr(args, flag, False):
+            raise UsageError(
+                f"--{flag.replace('_', '-')} keeps gradients where norms by module are not looked "
+                "for. Give --monitor-interval 0."
+            )
+
+
+def _check_schedule(args: Namespace) -> None:
+    if not args.train_iters and not args.train_samples:
+        raise UsageError("Nothing says how long to train. Give --train-iters or --train-samples.")
+    if args.lr is None:
+        raise UsageError("No learning rate. Give --lr, for example --lr 2e-5.")
+    for unit in ("iters", "samples"):
+        warmup = getattr(args, f"lr_warmup_{unit}")
+        decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
+        if decay and warmup >= decay:
+            raise UsageError(
+                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {unit} that the "
+                "learning rate decays over. Give fewer, or --lr-warmup-fraction."
+            )
+    if args.lr_decay_style == "WSD" and not (args.lr_wsd_decay_iters or args.lr_wsd_decay_samples):
+        raise UsageError(
+            "--lr-decay-style WSD does not say how long the decay at the end is. Give "
+            "--lr-wsd-decay-iters (or -samples), and --lr-wsd-decay-style."
+        )
