@@ -5,25 +5,32 @@
 status                       is the materialised tree clean, what was edited, who owns a file
 apply                        bring megatron/ up to date with patches/ (keeps edits)
 apply --to PATH [--group G]  patch a Megatron-LM checkout or an unpacked container tree
+try [VERSION|PATH ...]       what apply --to would do there, and each patch's test before and after
+table [--write]              the table patch x version of patches/README.md
 new GROUP/NAME -m SUBJECT    start a patch
 refresh PATCH [FILE ...]     fold edits of megatron/ into a patch
 refresh                      rewrite line numbers and index lines after a merge
-export --out DIR             a `git am` series, our new modules included
+export --out DIR [VERSION]   a `git am` series, our new modules included
 check                        what CI asks of the series
 """
 
 import argparse
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
+from patch_queue import table
 from patch_queue.errors import QueueError
+from patch_queue.evidence import PASSED, run_tests, testable, tests_of
 from patch_queue.export import export
 from patch_queue.fold import new_patch, refresh
 from patch_queue.materialise import Workspace
+from patch_queue.plan import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from patch_queue.prove import FAILS, PASSES, prove
 from patch_queue.series import GROUPS
-from patch_queue.target import apply_to
-from patch_queue.tree import apply_series, diff_trees
+from patch_queue.target import apply_to, read_target
+from patch_queue.tree import Tree, apply_series, diff_trees
+from patch_queue.upstream import RELEASES, VERSION, locate_release, read_wheel
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,12 +65,90 @@ def apply(workspace: Workspace, args: argparse.Namespace) -> None:
         changed = workspace.materialise()
         print("megatron/ brought up to date" if changed else "megatron/ is up to date")
         return
-    groups = args.group.split(",") if args.group else list(GROUPS)
-    applied, present = apply_to(ROOT, workspace.series, args.to, groups)
-    for name in present:
-        print(f"already there  {name}")
-    for name in applied:
-        print(f"applied        {name}")
+    plan = apply_to(ROOT, workspace.series, args.to, _groups(args))
+    _print_plan(plan)
+    if not plan.with_status(APPLIES, VARIANT):
+        print(f"{args.to} is already patched; nothing was changed.")
+
+
+def _groups(args: argparse.Namespace) -> list[str]:
+    return args.group.split(",") if args.group else list(GROUPS)
+
+
+def _print_plan(plan: Plan) -> None:
+    print(f"Megatron-Core {plan.found or 'of no known version'}", *plan.notes, sep="\n")
+    width = max((len(outcome.patch.name) for outcome in plan.outcomes), default=0)
+    for outcome in plan.outcomes:
+        detail = "" if outcome.status in (VARIANT, PRESENT) else outcome.detail
+        print(f"{outcome.patch.name:<{width}}  {table.cell(outcome)}  {detail}".rstrip())
+
+
+def try_out(workspace: Workspace, args: argparse.Namespace) -> None:
+    """Say what `apply --to` would do, and run each patch's test on the patched tree."""
+    refused = 0
+    for what in args.what or list(RELEASES):
+        tree = _read(what)
+        plan = make_plan(workspace.series, tree, _groups(args))
+        print(f"== {what}")
+        _print_plan(plan)
+        refused += len(plan.with_status(REFUSED))
+        if not args.no_tests:
+            _test(workspace, args, what, tree, plan)
+    if refused:
+        raise QueueError(f"{refused} patches do not apply.")
+
+
+def _read(what: str) -> Tree:
+    """The tree of a known release, a wheel file or a folder."""
+    if what in RELEASES:
+        return read_wheel(locate_release(ROOT, what))
+    path = Path(what)
+    if path.suffix == ".whl" and path.is_file():
+        return read_wheel(path)
+    if not path.is_dir():
+        locate_release(ROOT, what)  # says what is known
+    return read_target(path)
+
+
+def _test(workspace: Workspace, args, what: str, tree: Tree, plan: Plan) -> None:
+    ids = list(dict.fromkeys(i for patch in testable(plan) for i in tests_of(patch)))
+    after = run_tests(workspace, tree | plan.tree, ids)
+    entries = {test: {"after": astuple(after[test])} for test in ids}
+    if args.prove:
+        for test, result in _before(workspace, tree, plan, after).items():
+            entries[test]["before"] = astuple(result)
+    width = max(map(len, ids), default=0)
+    for test, entry in entries.items():
+        told = [f"{name}: {' '.join(found)}".strip() for name, found in entry.items()]
+        print(f"{test:<{width}}  {'; '.join(told)}")
+    if args.prove and what in RELEASES and not args.group:
+        table.write_evidence(workspace, what, entries)
+
+
+def _before(workspace: Workspace, tree: Tree, plan: Plan, after: dict) -> dict:
+    """The tests of the tree before it is patched, those of cpu/ apart.
+
+    A test of another group runs with cpu/ in place: without it, a machine that has no GPU would
+    stop long before the defect. What fails on the patched tree says nothing by failing before.
+    """
+    patches = testable(plan)
+    own = {test for patch in patches if patch.group == "cpu" for test in tests_of(patch)}
+    passed = [test for test, result in after.items() if result.outcome == PASSED]
+    runs = run_tests(workspace, tree, [test for test in passed if test in own])
+    on_cpu = make_plan(workspace.series, tree, ["cpu"])
+    rest = [test for test in passed if test not in own]
+    return runs | run_tests(workspace, tree | on_cpu.tree, rest)
+
+
+def show_table(workspace: Workspace, args: argparse.Namespace) -> None:
+    """Check or write the table patch x version."""
+    plans = table.release_plans(workspace)
+    if args.write:
+        print(table.write(workspace, plans))
+    problems = table.check(workspace, plans)
+    if problems:
+        raise QueueError("\n".join(problems))
+    print(f"{len(plans)} releases: every patch fits or says why not; the table is up to date")
 
 
 def new(workspace: Workspace, args: argparse.Namespace) -> None:
@@ -89,8 +174,8 @@ def diff(workspace: Workspace, args: argparse.Namespace) -> None:
 
 def mailbox(workspace: Workspace, args: argparse.Namespace) -> None:
     """Write a `git am` series."""
-    groups = args.group.split(",") if args.group else list(GROUPS)
-    for path in export(ROOT, workspace.series, args.out, groups):
+    plan = make_plan(workspace.series, _read(args.what), _groups(args))
+    for path in export(ROOT, plan, args.out, args.without_training):
         print(path)
 
 
@@ -148,6 +233,18 @@ def parser() -> argparse.ArgumentParser:
     sub = command("apply", apply)
     sub.add_argument("--to", type=Path, metavar="PATH", help="a tree that holds megatron/core")
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
+    sub = commands.add_parser("try", help=try_out.__doc__, description=try_out.__doc__)
+    sub.set_defaults(function=try_out)
+    sub.add_argument("what", nargs="*", help=f"a folder, a wheel, or of {', '.join(RELEASES)}")
+    sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
+    sub.add_argument("--no-tests", action="store_true", help="only the table")
+    sub.add_argument(
+        "--prove",
+        action="store_true",
+        help="run the tests before patching too; of a release, keep what they said",
+    )
+    sub = command("table", show_table)
+    sub.add_argument("--write", action="store_true", help="write patches/README.md")
     sub = command("new", new)
     sub.add_argument("name", help="GROUP/NAME.patch")
     sub.add_argument("-m", "--message", required=True, help="subject in the imperative")
@@ -158,6 +255,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("prove", prove_tests)
     sub.add_argument("patch", nargs="*")
     sub = command("export", mailbox)
+    sub.add_argument("what", nargs="?", default=VERSION, help="as of try; default: %(default)s")
+    sub.add_argument(
+        "--without-training", action="store_true", help="for a repository of megatron/core alone"
+    )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
     return top

@@ -24,7 +24,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from megatron.core.msc_utils import MultiStorageClientFeature, maybe_msc
+from megatron.core.msc_utils import MultiStorageClientFeature
 
 MANIFEST = 'manifest.json'
 TRACKER = 'latest_checkpointed_iteration.txt'
@@ -85,7 +85,7 @@ def finish_save(folder: str) -> None:
 def write_tracker(path: str, text: str) -> None:
     """Let the tracker name another iteration; a reader finds the old name or the new one."""
     if MultiStorageClientFeature.is_enabled():
-        with maybe_msc.open(path, 'w') as file:
+        with MultiStorageClientFeature.import_package().open(path, 'w') as file:
             file.write(text)
     else:
         _write_atomically(path, text)
@@ -375,9 +375,10 @@ def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice
     if ckpt_step:
         return Choice(ckpt_step, False, [])
     path = os.path.join(load_dir, TRACKER)
-    if not maybe_msc.os.path.isfile(path):
+    msc = MultiStorageClientFeature.import_package()
+    if not msc.os.path.isfile(path):
         return Choice(-1, False, [])
-    with maybe_msc.open(path, 'r') as file:
+    with msc.open(path, 'r') as file:
         text = file.read().strip()
     if text == 'release':
         return Choice(0, True, [])

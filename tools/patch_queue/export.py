@@ -4,9 +4,11 @@
 from pathlib import Path
 
 from .errors import QueueError
-from .series import Patch, Series
-from .target import modules_of
+from .plan import APPLIES, REFUSED, VARIANT, Plan
+from .series import Patch
+from .target import modules_for
 from .tree import diff_trees
+from .versions import TRAINING
 
 _SENDER = "megatron-core gptoss <gptoss@invalid>"
 _DATE = "Thu, 1 Jan 1970 00:00:00 +0000"
@@ -26,30 +28,41 @@ def _mail(number: int, total: int, subject: str, body: str, diff: str) -> str:
     )
 
 
-def _message(patch: Patch) -> tuple[str, str]:
+def _message(patch: Patch, paths: tuple[str, ...]) -> tuple[str, str]:
     """A patch's commit message: area and subject, then the description and the other fields."""
     fields = patch.fields
     lines = fields["Description"].splitlines()
-    area = Path(patch.paths[0]).stem
+    area = Path(paths[0]).stem
     others = [f"{key}: {value}" for key, value in fields.items() if key != "Description"]
     return f"{area}: {lines[0]}", "\n".join([*lines[1:], "", *others])
 
 
-def export(root: Path, series: Series, out: Path, groups: list[str]) -> list[Path]:
-    """Write ``out/0001-....patch`` onwards: our modules first, then the patches of the groups.
+def export(root: Path, plan: Plan, out: Path, without_training: bool = False) -> list[Path]:
+    """Write ``out/0001-....patch`` onwards: our modules first, then what the plan applies.
 
+    Args:
+        without_training: leave files of megatron/training out, for a repository without them.
     Raises:
-        QueueError: ``out`` exists and is not empty.
+        QueueError: ``out`` exists and is not empty, or a patch does not fit the plan's tree.
     """
     if out.exists() and any(out.iterdir()):
         raise QueueError(f"{out} is not empty; give an empty or a new folder.")
-    patches = series.in_groups(groups)
-    modules = modules_of(root, patches)
+    refused = [f"{outcome.patch.name}: {outcome.detail}" for outcome in plan.with_status(REFUSED)]
+    if refused:
+        raise QueueError("Nothing was written; these do not fit:\n" + "\n".join(refused))
+
+    def keep(path: str) -> bool:
+        return not (without_training and path.startswith(TRAINING))
+
+    modules = {name: text for name, text in modules_for(root, plan).items() if keep(name)}
     mails: list[tuple[str, str, str]] = []
     if modules:
         body = "New files that the hunks of the following patches import."
         mails.append(("Add the modules of the gpt-oss series", body, diff_trees({}, modules)))
-    mails += [(*_message(patch), patch.diff) for patch in patches]
+    for outcome in plan.with_status(APPLIES, VARIANT):
+        form = Patch.parse(outcome.patch.name, f"\n---\n{outcome.diff}").restricted(keep)
+        if form.paths:
+            mails.append((*_message(outcome.patch, form.paths), form.diff))
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (subject, body, diff) in enumerate(mails, 1):

@@ -13,6 +13,7 @@ _TEMPLATE = """Description: {subject}
  TODO: what was wrong, how it was seen, why this way.
 Origin: vendor
 Forwarded: no
+Upstream: TODO: present or fixed, at which commit
 Last-Update: {today}
 Test: {test}"""
 

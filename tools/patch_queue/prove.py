@@ -3,13 +3,13 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from .materialise import PACKAGE, Workspace
+from .evidence import copy_checkout, tests_of
+from .materialise import Workspace
 from .series import Patch
 from .tree import DoesNotApply, Tree, apply_patch
 
@@ -23,11 +23,11 @@ def prove(workspace: Workspace, patch: Patch) -> tuple[str, str]:
         (verdict, detail): `FAILS` is what a patch should get; the detail is the first reason, and
         the later patches that change the same lines and so had to be left out as well.
     """
-    tests = re.findall(r"tests/\S+", patch.fields.get("Test", ""))
+    tests = tests_of(patch)
     tree, dropped = _without(workspace, patch)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
-        _copy_checkout(workspace, tree, folder)
+        copy_checkout(workspace, tree, folder)
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", *tests]
         command += ["-p", "no:cacheprovider"]
         environ = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
@@ -50,19 +50,3 @@ def _without(workspace: Workspace, patch: Patch) -> tuple[Tree, list[str]]:
         except DoesNotApply:
             dropped.append(other.name)
     return tree, dropped
-
-
-def _copy_checkout(workspace: Workspace, tree: Tree, folder: Path) -> None:
-    """The checkout with other upstream files: its own files are copied, with build products."""
-    upstream = set(workspace.manifest()["files"])
-    for path in (workspace.root / PACKAGE).rglob("*"):
-        name = path.relative_to(workspace.root).as_posix()
-        if path.is_file() and name not in upstream and "__pycache__" not in name:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / name)
-    for name, content in tree.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
-    for entry in workspace.root.iterdir():
-        if entry.name != PACKAGE and not entry.name.startswith("."):
-            (folder / entry.name).symlink_to(entry)

@@ -2,13 +2,14 @@
 """patches/: the series file and each patch's header and diff."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .errors import QueueError
 
 GROUPS = ("fixes", "sink", "experts", "cpu")
-REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Last-Update", "Test")
+REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Upstream", "Last-Update", "Test")
 _DIFF = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.M)
 _INDEX = re.compile(r"^index ([0-9a-f]{40})\.\.([0-9a-f]{40})", re.M)
 
@@ -22,6 +23,7 @@ class Patch:
     diff: str
     paths: tuple[str, ...] = field(default=())
     results: dict[str, str] = field(default_factory=dict, compare=False)  # path -> blob id after
+    variant: str = ""  # "0.17": the form of this patch for trees of 0.17 and older
 
     @classmethod
     def parse(cls, name: str, text: str) -> "Patch":
@@ -43,6 +45,18 @@ class Patch:
             paths.append(path)
             results[path] = index.group(2)
         return cls(name, header.strip("\n"), diff, tuple(paths), results)
+
+    def restricted(self, keep: Callable[[str], bool]) -> "Patch":
+        """The patch with only the files for whose path ``keep`` is true."""
+        starts = [match.start() for match in _DIFF.finditer(self.diff)] + [len(self.diff)]
+        pairs = zip(self.paths, zip(starts, starts[1:]))
+        chunks = {path: self.diff[begin:end] for path, (begin, end) in pairs if keep(path)}
+        results = {path: self.results[path] for path in chunks}
+        return replace(self, diff="".join(chunks.values()), paths=tuple(chunks), results=results)
+
+    def only(self, path: str) -> "Patch":
+        """The patch with one file."""
+        return self.restricted(lambda name: name == path)
 
     @property
     def group(self) -> str:
@@ -81,8 +95,18 @@ class Patch:
         return self.fields.get("Requires", "").split()
 
 
+def _variant_order(path: Path) -> tuple[int, ...]:
+    return tuple(map(int, path.parents[1].name.split(".")))
+
+
 class Series:
-    """The patches in order."""
+    """The patches in order, and their variants for older trees.
+
+    ``variants/0.17/GROUP/NAME.patch`` holds those files of GROUP/NAME that look different in 0.17
+    and older: the same change in other surroundings. Files that it does not name are as in the
+    variant of a newer version, and at last as in the patch; ``Without:`` in its header names files
+    that these versions do not have.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -98,6 +122,11 @@ class Series:
         self.patches = [
             Patch.parse(name, (folder / name).read_text(encoding="utf-8")) for name in names
         ]
+        self.variants: dict[str, list[Patch]] = {}  # name -> oldest first
+        for path in sorted(folder.glob("variants/*/*/*.patch"), key=_variant_order):
+            name = path.relative_to(path.parents[1]).as_posix()
+            patch = Patch.parse(name, path.read_text(encoding="utf-8"))
+            self.variants.setdefault(name, []).append(replace(patch, variant=path.parents[1].name))
 
     def __getitem__(self, name: str) -> Patch:
         return self.patches[self.index(name)]
@@ -141,6 +170,12 @@ class Series:
             f"{path.relative_to(self.folder)} is not in patches/series"
             for path in sorted(self.folder.glob("*/*.patch"))
             if str(path.relative_to(self.folder)) not in listed
+        ]
+        found += [
+            f"variants/{variant.variant}/{name} is a variant of no patch of the series"
+            for name, variants in self.variants.items()
+            for variant in variants
+            if name not in listed
         ]
         for patch in self.patches:
             if patch.group not in GROUPS:

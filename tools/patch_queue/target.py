@@ -6,8 +6,10 @@ import tempfile
 from pathlib import Path
 
 from .errors import QueueError
+from .plan import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from .series import Patch, Series
-from .tree import DoesNotApply, Tree, apply_patch
+from .tree import Tree
+from .versions import TRAINING
 
 
 def modules_of(root: Path, patches: list[Patch]) -> Tree:
@@ -21,53 +23,70 @@ def modules_of(root: Path, patches: list[Patch]) -> Tree:
     return found
 
 
-def _already_there(tree: Tree, patch: Patch) -> bool:
-    try:
-        apply_patch(tree, patch, reverse=True)
-    except DoesNotApply:
-        return False
-    return True
+def read_target(target: Path) -> Tree:
+    """The source files under ``target/megatron``.
 
-
-def apply_to(root: Path, series: Series, target: Path, groups: list[str]) -> tuple[list, list]:
-    """Apply the groups' patches to ``target``, the folder that holds ``megatron/core``.
-
-    Returns:
-        (applied, already there): names of patches.
     Raises:
-        QueueError: not a Megatron tree, or some patches do not fit; lists every file that refuses,
-            and the target is as it was.
+        QueueError: ``target`` is not a folder that holds megatron/core.
     """
-    if not (target / "megatron" / "core").is_dir():
+    core = target / "megatron" / "core"
+    if not (core / "__init__.py").is_file():
+        hint = ""
+        for folder in (target, *target.parents[:2]):
+            if (folder.parent / "megatron" / "core" / "__init__.py").is_file():
+                hint = f" Did you mean {folder.parent}?"
         raise QueueError(
             f"{target} holds no megatron/core. Give the folder above it: a Megatron-LM checkout, "
-            "or the site-packages folder of an installation."
+            f"or the site-packages folder of an installation.{hint}"
         )
-    patches = series.in_groups(groups)
-    touched = {path for patch in patches for path in patch.paths}
-    before: Tree = {p: (target / p).read_bytes() for p in touched if (target / p).is_file()}
-    tree, applied, present, refusals = before, [], [], []
-    for patch in patches:
-        try:
-            tree = apply_patch(tree, patch)
-            applied.append(patch.name)
-        except DoesNotApply as error:
-            if _already_there(tree, patch):
-                present.append(patch.name)
-            else:
-                refusals.append(str(error))
-    modules = modules_of(root, patches)
+    found: Tree = {}
+    for folder, folders, files in os.walk(target / "megatron"):
+        folders[:] = [name for name in folders if name not in (".git", "__pycache__")]
+        for name in files:
+            if name.endswith((".py", ".cpp", ".txt", ".json")):
+                path = Path(folder) / name
+                found[path.relative_to(target).as_posix()] = path.read_bytes()
+    return found
+
+
+def apply_to(root: Path, series: Series, target: Path, groups: list[str]) -> Plan:
+    """Apply the groups' patches to ``target``, the folder that holds ``megatron/core``.
+
+    The patches and variants are those of the tree's own version. What is on the tree already
+    stays. All or nothing.
+
+    Raises:
+        QueueError: not a Megatron tree, or some patches do not fit; lists every hunk that refuses,
+            and the target is as it was.
+    """
+    before = read_target(target)
+    plan = make_plan(series, before, groups)
+    refusals = [f"{o.patch.name}: {o.detail}" for o in plan.with_status(REFUSED)]
+    modules = modules_for(root, plan)
     for name, content in modules.items():
-        there = target / name
-        if there.is_file() and there.read_bytes() != content:
+        if before.get(name, content) != content:
             refusals.append(f"{name}: the target has another file of this name")
     if refusals:
+        told = plan.found or "unknown"
         raise QueueError(
-            f"{target} was left as it was; {len(refusals)} do not fit:\n" + "\n".join(refusals)
+            "\n".join(
+                [f"{target} (version {told}) was left as it was; {len(refusals)} do not fit:"]
+                + refusals
+                + plan.notes
+            )
         )
-    changed = {name: c for name, c in (tree | modules).items() if before.get(name) != c}
-    _write_all(target, changed, removed=before.keys() - tree.keys())
-    return applied, present
+    changed = {name: c for name, c in (plan.tree | modules).items() if before.get(name) != c}
+    _write_all(target, changed, removed=before.keys() - plan.tree.keys())
+    return plan
+
+
+def modules_for(root: Path, plan: Plan) -> Tree:
+    """Our modules that belong on the plan's tree."""
+    used = [o.patch for o in plan.with_status(APPLIES, VARIANT, PRESENT)]
+    modules = modules_of(root, used)
+    if plan.training:
+        return modules
+    return {name: text for name, text in modules.items() if not name.startswith(TRAINING)}
 
 
 def _write_all(target: Path, files: Tree, removed) -> None:

@@ -36,7 +36,18 @@ WHEELS = {
         "346872950e729433c9477c59b5456b859fb7e457a1c0bb39c0c771c302a1d1ea"
     ),
 }
-_DOWNLOAD = next(iter(WHEELS))
+_NAME = "megatron_core-{}-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"
+_DOWNLOAD = _NAME.format(VERSION)
+
+# The releases that the series is tried on: the newest of each minor version, and all of our own.
+RELEASES = {
+    "0.15.3": "1229221f2b8b37cfefbf3119ff920388f02fefe28aec97f69cfaf8b929459606",
+    "0.16.1": "3fb26cb407aa3c4b609c08664022c08146f1648b3d6f2ef2bbe9d3b1294ace61",
+    "0.17.1": "6dd0826489ee70a791e38612b25e914c4a18b0b074f2282353f235ee96273cf2",
+    "0.18.2": "c2717b84079bf0bad1151525533a251870d1a86201f8c0702e0b5a6d6b5594f1",
+    "0.19.0": "ed4f503a4a6944599857c4f702f3a33039656fe119309119fc5bb8cba8a38240",
+    VERSION: WHEELS[_DOWNLOAD],
+}
 
 
 def _sha256(path: Path) -> str:
@@ -65,13 +76,27 @@ def locate_wheel(root: Path) -> Path:
                 f"one of the others in {Path(__file__).name}."
             )
         return path
-    cached = root / ".upstream" / _DOWNLOAD
-    if not (cached.is_file() and _sha256(cached) == WHEELS[_DOWNLOAD]):
-        _download(cached)
+    return locate_release(root, VERSION)
+
+
+def locate_release(root: Path, version: str) -> Path:
+    """The wheel of one of ``RELEASES``: the copy in ``.upstream/``, else downloaded.
+
+    Raises:
+        QueueError: another version, or the download fails.
+    """
+    if version not in RELEASES:
+        raise QueueError(
+            f"{version} is not one of the releases known here: {', '.join(RELEASES)}. Give the path "
+            "of a tree of it instead."
+        )
+    cached = root / ".upstream" / _NAME.format(version)
+    if not (cached.is_file() and _sha256(cached) == RELEASES[version]):
+        _download(cached, version)
     return cached
 
 
-def _download(cached: Path) -> None:
+def _download(cached: Path, version: str) -> None:
     """Fetch through pip, so that the user's own index, proxy and certificates apply."""
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as tmp:
@@ -79,21 +104,21 @@ def _download(cached: Path) -> None:
         command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--only-binary=:all:", "--python-version=3.12", "--implementation=cp"]
         command += ["--abi=cp312", "--platform=manylinux_2_28_x86_64", "--dest", tmp]
-        command += [f"megatron-core=={VERSION}"]
+        command += [f"megatron-core=={version}"]
         result = subprocess.run(command, capture_output=True, text=True)
-        wheel = Path(tmp) / _DOWNLOAD
+        wheel = Path(tmp) / cached.name
         if result.returncode or not wheel.is_file():
             raise QueueError(
-                f"Could not download {_DOWNLOAD} with pip (exit {result.returncode}):\n"
+                f"Could not download {cached.name} with pip (exit {result.returncode}):\n"
                 f"{result.stderr.strip()}\n"
-                "On a machine without a network, copy that file here and set "
-                "MEGATRON_CORE_WHEEL=/path/to/it."
+                f"On a machine without a network, put that file into {cached.parent}, or set "
+                f"MEGATRON_CORE_WHEEL=/path/to/it for {VERSION}."
             )
         found = _sha256(wheel)
-        if found != WHEELS[_DOWNLOAD]:
+        if found != RELEASES[version]:
             raise QueueError(
-                f"The index served {_DOWNLOAD} with SHA-256 {found}; expected "
-                f"{WHEELS[_DOWNLOAD]}. Not used. Is a mirror out of date or altered?"
+                f"The index served {cached.name} with SHA-256 {found}; expected "
+                f"{RELEASES[version]}. Not used. Is a mirror out of date or altered?"
             )
         os.replace(wheel, cached)
 

@@ -30,5 +30,9 @@ def init_softmax_offset(param: torch.nn.Parameter, config, tp_group) -> None:
         config.init_method(heads)
         param.copy_(heads.chunk(tp_group.size())[tp_group.rank()])
     else:
+        # 0.15 makes the parameter on the CPU; the tracker's state is the device's.
+        on_cpu = param.device.type == "cpu" and torch.cuda.is_available()
+        drawn = torch.empty_like(param, device="cuda" if on_cpu else param.device)
         with get_cuda_rng_tracker().fork():
-            config.init_method(param)
+            config.init_method(drawn)
+        param.copy_(drawn)

@@ -8,6 +8,7 @@ compares the gradient of each of its parameters with its slice of Hugging Face's
 """
 
 import datetime
+import inspect
 import re
 import traceback
 from dataclasses import dataclass
@@ -192,11 +193,12 @@ def run_layout(layout, case, seq_length=SEQ_LENGTH):
         torch.distributed.all_reduce(value, group=ps.get_data_parallel_group())
         errors[what] = relative_error(value, case["loss"])
     squares = {kind(name): torch.zeros((), dtype=torch.float64) for name in case["grads"]}
+    groups = [ps.get_tensor_model_parallel_group(), ps.get_expert_tensor_parallel_group()]
+    # Until 0.18 it takes one group.
+    groups = groups[: len(inspect.signature(param_is_not_tensor_parallel_duplicate).parameters) - 1]
     for name, param in model.named_parameters():
         errors[name] = relative_error(param.main_grad, shard(name, case["grads"]))
-        if param_is_not_tensor_parallel_duplicate(
-            param, ps.get_tensor_model_parallel_group(), ps.get_expert_tensor_parallel_group()
-        ):
+        if param_is_not_tensor_parallel_duplicate(param, *groups):
             squares[kind(name)] += param.main_grad.double().square().sum()
     # The groups that hold different shards: of an expert's parameters, and of all others.
     groups = (

@@ -1,91 +1,23 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 """The patch queue on a small invented upstream: no network, no Megatron, real git and real files."""
 
-import hashlib
 import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
-
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-from patch_queue import materialise, upstream  # noqa: E402
+from patch_queue import materialise  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
-from patch_queue.export import export  # noqa: E402
 from patch_queue.fold import new_patch, refresh  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.series import GROUPS, Patch  # noqa: E402
-from patch_queue.target import apply_to  # noqa: E402
+from patch_queue.series import Patch  # noqa: E402
 from patch_queue.tree import DoesNotApply, apply_patch, diff_trees  # noqa: E402
 
-NUMBERS = "".join(f"line {i}\n" for i in range(40))
-FILES = {
-    "megatron/core/__init__.py": "",
-    "megatron/core/a.py": NUMBERS,
-    "megatron/core/b.py": "b = 1\n",
-    "megatron/training/c.py": "c = 1\n",
-}
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A wheel of the invented upstream, accepted as the pinned one."""
-    path = tmp_path / "upstream.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in FILES.items():
-            archive.writestr(name, text)
-        archive.writestr("megatron/core/datasets/helpers_cpp.so", "binary")
-        archive.writestr("megatron_core.dist-info/METADATA", "x")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(upstream.WHEELS, "upstream.whl", digest)
-    monkeypatch.setenv("MEGATRON_CORE_WHEEL", str(path))
-    return path
-
-
-@pytest.fixture
-def root(tmp_path, wheel):
-    """A checkout with one own module and two patches, inside a git work tree as in real life."""
-    root = tmp_path / "checkout"
-    (root / "patches").mkdir(parents=True)
-    (root / "patches" / "series").write_text("")
-    subprocess.run(["git", "init", "-q", root], check=True)
-    own = root / "megatron" / "core" / "own.py"
-    own.parent.mkdir(parents=True)
-    own.write_text("ours = True\n")
-    workspace = Workspace(root)
-    workspace.materialise()
-    add_patch(root, "fixes/first", {"megatron/core/a.py": ("line 5\n", "line five\n")})
-    add_patch(root, "cpu/second", {"megatron/core/a.py": ("line 30\n", "line thirty\n")})
-    return root
-
-
-def edit(root, path, old, new):
-    file = root / path
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-def add_patch(root, name, changes, **header):
-    new_patch(Workspace(root), name, f"Change for {name}", "tests/x.py::test")
-    for path, (old, new) in changes.items():
-        edit(root, path, old, new)
-    refresh(Workspace(root), name, [])
-
-
-def snapshot(root):
-    return {
-        p.relative_to(root).as_posix(): p.read_bytes()
-        for p in sorted((root / "megatron").rglob("*"))
-        if p.is_file()
-    }
+from tests.unit_tests.tools.invented_upstream import add_patch, edit, snapshot  # noqa: I001
 
 
 def test_materialise_keeps_own_modules_and_ignores_exactly_upstreams_files(root):
@@ -246,58 +178,6 @@ def test_a_missing_wheel_is_named(root, monkeypatch):
     monkeypatch.setenv("MEGATRON_CORE_WHEEL", "/nowhere/x.whl")
     with pytest.raises(QueueError, match="/nowhere/x.whl"):
         Workspace(root).pristine()
-
-
-@pytest.fixture
-def fork(tmp_path):
-    """Somebody's Megatron-LM checkout, with an edit of their own far from ours."""
-    fork = tmp_path / "fork"
-    for name, text in FILES.items():
-        path = fork / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.replace("line 39\n", "theirs\n"))
-    return fork
-
-
-def test_apply_to_a_fork_one_group_then_all(root, fork):
-    series = Workspace(root).series
-    assert apply_to(root, series, fork, ["cpu"]) == (["cpu/second.patch"], [])
-    text = (fork / "megatron/core/a.py").read_text()
-    assert "line thirty" in text and "line 5\n" in text and "theirs\n" in text
-    applied, present = apply_to(root, series, fork, list(GROUPS))
-    assert (applied, present) == (["fixes/first.patch"], ["cpu/second.patch"])
-
-
-def test_apply_to_refuses_by_file_and_touches_nothing(root, fork):
-    edit(fork, "megatron/core/a.py", "line 30\n", "line 30 of theirs\n")
-    before = snapshot(fork)
-    with pytest.raises(QueueError, match=r"(?s)cpu/second.*megatron/core/a.py"):
-        apply_to(root, Workspace(root).series, fork, list(GROUPS))
-    assert snapshot(fork) == before
-
-
-def test_apply_to_something_else_is_refused(root, tmp_path):
-    with pytest.raises(QueueError, match="megatron/core"):
-        apply_to(root, Workspace(root).series, tmp_path, list(GROUPS))
-
-
-def test_export_goes_through_git_am(root, fork, tmp_path):
-    """With our module in it; a second export has the same bytes."""
-    path = root / "patches/cpu/second.patch"
-    path.write_text(path.read_text().replace("Test:", "Requires: megatron/core/own.py\nTest:"))
-    git = ["git", "-c", "user.name=x", "-c", "user.email=x@invalid"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "theirs"]):
-        subprocess.run([*git, *command], cwd=fork, check=True)
-    mails = export(root, Workspace(root).series, tmp_path / "out", list(GROUPS))
-    again = export(root, Workspace(root).series, tmp_path / "again", list(GROUPS))
-    assert [m.read_bytes() for m in mails] == [m.read_bytes() for m in again]
-    subprocess.run([*git, "am", "-q", *mails], cwd=fork, check=True)
-    log = subprocess.run(
-        ["git", "log", "--format=%s"], cwd=fork, check=True, capture_output=True, text=True
-    )
-    assert log.stdout.splitlines()[:2] == ["a: Change for cpu/second", "a: Change for fixes/first"]
-    assert (fork / "megatron/core/own.py").read_text() == "ours = True\n"
-    assert "line thirty" in (fork / "megatron/core/a.py").read_text()
 
 
 def test_a_skipped_file_is_not_taken_for_applied():

@@ -68,7 +68,7 @@ class GroupedExperts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
-        hidden_size = config.moe_latent_size or config.hidden_size
+        hidden_size = getattr(config, "moe_latent_size", None) or config.hidden_size
         # Gate and up are each split over the expert tensor parallel ranks.
         parts = 2 if config.gated_linear_unit else 1
         width = config.moe_ffn_hidden_size
@@ -308,18 +308,23 @@ def _activate_unfused(y, bias, probs, groups, config):
 
 
 def _check_supported(config: TransformerConfig) -> None:
-    offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(config.offload_modules or ())
+    def option(name):
+        return getattr(config, name, None)  # older versions do not have all of these
+
+    offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(option("offload_modules") or ())
     refused = {
         "fp8": config.fp8,
         "fp4": config.fp4,
         "use_te_activation_func": config.use_te_activation_func,
-        "moe_mlp_glu_interleave_size": config.moe_mlp_glu_interleave_size,
+        "moe_mlp_glu_interleave_size": option("moe_mlp_glu_interleave_size"),
         "delay_wgrad_compute": config.delay_wgrad_compute,
-        "overlap_dispatch_backward_with_experts_wgrad": (
-            config.overlap_dispatch_backward_with_experts_wgrad
+        "overlap_dispatch_backward_with_experts_wgrad": option(
+            "overlap_dispatch_backward_with_experts_wgrad"
         ),
-        "offload_modules": sorted(offloaded) if config.fine_grained_activation_offloading else (),
-        "moe_paged_stash": config.moe_paged_stash,
+        "offload_modules": (
+            sorted(offloaded) if option("fine_grained_activation_offloading") else ()
+        ),
+        "moe_paged_stash": option("moe_paged_stash"),
     }
     for name, value in refused.items():
         if value:

@@ -30,7 +30,7 @@ def check_tokens_can_be_split(config) -> None:
     """
     unsupported = {
         "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
-        "moe_latent_size": config.moe_latent_size,
+        "moe_latent_size": getattr(config, "moe_latent_size", None),  # since 0.16
     }
     for name, value in unsupported.items():
         if value is not None:
@@ -39,9 +39,10 @@ def check_tokens_can_be_split(config) -> None:
                 f"{config.tensor_model_parallel_size} needs sequence parallelism for training: "
                 "set sequence_parallel=True (--sequence-parallel)."
             )
-    if config.cuda_graph_impl != "none" and config.cuda_graph_modules:
+    modules = getattr(config, "cuda_graph_modules", None)  # since 0.18
+    if config.cuda_graph_impl != "none" and modules:
         raise ValueError(
-            f"cuda_graph_modules = {config.cuda_graph_modules} of a model with experts under "
+            f"cuda_graph_modules = {modules} of a model with experts under "
             "tensor parallelism needs sequence parallelism for training: set "
             "sequence_parallel=True (--sequence-parallel)."
         )

@@ -6,6 +6,7 @@ import torch
 
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.gpt_oss.checkpoint.load import sharded_tensors
 
@@ -39,6 +40,8 @@ def moe_layer(grouped, dtype=torch.float64, **overrides):
     )
     config = TransformerConfig(**{**settings, **overrides}, moe_grouped_gemm=grouped)
     build = get_moe_module_spec(False, config.num_moe_experts, grouped)
+    if isinstance(build, ModuleSpec):  # before 0.18
+        return build_module(build, config=config, layer_number=1)
     args = (config, *getattr(build, "args", ()))
     return build.func(*args, layer_number=1, **build.keywords)
 

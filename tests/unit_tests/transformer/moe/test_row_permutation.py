@@ -44,7 +44,7 @@ def test_permute_and_back(dtype, kind, device):
         torch.randn(TOKENS, n, generator=generator).to(dtype).to(device) for n in (HIDDEN, EXPERTS)
     )
     tokens.requires_grad_(), probs.requires_grad_()
-    rows, row_probs, indices, _, _ = permute(
+    rows, row_probs, indices, *_ = permute(
         tokens, routing_map, probs, num_out_tokens=int(routing_map.sum())
     )
     experts, expected = routing_map.T.nonzero(as_tuple=True)
@@ -75,7 +75,7 @@ def test_no_scatter():
     """What runs is row_permutation: on the CPU, whose scatter is exact, only the graph shows it."""
     tokens = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     routing_map = routing("all")
-    rows, _, indices, _, _ = permute(tokens, routing_map, num_out_tokens=int(routing_map.sum()))
+    rows, _, indices, *_ = permute(tokens, routing_map, num_out_tokens=int(routing_map.sum()))
     assert rows.grad_fn.name() == "_TakeRowsBackward"
     assert unpermute(rows, indices, tokens.shape).grad_fn.name() == "_AddRowsBackward"
 

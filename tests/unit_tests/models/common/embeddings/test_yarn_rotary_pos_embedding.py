@@ -17,10 +17,19 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training.argument_utils import _apply_yarn_config_from_args
 
 # The same operations in the same order, so a unit or two in the last place of fp32.
 RTOL = 2.0**-22
+# gpt-oss' own, by the names that TransformerConfig and GPTModel read.
+YARN = dict(
+    yarn_rotary_scaling_factor=32.0,
+    yarn_original_max_position_embeddings=4096,
+    yarn_beta_fast=32.0,
+    yarn_beta_slow=1.0,
+    yarn_mscale=1.0,
+    yarn_mscale_all_dim=0.0,
+    yarn_correction_range_round_to_int=False,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -156,11 +165,19 @@ def yarn_args(**kwargs):
 def test_explicit_attention_factor(attention_factor):
     """transformers' attention_factor could not be said; both embedding and layers need it."""
     _, ref = transformers_yarn(attention_factor=attention_factor)
-    config = Namespace()
-    _apply_yarn_config_from_args(config, yarn_args(yarn_attention_factor=attention_factor))
+    config = Namespace(**YARN, yarn_attention_factor=attention_factor)
     layer = yarn._yarn_get_concentration_factor_from_config(config)
     assert layer == pytest.approx(ref, rel=1e-15)
     assert megatron_yarn(attention_factor=attention_factor)[1] == pytest.approx(ref, rel=1e-15)
+
+
+def test_flags():
+    """The command line sets what the layers and the embedding read."""
+    from megatron.training.argument_utils import _apply_yarn_config_from_args
+
+    config = Namespace()
+    _apply_yarn_config_from_args(config, yarn_args(yarn_attention_factor=1.75))
+    assert vars(config) == {**YARN, "yarn_attention_factor": 1.75}
 
 
 @pytest.mark.parametrize("rotary_percent", [1.0, 0.5, 0.25])
@@ -199,7 +216,7 @@ def test_model_cp_group(monkeypatch):
     config = TransformerConfig(
         num_layers=1, hidden_size=32, num_attention_heads=2, use_cpu_initialization=True
     )
-    _apply_yarn_config_from_args(config, yarn_args())
+    vars(config).update(YARN)
     groups = ProcessGroupCollection()
     groups.cp = Group(2, 1)
     for name in ("tp", "pp", "embd", "dp", "dp_cp", "expt_tp", "ep", "expt_dp"):

@@ -1,0 +1,68 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""Which Megatron-Core a tree is, and which of the known releases is nearest to it."""
+
+import re
+
+from .errors import QueueError
+from .tree import Tree
+from .upstream import RELEASES
+
+PACKAGE_INFO = "megatron/core/package_info.py"
+TRAINING = "megatron/training/"
+# Earlier packages hold megatron/core alone, so there is nothing to write the hunks against.
+TRAINING_SINCE = (0, 17)
+
+
+def minor(version: str) -> tuple[int, int]:
+    """(0, 17) of "0.17", "0.17.1" or "0.17.0rc1".
+
+    Raises:
+        QueueError: the text does not begin with two numbers.
+    """
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise QueueError(f"'{version}' is no version of Megatron-Core, such as 0.17 or 0.17.1.")
+    return int(match[1]), int(match[2])
+
+
+def in_ranges(version: str, text: str) -> bool:
+    """Whether the minor version is in "0.15", "0.15-0.17" or several of these after commas."""
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if minor(first) <= minor(version) <= minor(last or first):
+            return True
+    return False
+
+
+def detect(tree: Tree) -> str | None:
+    """The version that megatron/core/package_info.py tells, or None where it tells none."""
+    text = tree.get(PACKAGE_INFO, b"").decode("utf-8", "replace")
+    parts = [re.search(rf"^{name}\s*=\s*(\d+)", text, re.M) for name in ("MAJOR", "MINOR", "PATCH")]
+    if None in parts:
+        return None
+    pre = re.search(r"^PRE_RELEASE\s*=\s*['\"](\w*)['\"]", text, re.M)
+    return ".".join(match[1] for match in parts) + (pre[1] if pre else "")
+
+
+def nearest(version: str | None) -> str:
+    """The known release to treat a tree as: of the same minor version, else the closest one.
+
+    A tree that tells no version counts as the newest release.
+    """
+    if version is None:
+        return list(RELEASES)[-1]
+    wanted = minor(version)
+    if version in RELEASES:
+        return version
+
+    def distance(release: str) -> tuple:
+        major, middle = minor(release)
+        apart = abs((major - wanted[0]) * 1000 + middle - wanted[1])
+        return apart, -list(RELEASES).index(release)
+
+    return min(RELEASES, key=distance)
+
+
+def is_known(version: str | None) -> bool:
+    """Whether the minor version is one of those that the series is tried on."""
+    return version is not None and minor(version) in {minor(release) for release in RELEASES}
