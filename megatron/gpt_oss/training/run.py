@@ -16,11 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.core import device_utils
 from megatron.core.enums import ModelType
-from megatron.gpt_oss.arguments import NO_PRESET, parse
+from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explicit_arguments, parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.layer_specs import model_config_from_args
 from megatron.gpt_oss.plan.dry_run import asked_for, dry_run
+from megatron.gpt_oss.recipe import with_recipe
 from megatron.gpt_oss.training import signals
 from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: the command line cannot be run.
         RunError: the run was ended by something that has a name.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = expanded(sys.argv[1:] if argv is None else argv)
     run_dir = _run_dir(argv)
     if asked_for(argv):
         return dry_run(argv, lambda parser: add_run_arguments(parser, run_dir))
@@ -91,6 +92,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def expanded(argv: Sequence[str]) -> list[str]:
+    """A command line with the flags of its --recipe.
+
+    Raises:
+        UsageError: names the recipe and what is wrong with it.
+    """
+
+    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
+        return add_run_arguments(add_gpt_oss_arguments(parser))
+
+    return with_recipe(argv, lambda words: explicit_arguments(words, add_arguments))
 
 
 def _model_config(args: Namespace, monitor: Monitor) -> GPTModelConfig:

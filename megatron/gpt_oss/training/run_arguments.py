@@ -7,6 +7,7 @@ from typing import Sequence
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.plan.dry_run import add_dry_run_argument
+from megatron.gpt_oss.recipe import add_recipe_argument
 from megatron.gpt_oss.training.parameter_patterns import check_patterns
 
 
@@ -20,6 +21,7 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
         help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
         "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
     )
+    add_recipe_argument(group)
     add_dry_run_argument(group)
     group.add_argument(
         "--monitor-interval",
