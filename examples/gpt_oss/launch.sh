@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Copyright (c) 2026, the megatron-core gptoss authors.
+#
+# Continual pre-training by a recipe, on the GPUs of this machine:
+#
+#   examples/gpt_oss/launch.sh RECIPE --load-hf FOLDER --data-blend FILE --run-dir FOLDER [FLAG ...]
+#
+# RECIPE is a file, or the name of one in recipes/ (20b-32k-8gpus). FLAGs go to
+# pretrain_gpt_oss.py and win over the recipe. From the environment:
+#
+#   DRY=1             print the command and stop
+#   GPUS              processes on this machine; all its GPUs by default
+#   NODES             machines, 1 by default; with more, the same command starts on each of them, and
+#   RENDEZVOUS, JOB   HOST:PORT of one of them, and a word that only this run has
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+fail() { echo "error: $1" >&2; exit 2; }
+
+[ $# -gt 0 ] || fail "no recipe. Give a file, or one of: $(cd "$here/recipes" && echo *gpus.txt)"
+recipe=$1
+shift
+[ -f "$recipe" ] || recipe=$here/recipes/${recipe%.txt}.txt
+[ -f "$recipe" ] || fail "no recipe $recipe. There are: $(cd "$here/recipes" && echo *gpus.txt)"
+
+nodes=${NODES:-1}
+gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+[ "$gpus" -gt 0 ] || fail "nvidia-smi lists no GPU. GPUS=N sets the number of processes."
+if [[ $recipe =~ -([0-9]+)gpus\.txt$ ]] && [ "${BASH_REMATCH[1]}" != $((nodes * gpus)) ]; then
+    echo "note: $(basename "$recipe") is planned for ${BASH_REMATCH[1]} GPUs, these are" \
+        "$((nodes * gpus)); --dry-run $((nodes * gpus)) shows what they need" >&2
+fi
+
+command=(torchrun --nproc-per-node "$gpus")
+if [ "$nodes" -gt 1 ]; then
+    : "${RENDEZVOUS:?HOST:PORT of one of the machines}" "${JOB:?a word that only this run has}"
+    command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB")
+else
+    command+=(--standalone)
+fi
+# SIGUSR1 and SIGTERM reach the ranks, which save and end; torchrun knows the former by flag alone.
+command+=(--signals-to-handle SIGTERM,SIGINT,SIGUSR1)
+command+=("$(dirname "$(dirname "$here")")/pretrain_gpt_oss.py" --recipe "$recipe" "$@")
+
+# The time that torchrun leaves them (PyTorch 2.13; before, it is 30 s).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+if [ -n "${DRY:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+exec "${command[@]}"
