@@ -155,7 +155,7 @@ def arguments(**changes):
             'but a checkpoint holds optimizer state for all layers and experts or for none',
         ),
         (
-            {'freeze': ['*.local_experts.2.*']},
+            {'freeze': ['decoder.layers.1.mlp.experts.linear_fc1.*']},
             'but a checkpoint holds optimizer state for all layers and experts or for none',
         ),
         ({'freeze': ['*']}, '--freeze * leaves no parameter to train'),
