@@ -131,7 +131,6 @@ class Growth:
 def main() -> None:
     """Run the chosen cases, print them, write what was asked for."""
     args = parse_arguments()
-    start_group()
     facts = machine()
     print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
     rows, left_out, more = [], [], {"longest": [], "kernels": {}}
@@ -166,7 +165,7 @@ def grow(name: str, preset, smoke: bool) -> Growth:
     except torch.OutOfMemoryError as error:
         print(f"{name}, {tokens} tokens: {str(error).split('. See')[0]}", flush=True)
     finally:
-        trainer.close()
+        finish(trainer)
     return Growth(path=name, tokens=longest, step=step, peak_gib=peak)
 
 
@@ -225,7 +224,7 @@ def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | N
             left_out.append([case.name, f"out of memory with the model '{name}'"])
             return None
         finally:
-            trainer.close()
+            finish(trainer)
     windowed = seconds["both"] - seconds["full"]
     full = seconds["both"] - seconds["windowed"]
     head = seconds["windowed"] + seconds["full"] - seconds["both"]
@@ -272,6 +271,7 @@ def planned(case: Case, preset) -> float:
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
     """A model of so many layers, windowed where it says 1."""
+    start_group()
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
         trainer = Trainer(
             replace(preset, num_layers=len(windows)),
@@ -292,6 +292,12 @@ def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
     else:
         trainer.transformer.moe_router_force_load_balancing = True
     return trainer
+
+
+def finish(trainer: Trainer) -> None:
+    """Give back all that a model took, NCCL's buffers of its process groups too."""
+    trainer.close()
+    torch.distributed.destroy_process_group()
 
 
 def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, float]:
