@@ -259,3 +259,14 @@ def test_whole_model(ranks, folder, name):
         for kind, errors in results.items():
             wrong = {what: f'{e:.1e}' for what, e in errors.items() if not e < TOLERANCE}
             assert len(errors) > 10 and not wrong, (kind, wrong)
+
+
+@pytest.mark.slow
+def test_everything_together(folder):
+    """Context, tensor, pipeline and expert parallelism at once, sequences split over TP too."""
+    layout = Layout(8, 2, tp=2, pp=2, sp=True, ep=2, loss_chunk=7)
+    with RankPool(8) as eight:
+        for results in eight.run(run, folder, layout, world_size=8):
+            for kind, errors in results.items():
+                wrong = {what: f'{e:.1e}' for what, e in errors.items() if not e < TOLERANCE}
+                assert errors and not wrong, (kind, wrong)
