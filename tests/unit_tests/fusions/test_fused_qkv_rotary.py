@@ -167,19 +167,19 @@ def test_cpu_takes_upstreams_path(monkeypatch):
 
 def test_can_compile(monkeypatch):
     """Not without a compiler, nor where it was switched off."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     monkeypatch.setattr(fused.shutil, "which", lambda name: name if name == "g++" else None)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    assert fused.can_compile()
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    assert not fused.can_compile()
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    assert not fused.can_compile()
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    monkeypatch.setattr(fused.shutil, "which", lambda name: None)
-    assert not fused.can_compile()
+    # Not by monkeypatch: it would take the entry away where it puts the old value back.
+    with torch._dynamo.config.patch(disable=True):
+        assert not fused.can_compile()
+    with torch._dynamo.config.patch(disable=False):
+        assert fused.can_compile()
+        monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+        assert not fused.can_compile()
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+        monkeypatch.setattr(fused.shutil, "which", lambda name: None)
+        assert not fused.can_compile()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
