@@ -2,10 +2,6 @@
 
 """When bias and residual are added in one pass, and that all else is upstream's."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,7 @@ import torch
 
 from megatron.core.fusions import fused_bias_residual as fused
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from tests.unit_tests.triton_interpreter import run_in_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -61,17 +58,8 @@ def test_where_it_applies(monkeypatch):
     assert len(calls) == 2
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is tested on the device")
 def test_triton_kernel_in_interpreter():
-    """In a process of its own: TRITON_INTERPRET counts when triton is imported."""
-    tests = Path(__file__).with_name("test_fused_bias_residual_triton.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", str(tests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("this Triton's interpreter does not know this NumPy (3.6 and 2.4)")
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(Path(__file__).with_name("test_fused_bias_residual_triton.py"))
 
 
 @pytest.mark.gpu

@@ -2,16 +2,13 @@
 
 """The reference of the fused rotation, and what is compiled from it."""
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron.core.fusions import fused_qkv_rotary as fused
+from tests.unit_tests.triton_interpreter import run_in_interpreter
 
 MSCALE = 1.3465735902799727  # gpt-oss: 0.1 ln(32) + 1
 # tokens, batch, groups, queries of a group, head dim
@@ -182,17 +179,8 @@ def test_can_compile(monkeypatch):
         assert not fused.can_compile()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is tested on the device")
 def test_triton_kernel_in_interpreter():
-    """In a process of its own: TRITON_INTERPRET counts when triton is imported."""
-    tests = Path(__file__).with_name("test_fused_qkv_rotary_triton.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", str(tests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    if "only 0-dimensional arrays can be converted" in done.stdout:
-        pytest.skip("this Triton's interpreter does not know this NumPy (3.6 and 2.4)")
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_in_interpreter(Path(__file__).with_name("test_fused_qkv_rotary_triton.py"))
 
 
 @pytest.mark.gpu
