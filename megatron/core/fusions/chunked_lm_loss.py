@@ -14,17 +14,21 @@ h hidden, v vocabulary of this tensor parallel rank, n rows (token, sample) of a
 """
 
 import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from megatron.core.triton_kernels import triton_module_for
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 # Of the relative distance between the gradient of the losses and factor * weights.
 _TOLERANCE = 1e-3
 # Of the relative distance between that factor and the one which was given.
 _FACTOR_TOLERANCE = 1e-5
+# The kernels, where they take the logits.
+_triton_kernels = functools.partial(
+    triton_module_for, "megatron.core.fusions.chunked_lm_loss_triton"
+)
 
 
 def chunked_lm_loss(
@@ -339,19 +343,3 @@ def _check(good: Tensor, message: str) -> None:
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _triton_kernels(logits: Tensor) -> ModuleType | None:
-    """The Triton kernels, where they take these logits."""
-    if logits.is_cuda and logits.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return _triton_module()
-    return None
-
-
-@functools.cache
-def _triton_module() -> ModuleType | None:
-    try:
-        from megatron.core.fusions import chunked_lm_loss_triton
-    except ImportError:
-        return None
-    return chunked_lm_loss_triton

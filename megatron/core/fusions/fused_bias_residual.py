@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.triton_kernels import triton_module
 
 # How it runs on CUDA: 'triton', or 'eager' (upstream's). benchmarks/elementwise.py compares them.
 IMPLEMENTATION = 'triton'
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_triton_module = functools.partial(
+    triton_module, 'megatron.core.fusions.fused_bias_residual_triton'
+)
 
 
 def get_bias_residual_add(training: bool, fused: bool) -> Callable:
@@ -83,12 +87,3 @@ class _AddBiasAndResidual(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dbias = dout.sum(dim=tuple(range(dout.dim() - 1)))  # PyTorch's sums are fp32
         return dout, dbias, dout
-
-
-@functools.cache
-def _triton_module():
-    try:
-        from megatron.core.fusions import fused_bias_residual_triton
-    except ImportError:
-        return None
-    return fused_bias_residual_triton

@@ -19,10 +19,13 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from megatron.core.triton_kernels import triton_module
+
 # How it runs on CUDA: 'triton', 'compiled' (torch.compile of the reference) or 'eager' (upstream's
 # functions, one after the other). benchmarks/elementwise.py compares them.
 IMPLEMENTATION = 'triton'
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_triton_module = functools.partial(triton_module, 'megatron.core.fusions.fused_qkv_rotary_triton')
 
 
 def fused_implementation(tensor: Tensor) -> str | None:
@@ -135,12 +138,3 @@ def _tables(freqs: Tensor, mscale: float) -> tuple[Tensor, Tensor]:
     angles = freqs.flatten(1).float()
     angles = angles[:, : angles.size(1) // 2]
     return angles.cos().mul_(mscale), angles.sin().mul_(mscale)
-
-
-@functools.cache
-def _triton_module():
-    try:
-        from megatron.core.fusions import fused_qkv_rotary_triton
-    except ImportError:
-        return None
-    return fused_qkv_rotary_triton

@@ -3,10 +3,16 @@
 """Which kernels run the experts of a layer on this device, for this dtype."""
 
 import functools
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+
+from megatron.core.triton_kernels import triton_module_for
+
+# The Triton kernels, where they take a tensor.
+triton_kernels = functools.partial(
+    triton_module_for, "megatron.core.transformer.moe.grouped_experts_triton"
+)
 
 
 def has_grouped_mm(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
@@ -21,22 +27,6 @@ def has_grouped_mm(dtype: torch.dtype, device: torch.device, *sizes: int) -> boo
         and _compute_major(device) in (9, 10)
         and hasattr(F, "grouped_mm")
     )
-
-
-def triton_kernels(tensor: torch.Tensor) -> ModuleType | None:
-    """The Triton kernels, where they take this tensor; they compute in fp32."""
-    if tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return _triton_module()
-    return None
-
-
-@functools.cache
-def _triton_module() -> ModuleType | None:
-    try:
-        from megatron.core.transformer.moe import grouped_experts_triton
-    except ImportError:
-        return None
-    return grouped_experts_triton
 
 
 @functools.cache

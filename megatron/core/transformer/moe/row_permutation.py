@@ -12,6 +12,12 @@ import functools
 
 import torch
 
+from megatron.core.triton_kernels import triton_module
+
+_triton_module = functools.partial(
+    triton_module, "megatron.core.transformer.moe.row_permutation_triton"
+)
+
 
 def take_rows(tokens: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
     """The token of each row.
@@ -82,12 +88,3 @@ def rows_of_tokens(
     tokens, rows = token_of_row.sort(stable=True)
     every = torch.arange(num_tokens + 1, device=tokens.device)
     return rows, torch.searchsorted(tokens, every)
-
-
-@functools.cache
-def _triton_module():
-    try:
-        from megatron.core.transformer.moe import row_permutation_triton
-    except ImportError:
-        return None
-    return row_permutation_triton
