@@ -199,21 +199,7 @@ def main() -> None:
     torch.manual_seed(0)
     facts = machine()
     print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    rows, left_out = [], []
-    for case in args.chosen:
-        try:
-            found = run_case(case, args, left_out)
-        except torch.cuda.OutOfMemoryError:
-            left_out.append([case.name, "out of memory"])
-            continue
-        rows += found
-        print(table(found), flush=True)
-        if args.json:  # after every case: a run that is stopped keeps its rows
-            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
-    for name, reason in left_out:
-        print(f"{name}: {reason}")
-    if args.json:
-        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+    report.run_cases(args, facts, run_case, table, torch.cuda.OutOfMemoryError)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -230,9 +216,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
-    for name in names:
-        if name not in by_name:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    report.check_names(parser, names, by_name)
     args.chosen = [case for name in names for case in by_name[name]]
     return args
 

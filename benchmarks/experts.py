@@ -21,12 +21,10 @@ MiB is what is there between forward and backward, the output included.
 """
 
 import argparse
-import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
+from benchmarks.trainer import start_alone
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
@@ -110,21 +109,7 @@ def main() -> None:
     one_process()
     facts = machine()
     print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    rows, left_out = [], []
-    for case in args.chosen:
-        try:
-            found = run_case(case, args, left_out)
-        except torch.cuda.OutOfMemoryError:
-            left_out.append([case.name, "out of memory"])
-            continue
-        rows += found
-        print(table(found), flush=True)
-        if args.json:  # after every case: a run that is stopped keeps its rows
-            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
-    for name, reason in left_out:
-        print(f"{name}: {reason}")
-    if args.json:
-        report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
+    report.run_cases(args, facts, run_case, table, torch.cuda.OutOfMemoryError)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -140,9 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
-    for name in names:
-        if name not in by_name:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    report.check_names(parser, names, by_name)
     args.chosen = [by_name[name] for name in names]
     return args
 
@@ -189,8 +172,7 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
 
 def one_process() -> None:
     """Megatron's process groups, of this process alone."""
-    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    start_alone("gloo")
     parallel_state.initialize_model_parallel()
     torch.manual_seed(0)
     model_parallel_cuda_manual_seed(0)

@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
+from benchmarks.trainer import start_alone
+from megatron.core import parallel_state
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
@@ -130,10 +132,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def start_group() -> None:
     """Megatron's cross entropy asks for a tensor parallel group."""
-    from benchmarks.train_step import start_group as start
-    from megatron.core import parallel_state
-
-    start()
+    start_alone()
     parallel_state.initialize_model_parallel()
 
 

@@ -33,7 +33,6 @@ import io
 import logging
 import os
 import sys
-import tempfile
 import time
 import warnings
 from dataclasses import dataclass, replace
@@ -47,7 +46,7 @@ logging.disable(logging.WARNING)
 import torch
 
 from benchmarks import report
-from benchmarks.trainer import Trainer, make_batch
+from benchmarks.trainer import Trainer, make_batch, start_alone
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
 from megatron.gpt_oss.plan.layout import Layout, Recompute
@@ -185,9 +184,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
     names = list(by_name) if args.cases is None else args.cases
-    for name in names:
-        if name not in by_name:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
+    report.check_names(parser, names, by_name)
     args.chosen = [by_name[name] for name in names]
     if args.smoke:
         args.repeats = 1
@@ -201,14 +198,6 @@ def machine() -> dict:
     if device_utils.is_cuda():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
-
-
-def start_group() -> None:
-    """A process group of this one process."""
-    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
-    torch.distributed.init_process_group(
-        device_utils.default_backend(), store=store, rank=0, world_size=1
-    )
 
 
 def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | None:
@@ -271,7 +260,7 @@ def planned(case: Case, preset) -> float:
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
     """A model of so many layers, windowed where it says 1."""
-    start_group()
+    start_alone()
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
         trainer = Trainer(
             replace(preset, num_layers=len(windows)),

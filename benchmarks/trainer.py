@@ -3,6 +3,8 @@
 """A few layers of gpt-oss with Megatron's own step, for the benchmarks: no files, no log."""
 
 import gc
+import os
+import tempfile
 
 import torch
 
@@ -16,6 +18,13 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import Preset
 from megatron.gpt_oss.training.step import losses_and_loss_func
+
+
+def start_alone(backend: str | None = None) -> None:
+    """A default process group of this one process, of the device's backend unless one is named."""
+    store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
+    backend = backend or device_utils.default_backend()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 class Trainer:

@@ -6,7 +6,10 @@ Forward and backward: 6 a parameter and token outside attention, 12 x seen query
 head dim in it. What is computed twice counts once.
 """
 
+from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters
 from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.training.flops import visible_pairs
 
 
 def is_windowed(layer: int) -> bool:
@@ -25,8 +28,7 @@ def linear_flops(preset: Preset, length: int) -> tuple[float, float]:
 
 def attention_flops(preset: Preset, length: int, windowed: bool) -> float:
     """Of a layer's scores and their sums, a sequence."""
-    window = min(preset.sliding_window, length) if windowed else length
-    pairs = window * length - window * (window - 1) / 2
+    pairs = visible_pairs(length, preset.sliding_window if windowed else None)
     return 12 * pairs * preset.num_attention_heads * preset.head_dim
 
 
@@ -50,10 +52,6 @@ def model_flops(preset: Preset, length: int) -> float:
 
 def num_parameters(preset: Preset) -> tuple[int, int]:
     """Of one layer; of embedding, head and the last norm."""
-    h, f = preset.hidden_size, preset.moe_ffn_hidden_size
-    q = preset.num_attention_heads * preset.head_dim
-    kv = 2 * preset.num_query_groups * preset.head_dim
-    attention = h * (q + kv) + (q + kv) + q * h + h + preset.num_attention_heads
-    router = preset.num_experts * (h + 1)
-    experts = preset.num_experts * (3 * h * f + 2 * f + h)
-    return attention + router + experts + 2 * h, 2 * preset.vocab_size * h + h
+    layout = Layout(preset, gpus=1)
+    layer = sum(sum(tensors.values()) for tensors in layer_parameters(layout))
+    return layer, sum(rank_parameters(layout, 0)) - preset.num_layers * layer
