@@ -42,7 +42,7 @@ from megatron.gpt_oss.training.run_arguments import (
 )
 from megatron.gpt_oss.training.step import forward_step
 from megatron.gpt_oss.training.writers import Writers, check_writers
-from megatron.training import checkpoint_integrity, pretrain, step_callbacks
+from megatron.training import async_checkpoint, checkpoint_integrity, pretrain, step_callbacks
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -84,11 +84,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ModelType.encoder_or_decoder,
                 forward_step,
             )
-        except (Exception, CheckpointException) as error:
+        except (Exception, CheckpointException, KeyboardInterrupt) as error:
             known = as_run_error(error, args)
             if known is None:
+                async_checkpoint.abandon()
                 raise
             print_traceback(error)
+            if known.everywhere:
+                async_checkpoint.finish()
+            else:
+                async_checkpoint.abandon()
             raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -182,7 +187,15 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
             Writers(),
         )
         step_callbacks.on_evaluation(log.evaluation)
-        step_callbacks.on_checkpoint_saved(log.checkpoint)
+        step_callbacks.on_checkpoint_waits(log.checkpoint_waits)
+
+    def saved(values: dict) -> None:
+        for name in ("seconds_held_up", "seconds_in_background"):
+            values[name] = _largest(values[name])
+        if log is not None:
+            log.checkpoint(values)
+
+    step_callbacks.on_checkpoint_saved(saved)
 
     def step(values: dict) -> None:
         values["peak_memory"] = _largest(values["peak_memory"])
@@ -195,11 +208,12 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
     return log
 
 
-def _largest(number: int) -> int:
+def _largest(number: int | float) -> int | float:
     """Over all ranks."""
-    value = torch.tensor(number, dtype=torch.int64, device=device_utils.current_device())
+    dtype = torch.int64 if isinstance(number, int) else torch.float64
+    value = torch.tensor(number, dtype=dtype, device=device_utils.current_device())
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return int(value)
+    return value.item()
 
 
 def _write_arguments(args: Namespace, run_dir: Path | None) -> None:
