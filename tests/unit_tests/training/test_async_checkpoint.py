@@ -214,9 +214,7 @@ def run_slow(flags, data, seconds):
 def test_second_save_waits(ranks, data, tmp_path):
     """Checkpoint 2 is due while 1 is being written: one line says so, and 1 is complete first."""
     flags = f'--save-interval 1 {ASYNC}'
-    order, writes, most_at_once, output = train(
-        ranks, data, tmp_path, flags, run_slow, 1, 2.0
-    )[0]
+    order, writes, most_at_once, output = train(ranks, data, tmp_path, flags, run_slow, 1, 2.0)[0]
     assert most_at_once == 1
     assert [iteration for iteration, *_ in writes] == [1, 2, 3, 4]
     events = [(name, step) for name, step, *_ in order]
