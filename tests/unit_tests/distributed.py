@@ -136,7 +136,7 @@ class RankPool:
                 handle, stack_file = tempfile.mkstemp(suffix='.stack')
                 os.close(handle)
                 process = context.Process(
-                    # Not a daemon: saving a checkpoint starts a process of its own.
+                    # Not a daemon: what it runs may start processes of its own.
                     target=_serve,
                     args=(theirs, stack_file, list(sys.path)),
                 )

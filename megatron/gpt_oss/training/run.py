@@ -86,17 +86,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         except (Exception, CheckpointException, KeyboardInterrupt) as error:
             known = as_run_error(error, args)
+            _end_checkpoint(every_rank_ends=known is not None and known.everywhere)
             if known is None:
-                async_checkpoint.abandon()
                 raise
             print_traceback(error)
-            if known.everywhere:
-                async_checkpoint.finish()
-            else:
-                async_checkpoint.abandon()
             raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _end_checkpoint(every_rank_ends: bool) -> None:
+    """Complete a checkpoint that is being written, or give it up where ranks may be gone."""
+    if not every_rank_ends:
+        return async_checkpoint.abandon()
+    try:
+        async_checkpoint.finish()
+    except (Exception, CheckpointException) as error:  # what ended the run is told, not this
+        print_traceback(error)
 
 
 def expanded(argv: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.training import checkpoint_integrity, step_callbacks
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
-from tests.unit_tests.training.held_writer import Gate, HeldWriter
+from tests.unit_tests.training.held_writer import SECONDS, Gate, HeldWriter
 
 TRACKER = 'latest_checkpointed_iteration.txt'
 ASYNC = '--async-save --async-strategy mcore'
@@ -79,7 +79,11 @@ def run_held(flags, data, held_rank):
         seen['gc'] = gc.isenabled()
 
     def before_forward(step, model):
-        if step == 4 and not seen:  # step 3 has updated the weights
+        deadline = time.monotonic() + SECONDS
+        while step == 3 and held_rank not in (None, rank()) and not held.writes:
+            assert time.monotonic() < deadline, 'a write that nothing holds does not end'
+            time.sleep(0.01)
+        if step == 4 and not seen:  # step 3 has updated the weights, and the ranks asked each other
             look(step)
             seen['time'] = time.monotonic()
             gate.open()
