@@ -83,13 +83,17 @@ class Processes:
 
 
 @pytest.mark.parametrize(
-    'number',
-    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1],
-    ids=['SIGTERM', 'SIGUSR1'],
+    'number, mode',
+    [
+        pytest.param(signal.SIGTERM, '', marks=pytest.mark.slow),
+        (signal.SIGUSR1, ''),
+        pytest.param(signal.SIGTERM, '--async-save --save-interval 1', marks=pytest.mark.slow),
+    ],
+    ids=['SIGTERM', 'SIGUSR1', 'SIGTERM-async'],
 )
-def test_signal_saves_and_exits_0(inputs, ranks, tmp_path, number):
+def test_signal_saves_and_exits_0(inputs, ranks, tmp_path, number, mode):
     """One rank receives it; both save the step that they are in, and end with status 0."""
-    flags = '--train-iters 100000 --context-parallel-size 2'
+    flags = f'--train-iters 100000 --context-parallel-size 2 {mode}'
     running = Processes(inputs, tmp_path / 'run', flags)
     running.wait_for_step(2)
     running.processes[1].send_signal(number)
