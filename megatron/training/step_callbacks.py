@@ -23,6 +23,7 @@ _training_log: List[Callback] = []
 _step_ended: List[Callback] = []
 _evaluation: List[Callback] = []
 _checkpoint_saved: List[Callback] = []
+_checkpoint_waits: List[Callback] = []
 _upstream_log_silenced = False
 
 
@@ -89,8 +90,19 @@ def on_checkpoint_saved(callback: Callback) -> None:
 
     Its keys:
         iteration: int. save_dir: str. checkpoint: str, path of this checkpoint.
+        seconds_held_up: float, for which the training stood still on this rank.
+        seconds_in_background: float, of this rank's write beside the training; 0 without one.
     """
     _checkpoint_saved.append(callback)
+
+
+def on_checkpoint_waits(callback: Callback) -> None:
+    """Call `callback` with one dictionary when a save waits: the one before is still being written.
+
+    Its keys:
+        iteration: int. waits_for: int, iteration of the checkpoint that is being written.
+    """
+    _checkpoint_waits.append(callback)
 
 
 def silence_upstream_log(silenced: bool = True) -> None:
@@ -112,6 +124,7 @@ def clear() -> None:
         _evaluation,
         _step_ended,
         _checkpoint_saved,
+        _checkpoint_waits,
     ):
         callbacks.clear()
     silence_upstream_log(False)
@@ -161,4 +174,10 @@ def evaluated(**values) -> None:
 def checkpoint_saved(**values) -> None:
     """From save_checkpoint()."""
     for callback in _checkpoint_saved:
+        callback(dict(values))
+
+
+def checkpoint_waits(**values) -> None:
+    """From async_checkpoint.wait_for_previous()."""
+    for callback in _checkpoint_waits:
         callback(dict(values))

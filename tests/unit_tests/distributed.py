@@ -136,7 +136,7 @@ class RankPool:
                 handle, stack_file = tempfile.mkstemp(suffix='.stack')
                 os.close(handle)
                 process = context.Process(
-                    # Not a daemon: saving a checkpoint starts a process of its own.
+                    # Not a daemon: what it runs may start processes of its own.
                     target=_serve,
                     args=(theirs, stack_file, list(sys.path)),
                 )
@@ -258,6 +258,8 @@ def _tear_down() -> None:
         sys.modules['megatron.training.training'].destroy_global_state()
     elif 'megatron.core.parallel_state' in sys.modules:
         sys.modules['megatron.core.parallel_state'].destroy_model_parallel()
+    if 'megatron.training.async_utils' in sys.modules:  # it counts saves, alike on all ranks
+        sys.modules['megatron.training.async_utils']._async_calls_queue = None
     if 'megatron.core.tensor_parallel.random' in sys.modules:
         random = sys.modules['megatron.core.tensor_parallel.random']
         random.initialize_rng_tracker(force_reset=True)

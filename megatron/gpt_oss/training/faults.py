@@ -50,6 +50,12 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
                 f"A checkpoint could not be written: {_DISK[cause.errno]}{where}. "
                 f"{_what_is_saved(args)} Make room, then start again with the same command."
             )
+    if any(isinstance(cause, CheckpointException) and not cause.failures for cause in chain):
+        return RunError(  # every rank learns that there was a failure, the first one of what kind
+            f"A checkpoint could not be written: rank 0 says why. {_what_is_saved(args)} When that "
+            "is cured, start again with the same command.",
+            everywhere=True,
+        )
     for cause in chain:
         text = " ".join(str(cause).split())
         is_lost = _LOST.search(text) is not None

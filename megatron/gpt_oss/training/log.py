@@ -166,12 +166,36 @@ class TrainingLog:
 
     def checkpoint(self, values: dict[str, Any]) -> None:
         """A checkpoint is complete (see `step_callbacks.on_checkpoint_saved`)."""
-        print(f"saved {values['checkpoint']}", file=self._console, flush=True)
+        held_up, beside = values["seconds_held_up"], values["seconds_in_background"]
+        tail = f", then written beside it for {beside:.1f} s" if beside else ""
+        self._write(
+            f"saved {values['checkpoint']} (training held up for {held_up:.1f} s{tail})",
+            {
+                "step": values["iteration"],
+                "checkpoint": {"seconds_held_up": held_up, "seconds_in_background": beside},
+            },
+            None,
+            remade_from=values["iteration"],
+        )
 
-    def _write(self, line: str, record: dict[str, Any], section: str, remade_from: int) -> None:
-        """Print and log; the first record says which steps of an earlier start are made anew."""
+    def checkpoint_waits(self, values: dict[str, Any]) -> None:
+        """A save waits for the one before (see `step_callbacks.on_checkpoint_waits`)."""
+        print(
+            f"the checkpoint of step {values['iteration']} waits: that of step "
+            f"{values['waits_for']} is still being written. A larger --save-interval avoids that.",
+            file=self._console,
+            flush=True,
+        )
+
+    def _write(
+        self, line: str, record: dict[str, Any], section: str | None, remade_from: int
+    ) -> None:
+        """Print and log; the first record says which steps of an earlier start are made anew.
+
+        Without a section, writers do not get it: W&B takes no step that is behind another.
+        """
         print(line, file=self._console, flush=True)
-        if self._writers is not None:
+        if self._writers is not None and section is not None:
             numbers = {name: value for name, value in record.items() if name != "step"}
             inner = numbers.get(section)
             self._writers.write(

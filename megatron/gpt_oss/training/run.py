@@ -42,7 +42,7 @@ from megatron.gpt_oss.training.run_arguments import (
 )
 from megatron.gpt_oss.training.step import forward_step
 from megatron.gpt_oss.training.writers import Writers, check_writers
-from megatron.training import checkpoint_integrity, pretrain, step_callbacks
+from megatron.training import async_checkpoint, checkpoint_integrity, pretrain, step_callbacks
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -84,14 +84,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                 ModelType.encoder_or_decoder,
                 forward_step,
             )
-        except (Exception, CheckpointException) as error:
+        except (Exception, CheckpointException, KeyboardInterrupt) as error:
             known = as_run_error(error, args)
+            _end_checkpoint(every_rank_ends=known is not None and known.everywhere)
             if known is None:
                 raise
             print_traceback(error)
             raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _end_checkpoint(every_rank_ends: bool) -> None:
+    """Complete a checkpoint that is being written, or give it up where ranks may be gone."""
+    if not every_rank_ends:
+        return async_checkpoint.abandon()
+    try:
+        async_checkpoint.finish()
+    except (Exception, CheckpointException) as error:  # what ended the run is told, not this
+        print_traceback(error)
 
 
 def expanded(argv: Sequence[str]) -> list[str]:
@@ -182,7 +193,15 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
             Writers(),
         )
         step_callbacks.on_evaluation(log.evaluation)
-        step_callbacks.on_checkpoint_saved(log.checkpoint)
+        step_callbacks.on_checkpoint_waits(log.checkpoint_waits)
+
+    def saved(values: dict) -> None:
+        for name in ("seconds_held_up", "seconds_in_background"):
+            values[name] = _largest(values[name])
+        if log is not None:
+            log.checkpoint(values)
+
+    step_callbacks.on_checkpoint_saved(saved)
 
     def step(values: dict) -> None:
         values["peak_memory"] = _largest(values["peak_memory"])
@@ -195,11 +214,12 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
     return log
 
 
-def _largest(number: int) -> int:
+def _largest(number: int | float) -> int | float:
     """Over all ranks."""
-    value = torch.tensor(number, dtype=torch.int64, device=device_utils.current_device())
+    dtype = torch.int64 if isinstance(number, int) else torch.float64
+    value = torch.tensor(number, dtype=dtype, device=device_utils.current_device())
     torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
-    return int(value)
+    return value.item()
 
 
 def _write_arguments(args: Namespace, run_dir: Path | None) -> None:

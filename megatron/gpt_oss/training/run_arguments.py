@@ -10,6 +10,9 @@ from megatron.gpt_oss.plan.dry_run import add_dry_run_argument
 from megatron.gpt_oss.recipe import add_recipe_argument
 from megatron.gpt_oss.training.parameter_patterns import check_patterns
 
+# Megatron's own writer; its default, nvrx, is nvidia-resiliency-ext's.
+ASYNC_STRATEGY = "mcore"
+
 
 def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> ArgumentParser:
     """--run-dir and what is logged, kept and trained."""
@@ -82,6 +85,8 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
         create_attention_mask_in_dataloader=False,
         # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
         dist_ckpt_optim_fully_reshardable=True,
+        # What --async-save writes with.
+        async_strategy=ASYNC_STRATEGY,
     )
     if run_dir is not None:
         checkpoints = str(run_dir / "checkpoints")
@@ -90,22 +95,28 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
 
 
 def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
-    """Refuse --async-save where Megatron would write in the foreground without a word, or hang.
+    """Refuse the writers of --async-save that would hang, or write in the foreground without a word.
 
     Raises:
         UsageError: what to give instead.
     """
-    if "--async-save" not in argv:
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--async-save", action="store_true")
+    parser.add_argument("--async-strategy", nargs="?", default=ASYNC_STRATEGY)
+    parser.add_argument("--use-persistent-ckpt-worker", action="store_true")
+    given, _ = parser.parse_known_args(list(argv))
+    if not given.async_save:
         return
-    if not is_cuda:
+    if given.use_persistent_ckpt_worker and not is_cuda:
         raise UsageError(
-            "--async-save: Megatron's checkpoint worker does not run on a CPU. Drop the flag: "
-            "checkpoints are then written before the next step."
+            "--use-persistent-ckpt-worker: that process of Megatron's does not run on a CPU. Drop "
+            "the flag: --async-save alone writes checkpoints in a thread."
         )
-    if "--use-persistent-ckpt-worker" not in argv:
+    if given.async_strategy == "nvrx" and not given.use_persistent_ckpt_worker:
         raise UsageError(
-            "--async-save alone is ignored by Megatron. Give --use-persistent-ckpt-worker with it "
-            "(and --async-strategy mcore without nvidia-resiliency-ext)."
+            "--async-strategy nvrx without --use-persistent-ckpt-worker: Megatron ignores "
+            "--async-save then. Drop --async-strategy: --async-save alone writes checkpoints in a "
+            "thread, without nvidia-resiliency-ext."
         )
 
 

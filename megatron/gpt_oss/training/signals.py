@@ -17,7 +17,7 @@ def forward_usr1(args: Namespace) -> None:
         return
 
     def forward(number, frame):
-        # To this process: the writer of an asynchronous checkpoint inherits the handler.
+        # To this process: what Megatron forks inherits the handler.
         os.kill(os.getpid(), args.exit_signal)
 
     signal.signal(signal.SIGUSR1, forward)

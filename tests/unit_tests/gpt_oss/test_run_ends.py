@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
-from megatron.gpt_oss.errors import RunError, UsageError
-from megatron.gpt_oss.training.run_arguments import check_async_save
+from megatron.gpt_oss.errors import RunError
 from megatron.training import checkpoint_integrity, step_callbacks
 from tests.unit_tests.distributed import RankPool, free_port
 from tests.unit_tests.gpt_oss import runs
@@ -83,13 +83,17 @@ class Processes:
 
 
 @pytest.mark.parametrize(
-    'number',
-    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1],
-    ids=['SIGTERM', 'SIGUSR1'],
+    'number, mode',
+    [
+        pytest.param(signal.SIGTERM, '', marks=pytest.mark.slow),
+        (signal.SIGUSR1, ''),
+        pytest.param(signal.SIGTERM, '--async-save --save-interval 1', marks=pytest.mark.slow),
+    ],
+    ids=['SIGTERM', 'SIGUSR1', 'SIGTERM-async'],
 )
-def test_signal_saves_and_exits_0(inputs, ranks, tmp_path, number):
+def test_signal_saves_and_exits_0(inputs, ranks, tmp_path, number, mode):
     """One rank receives it; both save the step that they are in, and end with status 0."""
-    flags = '--train-iters 100000 --context-parallel-size 2'
+    flags = f'--train-iters 100000 --context-parallel-size 2 {mode}'
     running = Processes(inputs, tmp_path / 'run', flags)
     running.wait_for_step(2)
     running.processes[1].send_signal(number)
@@ -102,9 +106,24 @@ def test_signal_saves_and_exits_0(inputs, ranks, tmp_path, number):
         assert max(runs.steps(records)) == last + 1
 
 
-def test_kill_9_of_a_rank(inputs, ranks, tmp_path):
+def test_signal_to_every_process(inputs, tmp_path):
+    """Slurm signals all processes of a step, also what a rank has started: none may be needed."""
+    running = Processes(inputs, tmp_path / 'run', '--train-iters 100000 --save-interval 2', 1)
+    running.wait_for_step(3)
+    rank = psutil.Process(running.processes[0].pid)
+    for process in [*rank.children(recursive=True), rank]:
+        process.send_signal(signal.SIGTERM)
+    assert running.wait() == [0], running.errors(0)
+    last = max(runs.steps(runs.read_metrics(tmp_path / 'run' / 'metrics.jsonl')))
+    assert checkpoint_integrity.choose(str(tmp_path / 'run' / 'checkpoints')) == (last, False, [])
+
+
+@pytest.mark.parametrize(
+    'mode', ['', pytest.param('--async-save', marks=pytest.mark.slow)], ids=['', 'async']
+)
+def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
     """The other rank says so in one line and ends; the run goes on from the last checkpoint."""
-    flags = '--train-iters 100000 --save-interval 2 --context-parallel-size 2'
+    flags = f'--train-iters 100000 --save-interval 2 --context-parallel-size 2 {mode}'
     running = Processes(inputs, tmp_path / 'run', flags)
     running.wait_for_step(3)
     running.processes[0].kill()
@@ -214,16 +233,6 @@ def test_checkpoint_deleted_while_it_is_written(inputs, ranks, tmp_path):
     assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     records = runs.start(ranks, inputs, tmp_path / 'run', flags)
     assert sorted(runs.steps(records)) == [1, 2, 3]
-
-
-def test_asynchronous_checkpoints_are_not_dropped_in_silence():
-    """Upstream takes --async-save back with a warning among hundreds of lines."""
-    with pytest.raises(UsageError, match='does not run on a CPU'):
-        check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=False)
-    with pytest.raises(UsageError, match='alone is ignored by Megatron'):
-        check_async_save(['--async-save'], is_cuda=True)
-    check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=True)
-    check_async_save(['--save', 'x'], is_cuda=False)
 
 
 def nan_batch_at_step_3(folder):

@@ -107,17 +107,19 @@ def test_upstream_is_silenced_and_stages_without_loss_report(ranks, data):
         assert words not in first_output + last_output
 
 
-@pytest.mark.parametrize('mode', ['', '--async-save'])
+@pytest.mark.parametrize('mode', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])
 def test_checkpoint_saved(ranks, data, tmp_path, mode):
     """Called once a checkpoint is whole: at that moment the tracker file names it."""
     flags = f'--train-iters 3 --save {tmp_path} --save-interval 1 {mode}'
-    received = run(ranks, data, flags, world_size=2)[0][0]
-    saved = received['checkpoints']
-    assert [checkpoint['iteration'] for checkpoint in saved] == [1, 2, 3]
-    for checkpoint in saved:
-        assert checkpoint['save_dir'] == str(tmp_path)
-        assert checkpoint['checkpoint'] == str(tmp_path / f"iter_{checkpoint['iteration']:07d}")
-        assert checkpoint['tracker'] == str(checkpoint['iteration'])
+    for received, _ in run(ranks, data, flags, world_size=2):
+        saved = received['checkpoints']
+        assert [checkpoint['iteration'] for checkpoint in saved] == [1, 2, 3]
+        for checkpoint in saved:
+            assert checkpoint['save_dir'] == str(tmp_path)
+            assert checkpoint['checkpoint'] == str(tmp_path / f"iter_{checkpoint['iteration']:07d}")
+            assert checkpoint['tracker'] == str(checkpoint['iteration'])
+            assert 0 < checkpoint['seconds_held_up'] < 60
+            assert (checkpoint['seconds_in_background'] > 0) == bool(mode)
 
 
 def run_with_model_callbacks(flags, data) -> dict:
