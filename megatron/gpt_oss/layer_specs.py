@@ -144,9 +144,7 @@ def model_config_from_args(args: Namespace) -> GPTModelConfig:
     return config
 
 
-def model_config(
-    preset: Preset, sink_attention: str = "megatron", **overrides
-) -> GPTModelConfig:
+def model_config(preset: Preset, sink_attention: str = "megatron", **overrides) -> GPTModelConfig:
     """The model's config from a preset alone, without a command line.
 
     Goes through Megatron's own parser and validation, so that it is what the command line gives.

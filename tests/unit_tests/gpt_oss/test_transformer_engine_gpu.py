@@ -195,9 +195,7 @@ def test_names_in_a_checkpoint(group, sink_attention):
     for flags in ({}, dict(sink_attention=sink_attention, **TE)):
         trainer = make(preset, **flags)
         model = trainer.model[0].module.module
-        state = model.sharded_state_dict(
-            metadata={"dp_cp_group": torch.distributed.group.WORLD}
-        )
+        state = model.sharded_state_dict(metadata={"dp_cp_group": torch.distributed.group.WORLD})
         tensors = {
             (x.key, x.global_offset, x.global_shape, tuple(x.data.shape))
             for x in sharded_tensors(state)
