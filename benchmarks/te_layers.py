@@ -2,8 +2,8 @@
 
 """TransformerEngine beside this project's own modules: attention with sinks, and two layers.
 
-    python benchmarks/transformer_engine.py --json benchmarks/results/transformer_engine.json
-    python benchmarks/transformer_engine.py --smoke               (CPU: our side alone, tiny sizes)
+    python benchmarks/te_layers.py --json benchmarks/results/transformer_engine.json
+    python benchmarks/te_layers.py --smoke               (CPU: our side alone, tiny sizes)
 
 Attention: one layer with the heads of gpt-oss, bf16, forward and backward, our "auto" and
 TransformerEngine's DotProductAttention with a learnable sink, timed in turn on fresh data, checked
