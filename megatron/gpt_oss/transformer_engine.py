@@ -177,13 +177,6 @@ def _fp8_problems(value: Value, versions: Versions) -> Iterator[str]:
             f"--fp8-recipe {recipe} needs TransformerEngine {_shown(needed)}, found "
             f"{_shown(versions.te)}. Give another recipe, or drop --fp8-format for bf16."
         )
-    for dest in ("fp8_dot_product_attention", "fp8_multi_head_attention"):
-        if value(dest):
-            flag = "--" + dest.replace("_", "-")
-            yield (
-                f"{flag}: attention with sinks has no FP8 before Blackwell and cuDNN 9.21. Drop "
-                "the flag: linears and experts run in FP8, attention in bf16."
-            )
     recomputed = value("recompute_modules") or ()
     if "moe_act" in recomputed and _older(versions.te, SAVE_ORIGINAL_INPUT_TE):
         yield (

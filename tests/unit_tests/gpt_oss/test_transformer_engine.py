@@ -2,6 +2,7 @@
 
 """What is refused of TransformerEngine's route, in words; its layer spec. Needs none of it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -41,8 +42,6 @@ BASE = dict(
     fp8=None,
     fp4=None,
     fp8_recipe='delayed',
-    fp8_dot_product_attention=False,
-    fp8_multi_head_attention=False,
     recompute_modules=None,
     seq_length=4096,
     micro_batch_size=1,
@@ -118,8 +117,6 @@ def test_attention_refused(versions, changes, words):
     [
         (Versions((2, 1, 0), None), dict(fp8='hybrid', fp8_recipe='tensorwise'), ['2.2.0', '2.1.0']),
         (Versions((2, 2, 0), None), dict(fp8='e4m3', fp8_recipe='blockwise'), ['2.3.0', '2.2.0']),
-        (NEW, dict(fp8='hybrid', fp8_dot_product_attention=True), ['--fp8-dot-product-attention']),
-        (NEW, dict(fp8='hybrid', fp8_multi_head_attention=True), ['Blackwell']),
         (NEW, dict(fp8='hybrid', seq_length=4104), ['4104 tokens', 'multiples of 16']),
         (NEW, dict(CP, fp8='hybrid', seq_length=4112), ['2056 tokens', '--seq-length', '32']),
         (
@@ -155,8 +152,6 @@ def test_not_installed():
     ],
 )
 def test_doctor_line(versions, words):
-    import re
-
     line = describe(versions)
     assert re.search(words, line) and '\n' not in line
 
