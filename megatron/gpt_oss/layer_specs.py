@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from megatron.core.extensions.te_norm import TECheckpointedNorm
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_residual import get_bias_residual_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -54,6 +55,12 @@ class TEGptOssSpecProvider(TESpecProvider):
     def core_attention(self) -> type:
         """Which module to use for attention"""
         return super().core_attention() if self._sink_attention == "te" else DotProductAttention
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
+        """Which module for layernorm"""
+        return TECheckpointedNorm
 
 
 def gpt_oss_layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:

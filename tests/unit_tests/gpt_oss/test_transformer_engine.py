@@ -115,7 +115,11 @@ def test_attention_refused(versions, changes, words):
 @pytest.mark.parametrize(
     'versions, changes, words',
     [
-        (Versions((2, 1, 0), None), dict(fp8='hybrid', fp8_recipe='tensorwise'), ['2.2.0', '2.1.0']),
+        (
+            Versions((2, 1, 0), None),
+            dict(fp8='hybrid', fp8_recipe='tensorwise'),
+            ['2.2.0', '2.1.0'],
+        ),
         (Versions((2, 2, 0), None), dict(fp8='e4m3', fp8_recipe='blockwise'), ['2.3.0', '2.2.0']),
         (NEW, dict(fp8='hybrid', seq_length=4104), ['4104 tokens', 'multiples of 16']),
         (NEW, dict(CP, fp8='hybrid', seq_length=4112), ['2056 tokens', '--seq-length', '32']),

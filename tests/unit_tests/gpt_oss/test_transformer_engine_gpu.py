@@ -17,7 +17,8 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.gpt_oss.checkpoint.load import sharded_tensors
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.transformer_engine import installed_versions
@@ -190,7 +191,7 @@ def test_fp8_router_padding(group):
 
 @pytest.mark.parametrize("sink_attention", ["megatron", "te"])
 def test_names_in_a_checkpoint(group, sink_attention):
-    """Tensors, their shapes and places; TransformerEngine's own objects may be more."""
+    """Tensors, their shapes and places, and objects: a load fails if one is missing."""
     preset, names = PRESETS["all-8"], []
     for flags in ({}, dict(sink_attention=sink_attention, **TE)):
         trainer = make(preset, **flags)
@@ -200,9 +201,13 @@ def test_names_in_a_checkpoint(group, sink_attention):
             (x.key, x.global_offset, x.global_shape, tuple(x.data.shape))
             for x in sharded_tensors(state)
         }
-        names.append(tensors)
+        objects = {
+            (x.key, x.global_offset) for x in nested_values(state) if isinstance(x, ShardedObject)
+        }
+        names.append((tensors, objects))
         trainer.close()
-    assert names[0] == names[1]
+    assert names[0][0] == names[1][0]
+    assert names[0][1] ^ names[1][1] == set()
 
 
 @pytest.mark.parametrize("sink_attention", ["megatron", "te"])

@@ -29,6 +29,12 @@ class StandIn(torch.nn.Module):
         self.cp_group = cp_group
         self.softmax_offset = torch.nn.Parameter(torch.zeros(num_attention_heads // tp_size))
 
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        pass
+
     def forward(self, query, key, value):
         return _Attention.apply(query, key, value, self.softmax_offset, self.cp_group)
 
@@ -158,6 +164,14 @@ def test_marked_as_split_over_heads():
     """Else the gradient norm counts the sinks of tensor parallel rank 0 alone."""
     param = build().softmax_offset
     assert param.tensor_model_parallel and param.partition_dim == 0
+
+
+def test_checkpoint_holds_the_sinks_alone():
+    """With other softmax types nothing is saved; an object that local attention lacks ends a load."""
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    module = build(tp_group=group)
+    found = module.sharded_state_dict(metadata={'dp_cp_group': group})
+    assert list(found) == ['softmax_offset']
 
 
 def test_hook_survives_the_cast():
