@@ -3,8 +3,9 @@
 """What TransformerEngine can run of a gpt-oss run, said before a model is built.
 
 The rules are those of TransformerEngine 2.20.2: `get_attention_backend` in
-pytorch/attention/dot_product_attention/utils.py, the checks of context_parallel.py beside it, and
-`nvte_get_fused_attn_backend` for what cuDNN needs. It reports a case outside of them from deep
+pytorch/attention/dot_product_attention/utils.py and the checks of context_parallel.py beside it;
+those of FP8 recipes are Megatron's `get_fp8_recipe`. cuDNN 9.13.1 and the largest head dim are
+decided in its compiled part and were not read there. It reports a case outside of them from deep
 inside a layer, or goes to unfused attention, whose scores do not fit beyond 8k tokens.
 """
 
