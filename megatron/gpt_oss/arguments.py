@@ -27,6 +27,11 @@ from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
 from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
 from megatron.gpt_oss.sequence_arguments import check_sequence
+from megatron.gpt_oss.transformer_engine import (
+    SINK_ATTENTION,
+    check_installed,
+    check_transformer_engine,
+)
 
 NO_PRESET = "none"
 
@@ -98,7 +103,15 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         action="store_false",
         default=argparse.SUPPRESS,
         help="Run the experts of a layer one after the other. A preset runs them as two grouped "
-        "products, unless TransformerEngine is asked for.",
+        "products.",
+    )
+    group.add_argument(
+        "--sink-attention",
+        choices=SINK_ATTENTION,
+        default="megatron",
+        help="Whose attention runs among TransformerEngine's layers: Megatron-Core's own with "
+        "sinks, for every layout and cuDNN, or TransformerEngine's (te), which needs more of both "
+        "(docs/transformer_engine.md).",
     )
     add_blend_arguments(group)
     group.add_argument(
@@ -134,6 +147,7 @@ def parse(
     sys.argv = [program[0], *argv]  # upstream's parser reads nothing else
     try:
         args = parse_and_validate_args(extra_args_provider=provider)
+        check_installed(args.transformer_impl)
     except UsageError:
         raise
     except (AssertionError, ValueError) as error:
@@ -176,9 +190,7 @@ def preset_args_provider(
         defaults["lm_loss_chunk_size"] = LM_LOSS_CHUNK_SIZE
     defaults.update(_tokenizer_defaults(given))
     defaults.update(blend_defaults(given))
-    if getattr(given, "transformer_impl", "local") != "local":
-        # Which experts TransformerEngine runs is for the command line to say.
-        defaults.pop("moe_grouped_gemm", None)
+    if getattr(given, "sink_attention", "megatron") == "te":
         defaults["cp_comm_type"] = ["a2a"]  # the one that TransformerEngine has for sinks
     by_default = {action.dest: action.default for action in parser._actions} | defaults
 
@@ -186,6 +198,7 @@ def preset_args_provider(
         return getattr(given, dest, by_default[dest])
 
     check_sequence(value)
+    check_transformer_engine(value)
     set_device_connections(value)
     defaults.update(policy_flags(given, value))
 

@@ -24,6 +24,7 @@ from megatron.core.transformer.sink_attention.case import Case
 from megatron.core.transformer.sink_attention.measure import Workload, errors, time_interleaved
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.transformer_engine import describe
 
 # An error of bf16 rounding is 3e-3; a wrong mask, scale or sink is beyond this by far.
 _ERROR_LIMIT = 1e-2
@@ -61,6 +62,8 @@ def run_doctor(
         case = examine(workload, cuda, measure and cuda, compile_flex)
         report["cases"].append(case)
         print(f"\n{_title(workload)}\n{_table(case)}")
+    report["transformer_engine"] = describe()
+    print(f"\n{report['transformer_engine']}")
     report["advice"] = advice(report)
     print("\n" + "\n".join(f"- {line}" for line in report["advice"]))
     if json_path:

@@ -14,11 +14,14 @@ from functools import partial
 
 import torch
 
+from megatron.core.extensions.te_norm import TECheckpointedNorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_residual import get_bias_residual_add
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.fused_rotary_attention import FusedRotarySelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -39,18 +42,47 @@ class GptOssSpecProvider(LocalSpecProvider):
     """Which module does what in a gpt-oss layer, in plain PyTorch."""
 
 
-def gpt_oss_layer_spec(config: TransformerConfig, provider: GptOssSpecProvider) -> ModuleSpec:
-    """One decoder layer: RMSNorm, attention with a sink, RMSNorm, mixture of experts."""
+class TEGptOssSpecProvider(TESpecProvider):
+    """TransformerEngine's norms, linears and grouped linears around our attention or its own.
+
+    Args:
+        sink_attention: "megatron" for the kernels of sink_attention, "te" for TransformerEngine's.
+    """
+
+    def __init__(self, sink_attention: str = "megatron"):
+        self._sink_attention = sink_attention
+
+    def core_attention(self) -> type:
+        """Which module to use for attention"""
+        return super().core_attention() if self._sink_attention == "te" else DotProductAttention
+
+    def layer_norm(
+        self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False
+    ) -> type:
+        """Which module for layernorm"""
+        return TECheckpointedNorm
+
+
+def gpt_oss_layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+    """One decoder layer: RMSNorm, attention with a sink, RMSNorm, mixture of experts.
+
+    TransformerEngine's linear_qkv has the first norm in it.
+    """
     norm = provider.layer_norm(rms_norm=True, for_qk=False, has_residual=True)
+    fused = provider.fuse_layernorm_and_linear()
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=norm,
+            input_layernorm=IdentityOp if fused else norm,
             self_attention=ModuleSpec(
                 module=FusedRotarySelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=provider.column_parallel_linear(),
+                    linear_qkv=(
+                        provider.column_parallel_layer_norm_linear()
+                        if fused
+                        else provider.column_parallel_linear()
+                    ),
                     core_attention=provider.core_attention(),
                     linear_proj=provider.row_parallel_linear(),
                     q_layernorm=IdentityOp,
@@ -68,29 +100,35 @@ def gpt_oss_layer_spec(config: TransformerConfig, provider: GptOssSpecProvider) 
             # Names in a checkpoint as TransformerEngine's layers give them, so that either
             # implementation resumes the other's. Upstream's local spec also renames the norm
             # before the experts, which matches TransformerEngine for dense layers only.
-            sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
-            },
+            sharded_state_dict_keys_map=(
+                {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+            ),
         ),
     )
 
 
 def gpt_oss_block_spec(
-    config: GPTModelConfig, vp_stage: int | None = None
+    config: GPTModelConfig, vp_stage: int | None = None, sink_attention: str = "megatron"
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage; the value of `GPTModelConfig.transformer_layer_spec`.
 
     Windowed and full layers have one spec: Megatron decides by the layer's number.
+
+    Args:
+        sink_attention: whose attention stands among TransformerEngine's layers.
     """
     transformer = config.transformer
-    if transformer.transformer_impl != "local":
+    if transformer.transformer_impl == "inference_optimized":
         return get_gpt_decoder_block_spec(
             transformer,
-            use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+            use_transformer_engine=False,
             normalization=transformer.normalization,
             vp_stage=vp_stage,
         )
-    provider = GptOssSpecProvider()
+    if transformer.transformer_impl == "transformer_engine":
+        provider = TEGptOssSpecProvider(sink_attention)
+    else:
+        provider = GptOssSpecProvider()
     num_layers = get_num_layers_to_build(transformer, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[gpt_oss_layer_spec(transformer, provider)] * num_layers,
@@ -106,16 +144,21 @@ def model_config_from_args(args: Namespace) -> GPTModelConfig:
     config = gpt_config_from_args(args)
     if config.transformer_layer_spec is None:
         config.transformer_layer_spec = gpt_oss_block_spec
+        if getattr(args, "sink_attention", "megatron") != "megatron":
+            config.transformer_layer_spec = partial(
+                gpt_oss_block_spec, sink_attention=args.sink_attention
+            )
     return config
 
 
-def model_config(preset: Preset, **overrides) -> GPTModelConfig:
+def model_config(preset: Preset, sink_attention: str = "megatron", **overrides) -> GPTModelConfig:
     """The model's config from a preset alone, without a command line.
 
     Goes through Megatron's own parser and validation, so that it is what the command line gives.
 
     Args:
         preset: the model.
+        sink_attention: as the flag of this name.
         overrides: Megatron arguments by dest, e.g. `seq_length=128`; parallel sizes must fit the
             process group, if there is one.
     """
@@ -127,6 +170,7 @@ def model_config(preset: Preset, **overrides) -> GPTModelConfig:
         raise TypeError(f"Megatron has no argument {', '.join(unknown)}")
     parser.set_defaults(**{**preset_flags(preset), "micro_batch_size": 1, **overrides})
     args = parser.parse_args([])
+    args.sink_attention = sink_attention
     set_device_connections(partial(getattr, args))
     ranks = torch.distributed
     args.rank, args.world_size = 0, ranks.get_world_size() if ranks.is_initialized() else 1

@@ -26,7 +26,7 @@ def check_sequence(value: Callable[[str], object]) -> None:
         )
     if value("context_parallel_size") > 1:
         _check_length(value)
-        if value("transformer_impl") == "local":
+        if value("sink_attention") != "te":
             _check_attention(value)
             _check_comm_types(value)
 

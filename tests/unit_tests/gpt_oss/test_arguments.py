@@ -50,12 +50,12 @@ def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
     [
         ('--preset tiny', True),
         ('--preset tiny --no-moe-grouped-gemm', False),
-        ('--preset tiny --transformer-impl transformer_engine', False),
-        ('--preset tiny --transformer-impl transformer_engine --moe-grouped-gemm', True),
+        ('--preset tiny --transformer-impl transformer_engine', True),
+        ('--preset tiny --transformer-impl transformer_engine --no-moe-grouped-gemm', False),
     ],
 )
 def test_grouped_experts(monkeypatch, flags, grouped):
-    """On by default in plain PyTorch, with a way back; TransformerEngine's own are asked for."""
+    """On by default, in plain PyTorch and on TransformerEngine, with a way back."""
     assert _parse(monkeypatch, *flags.split()).moe_grouped_gemm is grouped
 
 

@@ -60,7 +60,7 @@ def test_flags(monkeypatch, flags, expected):
         ('--memory small', 'choose from'),
         ('--memory balanced --no-moe-grouped-gemm', 'or --memory lean'),
         (
-            '--memory balanced --transformer-impl transformer_engine',
+            '--memory balanced --transformer-impl transformer_engine --no-moe-grouped-gemm',
             'needs experts in grouped products. Give --moe-grouped-gemm, or --memory lean',
         ),
     ],

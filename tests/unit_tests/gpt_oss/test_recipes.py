@@ -96,6 +96,26 @@ def test_reference_case():
     assert (args.world_size, args.data_parallel_size, args.seq_length) == (8, 2, 32768)
 
 
+@pytest.mark.parametrize(
+    'name, fp8',
+    [
+        ('te-bf16', (None, 'delayed')),
+        ('te-fp8-current', ('hybrid', 'tensorwise')),
+        ('te-fp8-blockwise', ('e4m3', 'blockwise')),
+    ],
+)
+def test_transformer_engine(name, fp8):
+    """The reference case again, with nothing changed but whose layers run it."""
+    file = FOLDER / 'recipes' / '20b-32k-8gpus.txt'
+    args = script().arguments(file.with_name(f'{file.stem}-{name}.txt'), gpus=8)
+    check_run_arguments(args)
+    assert (args.transformer_impl, args.sink_attention) == ('transformer_engine', 'megatron')
+    assert (args.fp8, args.fp8_recipe) == fp8 and args.bf16 and args.moe_grouped_gemm
+    reference = script().arguments(file)
+    for dest in ('context_parallel_size', 'global_batch_size', 'cp_comm_type', 'lr'):
+        assert getattr(args, dest) == getattr(reference, dest)
+
+
 def test_training_choices_are_those_of_one_file():
     """A recipe says model, length, layout and what goes with the size; the rest stands once."""
     common = read_recipe(FOLDER / 'recipes' / 'continual.txt')

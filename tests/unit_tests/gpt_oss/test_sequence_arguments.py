@@ -78,5 +78,7 @@ def test_way_to_exchange(monkeypatch):
     """By measurement; TransformerEngine has one way for sinks."""
     assert parse(monkeypatch, f'{TINY} 2').cp_comm_type == ['auto']
     other = f'{TINY} 2 --transformer-impl transformer_engine'
-    assert parse(monkeypatch, other).cp_comm_type == ['a2a']
+    assert parse(monkeypatch, other).cp_comm_type == ['auto']
     assert parse(monkeypatch, f'{other} --cp-comm-type p2p').cp_comm_type == ['p2p']
+    theirs = parse(monkeypatch, f'{other} --bf16 --sink-attention te')
+    assert theirs.cp_comm_type == ['a2a']

@@ -1,0 +1,41 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The sinks of TransformerEngine's attention as Megatron counts gradients and norms."""
+
+import weakref
+
+import torch
+
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.softmax_offset import init_softmax_offset
+
+
+def prepare_te_softmax_offset(module, config, tp_group) -> None:
+    """Mark, draw, and count once the learnable sinks of a TransformerEngine attention module.
+
+    TransformerEngine gathers the sinks' gradient over the context parallel group (a2a), so that
+    every rank has all of it, and Megatron's reduction adds up what the ranks of this group have, as
+    it must for every other parameter: the sum is cp times the gradient, whether it is then divided
+    by the number of ranks or of tokens. The ranks' copies are equal, so each gives 1 / cp of it.
+
+    Args:
+        module: TEDotProductAttention, after its own __init__; `softmax_offset` [np] and `cp_group`.
+        config: TransformerConfig.
+        tp_group: the tensor parallel group that the heads are split over, or None.
+    """
+    param = getattr(module, "softmax_offset", None)
+    if not isinstance(param, torch.nn.Parameter):
+        return
+    if config.use_cpu_initialization or get_cuda_rng_tracker().is_initialized():
+        init_softmax_offset(param, config, tp_group)
+    else:  # without Megatron's random states they stay zero
+        set_tensor_model_parallel_attributes(param, is_parallel=True, dim=0, stride=1)
+    owner = weakref.ref(module)  # the hook lives in C++, where a ring is not collected
+    param.register_hook(lambda gradient: gradient / _ranks(owner()))
+
+
+def _ranks(module) -> int:
+    """Over which the gradient was gathered; a group can be set after __init__."""
+    group = getattr(module, "cp_group", None)
+    return 1 if group is None else torch.distributed.get_world_size(group)

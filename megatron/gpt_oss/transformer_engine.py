@@ -1,0 +1,226 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What TransformerEngine can run of a gpt-oss run, said before a model is built.
+
+The rules are those of TransformerEngine 2.20.2: `get_attention_backend` in
+pytorch/attention/dot_product_attention/utils.py and the checks of context_parallel.py beside it;
+those of FP8 recipes are Megatron's `get_fp8_recipe`. cuDNN 9.13.1 and the largest head dim are
+decided in its compiled part and were not read there. It reports a case outside of them from deep
+inside a layer, or goes to unfused attention, whose scores do not fit beyond 8k tokens.
+"""
+
+import importlib.metadata
+import re
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import torch
+
+from megatron.gpt_oss.errors import UsageError
+
+SINK_ATTENTION = ("megatron", "te")
+
+# What a feature needs, as version numbers.
+SOFTMAX_TYPE_TE = (2, 8, 0)
+LEARNABLE_CUDNN = (9, 13, 1)
+PACKED_CUDNN = (9, 18, 0)
+SAVE_ORIGINAL_INPUT_TE = (2, 6, 0)
+FP8_RECIPE_TE = {"delayed": (1, 0, 0), "mxfp8": (2, 1, 0), "tensorwise": (2, 2, 0)}
+FP8_RECIPE_TE["blockwise"] = (2, 3, 0)
+# Of FusedAttention's backward on the cards before Blackwell.
+LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 128, 8
+FP8_ROWS = 16  # a product's rows in FP8
+
+Value = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Of TransformerEngine and of cuDNN, each (major, minor, patch) or None where unknown."""
+
+    te: tuple[int, int, int] | None
+    cudnn: tuple[int, int, int] | None
+
+
+def installed_versions() -> Versions:
+    """Those of this machine, without importing TransformerEngine."""
+    te = None
+    for name in ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu13"):
+        try:
+            te = te or _numbers(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    number = torch.backends.cudnn.version() if torch.cuda.is_available() else None
+    cudnn = None
+    if number is not None and number >= 90000:
+        cudnn = (number // 10000, number // 100 % 100, number % 100)
+    return Versions(te, cudnn)
+
+
+def _numbers(version: str) -> tuple[int, int, int]:
+    found = [int(word) for word in re.findall(r"\d+", version)[:3]]
+    return tuple(found + [0] * (3 - len(found)))
+
+
+def check_installed(transformer_impl: str, versions: Versions | None = None) -> None:
+    """Refuse a run on TransformerEngine where there is none.
+
+    Raises:
+        UsageError: what to do.
+    """
+    versions = versions or installed_versions()
+    if transformer_impl == "transformer_engine" and versions.te is None:
+        raise UsageError(
+            "--transformer-impl transformer_engine: TransformerEngine is not installed. Use an "
+            "image that has it or install transformer-engine[pytorch], or drop the flag: "
+            "--transformer-impl local needs PyTorch alone and has everything but FP8."
+        )
+
+
+def check_transformer_engine(value: Value, versions: Versions | None = None) -> None:
+    """Refuse what TransformerEngine cannot run. Unknown versions count as new enough.
+
+    Args:
+        value: the argument of a name (argparse's dest), before Megatron's validation.
+    Raises:
+        UsageError: what is missing, and what this project would use instead.
+    """
+    versions = versions or installed_versions()
+    if value("transformer_impl") != "transformer_engine":
+        for dest, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format")):
+            if value(dest):
+                raise UsageError(
+                    f"{flag} {value(dest)} is TransformerEngine's: give --transformer-impl "
+                    "transformer_engine, or drop the flag and train in bf16."
+                )
+        if value("sink_attention") == "te":
+            raise UsageError(
+                "--sink-attention te needs --transformer-impl transformer_engine; without it the "
+                "attention is Megatron-Core's own."
+            )
+        return
+    for problem in _fp8_problems(value, versions):
+        raise UsageError(problem)
+    if value("sink_attention") == "te":
+        for problem in attention_problems(value, versions):
+            raise UsageError(
+                f"--sink-attention te: {problem}. Drop the flag: Megatron-Core's own attention "
+                "runs this case."
+            )
+
+
+def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
+    """Each reason, half a sentence, for which TransformerEngine's fused attention has not this."""
+    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
+    sinks = value("softmax_type") != "vanilla"
+    packed = bool(value("dataloader_inter_document_masking"))
+    if not (value("bf16") or value("fp16")):
+        yield "its fused attention is for bf16 and fp16, and neither --bf16 nor --fp16 is given"
+    backend = getattr(value("attention_backend"), "name", value("attention_backend"))
+    if sinks and backend not in (None, "auto", "fused"):
+        yield f"--attention-backend {backend} has no sinks there, only fused has"
+    head_dim = value("kv_channels")
+    if head_dim and (head_dim > LARGEST_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE):
+        yield (
+            f"its fused backward takes head dims up to {LARGEST_HEAD_DIM} in steps of "
+            f"{HEAD_DIM_MULTIPLE}, --kv-channels is {head_dim}"
+        )
+    if value("reset_attention_mask"):
+        yield "--reset-attention-mask makes mask tensors, which its fused attention does not take"
+    if sinks:
+        yield from _sink_problems(value, versions, packed, cp)
+    if cp > 1:
+        yield from _context_parallel_problems(value, packed, cp, tp)
+
+
+def _sink_problems(value: Value, versions: Versions, packed: bool, cp: int) -> Iterator[str]:
+    needed = f"softmax type {value('softmax_type')}"
+    if _older(versions.te, SOFTMAX_TYPE_TE):
+        yield f"{needed} needs TransformerEngine {_shown(SOFTMAX_TYPE_TE)}, found {_shown(versions.te)}"
+    if _older(versions.cudnn, LEARNABLE_CUDNN):
+        yield f"{needed} needs cuDNN {_shown(LEARNABLE_CUDNN)}, found {_shown(versions.cudnn)}"
+    if packed and _older(versions.cudnn, PACKED_CUDNN):
+        yield (
+            f"{needed} in packed documents (thd) needs cuDNN {_shown(PACKED_CUDNN)}, found "
+            f"{_shown(versions.cudnn)}"
+        )
+    if value("deterministic_mode"):
+        yield f"its backward with {needed} is not deterministic, and --deterministic-mode is given"
+    comm_types = value("cp_comm_type") or ["p2p"]
+    for name in comm_types if cp > 1 else ():
+        if name != "a2a":
+            yield f"{needed} under context parallelism is a2a only, --cp-comm-type is {name}"
+
+
+def _context_parallel_problems(value: Value, packed: bool, cp: int, tp: int) -> Iterator[str]:
+    if packed:
+        yield (
+            "it splits every packed document over the ranks, which needs lengths in multiples of "
+            f"{2 * cp}, and documents here have any length"
+        )
+    for what, dest in (("attention heads", "num_attention_heads"), ("groups", "num_query_groups")):
+        number = value(dest)
+        if number and number % (tp * cp):
+            yield (
+                f"a2a splits the {number} {what} over tensor_model_parallel_size * "
+                f"context_parallel_size = {tp * cp} ranks, which does not divide them"
+            )
+
+
+def _fp8_problems(value: Value, versions: Versions) -> Iterator[str]:
+    if not value("fp8"):
+        return
+    recipe = value("fp8_recipe")
+    recipe = getattr(recipe, "value", recipe)
+    needed = FP8_RECIPE_TE.get(recipe)
+    if needed is not None and _older(versions.te, needed):
+        yield (
+            f"--fp8-recipe {recipe} needs TransformerEngine {_shown(needed)}, found "
+            f"{_shown(versions.te)}. Give another recipe, or drop --fp8-format for bf16."
+        )
+    recomputed = value("recompute_modules") or ()
+    if "moe_act" in recomputed and _older(versions.te, SAVE_ORIGINAL_INPUT_TE):
+        yield (
+            "--recompute-modules moe_act in FP8 needs TransformerEngine "
+            f"{_shown(SAVE_ORIGINAL_INPUT_TE)}, found {_shown(versions.te)}. Drop moe_act."
+        )
+    length, batch = value("seq_length"), value("micro_batch_size") or 1
+    parts = value("context_parallel_size")
+    if value("sequence_parallel"):
+        parts *= value("tensor_model_parallel_size")
+    if length and length * batch // parts % FP8_ROWS:
+        yield (
+            f"--fp8-format: a rank has {length * batch // parts} tokens, and products in FP8 take "
+            f"multiples of {FP8_ROWS}. Give --seq-length in multiples of {FP8_ROWS * parts}."
+        )
+
+
+def describe(versions: Versions | None = None) -> str:
+    """One line for `gptoss doctor`."""
+    versions = versions or installed_versions()
+    if versions.te is None:
+        return (
+            "TransformerEngine: not installed; --transformer-impl local needs none (FP8 alone is "
+            "TransformerEngine's)."
+        )
+    found = f"TransformerEngine {_shown(versions.te)}: --transformer-impl transformer_engine"
+    recipes = [name for name, needed in FP8_RECIPE_TE.items() if not _older(versions.te, needed)]
+    attention = "--sink-attention te can be chosen"
+    if _older(versions.te, SOFTMAX_TYPE_TE):
+        attention = f"--sink-attention te needs TransformerEngine {_shown(SOFTMAX_TYPE_TE)}"
+    elif versions.cudnn is None:
+        attention = "there is no GPU that PyTorch can use"
+    elif _older(versions.cudnn, LEARNABLE_CUDNN):
+        attention = (
+            f"--sink-attention te needs cuDNN {_shown(LEARNABLE_CUDNN)}, PyTorch has "
+            f"{_shown(versions.cudnn)}"
+        )
+    return f"{found} with FP8 {', '.join(recipes)}; {attention}."
+
+
+def _older(found: tuple | None, needed: tuple) -> bool:
+    return found is not None and found < needed
+
+
+def _shown(version: tuple) -> str:
+    return ".".join(map(str, version))
