@@ -2,7 +2,7 @@
 
 """TransformerEngine beside this project's own modules: attention with sinks, and two layers.
 
-    python benchmarks/te_layers.py --json benchmarks/results/transformer_engine.json
+    python benchmarks/te_layers.py --json benchmarks/results/te_layers_h100x2.json
     python benchmarks/te_layers.py --smoke               (CPU: our side alone, tiny sizes)
 
 Attention: one layer with the heads of gpt-oss, bf16, forward and backward, our "auto" and

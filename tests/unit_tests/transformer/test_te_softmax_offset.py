@@ -11,6 +11,7 @@ import torch
 from packaging.version import Version
 
 from megatron.core.extensions import transformer_engine as extension
+from megatron.core.transformer import te_softmax_offset
 from megatron.core.transformer.enums import AttnMaskType
 from tests.unit_tests.distributed import RankPool
 
@@ -140,6 +141,13 @@ def gradient(cp: bool):
 def ranks():
     with RankPool(2) as pool:
         yield pool
+
+
+@pytest.fixture(autouse=True)
+def no_random_states(monkeypatch):
+    """Those that tests before may have left: the stand-in's config says nothing of initialisation."""
+    tracker = SimpleNamespace(is_initialized=lambda: False)
+    monkeypatch.setattr(te_softmax_offset, 'get_cuda_rng_tracker', lambda: tracker)
 
 
 def expected():

@@ -120,9 +120,7 @@ def zero_where_empty_(dweight, ends):
 class _Tiling:
     """How a launch cuts rows and columns."""
 
-    def __init__(
-        self, num_rows, width, ends, rows=None, num_warps=None, min_programs=MIN_PROGRAMS
-    ):
+    def __init__(self, num_rows, width, ends, rows=None, num_warps=None, min_programs=MIN_PROGRAMS):
         self.ends, self.num_rows = ends, num_rows
         # A partial sum a tile: with more rows, larger tiles keep these below 5% of the rows.
         rows = rows or (32 if num_rows <= 2**17 else 64)
