@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.triton_interpreter import run_in_interpreter
 
 TOKENS, BATCH, HIDDEN, VOCAB = 22, 3, 12, 38
@@ -204,12 +203,6 @@ def test_bad_arguments(change, message):
 
 def test_kernels_in_interpreter():
     run_in_interpreter(Path(__file__).with_name("test_chunked_lm_loss_triton.py"))
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def on_two_ranks(sequence_parallel):

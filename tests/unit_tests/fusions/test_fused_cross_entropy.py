@@ -8,17 +8,10 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from tests.unit_tests.distributed import RankPool
 
 SEQUENCE, BATCH, VOCAB = 13, 2, 66
 # Unit roundoff: the last step of the gradient is the rounding to the logits' dtype.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def make_data(dtype):

@@ -1,10 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A process group of one rank, and a GPTModel in it."""
+"""A process group of one rank, and a GPTModel in it; a model and tokens for whole runs."""
 
 import pytest
 import torch
 
+from tests.unit_tests.gpt_oss import runs
 from tests.unit_tests.gpt_oss.builders import build_model
 
 
@@ -27,3 +28,9 @@ def one_rank(tmp_path_factory):
 def make_model(one_rank):
     """make_model(preset, **megatron_arguments) -> GPTModel in fp32."""
     return build_model
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+    """What `runs.start` trains on."""
+    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))

@@ -16,23 +16,12 @@ from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.metrics import read_metrics
 from megatron.gpt_oss.training.run_arguments import check_async_save
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.gpt_oss import runs
 from tests.unit_tests.training.held_writer import Gate, HeldWriter
 
 FLAGS = '--async-save --save-interval 1 --eval-interval 1000'
 EXPERTS = '--expert-model-parallel-size 2 --use-distributed-optimizer'
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
 
 
 def run(ranks, inputs, run_dir, flags, hurt=None, world_size=1):
@@ -245,10 +234,6 @@ def test_full_disk_of_one_of_several_files(ranks, inputs, tmp_path):
     assert 'A checkpoint could not be written: the disk is full' in message, message
     assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     assert whole(tmp_path / 'run') == 1
-
-
-def full_disk_of_first_file(folder, seen):
-    return full_disk('__0_0.distcp')(folder, seen)
 
 
 def lose_folder(folder, seen):

@@ -47,11 +47,6 @@ def ranks():
 
 
 @pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
-
-
-@pytest.fixture(scope='module')
 def one_rank_records(ranks, inputs, tmp_path_factory):
     return runs.start(ranks, inputs, tmp_path_factory.mktemp('run') / 'one', FLAGS)
 

@@ -16,7 +16,6 @@ from megatron.gpt_oss.training.parameter_patterns import (
     parse_multipliers,
     pattern_hook,
 )
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss import runs
 from tests.unit_tests.gpt_oss.builders import TINY
 from tests.unit_tests.training.watched_pretrain import read_checkpoint
@@ -25,17 +24,6 @@ CONSTANT = '--lr-warmup-iters 0 --lr-decay-style constant --weight-decay 0.1'
 DISTOPT = '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
 EP2 = f'--expert-model-parallel-size 2 {DISTOPT}'
 PP2 = '--pipeline-model-parallel-size 2'
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
 
 
 def weights(run_dir, step):

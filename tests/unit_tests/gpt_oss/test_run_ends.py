@@ -16,21 +16,10 @@ import torch
 
 from megatron.gpt_oss.errors import RunError
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests.distributed import RankPool, free_port
+from tests.unit_tests.distributed import free_port
 from tests.unit_tests.gpt_oss import runs
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
 
 
 class Processes:

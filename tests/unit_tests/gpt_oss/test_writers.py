@@ -9,7 +9,6 @@ import pytest
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.writers import check_writers, flatten
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss import runs
 
 # A stand-in for the wandb package: it writes down what it is given.
@@ -36,17 +35,6 @@ class run:
 class config:
     update = staticmethod(lambda *args, **kwargs: None)
 '''
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
 
 
 def test_flatten():

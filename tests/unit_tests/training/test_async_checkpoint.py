@@ -20,8 +20,7 @@ from megatron.core.dist_checkpointing.strategies.async_thread import Abandoned, 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+from tests.unit_tests.training import watched_pretrain
 from tests.unit_tests.training.held_writer import SECONDS, Gate, HeldWriter
 
 TRACKER = 'latest_checkpointed_iteration.txt'
@@ -32,17 +31,6 @@ LAYOUTS = {
     'one': (1, ''),
     'distributed': (2, f'{EXPERTS} --expert-model-parallel-size 2'),
 }
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('data') / 'data'))
 
 
 def train(ranks, data, folder, flags, function=None, world_size=1, *args):

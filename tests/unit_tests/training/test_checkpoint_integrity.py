@@ -13,17 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron.training import checkpoint_integrity
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 TRACKER = 'latest_checkpointed_iteration.txt'
 STEPS = 4
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

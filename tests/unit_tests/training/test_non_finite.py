@@ -14,23 +14,12 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import step_callbacks
 from megatron.training.non_finite import NonFiniteError, Report, Sighting, describe
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 STEPS, PLANTED_AT = 4, 3
 EP2 = '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall'
 DISTOPT = f'{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('data') / 'data'))
 
 
 def train(ranks, data, folder, flags, function=watched_pretrain.run):

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 STEPS, SAVE_INTERVAL, KILLED_AFTER = 6, 2, 3
@@ -24,12 +24,6 @@ LAYOUTS = {
         f'{EP} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather',
     ),
 }
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)

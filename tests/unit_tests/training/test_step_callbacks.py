@@ -9,7 +9,6 @@ import re
 import pytest
 
 from megatron.training import step_callbacks
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.training import tiny_pretrain
 
 SAMPLES_PER_STEP = 4
@@ -21,17 +20,6 @@ def run_with_output(flags, data, silent: bool = False) -> tuple:
     with contextlib.redirect_stdout(output):
         received = tiny_pretrain.run_pretrain(flags, data, silent=silent)
     return received, output.getvalue()
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('callbacks') / 'data'))
 
 
 def run(ranks, data, flags: str, world_size: int = 1, **kwargs):

@@ -10,18 +10,12 @@ import pytest
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.data.tokenize import tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.unit_tests.distributed import RankFailure
 
 FLAGS = (
     '--preset tiny --preset-layers 2 --seq-length 32 --micro-batch-size 1 --global-batch-size 2 '
     '--lr 1e-3 --eval-interval 2 --eval-iters 3 --num-workers 0 --distributed-timeout-minutes 1'
 ).split()
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

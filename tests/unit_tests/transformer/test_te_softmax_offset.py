@@ -13,7 +13,6 @@ from packaging.version import Version
 from megatron.core.extensions import transformer_engine as extension
 from megatron.core.transformer import te_softmax_offset
 from megatron.core.transformer.enums import AttnMaskType
-from tests.unit_tests.distributed import RankPool
 
 HEADS, GROUPS, DIM, LENGTH = 4, 2, 8, 16
 
@@ -135,12 +134,6 @@ def gradient(cp: bool):
     if cp:
         torch.distributed.all_reduce(total)
     return total.tolist()
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture(autouse=True)

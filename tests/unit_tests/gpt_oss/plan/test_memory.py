@@ -14,7 +14,6 @@ from megatron.gpt_oss.plan.layout import Layout, Recompute
 from megatron.gpt_oss.plan.memory import StageMoments, optimizer_memory, stage_memory
 from megatron.gpt_oss.plan.parameters import rank_parameters
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.plan.live_memory import balanced_routing
 
 # No two sizes alike; small, so that activations are not hidden by what a process has anyway.
@@ -28,12 +27,6 @@ ODD = dataclasses.replace(
     vocab_size=384,
     sliding_window=24,
 )
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def _layout(world_size=1, policy='fast', **sizes):

@@ -18,7 +18,6 @@ from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors
 from megatron.gpt_oss.plan.layout import Layout, Recompute
 from megatron.gpt_oss.plan.memory import StageMoments, fullest_rank, gather_buffer, optimizer_memory
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.plan import test_memory
 from tests.unit_tests.gpt_oss.plan.live_memory import (
     LiveMemory,
@@ -38,12 +37,6 @@ MODEL = dataclasses.replace(
     sliding_window=24,
 )
 LARGE_HEAD = dataclasses.replace(MODEL, num_layers=1, vocab_size=8192)
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def _layout(world_size=1, policy='fast', preset=MODEL, recompute=None, **sizes):
