@@ -143,12 +143,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or (QUICK if args.quick else names(CASES))
-    for name in chosen:
-        if name not in by_name:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
-    for name in args.backends or ():
-        if name not in registry.BACKENDS:
-            parser.error(f"--backends {name}: unknown; there are {', '.join(registry.BACKENDS)}")
+    report.check_names(parser, chosen, by_name)
+    report.check_names(parser, args.backends or (), registry.BACKENDS, "--backends")
     if args.write_table and device() == "cpu":
         parser.error("--write-table: there is no GPU to measure")
     args.workloads = [by_name[name] for name in chosen]

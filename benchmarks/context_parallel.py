@@ -147,12 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or names(CASES)
-    for name in chosen:
-        if name not in by_name:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(by_name)}")
-    for name in args.schemes or ():
-        if name not in ("auto", *FLAT):
-            parser.error(f"--schemes {name}: unknown; there are auto, {', '.join(FLAT)}")
+    report.check_names(parser, chosen, by_name)
+    report.check_names(parser, args.schemes or (), ("auto", *FLAT), "--schemes")
     if args.write_table and device() == "cpu":
         parser.error("--write-table: there is no GPU to measure")
     if args.plan is None and "RANK" not in os.environ:

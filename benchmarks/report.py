@@ -64,11 +64,11 @@ def write_rows(
     _save(path, facts, " ".join([*command, *sys.argv]), content)
 
 
-def check_names(parser, names: list[str], known) -> None:
-    """Refuse a word of --cases that is no case, with those that there are."""
+def check_names(parser, names, known, flag: str = "--cases", separator: str = ", ") -> None:
+    """Refuse a word of a flag that is no case, with those that there are."""
     for name in names:
         if name not in known:
-            parser.error(f"--cases {name}: unknown; there are {', '.join(known)}")
+            parser.error(f"{flag} {name}: unknown; there are {separator.join(known)}")
 
 
 def run_cases(args, facts: dict, run_case, table, out_of_memory: type[Exception]) -> None:

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ import torch
 
 from benchmarks import context_parallel, report
 from benchmarks.attention import machine, names
-from benchmarks.trainer import Trainer, make_batch, start_alone
+from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from megatron.core.transformer.sink_attention.context_parallel import local_tokens
 from megatron.core.transformer.sink_attention.measure import (
     Workload,
@@ -92,7 +91,7 @@ def main() -> None:
     rows, left_out = [], []
     if split:
         context_parallel.start_group()
-    facts = {**machine(), "transformer-engine": shown_version()}
+    facts = machine()
     first = not split or torch.distributed.get_rank() == 0
 
     def save() -> None:
@@ -142,19 +141,11 @@ def parse_arguments() -> argparse.Namespace:
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or names(TINY if args.smoke else CASES)
     report.check_names(parser, chosen, by_name)
-    for name in args.steps or ():
-        if name not in STEPS:
-            parser.error(f"--steps {name}: unknown; there are {'; '.join(STEPS)}")
+    report.check_names(parser, args.steps or (), STEPS, "--steps", separator="; ")
     args.workloads = [by_name[name] for name in chosen]
     if args.steps is None:
         args.steps = list(STEPS) if installed_versions().te else ["local"]
     return args
-
-
-def shown_version() -> str:
-    """Of TransformerEngine."""
-    found = installed_versions().te
-    return ".".join(map(str, found)) if found else "none"
 
 
 def te_call(workload: Workload, group=None):
@@ -311,24 +302,22 @@ def step(name: str, smoke: bool) -> Row:
     options = dict(seq_length=length, loss_chunk=0 if smoke else 4096, bf16=not smoke)
     trainer = Trainer(preset, optimizer=False, **options, **STEPS[name])
     try:
-        batch, times = make_batch(preset.vocab_size, length), []
+        batch, losses, times = make_batch(preset.vocab_size, length), [], []
+
+        def micro_batch() -> None:
+            trainer.zero_gradients()
+            losses.append(trainer.forward_backward(batch))
+
         for _ in range(7):
             if device() == "cuda":
-                torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            begin = time.perf_counter()
-            trainer.zero_gradients()
-            loss = trainer.forward_backward(batch)
-            if device() == "cuda":
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - begin) * 1e3)
-        if not torch.isfinite(loss).all():
-            raise FloatingPointError(f"the loss is {loss.tolist()}")
+            times.append(timed(micro_batch) * 1e3)
+        if not torch.isfinite(losses[-1]).all():
+            raise FloatingPointError(f"the loss is {losses[-1].tolist()}")
         peak = torch.cuda.max_memory_allocated() / 2**20 if device() == "cuda" else math.nan
     finally:
         trainer.close()
-    p20, _, p80 = quantiles(times[2:])
-    median = statistics.median(times[2:])
+    p20, median, p80 = quantiles(times[2:])
     return Row(f"two layers, {length}", name, 1, median, p20, p80, math.nan, peak, math.nan)
 
 

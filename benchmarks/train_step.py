@@ -46,7 +46,7 @@ logging.disable(logging.WARNING)
 import torch
 
 from benchmarks import report
-from benchmarks.trainer import Trainer, make_batch, start_alone
+from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
 from megatron.gpt_oss.plan.layout import Layout, Recompute
@@ -306,21 +306,6 @@ def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, f
             torch.cuda.reset_peak_memory_stats()
     peak = torch.cuda.max_memory_allocated() / GIB if device_utils.is_cuda() else float("nan")
     return median(steps[2:] or steps), min(updates[1:]), peak
-
-
-def timed(function) -> float:
-    """Seconds until the device is done."""
-    if not device_utils.is_cuda():
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
 
 
 def median(values: list[float]) -> float:

@@ -5,6 +5,7 @@
 import gc
 import os
 import tempfile
+import time
 
 import torch
 
@@ -145,6 +146,21 @@ class Trainer:
         parallel_state.destroy_model_parallel()
         if device_utils.is_cuda():
             torch.cuda.empty_cache()
+
+
+def timed(function) -> float:
+    """Seconds until the device is done."""
+    if not device_utils.is_cuda():
+        begin = time.perf_counter()
+        function()
+        return time.perf_counter() - begin
+    torch.cuda.synchronize()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def make_batch(vocab_size: int, length: int, size: int = 1, seed: int = 7) -> dict:

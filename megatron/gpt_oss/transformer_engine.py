@@ -9,13 +9,13 @@ decided in its compiled part and were not read there. It reports a case outside 
 inside a layer, or goes to unfused attention, whose scores do not fit beyond 8k tokens.
 """
 
-import importlib.metadata
 import re
 from dataclasses import dataclass
 from typing import Callable, Iterator
 
 import torch
 
+from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.errors import UsageError
 
 SINK_ATTENTION = ("megatron", "te")
@@ -25,8 +25,12 @@ SOFTMAX_TYPE_TE = (2, 8, 0)
 LEARNABLE_CUDNN = (9, 13, 1)
 PACKED_CUDNN = (9, 18, 0)
 SAVE_ORIGINAL_INPUT_TE = (2, 6, 0)
-FP8_RECIPE_TE = {"delayed": (1, 0, 0), "mxfp8": (2, 1, 0), "tensorwise": (2, 2, 0)}
-FP8_RECIPE_TE["blockwise"] = (2, 3, 0)
+FP8_RECIPE_TE = {
+    "delayed": (1, 0, 0),
+    "mxfp8": (2, 1, 0),
+    "tensorwise": (2, 2, 0),
+    "blockwise": (2, 3, 0),
+}
 # Of FusedAttention's backward on the cards before Blackwell.
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 128, 8
 FP8_ROWS = 16  # a product's rows in FP8
@@ -44,17 +48,13 @@ class Versions:
 
 def installed_versions() -> Versions:
     """Those of this machine, without importing TransformerEngine."""
-    te = None
-    for name in ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu13"):
-        try:
-            te = te or _numbers(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    packages = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu13")
+    te = next(filter(None, map(package_version, packages)), None)
     number = torch.backends.cudnn.version() if torch.cuda.is_available() else None
     cudnn = None
     if number is not None and number >= 90000:
         cudnn = (number // 10000, number // 100 % 100, number % 100)
-    return Versions(te, cudnn)
+    return Versions(te and _numbers(te), cudnn)
 
 
 def _numbers(version: str) -> tuple[int, int, int]:

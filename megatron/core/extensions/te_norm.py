@@ -3,15 +3,17 @@
 """TransformerEngine's RMSNorm with the checkpoint of PyTorch's: a weight and nothing else."""
 
 from megatron.core.extensions.transformer_engine import TENorm, _get_extra_te_kwargs, te
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-_EXTRA_STATE = "_extra_state"
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 
 
 def _forget_extra_state(module, incompatible_keys) -> None:
     """A checkpoint without the object that a norm has no use for is whole."""
     missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.endswith(f"layernorm.{_EXTRA_STATE}")]
+    missing[:] = [key for key in missing if not key.endswith("layernorm._extra_state")]
 
 
 class TERMSNorm(te.pytorch.RMSNorm):
@@ -27,9 +29,13 @@ class TERMSNorm(te.pytorch.RMSNorm):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """The weight, replicated over the tensor parallel ranks."""
-        state = without_extra_state(self.state_dict(prefix="", keep_vars=True))
         return make_sharded_tensors_for_checkpoint(
-            state, prefix, {}, sharded_offsets, **_groups(metadata)
+            {"weight": self.weight},
+            prefix,
+            {},
+            sharded_offsets,
+            tp_group=get_tensor_model_parallel_group(),
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
 
 
@@ -46,19 +52,3 @@ class TECheckpointedNorm:
             zero_centered_gamma=config.layernorm_zero_centered_gamma,
             **_get_extra_te_kwargs(config),
         )
-
-
-def without_extra_state(state: dict) -> dict:
-    """A module's own state without TransformerEngine's object."""
-    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
-
-
-def _groups(metadata: dict | None) -> dict:
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-    from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-
-    metadata = ensure_metadata_has_dp_cp_group(metadata)
-    return {
-        "tp_group": get_tensor_model_parallel_group(),
-        "dp_cp_group": metadata["dp_cp_group"],
-    }

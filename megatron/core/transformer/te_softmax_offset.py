@@ -9,6 +9,7 @@ import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.softmax_offset import init_softmax_offset
+from megatron.core.utils import get_pg_size
 
 
 def prepare_te_softmax_offset(module, config, tp_group) -> None:
@@ -32,10 +33,5 @@ def prepare_te_softmax_offset(module, config, tp_group) -> None:
     else:  # without Megatron's random states they stay zero
         set_tensor_model_parallel_attributes(param, is_parallel=True, dim=0, stride=1)
     owner = weakref.ref(module)  # the hook lives in C++, where a ring is not collected
-    param.register_hook(lambda gradient: gradient / _ranks(owner()))
-
-
-def _ranks(module) -> int:
-    """Over which the gradient was gathered; a group can be set after __init__."""
-    group = getattr(module, "cp_group", None)
-    return 1 if group is None else torch.distributed.get_world_size(group)
+    # Looked up at each call: the group can be set after __init__.
+    param.register_hook(lambda gradient: gradient / get_pg_size(owner().cp_group))
