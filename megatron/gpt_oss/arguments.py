@@ -25,7 +25,14 @@ from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
-from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, get_preset, preset_flags
+from megatron.gpt_oss.presets import (
+    PRESETS,
+    Preset,
+    architecture_flags,
+    extended,
+    get_preset,
+    preset_flags,
+)
 from megatron.gpt_oss.sequence_arguments import check_sequence
 from megatron.gpt_oss.transformer_engine import (
     SINK_ATTENTION,
@@ -80,6 +87,14 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         default=None,
         help="Another number of layers than the preset's: a shallower model of the same shape, "
         "for tests and benchmarks.",
+    )
+    group.add_argument(
+        "--yarn-factor",
+        type=float,
+        metavar="F",
+        default=None,
+        help="Extend the context: positions up to F times 4,096 instead of the published 32 times "
+        "(131,072), by YaRN. Training has to follow; convert to-hf writes it to config.json.",
     )
     group.add_argument(
         "--load-hf",
@@ -262,8 +277,13 @@ def _chosen_preset(given: Namespace) -> Preset | None:
                 f"--preset-layers {num_layers} changes the depth of a preset, and --preset is "
                 f"'{NO_PRESET}'. Give --num-layers instead."
             )
+        if (factor := getattr(given, "yarn_factor", None)) is not None:
+            raise PresetError(
+                f"--yarn-factor {factor:g} extends a preset, and --preset is '{NO_PRESET}'. Give "
+                "--rotary-scaling-factor and --max-position-embeddings instead."
+            )
         return None
-    return get_preset(name, num_layers)
+    return extended(get_preset(name, num_layers), getattr(given, "yarn_factor", None))
 
 
 def check_architecture(given: Namespace, preset: Preset, parser: ArgumentParser) -> None:
@@ -284,6 +304,8 @@ def check_architecture(given: Namespace, preset: Preset, parser: ArgumentParser)
             continue
         flag = _flag_of(dest, value, parser)
         remedy = f"Drop the flag, or describe the whole model yourself with --preset {NO_PRESET}."
+        if dest == "rotary_scaling_factor":
+            remedy = f"To extend the context give --yarn-factor {value:g}."
         if dest == "num_layers":
             remedy = f"For another depth of the same shape give --preset-layers {value}."
         raise PresetError(
@@ -337,7 +359,7 @@ def check_files(given: Namespace, preset: Preset | None) -> None:
     if getattr(given, "tokenizer_model", None) is not None:
         _check_tokenizer(given.tokenizer_model)
     if getattr(given, "load_hf", None) is not None:
-        _check_hf_checkpoint(given.load_hf, preset)
+        _check_hf_checkpoint(given.load_hf, preset, getattr(given, "yarn_factor", None))
         if not hasattr(given, "tokenizer_type") and not hasattr(given, "tokenizer_model"):
             _check_tokenizer(os.path.join(given.load_hf, "tokenizer.json"))
 
@@ -387,14 +409,14 @@ def _check_tokenizer(model: str) -> None:
     )
 
 
-def _check_hf_checkpoint(folder: str, preset: Preset | None) -> None:
+def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float | None) -> None:
     from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 
     config = read_hf_config(Path(folder))
     HFReader(Path(folder)).check_files()
     if preset is None:
         return
-    found = preset_from_hf_config(config)
+    found = extended(preset_from_hf_config(config), yarn_factor)
     theirs, ours = architecture_flags(found), architecture_flags(preset)
     for dest, value in ours.items():
         if theirs[dest] != value:

@@ -109,6 +109,26 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     return dataclasses.replace(preset, num_layers=num_layers)
 
 
+def extended(preset: Preset, yarn_factor: float | None) -> Preset:
+    """The same model over a longer context.
+
+    Args:
+        yarn_factor: of YaRN; the context is so many times the original length, which it stretches.
+            None leaves the preset as it is.
+    Raises:
+        PresetError: the factor is below the preset's own, which the published weights know.
+    """
+    if yarn_factor is None:
+        return preset
+    if not yarn_factor >= preset.yarn_factor:
+        raise PresetError(
+            f"--yarn-factor {yarn_factor:g}: --preset {preset.name} has {preset.yarn_factor:g} "
+            "already. Give a larger one, or none."
+        )
+    length = int(yarn_factor * preset.yarn_original_max_position_embeddings)
+    return dataclasses.replace(preset, yarn_factor=yarn_factor, max_position_embeddings=length)
+
+
 def architecture_flags(preset: Preset) -> dict:
     """The Megatron arguments (by dest) that make the model what it is.
 

@@ -24,13 +24,15 @@ from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
 from megatron.gpt_oss.checkpoint.mapping import copy_matrix, hf_to_megatron, locate
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset, architecture_flags
+from megatron.gpt_oss.presets import Preset, architecture_flags, extended
 
 logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def load_hf(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> None:
+def load_hf(
+    model_chunks: Sequence[torch.nn.Module], folder: str | Path, yarn_factor: float | None = None
+) -> None:
     """Copy the weights of a Hugging Face gpt-oss folder into a model's parameters.
 
     Call it before the optimizer is made; later, an optimizer with main parameters needs
@@ -39,11 +41,12 @@ def load_hf(model_chunks: Sequence[torch.nn.Module], folder: str | Path) -> None
     Args:
         model_chunks: this rank's chunks (several with virtual pipeline stages), wrapped or not.
         folder: BF16 or MXFP4 checkpoint.
+        yarn_factor: the model's, where it is to extend the folder's context.
     Raises:
         CheckpointError: the folder is incomplete, of another model, or a parameter stayed unfilled.
     """
     folder = Path(folder)
-    preset = preset_from_hf_config(read_hf_config(folder))
+    preset = extended(preset_from_hf_config(read_hf_config(folder)), yarn_factor)
     reader = HFReader(folder)
     check_tensors(reader, preset)
     for chunk in unwrap_model(list(model_chunks)):
@@ -81,11 +84,11 @@ def check_same_model(config: TransformerConfig, preset: Preset, folder: Path) ->
             )
 
 
-def load_hf_hook(folder: str | Path) -> Callable[[list], list]:
+def load_hf_hook(folder: str | Path, yarn_factor: float | None = None) -> Callable[[list], list]:
     """A hook for `GPTModelConfig.pre_wrap_hooks`: runs before DDP and optimizer take copies."""
 
     def hook(model_chunks: list) -> list:
-        load_hf(model_chunks, folder)
+        load_hf(model_chunks, folder, yarn_factor)
         return model_chunks
 
     return hook

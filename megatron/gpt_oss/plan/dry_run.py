@@ -58,7 +58,19 @@ def dry_run(
     gpus = finder.parse_known_args(list(argv))[0].dry_run
     if gpus < 0:
         raise UsageError(f"{FLAG} {gpus}: wanted a number of GPUs, or none for torchrun's.")
-    gpus = gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    args = validated(argv, extra_args_provider, gpus or int(os.environ.get("WORLD_SIZE", "1")))
+    if int(os.environ["RANK"]) == 0:
+        print(report(args), flush=True)
+
+
+def validated(
+    argv: Sequence[str], extra_args_provider: Callable[[ArgumentParser], ArgumentParser], gpus: int
+) -> Namespace:
+    """The arguments of a command line as a run on so many GPUs has them, and nothing printed.
+
+    Raises:
+        UsageError: the command line cannot be run.
+    """
     # Megatron's validation reads its world from here.
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -66,11 +78,9 @@ def dry_run(
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
         logging.disable(logging.WARNING)
         try:
-            args = parse(argv, extra_args_provider)
+            return parse(argv, extra_args_provider)
         finally:
             logging.disable(logging.NOTSET)
-    if int(os.environ["RANK"]) == 0:
-        print(report(args), flush=True)
 
 
 def report(args: Namespace) -> str:

@@ -24,7 +24,12 @@ class Monitor:
         self._args = args
         self._log = log
         if args.monitor_interval:
-            self._load = RouterLoad(args.num_layers, args.num_experts, self._is_step_looked_at)
+            self._load = RouterLoad(
+                args.num_layers,
+                args.num_experts,
+                self._is_step_looked_at,
+                args.expert_model_parallel_size,
+            )
             step_callbacks.on_gradients_ready(self.look)
         if args.sample_interval:
             self._tokenizer = load_text_tokenizer(args.tokenizer_model)

@@ -18,10 +18,18 @@ class RouterLoad:
         num_layers, num_experts: of the whole model.
         is_wanted: whether the step that runs now is to be counted; asked once a router and
             micro-batch, so that other steps cost nothing else.
+        expert_parallel: ranks that share the experts of a layer, each with as many in a row.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, is_wanted: Callable[[], bool]):
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        is_wanted: Callable[[], bool],
+        expert_parallel: int = 1,
+    ):
         self._is_wanted = is_wanted
+        self._expert_parallel = expert_parallel
         # A row a layer: choices of each expert; entropy summed over tokens; tokens.
         self._shape = (num_layers, num_experts + 2)
         self._on_device: dict[int, Tensor] = {}
@@ -38,7 +46,9 @@ class RouterLoad:
 
         Returns:
             One number a layer: 'busiest_share', the share of all choices that fell on the busiest
-            expert (1 / num_experts if balanced); 'load_cv', the coefficient of variation of the
+            expert (1 / num_experts if balanced); 'busiest_rank', the choices that fell on the
+            experts of the busiest expert parallel rank over the mean (1 if balanced; what
+            `gptoss plan --expert-load` asks for); 'load_cv', the coefficient of variation of the
             experts' loads (0 if balanced); 'router_entropy', the mean over tokens of the entropy
             of softmax(logits) over all experts, in nats (at most ln(num_experts)).
         """
@@ -50,7 +60,7 @@ class RouterLoad:
             # Each layer is counted by the ranks of its pipeline stage: every token once, or, by
             # tensor-parallel ranks that hold all tokens, equally often. Only ratios are used.
             torch.distributed.all_reduce(sums)
-        return summarise(sums.cpu())
+        return summarise(sums.cpu(), self._expert_parallel)
 
     def _after_router(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
         # A recomputed layer runs twice, the first time without gradients; evaluation is not wanted.
@@ -72,17 +82,20 @@ class RouterLoad:
         self._on_device[layer] = row if counted is None else counted + row
 
 
-def summarise(sums: Tensor) -> dict[str, list[float]]:
+def summarise(sums: Tensor, expert_parallel: int) -> dict[str, list[float]]:
     """Shares, variation and entropy from the counts of `RouterLoad`.
 
     Args:
         sums: [num_layers, num_experts + 2] fp64.
+        expert_parallel: divides num_experts.
     """
     load, entropy, tokens = sums[:, :-2], sums[:, -2], sums[:, -1]
     total = load.sum(dim=1)
     mean = load.mean(dim=1)
+    of_ranks = load.unflatten(1, (expert_parallel, -1)).sum(dim=2)
     values = {
         "busiest_share": load.amax(dim=1) / total,
+        "busiest_rank": of_ranks.amax(dim=1) * expert_parallel / total,
         "load_cv": load.std(dim=1, correction=0) / mean,
         "router_entropy": entropy / tokens,
     }

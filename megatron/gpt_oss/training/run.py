@@ -123,7 +123,7 @@ def _model_config(args: Namespace, monitor: Monitor) -> GPTModelConfig:
     config = model_config_from_args(args)
     config.pre_wrap_hooks += [pattern_hook(args), monitor.watch]
     if args.load_hf and not _goes_on(args.load):
-        config.pre_wrap_hooks.append(load_hf_hook(args.load_hf))
+        config.pre_wrap_hooks.append(load_hf_hook(args.load_hf, args.yarn_factor))
     return config
 
 

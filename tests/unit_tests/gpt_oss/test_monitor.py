@@ -73,7 +73,7 @@ def test_load_and_entropy_against_transformers(make_model, tmp_path):
     write_hf(tmp_path / 'hf', TINY, trained_tensors(TINY))
     model = make_model(TINY, seq_length=32)
     load_hf([model], tmp_path / 'hf')
-    load = RouterLoad(TINY.num_layers, TINY.num_experts, is_wanted=lambda: wanted)
+    load = RouterLoad(TINY.num_layers, TINY.num_experts, lambda: wanted, expert_parallel=2)
     load.watch([model])
     ids = torch.randint(0, 256, (2, 3, 32), generator=torch.Generator().manual_seed(0))
     wanted = False
@@ -93,6 +93,8 @@ def test_load_and_entropy_against_transformers(make_model, tmp_path):
         chosen = logits.topk(TINY.num_experts_per_tok).indices.flatten()
         counts = torch.bincount(chosen, minlength=TINY.num_experts).double()
         assert found['busiest_share'][layer] == pytest.approx(float(counts.max() / counts.sum()))
+        halves = counts.view(2, -1).sum(1)  # each rank has experts in a row
+        assert found['busiest_rank'][layer] == pytest.approx(float(halves.max() / halves.mean()))
         variation = math.sqrt(float(counts.var(correction=0))) / float(counts.mean())
         assert found['load_cv'][layer] == pytest.approx(variation)
         entropy = torch.distributions.Categorical(logits=logits).entropy().mean()

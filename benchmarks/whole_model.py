@@ -1,0 +1,348 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""gpt-oss-20b whole, all layers, all parameters trained, as a user runs it: pretrain_gpt_oss.py.
+
+    python benchmarks/whole_model.py --data data/text --tokenizer models/gpt-oss-20b \\
+        --folder runs/whole --json benchmarks/results/whole_model_h200x4.json
+    python benchmarks/whole_model.py ... --cases 32k two-gpus --steps 10
+    python benchmarks/whole_model.py ... --show --gpus 8         the commands and the plans alone
+    python benchmarks/whole_model.py ... --preset tiny --gpus 4  small, on the CPU too
+
+Random weights, bf16, gradients and AdamW's state in fp32, the optimizer's state split over the
+ranks, real routers with gpt-oss' load balancing loss, sequences full of documents between which
+attention goes. --data is what `gptoss tokenize` wrote. Each case is a torchrun of its own on the
+GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives partly on the host:
+
+- 4k: experts over all GPUs, two sequences a micro-batch;
+- 32k: and four GPUs to a sequence, the reference case;
+- 128k, 256k: all GPUs to a sequence, each layer's inside made again in the backward; 256k is beyond
+  the published model's context, with YaRN's factor doubled;
+- two-gpus: 32k over two GPUs.
+
+A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
+median of the steps after the first fifth, the highest peak of all ranks and steps, the loss of every
+step. `load` is the busiest GPU's share of a layer's tokens over the mean, the mean over layers, in
+the steps that the monitor looked at. Planned are `--dry-run`'s GiB, with even experts and with that load.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import report
+from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.memory import fullest_rank
+from megatron.gpt_oss.presets import get_preset
+
+GIB = 2**30
+TOKENS_A_GPU = 32_768
+MONITOR_INTERVAL = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        length: tokens a sequence, for a model of 20b.
+        memory: word of --memory.
+        sequences: of a micro-batch.
+        context_parallel: GPUs to a sequence at most; None: all.
+        gpus: that are used; None: all.
+        steps: by default.
+        flags: more of them.
+    """
+
+    name: str
+    length: int
+    memory: str
+    sequences: int = 1
+    context_parallel: int | None = 1
+    gpus: int | None = None
+    steps: int = 50
+    flags: tuple[str, ...] = ()
+
+
+CASES = [
+    Case("4k", 4096, "fast", sequences=2),
+    Case("32k", 32_768, "fast", context_parallel=4),
+    Case("128k", 131_072, "lean", context_parallel=None),
+    Case(
+        "256k",
+        262_144,
+        "lean",
+        context_parallel=None,
+        steps=3,
+        flags=("--yarn-factor", "64"),
+    ),
+    Case(
+        "two-gpus",
+        32_768,
+        "lean",
+        context_parallel=2,
+        gpus=2,
+        steps=20,
+        flags=(
+            "--optimizer-cpu-offload",
+            "--use-precision-aware-optimizer",
+            "--optimizer-offload-fraction",
+            "0.6",
+            "--overlap-cpu-optimizer-d2h-h2d",
+        ),
+    ),
+]
+
+
+@dataclass
+class Row:
+    """One line of the table. Seconds, tokens/s and FLOPs of the median step; GiB of the fullest GPU."""
+
+    case: str
+    gpus: int
+    length: int
+    tokens_a_step: int
+    layout: str
+    steps: int
+    seconds_a_step: float
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
+    peak_gib: float
+    planned_gib: float
+    planned_gib_with_load: float
+    load: float | None
+    first_loss: float
+    last_loss: float
+    losses: list[float]
+    wall_seconds: float
+    command: str
+
+
+def main() -> None:
+    """Run the chosen cases one after the other; one that fails does not stop the others."""
+    args = parse_arguments()
+    facts = report.machine("torch", "triton")
+    if torch.cuda.is_available():
+        facts["gpu"] = f"{args.gpus} x {torch.cuda.get_device_name()}"
+    rows, left_out = [], []
+    for case in args.chosen:
+        flags = flags_of(case, args)
+        gpus = gpus_of(case, args)
+        print(f"{case.name}: {command_of(flags, gpus)}", flush=True)
+        layout = layout_from_flags(flags, gpus)
+        print(f"planned {planned_gib(layout):.1f} GiB", flush=True)
+        if args.show:
+            continue
+        try:
+            row = run(case, flags, layout, args)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            left_out.append([case.name, str(error)])
+            print(f"{case.name}: {error}", flush=True)
+        else:
+            rows.append(row)
+            print(table([row]), flush=True)
+        if args.json:  # after every case: a run that is stopped keeps its rows
+            report.write_rows(args.json, facts, ["python"], rows, left_out)
+    if rows:
+        print(table(rows))
+    if left_out:
+        sys.exit(1)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; an unknown case is refused with those that there are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    by_name = {case.name: case for case in CASES}
+    parser.add_argument("--data", required=True, metavar="PREFIX", help="of gptoss tokenize")
+    parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
+    parser.add_argument("--folder", type=Path, required=True, help="for the runs; new ones each")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(by_name))
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or None)
+    parser.add_argument("--preset", default="20b")
+    parser.add_argument("--steps", type=int, help="instead of the cases' own")
+    parser.add_argument("--lr", default="3e-4", help="after five steps of warm-up")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="of a case")
+    parser.add_argument("--show", action="store_true", help="commands and plans, and no run")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("flags", nargs="*", help="for pretrain_gpt_oss.py, after --")
+    args = parser.parse_args()
+    if not args.gpus:
+        parser.error("there is no CUDA device. Give --gpus N.")
+    report.check_names(parser, args.cases, by_name)
+    args.chosen = [by_name[name] for name in args.cases]
+    return args
+
+
+def gpus_of(case: Case, args: argparse.Namespace) -> int:
+    """How many a case takes."""
+    return min(case.gpus or args.gpus, args.gpus)
+
+
+def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
+    """The command line of pretrain_gpt_oss.py, but for its folder."""
+    preset, gpus = get_preset(args.preset), gpus_of(case, args)
+    # A small preset has the layouts at lengths of its own.
+    length = case.length * preset.seq_length // get_preset("20b").seq_length
+    context_parallel = min(case.context_parallel or gpus, gpus)
+    micro_batch = case.sequences * gpus // context_parallel
+    wanted = TOKENS_A_GPU * length // case.length * gpus
+    sequences = max(1, wanted // (length * micro_batch)) * micro_batch
+    steps = args.steps or case.steps
+    # Megatron's cosine and warm-up count samples that there are.
+    words = f"""
+        --preset {args.preset} --seq-length {length} --micro-batch-size {case.sequences}
+        --global-batch-size {sequences} --expert-model-parallel-size {gpus}
+        --context-parallel-size {context_parallel} --use-distributed-optimizer
+        --memory {case.memory} --train-iters {steps} --lr {args.lr} --lr-decay-style constant
+        --lr-warmup-iters {min(5, steps - 1)} --adam-beta2 0.95 --weight-decay 0.1 --clip-grad 1.0
+        --data-path {args.data} --split 100,0,0 --tokenizer-model {args.tokenizer}
+        --eval-iters 0 --monitor-interval {min(MONITOR_INTERVAL, steps)}
+        """.split()
+    return [*words, "--bf16", *case.flags, *args.flags]
+
+
+def command_of(flags: list[str], gpus: int) -> str:
+    """What a person types."""
+    return f"torchrun --nproc-per-node {gpus} pretrain_gpt_oss.py {shlex.join(flags)}"
+
+
+def layout_from_flags(flags: list[str], gpus: int) -> Layout:
+    """The planner's view of a command line, found in a process of its own: Megatron's arguments
+    are the only ones of theirs."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_layout_from_flags, flags, gpus).result()
+
+
+def _layout_from_flags(flags: list[str], gpus: int) -> Layout:
+    warnings.simplefilter("ignore")
+    from megatron.gpt_oss.plan.dry_run import layout_of, validated
+    from megatron.gpt_oss.training.run_arguments import add_run_arguments
+
+    return layout_of(validated(flags, add_run_arguments, gpus))
+
+
+def planned_gib(layout: Layout, load: float = 1.0) -> float:
+    """What --dry-run says of the fullest GPU."""
+    return fullest_rank(replace(layout, expert_load=load)).total / GIB
+
+
+def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) -> Row:
+    """Train, and read what the run wrote.
+
+    Raises:
+        RuntimeError: it failed; with the end of its output.
+        subprocess.TimeoutExpired: it took more than --timeout.
+    """
+    folder, gpus = args.folder / case.name, layout.gpus
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words += ["--nproc-per-node", str(gpus), "pretrain_gpt_oss.py", *flags]
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+    # AdamW on the host has no other threads; ranks beside each other share the cores.
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // gpus))
+    begin = time.monotonic()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    output = args.folder / f"{case.name}.log"
+    with output.open("w") as log:
+        done = subprocess.run(
+            [*words, "--run-dir", str(folder)],
+            cwd=report.ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            timeout=args.timeout,
+        )
+    seconds = time.monotonic() - begin
+    if done.returncode:
+        end = output.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"ended with {done.returncode}, see {output.name}:\n{end}")
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return row_of(case, flags, layout, [json.loads(line) for line in lines], seconds)
+
+
+def row_of(
+    case: Case, flags: list[str], layout: Layout, records: list[dict], seconds: float
+) -> Row:
+    """The figures of a run.
+
+    Args:
+        records: of metrics.jsonl.
+        seconds: from the start of torchrun to its end.
+    """
+    steps = [record for record in records if "tokens_per_second" in record]
+    looked = [record["experts"]["busiest_rank"] for record in records if "experts" in record]
+    watched = {record["step"] for record in records if "experts" in record}
+    # The first steps compile and warm up, and a step that is looked at does more than train.
+    counted = [s for s in steps[len(steps) // 5 :] if s["step"] not in watched] or steps[-1:]
+    step = sorted(counted, key=lambda s: s["seconds_per_step"])[len(counted) // 2]
+    load = statistics.fmean(map(statistics.fmean, looked)) if looked else None
+    losses = [record["loss"] for record in steps]
+    return Row(
+        case=case.name,
+        gpus=layout.gpus,
+        length=layout.seq_length,
+        tokens_a_step=layout.seq_length * layout.global_batch_size,
+        layout=f"EP {layout.ep}, CP {layout.cp}, DP {layout.dp}, {case.memory}",
+        steps=len(steps),
+        seconds_a_step=step["seconds_per_step"],
+        tokens_per_second=step["tokens_per_second_per_gpu"],
+        tflops=step["tflops_per_gpu"],
+        mfu=step["mfu"],
+        peak_gib=max(s["peak_memory_bytes"] for s in steps) / GIB,
+        planned_gib=planned_gib(layout),
+        planned_gib_with_load=planned_gib(layout, load or 1.0),
+        load=load,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        losses=losses,
+        wall_seconds=round(seconds, 1),
+        command=command_of(flags, layout.gpus),
+    )
+
+
+HEADER = ["case", "GPUs", "tokens", "layout", "steps", "s a step", "tokens/s/GPU", "TFLOP/s", "MFU"]
+HEADER += ["peak GiB", "planned GiB", "with load", "load", "loss"]
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    return [
+        row.case,
+        str(row.gpus),
+        f"{row.length:,}",
+        row.layout,
+        str(row.steps),
+        f"{row.seconds_a_step:.2f}",
+        f"{row.tokens_per_second:,.0f}",
+        f"{row.tflops:.0f}",
+        "-" if row.mfu is None else f"{row.mfu:.1%}",
+        f"{row.peak_gib:.1f}",
+        f"{row.planned_gib:.1f}",
+        f"{row.planned_gib_with_load:.1f}",
+        "-" if row.load is None else f"{row.load:.2f}",
+        f"{row.first_loss:.2f} to {row.last_loss:.2f}",
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """For people."""
+    return report.columns([HEADER, *map(cells, rows)], words=(0, 3))
+
+
+if __name__ == "__main__":
+    main()
