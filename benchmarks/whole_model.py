@@ -9,8 +9,9 @@
     python benchmarks/whole_model.py ... --preset tiny --gpus 4  small, on the CPU too
 
 Random weights, bf16, gradients and AdamW's state in fp32, the optimizer's state split over the
-ranks, real routers with gpt-oss' load balancing loss, sequences full of documents between which
-attention goes. --data is what `gptoss tokenize` wrote. Each case is a torchrun of its own on the
+ranks, sequences full of documents between which attention goes. Routing is balanced by force, as
+peers publish; in `-routed` and `two-gpus` the untrained routers choose, and soon all choose the
+same few experts, as those of a trained model do not. --data is what `gptoss tokenize` wrote. Each case is a torchrun of its own on the
 GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives partly on the host:
 
 - 4k: experts over all GPUs, two sequences a micro-batch;
@@ -64,6 +65,7 @@ class Case:
         context_parallel: GPUs to a sequence at most; None: all.
         gpus: that are used; None: all.
         steps: by default.
+        balanced: every expert has as many tokens as the others, at random.
         flags: more of them.
     """
 
@@ -74,6 +76,7 @@ class Case:
     context_parallel: int | None = 1
     gpus: int | None = None
     steps: int = 50
+    balanced: bool = True
     flags: tuple[str, ...] = ()
 
 
@@ -89,6 +92,8 @@ CASES = [
         steps=3,
         flags=("--yarn-factor", "64"),
     ),
+    Case("4k-routed", 4096, "fast", sequences=2, balanced=False),
+    Case("32k-routed", 32_768, "fast", context_parallel=4, balanced=False),
     Case(
         "two-gpus",
         32_768,
@@ -96,6 +101,7 @@ CASES = [
         context_parallel=2,
         gpus=2,
         steps=20,
+        balanced=False,
         flags=(
             "--optimizer-cpu-offload",
             "--use-precision-aware-optimizer",
@@ -214,7 +220,10 @@ def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
         --data-path {args.data} --split 100,0,0 --tokenizer-model {args.tokenizer}
         --eval-iters 0 --monitor-interval {min(MONITOR_INTERVAL, steps)}
         """.split()
-    return [*words, "--bf16", *case.flags, *args.flags]
+    if case.balanced:
+        words.append("--moe-router-force-load-balancing")
+    # 290 GB of checkpoint would be written at the end.
+    return [*words, "--save", "", "--bf16", *case.flags, *args.flags]
 
 
 def command_of(flags: list[str], gpus: int) -> str:
