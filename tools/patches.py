@@ -111,7 +111,9 @@ def _read(what: str) -> Tree:
 
 
 def _test(workspace: Workspace, args, what: str, tree: Tree, plan: Plan) -> None:
-    ids = list(dict.fromkeys(i for patch in testable(plan) for i in tests_of(patch)))
+    chosen = {workspace.series[name].name for name in args.patch}
+    patches = [patch for patch in testable(plan) if not chosen or patch.name in chosen]
+    ids = list(dict.fromkeys(i for patch in patches for i in tests_of(patch)))
     after = run_tests(workspace, tree | plan.tree, ids)
     entries = {test: {"after": astuple(after[test])} for test in ids}
     if args.prove:
@@ -122,7 +124,7 @@ def _test(workspace: Workspace, args, what: str, tree: Tree, plan: Plan) -> None
         told = [f"{name}: {' '.join(found)}".strip() for name, found in entry.items()]
         print(f"{test:<{width}}  {'; '.join(told)}")
     if args.prove and what in RELEASES and not args.group:
-        table.write_evidence(workspace, what, entries)
+        table.write_evidence(workspace, what, entries, keep=bool(chosen))
 
 
 def _before(workspace: Workspace, tree: Tree, plan: Plan, after: dict) -> dict:
@@ -238,6 +240,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("what", nargs="*", help=f"a folder, a wheel, or of {', '.join(RELEASES)}")
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
     sub.add_argument("--no-tests", action="store_true", help="only the table")
+    sub.add_argument(
+        "--patch",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run this patch's test alone (again for more); what is known of the others stays",
+    )
     sub.add_argument(
         "--prove",
         action="store_true",

@@ -3,7 +3,11 @@
 """Upstream's own unit tests, on the release as it is and with the series applied.
 
 run --checkout MEGATRON_LM --out FILE   run them; MEGATRON_LM is a checkout near the pinned release
+run ... --only REGEX --out FILE         run some files; what FILE says of the others stays
+build --checkout MEGATRON_LM DIR        write both trees, for a machine that gets no more than them
+run --trees DIR --out FILE              run those
 report FILE ...                         write docs/upstream_tests.md from the results of machines
+again FILE                              a section of that page about files that were run again
 
 The tests are not in upstream's package and not in this repository: they are read from the checkout.
 On a machine with GPUs each process has one (world size 1); without, most tests cannot run.
@@ -14,6 +18,7 @@ import concurrent.futures
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -91,7 +96,7 @@ NOTES = {
     ),
     "test_mlp_glu.py": (
         "`test_torch_dist.py` and `test_serialization.py` use a folder that a process of another file beside "
-        "them removed; `test_mlp_glu.py` was stopped at 120 s."
+        "them removed (each process has its own since); `test_mlp_glu.py` was stopped at 120 s."
     ),
 }
 
@@ -122,7 +127,22 @@ def write_tree(folder: Path, tree: Tree, checkout: Path) -> None:
         shutil.copy2(built, folder / "megatron/core/datasets")
 
 
-def run_files(folder: Path, files: list[str], gpu: int | None, args) -> dict:
+def write_trees(folder: Path, checkout: Path) -> None:
+    """folder/unpatched and folder/patched."""
+    workspace = Workspace(ROOT)
+    trees = {"unpatched": workspace.pristine(), "patched": workspace.expected()}
+    for name, tree in trees.items():
+        write_tree(folder / name, tree, checkout)
+    own = subprocess.run(
+        ["git", "ls-files", "megatron"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in own.stdout.split():
+        target = folder / "patched" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+
+
+def run_files(folder: Path, files: list[str], gpu: int | None, timeout: float, args) -> dict:
     """Test id -> [outcome, reason] of one process."""
     with tempfile.TemporaryDirectory() as tmp:
         report, output = Path(tmp) / "report", Path(tmp) / "output"
@@ -136,6 +156,10 @@ def run_files(folder: Path, files: list[str], gpu: int | None, args) -> dict:
             environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "patch_queue.reporter", "--continue-on-collection-errors"]
+        # Two levels down: upstream's checkpoint tests write into the parent of pytest's folder, and
+        # each process empties that place and removes it at its end.
+        command += ["--basetemp", str(Path(tmp) / "pytest" / "base")]
+        (Path(tmp) / "pytest").mkdir()
         command += [f"{TESTS}/{file}" for file in files]
         with open(output, "w") as stream:
             process = subprocess.Popen(
@@ -147,7 +171,7 @@ def run_files(folder: Path, files: list[str], gpu: int | None, args) -> dict:
                 start_new_session=True,
             )
             try:
-                process.wait(args.timeout)
+                process.wait(timeout)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -160,42 +184,71 @@ def run_files(folder: Path, files: list[str], gpu: int | None, args) -> dict:
 
 
 def run(args) -> None:
-    """Both trees, file by file, so that an interrupted run still compares the same tests."""
+    """Run both trees, file by file, so that an interrupted run still compares the same tests."""
     import torch
 
-    workspace, gpus = Workspace(ROOT), torch.cuda.device_count()
+    gpus, start = torch.cuda.device_count(), time.monotonic()
     device = torch.cuda.get_device_name(0) if gpus else "CPU"
-    topics = files_of(args.checkout)
-    results = {"machine": f"{device}, torch {torch.__version__}", "topics": topics}
-    results |= {tree: {} for tree in TREES}
-    files = [file for names in topics.values() for file in names]
+    topics = files_of(args.trees / TREES[0] if args.trees else args.checkout)
+    files = [f for names in topics.values() for f in names if re.search(args.only, f)]
+    if not files:
+        sys.exit(f"upstream_tests.py: --only {args.only!r} matches none of the test files.")
     chunks = [files[i : i + args.chunk] for i in range(0, len(files), args.chunk)]
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as tmp:
-        trees = {"unpatched": workspace.pristine(), "patched": workspace.expected()}
-        for name, tree in trees.items():
-            write_tree(Path(tmp) / name, tree, args.checkout)
-        own = subprocess.run(
-            ["git", "ls-files", "megatron"], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        for name in own.stdout.split():
-            target = Path(tmp) / "patched" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target)
+    results = {"machine": f"{device}, torch {torch.__version__}", "topics": topics}
+    before = known_results(args.out, results["machine"], files)
+    done: dict[int, dict] = {}
 
-        def both(numbered):
-            number, chunk = numbered
-            gpu = number % gpus if gpus else None
-            found = {tree: run_files(Path(tmp) / tree, chunk, gpu, args) for tree in TREES}
-            for tree in TREES:
+    def write() -> None:
+        whole = [found for found in list(done.values()) if len(found) == len(TREES)]
+        for tree in TREES:
+            results[tree] = dict(before[tree])
+            for found in whole:
                 results[tree] |= found[tree]
-            args.out.write_text(json.dumps(results, indent=0))
-            print(f"{time.monotonic() - start:5.0f} s  {' '.join(chunk)}", flush=True)
+        args.out.write_text(json.dumps(results, indent=0))
 
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = args.trees or Path(tmp)
+        if not args.trees:
+            write_trees(folder, args.checkout)
+
+        def one(task):
+            number, tree = task
+            left = args.total - (time.monotonic() - start)
+            if left < 1:
+                return
+            gpu = number % gpus if gpus else None
+            timeout = min(args.timeout, left)
+            found = run_files(folder / tree, chunks[number], gpu, timeout, args)
+            done.setdefault(number, {})[tree] = found
+            print(
+                f"{time.monotonic() - start:5.0f} s  {tree}  {' '.join(chunks[number])}", flush=True
+            )
+
+        tasks = [(number, tree) for number in range(len(chunks)) for tree in TREES]
         with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(both, enumerate(chunks)))
+            for _ in concurrent.futures.as_completed([pool.submit(one, task) for task in tasks]):
+                write()
+    for number, chunk in enumerate(chunks):
+        if len(done.get(number, ())) < len(TREES):
+            print("no time was left for:", *chunk)
     for test in worse(results):
         print("passes unpatched only:", test, results["patched"].get(test))
+
+
+def known_results(path: Path, machine: str, files: list[str]) -> dict:
+    """What an earlier run on such a machine said of other files: tree -> test id -> found."""
+    if not path.is_file():
+        return {tree: {} for tree in TREES}
+    known = json.loads(path.read_text())
+    if known["machine"] != machine:
+        sys.exit(f"upstream_tests.py: {path} is from {known['machine']}; this is {machine}.")
+    anew = {f"{TESTS}/{file}" for file in files}
+    return {
+        tree: {
+            test: found for test, found in known[tree].items() if test.split("::")[0] not in anew
+        }
+        for tree in TREES
+    }
 
 
 def worse(results: dict) -> list[str]:
@@ -295,8 +348,8 @@ _NEED_DEVICE = (
 _OUTCOMES = ("passed", "failed", "skipped")
 
 
-def _passed(results: dict, file: str) -> str:
-    found = [f for t, f in results["patched"].items() if t.split("::")[0] == f"{TESTS}/{file}"]
+def _passed(results: dict, file: str, tree: str = "patched") -> str:
+    found = [f for t, f in results[tree].items() if t.split("::")[0] == f"{TESTS}/{file}"]
     return f"{sum(f[0] == 'passed' for f in found)} / {len(found)}"
 
 
@@ -304,6 +357,51 @@ def report(args) -> None:
     """Write the page."""
     PAGE.write_text(render([json.loads(path.read_text()) for path in args.results]))
     print(PAGE)
+
+
+def render_again(results: dict) -> str:
+    """A section about some files, for a page whose whole results are not at hand."""
+    bad = worse(results)
+    ran = dict.fromkeys(
+        test.split("::")[0].removeprefix(f"{TESTS}/") for test in results["patched"]
+    )
+    lines = [
+        f"## Run again on {results['machine']}",
+        "",
+        "These files count here, not above.",
+        "",
+        "| file below tests/unit_tests: passed of all | " + " | ".join(TREES) + " |",
+        "|---" * (len(TREES) + 1) + "|",
+    ]
+    lines += [
+        f"| {file} | " + " | ".join(_passed(results, file, tree) for tree in TREES) + " |"
+        for names in results["topics"].values()
+        for file in names
+        if file in ran
+    ]
+    lines += ["", f"Pass unpatched and not patched: {len(bad)}.", ""]
+    lines += [f"- `{t}`: {' '.join(results['patched'].get(t, ['missing']))}" for t in bad]
+    return "\n".join(lines + [""] * bool(bad)) + "\n"
+
+
+def with_section(page: str, section: str) -> str:
+    """The page with a section in the place of the one of the same heading, or before the last."""
+    heading = section.splitlines()[0]
+    parts = re.split(r"^(?=## )", page, flags=re.M)
+    parts = [part for part in parts if part.splitlines()[:1] != [heading]]
+    return "".join([*parts[:-1], section, parts[-1]])
+
+
+def again(args) -> None:
+    """Put a section about files that were run again into the page."""
+    section = render_again(json.loads(args.results.read_text()))
+    PAGE.write_text(with_section(PAGE.read_text(), section))
+    print(PAGE)
+
+
+def build(args) -> None:
+    """Write both trees into a folder."""
+    write_trees(args.folder, args.checkout)
 
 
 def main() -> None:
@@ -314,12 +412,25 @@ def main() -> None:
     commands = top.add_subparsers(required=True)
     sub = commands.add_parser("run", help=run.__doc__)
     sub.set_defaults(function=run)
-    sub.add_argument("--checkout", type=Path, required=True)
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkout", type=Path)
+    source.add_argument("--trees", type=Path, metavar="DIR", help="what `build` wrote")
+    sub.add_argument(
+        "--only", default="", metavar="REGEX", help="of tests/unit_tests/: these files"
+    )
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--jobs", type=int, default=1)
     sub.add_argument("--chunk", type=int, default=1, help="files a process")
     sub.add_argument("--timeout", type=float, default=300, help="seconds a process")
+    sub.add_argument("--total", type=float, default=float("inf"), help="seconds for all of it")
     sub.add_argument("--site", action="append", default=[], help="one more folder of packages")
+    sub = commands.add_parser("build", help=build.__doc__)
+    sub.set_defaults(function=build)
+    sub.add_argument("--checkout", type=Path, required=True)
+    sub.add_argument("folder", type=Path)
+    sub = commands.add_parser("again", help=again.__doc__)
+    sub.set_defaults(function=again)
+    sub.add_argument("results", type=Path)
     sub = commands.add_parser("report", help=report.__doc__)
     sub.set_defaults(function=report)
     sub.add_argument("results", type=Path, nargs="+")

@@ -150,9 +150,18 @@ def read_evidence(workspace: Workspace) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_evidence(workspace: Workspace, version: str, tests: dict) -> None:
-    """Replace one version's entry, keys in order, so that a second run changes little."""
-    evidence = read_evidence(workspace) | {version: dict(sorted(tests.items()))}
+def write_evidence(workspace: Workspace, version: str, tests: dict, keep: bool = False) -> None:
+    """Replace one version's entry, keys in order, so that a second run changes little.
+
+    Args:
+        keep: replace what is said of ``tests`` alone, and drop what no patch names any more.
+    """
+    evidence = read_evidence(workspace)
+    if keep:
+        named = {test for patch in workspace.series.patches for test in tests_of(patch)}
+        known = evidence.get(version, {})
+        tests = {test: entry for test, entry in known.items() if test in named} | tests
+    evidence[version] = dict(sorted(tests.items()))
     ordered = {known: evidence[known] for known in RELEASES if known in evidence}
     path = workspace.series.folder / EVIDENCE
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")

@@ -114,3 +114,18 @@ def test_table_is_rendered_and_checked(root, tmp_path, monkeypatch):
     assert table.check(workspace, plans) == []
     written.write_text(text.replace("✓", ""))
     assert "table --write" in table.check(workspace, plans)[0]
+
+
+def test_evidence_of_one_patch_more(root):
+    """What is known of the others stays; what no patch names any more goes."""
+    workspace = Workspace(root)
+    first, second = (
+        test for name in ("first", "second") for test in evidence.tests_of(workspace.series[name])
+    )
+    entry = {"after": ["passed", ""], "before": ["failed", "x"]}
+    table.write_evidence(workspace, "0.19.2", {first: entry, "tests/test_gone.py::test_x": entry})
+    new = entry | {"before": ["failed", "y"]}
+    table.write_evidence(workspace, "0.19.2", {second: new}, keep=True)
+    assert table.read_evidence(workspace)["0.19.2"] == {first: entry, second: new}
+    table.write_evidence(workspace, "0.19.2", {first: new})
+    assert table.read_evidence(workspace)["0.19.2"] == {first: new}
