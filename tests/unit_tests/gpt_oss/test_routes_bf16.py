@@ -200,8 +200,8 @@ def test_local_on_cpu(reference, record_property, case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.parametrize('case', LARGE)
 @pytest.mark.parametrize('route', ROUTES)
+@pytest.mark.parametrize('case', LARGE)  # the outer loop: one truth at a time
 def test_on_gpu(reference, record_property, case, route):
     if route != 'local' and installed_versions().te is None:
         pytest.skip('needs TransformerEngine')
