@@ -240,7 +240,9 @@ def te_attention_section() -> str:
     header += ["time without a sink over that with one"]
     names = {"auto": "this project"}
     rows, worst = [], 0.0
-    for r in sorted(te_rows(steps=False), key=lambda r: (r["case"], r["ranks"])):
+    measured = te_rows(steps=False)
+    cases = [r["case"] for r in measured]
+    for r in sorted(measured, key=lambda r: (cases.index(r["case"]), r["ranks"])):
         figures = [figure(r, key, digits) for key, digits in columns.items()]
         rows.append([r["case"], str(r["ranks"]), names.get(r["backend"], r["backend"]), *figures])
         worst = max(worst, *r.get("errors", {"all": r.get("error")}).values())
