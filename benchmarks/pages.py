@@ -1,6 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Writes the tables of docs/performance.md and docs/context_parallel.md from the committed results.
+"""Writes the tables of docs/performance.md, docs/context_parallel.md and docs/transformer_engine.md.
+
+They come from the committed results:
 
     python benchmarks/pages.py
 
@@ -57,6 +59,8 @@ def sections() -> dict[tuple[str, str], str]:
         ("performance.md", "elementwise"): elementwise_section(),
         ("context_parallel.md", "two GPUs"): context_parallel_section(),
         ("context_parallel.md", "model on two GPUs"): context_parallel_model_section(),
+        ("transformer_engine.md", "attention"): te_attention_section(),
+        ("transformer_engine.md", "two layers"): te_step_section(),
     }
 
 
@@ -215,6 +219,47 @@ def context_parallel_model_section() -> str:
     )
     name = "context_parallel_model_h100x2"
     return "\n\n".join([report.markdown(header, rows), text, source(name, found)])
+
+
+def te_rows(steps: bool) -> list[dict]:
+    """The rows of attention, or of the steps."""
+    rows = load("te_layers_h100x2")["rows"]
+    return [row for row in rows if row["case"].startswith("two layers") == steps]
+
+
+def figure(row: dict, key: str, digits: int) -> str:
+    """A figure; - where the result has none."""
+    value = row.get(key)
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def te_attention_section() -> str:
+    """Our attention and TransformerEngine's, side by side."""
+    columns = {"ms": 2, "tflops": 0, "peak_mib": 0, "beyond_mib": 0, "ratio": 3}
+    header = ["case", "GPUs", "by", "ms", "TFLOP/s a GPU", "peak MiB", "beyond its tensors, MiB"]
+    header += ["time without a sink over that with one"]
+    names = {"auto": "this project"}
+    rows, worst = [], 0.0
+    measured = te_rows(steps=False)
+    cases = [r["case"] for r in measured]
+    for r in sorted(measured, key=lambda r: (cases.index(r["case"]), r["ranks"])):
+        figures = [figure(r, key, digits) for key, digits in columns.items()]
+        rows.append([r["case"], str(r["ranks"]), names.get(r["backend"], r["backend"]), *figures])
+        worst = max(worst, *r.get("errors", {"all": r.get("error")}).values())
+    found = load("te_layers_h100x2")
+    text = f"Errors against float64 are at most {worst:.1e} in every row. "
+    return report.markdown(header, rows) + "\n\n" + text + source("te_layers_h100x2", found)
+
+
+def te_step_section() -> str:
+    """Two layers and head, by implementation."""
+    columns = {"ms": 1, "adamw_ms": 1, "step_ms": 1, "peak_mib": 0}
+    header = ["two layers and head", "forward + backward, ms", "AdamW, ms", "step, ms", "peak MiB"]
+    rows = [
+        [r["backend"], *(figure(r, key, digits) for key, digits in columns.items())]
+        for r in te_rows(steps=True)
+    ]
+    return report.markdown(header, rows)
 
 
 if __name__ == "__main__":

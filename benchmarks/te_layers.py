@@ -5,17 +5,22 @@
     python benchmarks/te_layers.py --json benchmarks/results/te_layers_h100x2.json
     python benchmarks/te_layers.py --smoke               (CPU: our side alone, tiny sizes)
 
-Attention: one layer with the heads of gpt-oss, bf16, forward and backward, our "auto" and
-TransformerEngine's DotProductAttention with a learnable sink, timed in turn on fresh data, checked
-first on a short sequence against plain PyTorch in float64 (a wrong one gets no figure). With a
-second GPU the same again over both, a2a, started by itself under torchrun: milliseconds of the
-slowest rank, TFLOP/s a rank. Step: forward and backward of two layers of 20b with embedding, head
-and loss (no optimizer), local, TransformerEngine in bf16 with either attention, and in FP8.
+Attention: the columns of benchmarks/attention.py, for our "auto" and TransformerEngine's
+DotProductAttention with a learnable sink, checked first on a short sequence against plain PyTorch
+in float64 (a wrong one gets no figure), timed in turn on fresh data, with the sink and without.
+With a second GPU the same again over both, started by itself under torchrun: a window's halo or
+all-to-all for ours, all-to-all for TransformerEngine; milliseconds of the slowest rank, TFLOP/s and
+MiB of one, nothing without a sink.
+
+Step: two layers of 20b with embedding, head, loss and AdamW, local, TransformerEngine in bf16 with
+either attention, and in FP8; MiB at the peak are those of the whole step.
 
 Without TransformerEngine only our side has rows.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -30,9 +35,10 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands
 
 import torch
 
-from benchmarks import context_parallel, report
-from benchmarks.attention import machine, names
+from benchmarks import attention, context_parallel, report
+from benchmarks.attention import ERROR_LIMIT, machine, names
 from benchmarks.trainer import Trainer, make_batch, start_alone, timed
+from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.context_parallel import local_tokens
 from megatron.core.transformer.sink_attention.measure import (
     Workload,
@@ -65,22 +71,34 @@ STEPS = {
     "TE FP8 blockwise": dict(TE, fp8="e4m3", fp8_recipe="blockwise"),
 }
 STEP_LENGTH = 8 * K
-ERROR_LIMIT = 1e-2
+VALUES = ("out", "dq", "dk", "dv", "dsink")
 
 
 @dataclass
-class Row:
-    """One line of the table."""
+class AttentionRow(attention.Row):
+    """One line of attention, on so many GPUs."""
+
+    ranks: int
+
+
+@dataclass
+class StepRow:
+    """One line of the steps.
+
+    Attributes:
+        ms, ms_p20, ms_p80: forward and backward.
+        adamw_ms: the optimizer's step, step_ms: both.
+        peak_mib: of both.
+    """
 
     case: str
     backend: str
-    ranks: int
     ms: float
     ms_p20: float
     ms_p80: float
-    tflops: float
+    adamw_ms: float
+    step_ms: float
     peak_mib: float
-    error: float
 
 
 def main() -> None:
@@ -110,7 +128,7 @@ def main() -> None:
             continue
         rows += found
         if first:
-            print(table(found), flush=True)
+            print(attention_table(found), flush=True)
         save()
     if not split:
         if device() == "cuda" and torch.cuda.device_count() > 1 and installed_versions().te:
@@ -152,29 +170,34 @@ def te_call(workload: Workload, group=None):
     """TransformerEngine's attention as a function of q, k, v, sink, shaped like sink_attention."""
     from transformer_engine.pytorch import DotProductAttention
 
-    split = {}
+    options = {}
     if group is not None:
-        split = dict(
+        options = dict(
             cp_group=group,
             cp_global_ranks=torch.distributed.get_process_group_ranks(group),
             cp_stream=torch.cuda.Stream(),
             cp_comm_type="a2a",
         )
-    window = {} if workload.window is None else dict(window_size=(workload.window - 1, 0))
-    module = DotProductAttention(
-        workload.heads,
-        workload.dim,
-        num_gqa_groups=workload.groups,
-        attention_dropout=0.0,
-        qkv_format="sbhd",
-        attn_mask_type="causal",
-        softmax_type="learnable",
-        **split,
-        **window,
+    if workload.window is not None:
+        options["window_size"] = (workload.window - 1, 0)
+    with_sink, without = (
+        DotProductAttention(
+            workload.heads,
+            workload.dim,
+            num_gqa_groups=workload.groups,
+            attention_dropout=0.0,
+            qkv_format="sbhd",
+            attn_mask_type="causal",
+            softmax_type=softmax_type,
+            **options,
+        )
+        for softmax_type in ("learnable", "vanilla")
     )
 
     def call(q, k, v, sink):
-        out = torch.func.functional_call(module, {"softmax_offset": sink}, (q, k, v))
+        if sink is None:
+            return without(q, k, v).view(q.shape)
+        out = torch.func.functional_call(with_sink, {"softmax_offset": sink}, (q, k, v))
         return out.view(q.shape)
 
     return call
@@ -189,8 +212,8 @@ def calls_of(workload: Workload, group=None) -> dict:
     return calls
 
 
-def check(workload: Workload, name: str, group=None) -> float:
-    """Largest relative error of out and the gradients on a short sequence, against float64."""
+def check(workload: Workload, name: str, group=None) -> dict[str, float]:
+    """Relative errors of out and the gradients on a short sequence, against float64."""
     short = workload.short()
     tensors = [x.detach() for x in short.tensors()]
     generator = torch.Generator(device=device()).manual_seed(1)
@@ -209,57 +232,81 @@ def check(workload: Workload, name: str, group=None) -> float:
             values[4] = values[4] / group.size()
     exact = tuple(x.double().requires_grad_(i < 4) for i, x in enumerate(tensors))
     expected = run_once(short.call("math"), exact, True)
-    worst = 0.0
-    for index, (value, target) in enumerate(zip(values, expected)):
-        own = part(target) if index < 4 else target
-        worst = max(worst, ((value.double() - own).norm() / target.norm()).item())
-    return worst
+    found = {}
+    for what, value, target in zip(VALUES, values, expected):
+        own = target if what == "dsink" else part(target)
+        found[what] = ((value.double() - own).norm() / target.norm()).item()
+    return found
 
 
-def whole_case(workload: Workload, args, left_out: list) -> list[Row]:
+def whole_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
     """Attention on one GPU."""
     tensors, calls, wrong = workload.tensors(), {}, {}
     for name, call in calls_of(workload).items():
         try:
             wrong[name] = check(workload, name)
-            calls[name] = (call, True)
+            calls[name] = call
         except Exception as error:  # one that fails must not hide the other
             left_out.append([f"{workload.name} {name}", f"{type(error).__name__}: {error}"])
-    times = time_interleaved(calls, tensors, args.seconds) if calls else {}
-    return [
-        make_row(workload, name, 1, times[name], peak_memory(call, tensors)[0], wrong[name])
-        for name, (call, _) in calls.items()
-    ]
+    timed_calls = {name: (call, True) for name, call in calls.items()}
+    timed_calls |= {f"{name} without": (call, False) for name, call in calls.items()}
+    times = time_interleaved(timed_calls, tensors, args.seconds) if calls else {}
+    rows = []
+    for name, call in calls.items():
+        row = make_row(workload, name, 1, times[name], peak_memory(call, tensors), wrong[name])
+        plain = quantiles(times[f"{name} without"])[1]
+        _, beyond = peak_memory(call, tensors, with_sink=False)
+        row.ms_without_sink, row.ratio = plain, plain / row.ms
+        row.sink_mib = row.beyond_mib - beyond
+        rows.append(row)
+    return rows
 
 
-def split_case(workload: Workload, args) -> list[Row]:
+def split_case(workload: Workload, args) -> list[AttentionRow]:
     """Attention over the ranks; a window's halo for ours, a2a for TransformerEngine."""
     group = torch.distributed.group.WORLD
-    wrong = {
-        name: max(context_parallel.over_ranks(check(workload, name, group)))
-        for name in calls_of(workload, group)
-    }
+    wrong = {}
+    for name in calls_of(workload, group):
+        found = check(workload, name, group)
+        wrong[name] = {what: max(context_parallel.over_ranks(x)) for what, x in found.items()}
     local = replace(workload, seqlen=workload.seqlen // group.size()).tensors()
     calls = {name: (call, local) for name, call in calls_of(workload, group).items()}
     times = context_parallel.time_in_turn(calls, args.seconds)
     rows = []
     for name, rounds in times.items():
-        peak = max(context_parallel.over_ranks(context_parallel.one_pass(*calls[name], group)[2]))
+        memory = [max(context_parallel.over_ranks(x)) for x in peak_memory(*calls[name])]
         slowest = context_parallel.slowest(rounds)
-        rows.append(make_row(workload, name, group.size(), slowest, peak, wrong[name]))
+        rows.append(make_row(workload, name, group.size(), slowest, memory, wrong[name]))
     return rows
 
 
-def make_row(workload, name, ranks, times, peak, error) -> Row:
-    """A row of attention; no figure for what is wrong."""
+def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
+    """A row of attention, without what the sink costs; no figure for what is wrong."""
     p20, median, p80 = quantiles(times)
-    if not error < ERROR_LIMIT:
+    if not max(errors.values()) < ERROR_LIMIT:
         p20 = median = p80 = math.nan
-    tflops = workload.flops / ranks / median / 1e9
-    return Row(workload.name, name, ranks, median, p20, p80, tflops, peak, error)
+    kernel = "cuDNN"
+    if name == "auto":
+        kernel = registry.BACKENDS[attention.chosen_by_auto(workload)].kernel
+    return AttentionRow(
+        case=workload.name,
+        backend=name,
+        kernel=kernel,
+        ms=median,
+        ms_p20=p20,
+        ms_p80=p80,
+        tflops=workload.flops / ranks / median / 1e9,
+        peak_mib=memory[0],
+        beyond_mib=memory[1],
+        sink_mib=math.nan,
+        ms_without_sink=math.nan,
+        ratio=math.nan,
+        errors=errors,
+        ranks=ranks,
+    )
 
 
-def on_two(args) -> tuple[list[Row], str | None]:
+def on_two(args) -> tuple[list[AttentionRow], str | None]:
     """This script again, on two GPUs; the rows, or why there are none."""
     path = Path(args.json or "/tmp/transformer_engine.json").with_suffix(".two.json")
     path.unlink(missing_ok=True)
@@ -275,18 +322,18 @@ def on_two(args) -> tuple[list[Row], str | None]:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     path.unlink(missing_ok=True)
     return [
-        Row(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rows
+        AttentionRow(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rows
     ], reason
 
 
-def steps(args, left_out: list) -> list[Row]:
-    """Two layers, forward and backward, by implementation."""
+def steps(args, left_out: list) -> list[StepRow]:
+    """Two layers, a whole step, by implementation."""
     start_alone()
     found = []
     for name in args.steps:
         try:
             found.append(step(name, args.smoke))
-            print(table(found[-1:]), flush=True)
+            print(step_table(found[-1:]), flush=True)
         except Exception as error:
             left_out.append([f"step {name}", f"{type(error).__name__}: {error}"])
             from megatron.core import parallel_state
@@ -295,41 +342,43 @@ def steps(args, left_out: list) -> list[Row]:
     return found
 
 
-def step(name: str, smoke: bool) -> Row:
-    """Median of five after two that warm up; TFLOP/s are not counted here."""
+def step(name: str, smoke: bool) -> StepRow:
+    """Median of five after two that warm up."""
     preset = get_preset("tiny" if smoke else "20b", 2)
     length = 128 if smoke else STEP_LENGTH
     options = dict(seq_length=length, loss_chunk=0 if smoke else 4096, bf16=not smoke)
-    trainer = Trainer(preset, optimizer=False, **options, **STEPS[name])
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
+        trainer = Trainer(preset, **options, **STEPS[name])
     try:
-        batch, losses, times = make_batch(preset.vocab_size, length), [], []
-
-        def micro_batch() -> None:
-            trainer.zero_gradients()
-            losses.append(trainer.forward_backward(batch))
-
-        for _ in range(7):
-            if device() == "cuda":
+        batch, losses, times, updates = make_batch(preset.vocab_size, length), [], [], []
+        for number in range(7):
+            if number == 2 and device() == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            times.append(timed(micro_batch) * 1e3)
+            trainer.zero_gradients()
+            times.append(timed(lambda: losses.append(trainer.forward_backward(batch))) * 1e3)
+            updates.append(timed(trainer.update) * 1e3)
         if not torch.isfinite(losses[-1]).all():
             raise FloatingPointError(f"the loss is {losses[-1].tolist()}")
         peak = torch.cuda.max_memory_allocated() / 2**20 if device() == "cuda" else math.nan
     finally:
         trainer.close()
     p20, median, p80 = quantiles(times[2:])
-    return Row(f"two layers, {length}", name, 1, median, p20, p80, math.nan, peak, math.nan)
+    _, whole, _ = quantiles([a + b for a, b in zip(times[2:], updates[2:])])
+    _, adamw, _ = quantiles(updates[2:])
+    return StepRow(f"two layers, {length}", name, median, p20, p80, adamw, whole, peak)
 
 
-def table(rows: list[Row]) -> str:
+def attention_table(rows: list[AttentionRow]) -> str:
+    """The table of benchmarks/attention.py."""
+    return attention.table([replace(row, case=f"{row.case}, {row.ranks}") for row in rows])
+
+
+def step_table(rows: list[StepRow]) -> str:
     """Aligned columns with units in the header."""
-    lines = [["case", "backend", "ranks", "ms", "p20", "p80", "TFLOP/s a rank", "MiB", "max error"]]
+    lines = [["case", "backend", "ms", "p20", "p80", "AdamW ms", "step ms", "peak MiB"]]
     for row in rows:
-        figures = [f"{x:.3f}" for x in (row.ms, row.ms_p20, row.ms_p80)]
-        wrong = " WRONG" if row.error >= ERROR_LIMIT else ""
-        tail = ["-" if math.isnan(row.tflops) else f"{row.tflops:.0f}", f"{row.peak_mib:.0f}"]
-        error = "-" if math.isnan(row.error) else f"{row.error:.1e}{wrong}"
-        lines.append([row.case, row.backend, str(row.ranks), *figures, *tail, error])
+        figures = (row.ms, row.ms_p20, row.ms_p80, row.adamw_ms, row.step_ms)
+        lines.append([row.case, row.backend, *(f"{x:.3f}" for x in figures), f"{row.peak_mib:.0f}"])
     return "\n" + report.columns(lines, words=(0, 1))
 
 

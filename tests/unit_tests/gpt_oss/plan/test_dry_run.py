@@ -2,6 +2,7 @@
 
 """pretrain_gpt_oss.py --dry-run, and the flags that the planner prints, through Megatron's checks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,15 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss.arguments import preset_args_provider
-from megatron.gpt_oss.plan.dry_run import asked_for, layout_of, not_counted
+from megatron.gpt_oss.plan.dry_run import (
+    TE_OVER_LOCAL,
+    asked_for,
+    fp8_copies,
+    layout_of,
+    not_counted,
+)
 from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.plan.search import Wanted, all_plans
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.training.run import add_run_arguments
@@ -105,3 +113,51 @@ def test_what_is_not_counted(monkeypatch):
     assert len(not_counted(args)) == 2
     args.moe_grouped_gemm = False
     assert 'experts one after the other' in ' '.join(not_counted(args))
+
+
+def te_layers():
+    path = ROOT / 'benchmarks' / 'results' / 'te_layers_h100x2.json'
+    rows = {
+        row['backend']: row
+        for row in json.loads(path.read_text())['rows']
+        if 'two layers' in row['case']
+    }
+    names = {None: 'TE bf16, our attention', 'tensorwise': 'TE FP8 current scaling'}
+    names['blockwise'] = 'TE FP8 blockwise'
+    return rows['local'], {recipe: rows[name] for recipe, name in names.items()}
+
+
+def test_transformer_engine_is_named_with_what_was_measured(monkeypatch):
+    """Its memory and time are not modelled, and the line says by how much they differ."""
+    args = _validated(monkeypatch, 1, '--preset 20b --bf16 --preset-layers 2'.split())
+    assert not not_counted(args)
+    args.transformer_impl = 'transformer_engine'
+    (line,) = not_counted(args)
+    assert 'counted as local' in line and '1.08 times its memory' in line and 'FP8' not in line
+    args.fp8, args.fp8_recipe = 'e4m3', 'blockwise'
+    (line,) = not_counted(args)
+    assert "FP8 copies are 3.29 GB" in line and '1.38 times its memory' in line
+    args.fp8_recipe = 'delayed'
+    assert 'delayed was not measured' in ' '.join(not_counted(args))
+
+
+def test_transformer_engine_over_local_as_measured():
+    local, others = te_layers()
+    for recipe, row in others.items():
+        # The result of a whole step holds AdamW's state on either side.
+        state = 12 * fullest_rank(_two_layers()).parameters / 2 / 2**20 if row.get('step_ms') else 0
+        memory = (row['peak_mib'] - state) / (local['peak_mib'] - state)
+        assert TE_OVER_LOCAL[recipe][0] == pytest.approx(memory, abs=0.02), recipe
+        assert TE_OVER_LOCAL[recipe][1] == pytest.approx(row['ms'] / local['ms'], abs=0.1), recipe
+
+
+def test_fp8_copies_as_measured():
+    """Local and the copies is within a tenth of current scaling; blocks take more than that."""
+    local, others = te_layers()
+    planned = local['peak_mib'] + fp8_copies(_two_layers()) / 2**20
+    assert planned == pytest.approx(others['tensorwise']['peak_mib'], rel=0.1)
+    assert planned < others['blockwise']['peak_mib']
+
+
+def _two_layers():
+    return Layout(get_preset('20b', 2), 1, seq_length=8192, loss_chunk=4096)
