@@ -199,13 +199,18 @@ def context_parallel_model_section() -> str:
     """Four layers at long context, and the check against cp 1."""
     found = load("context_parallel_model_h100x2")
     header = ["tokens", "layers", "losses", "s a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB"]
-    header += ["expected GB"]
+    header += ["planned GB", "busiest rank's rows of the mean", "planned GB with that"]
     rows = []
     for r in found["run"]:
         losses = ", ".join(f"{x:.2f}" for x in r["losses"])
         figures = [f"{r['step_seconds']:.3f}", f"{r['tokens_per_second_per_rank']:,.0f}"]
         figures += [f"{r['tflops_per_rank']:.0f}", f"{r['peak_gb']:.1f}"]
         figures += [f"{sum(r['expected'].values()) / 1e9:.1f}"]
+        if "expert_load" in r:
+            loaded = sum(r["expected_at_load"].values()) / 1e9
+            figures += [f"{r['expert_load']:.2f}", f"{loaded:.1f}"]
+        else:  # results from before the rows were counted
+            figures += ["-", "-"]
         rows.append([f"{r['length']:,}", str(r["layers"]), losses, *figures])
     check = found["check"][0]
     text = (
