@@ -74,9 +74,9 @@ def source(name: str, found: dict) -> str:
     return f"{link}: `{found['command']}`, {found['date']}; {', '.join(words)}."
 
 
-def step_section() -> str:
+def step_section(name: str = "train_step_h100") -> str:
     """Tokens/s of the whole model, extrapolated."""
-    found = load("train_step_h100")
+    found = load(name)
     header = ["case", "tokens", "windowed layer, ms", "full layer, ms", "head, ms", "AdamW, s"]
     header += ["tokens/s/GPU, extrapolated", "model TFLOP/s", "peak GiB, 2 layers", "planned GiB"]
     rows = []
@@ -84,10 +84,11 @@ def step_section() -> str:
         figures = [f"{row[k]:.1f}" for k in ("windowed_ms", "full_ms", "head_ms")]
         figures += [f"{row['adamw_s']:.2f}", f"{row['tokens_per_second']:,.0f}"]
         figures += [
-            f"{row[k]:.{d}f}" for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
+            "-" if row[k] is None else f"{row[k]:.{d}f}"
+            for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
         ]
         rows.append([row["case"], f"{row['tokens']:,}", *figures])
-    return report.markdown(header, rows) + "\n\n" + source("train_step_h100", found)
+    return report.markdown(header, rows) + "\n\n" + source(name, found)
 
 
 def kernel_section() -> str:
