@@ -16,20 +16,21 @@ The logits are what does not fit: 201088 x 6 bytes a token (bf16, and fp32 in th
 --loss-chunk N passes N tokens at a time through head and loss, as --lm-loss-chunk-size does; every
 token counts. --loss-chunk 0 is upstream's way. Before
 anything is built, the table of what should lie in memory is printed; a length that cannot fit is
-not tried, for the rank that runs out of memory would leave the others waiting.
+not tried, for the rank that runs out of memory would leave the others waiting. Rows of each rank's
+experts are counted on the device in every step; the busiest rank's over the mean is `expert_load`,
+and `expected_at_load` what the plan expects of it.
 
 Model FLOPs: 6 a parameter and token outside attention, 12 x seen query-key pairs x heads x head dim
 in it; recomputation is not counted.
 """
 
 import argparse
-import json
 import logging
 import os
-import platform
 import sys
 import time
 import warnings
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -40,9 +41,11 @@ logging.disable(logging.WARNING)
 
 import torch
 
+from benchmarks import report as results
 from benchmarks.trainer import Trainer, make_batch
 from benchmarks.work import model_flops
 from megatron.core import device_utils
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.gpt_oss.plan.layout import Layout, Recompute
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
@@ -68,7 +71,8 @@ def main() -> None:
     memory = free_bytes()
     trainer = None
     for length in args.lengths:
-        expected = expected_bytes(preset, length, report.ranks, args.loss_chunk, args.gradients)
+        layout = layout_of(preset, length, report.ranks, args.loss_chunk, args.gradients)
+        expected = expected_bytes(layout)
         row = {"length": length, "expected": expected}
         report.print(f"{length} tokens, expected GB: {shown(expected)}; free {memory / GB:.1f}")
         if sum(expected.values()) > memory:
@@ -86,6 +90,9 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             report.write("run", {**row, "out_of_memory": str(error).split(". ")[0]})
             os._exit(1)  # the others wait in a collective: torchrun ends them
+        loaded = expected_bytes(replace(layout, expert_load=row["expert_load"]))
+        row["expected_at_load"] = loaded
+        report.print(f"expected GB with expert load {row['expert_load']:.2f}: {shown(loaded)}")
         report.add("run", row)
     report.print(f"{time.perf_counter() - begin:.0f} s in all")
     torch.distributed.destroy_process_group()
@@ -123,14 +130,11 @@ class Report:
     def __init__(self, args: argparse.Namespace):
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.path = Path(args.json) if args.json else None
-        gpu = torch.cuda.get_device_name() if device_utils.is_cuda() else platform.machine()
-        self.data = {
-            "machine": {"torch": torch.__version__, "device": gpu, "ranks": self.ranks},
-            "command": " ".join(["torchrun", f"--nproc-per-node {self.ranks}", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "arguments": {k: v for k, v in vars(args).items() if k != "json"},
-        }
-        self.print(" ".join(f"{name}={value}" for name, value in self.data["machine"].items()))
+        self.facts = {**results.machine("torch", "triton"), "ranks": self.ranks}
+        if device_utils.is_cuda():
+            self.facts["gpu"] = torch.cuda.get_device_name()
+        self.data = {"arguments": {k: v for k, v in vars(args).items() if k != "json"}}
+        self.print(" ".join(f"{name}={value}" for name, value in self.facts.items()))
 
     def print(self, text: str) -> None:
         if self.rank == 0:
@@ -151,9 +155,8 @@ class Report:
         values = {k: v for k, v in row.items() if not isinstance(v, dict)}
         print(f"{part}: " + ", ".join(f"{k} {rounded(v)}" for k, v in values.items()), flush=True)
         if self.path is not None:
-            temporary = self.path.with_suffix(f".{self.rank}")
-            temporary.write_text(json.dumps(self.data, indent=1) + "\n")
-            temporary.replace(self.path)
+            launcher = ["torchrun", f"--nproc-per-node {self.ranks}"]
+            results.write_json(self.path, self.facts, launcher, **self.data)
 
 
 def rounded(value):
@@ -168,9 +171,9 @@ def shown(parts: dict) -> str:
     return f"{text}; in all {sum(parts.values()) / GB:.1f}"
 
 
-def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: str) -> dict:
-    """What should lie in a rank's memory at the peak, in bytes, as `gptoss plan` counts it."""
-    layout = Layout(
+def layout_of(preset, length: int, ranks: int, loss_chunk: int, gradients: str) -> Layout:
+    """The run as `gptoss plan` sees it."""
+    return Layout(
         preset,
         ranks,
         cp=ranks,
@@ -180,6 +183,10 @@ def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: 
         loss_chunk=loss_chunk,
         grad_bytes=4 if gradients == "fp32" else 2,
     )
+
+
+def expected_bytes(layout: Layout) -> dict:
+    """What should lie in a rank's memory at the peak, in bytes, as `gptoss plan` counts it."""
     memory = fullest_rank(layout)
     return {
         "parameters": memory.parameters,
@@ -187,6 +194,37 @@ def expected_bytes(preset, length: int, ranks: int, loss_chunk: int, gradients: 
         "optimizer": memory.optimizer,
         memory.moment: memory.moments[memory.moment],
     }
+
+
+class RoutedRows:
+    """Rows of every expert in every forward of a model, counted on the device: nothing waits."""
+
+    def __init__(self, model):
+        self.counts: list[torch.Tensor] = []  # [experts] of one layer, this rank's tokens
+        self.hooks = [
+            module.register_forward_hook(self._count)
+            for module in model.modules()
+            if isinstance(module, TopKRouter)
+        ]
+
+    def _count(self, router, inputs, output) -> None:
+        self.counts.append(output[1].sum(0))  # of the routing map, [tokens, experts]
+
+    def busiest(self) -> float:
+        """The busiest rank's rows over the mean, in the layer and step where that is most."""
+        counts = torch.stack(self.counts)
+        torch.distributed.all_reduce(counts)
+        return load_of(counts, torch.distributed.get_world_size())
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def load_of(counts: torch.Tensor, ranks: int) -> float:
+    """The most of `counts` [forwards, experts] that one of the ranks has, over the mean."""
+    rows = counts.double().unflatten(1, (ranks, -1)).sum(-1)
+    return (rows.amax(1) / rows.mean(1)).max().item()
 
 
 def free_bytes() -> float:
@@ -270,6 +308,7 @@ def measure(trainer: Trainer, length: int, steps: int) -> dict:
         torch.cuda.reset_peak_memory_stats()
     ranks = torch.distributed.get_world_size()
     losses, norms, seconds = [], [], []
+    routed = RoutedRows(trainer.model[0])
     for _ in range(steps):
         torch.distributed.barrier()
         begin = time.perf_counter()
@@ -282,6 +321,7 @@ def measure(trainer: Trainer, length: int, steps: int) -> dict:
     peak = torch.cuda.max_memory_allocated() if device_utils.is_cuda() else 0
     peaks = torch.tensor([peak], dtype=torch.float64, device=device_utils.current_device())
     torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
+    routed.close()
     return {
         "layers": trainer.preset.num_layers,
         "losses": losses,
@@ -291,6 +331,7 @@ def measure(trainer: Trainer, length: int, steps: int) -> dict:
         "tokens_per_second_per_rank": length / best / ranks,
         "tflops_per_rank": model_flops(trainer.preset, length) / best / ranks / 1e12,
         "peak_gb": peaks.item() / GB,
+        "expert_load": routed.busiest(),
     }
 
 

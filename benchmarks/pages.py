@@ -78,9 +78,9 @@ def source(name: str, found: dict) -> str:
     return f"{link}: `{found['command']}`, {found['date']}; {', '.join(words)}."
 
 
-def step_section() -> str:
+def step_section(name: str = "train_step_h100") -> str:
     """Tokens/s of the whole model, extrapolated."""
-    found = load("train_step_h100")
+    found = load(name)
     header = ["case", "tokens", "windowed layer, ms", "full layer, ms", "head, ms", "AdamW, s"]
     header += ["tokens/s/GPU, extrapolated", "model TFLOP/s", "peak GiB, 2 layers", "planned GiB"]
     rows = []
@@ -88,10 +88,11 @@ def step_section() -> str:
         figures = [f"{row[k]:.1f}" for k in ("windowed_ms", "full_ms", "head_ms")]
         figures += [f"{row['adamw_s']:.2f}", f"{row['tokens_per_second']:,.0f}"]
         figures += [
-            f"{row[k]:.{d}f}" for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
+            "-" if row[k] is None else f"{row[k]:.{d}f}"
+            for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
         ]
         rows.append([row["case"], f"{row['tokens']:,}", *figures])
-    return report.markdown(header, rows) + "\n\n" + source("train_step_h100", found)
+    return report.markdown(header, rows) + "\n\n" + source(name, found)
 
 
 def kernel_section() -> str:
@@ -203,13 +204,18 @@ def context_parallel_model_section() -> str:
     """Four layers at long context, and the check against cp 1."""
     found = load("context_parallel_model_h100x2")
     header = ["tokens", "layers", "losses", "s a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB"]
-    header += ["expected GB"]
+    header += ["planned GB", "busiest rank's rows of the mean", "planned GB with that"]
     rows = []
     for r in found["run"]:
         losses = ", ".join(f"{x:.2f}" for x in r["losses"])
         figures = [f"{r['step_seconds']:.3f}", f"{r['tokens_per_second_per_rank']:,.0f}"]
         figures += [f"{r['tflops_per_rank']:.0f}", f"{r['peak_gb']:.1f}"]
         figures += [f"{sum(r['expected'].values()) / 1e9:.1f}"]
+        if "expert_load" in r:
+            loaded = sum(r["expected_at_load"].values()) / 1e9
+            figures += [f"{r['expert_load']:.2f}", f"{loaded:.1f}"]
+        else:  # results from before the rows were counted
+            figures += ["-", "-"]
         rows.append([f"{r['length']:,}", str(r["layers"]), losses, *figures])
     check = found["check"][0]
     text = (

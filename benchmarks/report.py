@@ -35,10 +35,15 @@ def machine(*packages: str) -> dict:
     return facts
 
 
-def write_json(path: Path, facts: dict, **content) -> None:
-    """The machine, the command, the date, and what else there is."""
+def write_json(path: Path, facts: dict, launcher: list[str] | None = None, **content) -> None:
+    """The machine, the command, the date, and what else there is.
+
+    Args:
+        launcher: what comes before the script in the command, if not python.
+    """
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    _save(path, facts, " ".join(["python benchmarks/" + words[0], *words[1:]]), content)
+    words = [*(launcher or ["python"]), "benchmarks/" + words[0], *words[1:]]
+    _save(path, facts, " ".join(words), content)
 
 
 def write_rows(

@@ -21,6 +21,9 @@ bias falls off as `-log(expert + 1)` (`skewed`): the first expert gets 8 times i
 twice. Peak GiB is torch's, of the model with both layers, AdamW's step included; planned GiB are what
 `gptoss plan` expects of it.
 
+What memory costs, by name: `32k-parts` and `32k-lean` (experts in parts made again, all of a layer made
+again), `-offload` (what autograd keeps goes to the host, by benchmarks/activation_offload.py).
+
 Last, three layers and head are trained at longer and longer sequences until the card is full:
 `lean` (experts in parts and made again), `fast` (nothing made again), `one-by-one` (experts one
 after the other and all logits at once, as upstream's local path, with our attention: upstream's
@@ -46,6 +49,7 @@ logging.disable(logging.WARNING)
 import torch
 
 from benchmarks import report
+from benchmarks.activation_offload import MINIMUM_BYTES, ActivationOffload
 from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
@@ -60,6 +64,7 @@ GIB = 2**30
 EXPERTS_IN_PARTS = dict(
     recompute_granularity="selective", recompute_modules=["moe"], mlp_chunks_for_training=4
 )
+POLICY_LEAN = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 MODELS = {"windowed": [1], "full": [0], "both": [1, 0]}
 
 
@@ -73,6 +78,7 @@ class Case:
         recompute: Megatron's arguments.
         loss_chunk: tokens whose logits live at a time.
         skewed: a router of its own in place of forced balance.
+        offload: activations go to the host.
     """
 
     name: str
@@ -82,6 +88,7 @@ class Case:
     loss_chunk: int
     skewed: bool = False
     overrides: tuple = ()
+    offload: bool = False
 
 
 CASES = [
@@ -91,6 +98,15 @@ CASES = [
     Case("4k-skewed", 4 * K, 8, {}, 4 * K, skewed=True),
     Case("32k-skewed", 32 * K, 1, {}, 4 * K, skewed=True),
     Case("4k-one-by-one", 4 * K, 1, {}, 0, overrides=(("moe_grouped_gemm", False),)),
+]
+# By name alone.
+MEMORY_CASES = [
+    Case("32k-parts", 32 * K, 1, EXPERTS_IN_PARTS, 4 * K),
+    Case("32k-lean", 32 * K, 1, POLICY_LEAN, 2 * K),
+    Case("32k-offload", 32 * K, 1, {}, 4 * K, offload=True),
+    Case("128k-lean", 128 * K, 1, POLICY_LEAN, 2 * K),
+    Case("128k-offload", 128 * K, 1, {}, 4 * K, offload=True),
+    Case("128k-parts-offload", 128 * K, 1, EXPERTS_IN_PARTS, 4 * K, offload=True),
 ]
 # Three layers and ever longer sequences, until one does not fit.
 GROWING = {
@@ -115,6 +131,7 @@ class Row:
     peak_gib: float
     planned_gib: float
     layers_extrapolated: int
+    offloaded_gib: float = 0.0  # a micro-batch, of two layers and head
 
 
 @dataclass
@@ -173,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    by_name = {case.name: case for case in CASES}
+    by_name = {case.name: case for case in CASES + MEMORY_CASES}
     parser.add_argument("--cases", nargs="*", metavar="NAME", help="of " + ", ".join(by_name))
     parser.add_argument("--growing", nargs="*", choices=GROWING, default=list(GROWING))
     parser.add_argument("--repeats", type=int, default=5, help="micro-batches that are timed")
@@ -183,7 +200,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
-    names = list(by_name) if args.cases is None else args.cases
+    names = [case.name for case in CASES] if args.cases is None else args.cases
     report.check_names(parser, names, by_name)
     args.chosen = [by_name[name] for name in names]
     if args.smoke:
@@ -202,11 +219,13 @@ def machine() -> dict:
 
 def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | None:
     """Time the three models and extrapolate; None if one does not fit."""
-    seconds, updates, peak = {}, {}, 0.0
+    seconds, updates, peak, offloaded = {}, {}, 0.0, 0.0
     for name, windows in MODELS.items():
         trainer = build(case, preset, windows, args.smoke)
         try:
             seconds[name], updates[name], peak = measure(trainer, case, args.repeats)
+            if case.offload:
+                offloaded = trainer.offload.bytes / GIB
             if args.profile and name == "both":
                 kernels[case.name] = profile(trainer, case)
         except torch.OutOfMemoryError:
@@ -237,11 +256,14 @@ def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | N
         peak_gib=peak,
         planned_gib=planned(case, replace(preset, num_layers=len(MODELS["both"]))),
         layers_extrapolated=preset.num_layers,
+        offloaded_gib=offloaded,
     )
 
 
 def planned(case: Case, preset) -> float:
-    """GiB that `gptoss plan` expects at the peak."""
+    """GiB that `gptoss plan` expects at the peak; nan with offload, which it does not know."""
+    if case.offload:
+        return float("nan")
     layout = Layout(
         preset,
         1,
@@ -253,6 +275,7 @@ def planned(case: Case, preset) -> float:
         recompute=Recompute(
             case.recompute.get("recompute_granularity"),
             tuple(case.recompute.get("recompute_modules", ())),
+            case.recompute.get("recompute_method"),
         ),
     )
     return fullest_rank(layout).total / GIB
@@ -280,6 +303,8 @@ def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
                     parameter.copy_(-ranks.log())
     else:
         trainer.transformer.moe_router_force_load_balancing = True
+    if case.offload:
+        trainer.offload = ActivationOffload(trainer.model[0], 0 if smoke else MINIMUM_BYTES)
     return trainer
 
 

@@ -134,7 +134,8 @@ def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
         choices=list(POLICIES),
         default=None,
         help="How much is computed again to keep less: fast keeps all, balanced makes the cheap "
-        "part again, lean keeps a layer's input alone. --recompute-* and --lm-loss-chunk-size win.",
+        "part again, experts their whole part, lean keeps a layer's input alone. --recompute-* and "
+        "--lm-loss-chunk-size win.",
     )
     return parser
 

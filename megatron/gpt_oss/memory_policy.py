@@ -21,6 +21,13 @@ POLICIES: dict[str, dict] = {
     # The experts' activation, a sixth of what a layer keeps, costs 3 to 5 % of the experts' time to
     # make again (benchmarks/experts.py).
     "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+    # The experts' part keeps its input: a third more of its products and exchanges, nothing of
+    # attention, which is most of a long sequence's time. Busy experts cost memory in one layer only.
+    "experts": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["moe"],
+        "lm_loss_chunk_size": LEAN_LOSS_CHUNK,
+    },
     # A layer keeps its input alone: a third more of products, two sevenths of attention. Half the
     # logits of a preset's chunk.
     "lean": {

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from tests.unit_tests.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -35,3 +37,20 @@ def test_smoke(tmp_path):
     for row in data['run']:
         assert row['losses'][-1] < row['losses'][0]
         assert row['tokens_per_second_per_rank'] > 0
+        assert 1 <= row['expert_load'] <= 2  # of two ranks
+        planned, loaded = (sum(row[k].values()) for k in ('expected', 'expected_at_load'))
+        assert loaded > planned or row['expert_load'] == 1
+    assert data['command'].startswith(
+        'torchrun --nproc-per-node 2 benchmarks/context_parallel_model.py --smoke'
+    )
+    assert data['machine']['ranks'] == 2 and data['arguments']['layers'] == 4
+
+
+def test_load():
+    """Of four experts on two ranks, and in another layer on one of them."""
+    from benchmarks.context_parallel_model import load_of
+
+    counts = torch.tensor([[3, 1, 2, 2], [0, 0, 5, 1]])
+    assert load_of(counts[:1], 2) == 1.0
+    assert load_of(counts, 2) == 2.0
+    assert load_of(counts[:1], 4) == 1.5

@@ -37,6 +37,7 @@ def _parsed(monkeypatch, flags):
         ('', (None, None, None, None, 4096)),
         ('--memory fast', (None, None, None, None, 4096)),
         ('--memory balanced', ('selective', ['moe_act'], None, None, 4096)),
+        ('--memory experts', ('selective', ['moe'], None, None, 2048)),
         ('--memory lean', ('full', None, 'uniform', 1, 2048)),
         # The command line wins; a recompute flag replaces all that is said of recomputation.
         ('--memory lean --lm-loss-chunk-size 0', ('full', None, 'uniform', 1, 0)),
@@ -107,4 +108,4 @@ def test_same_losses_and_gradients(make_model):
             error = (value - expected[key]).norm() / expected[key].norm()
             assert error < 1e-5, f'{name}: {key}: relative error {error:.1e}'
     # and less is kept: that the flags reach the layers
-    assert kept['lean'] < 0.7 * kept['balanced'] < 0.7 * kept['fast']
+    assert kept['lean'] < 0.7 * kept['experts'] < 0.7 * kept['balanced'] < 0.7 * kept['fast']

@@ -135,8 +135,7 @@ def test_command_line_wins():
     file = FOLDER / 'recipes' / '20b-32k-8gpus.txt'
     args = script().arguments(file, '--lr', '3e-5', '--memory', 'lean', '--train-iters', '50')
     assert (args.lr, args.train_iters, args.min_lr) == (3e-5, 50, 2e-6)
-    # The recipe's own --recompute-* stand against the word.
-    assert args.recompute_modules == ['moe']
+    assert args.recompute_granularity == 'full'  # not the recipe's --memory experts
     assert args.recipe == [str(file)]
 
 

@@ -68,11 +68,21 @@ def test_order():
     assert not plans[0].layout.offload
 
 
+def test_long_sequences_make_experts_again():
+    """Attention is what costs there: the best of 128k tokens keeps it."""
+    wanted = Wanted(Layout(B20, 8, seq_length=131072, global_batch_size=8), 80e9)
+    best = all_plans(wanted)[0]
+    assert best.fits and best.layout.policy() == 'experts'
+    assert '--memory experts' in best.layout.flags()
+    others = [p for p in all_plans(wanted) if p.fits and p.layout.policy() != 'experts']
+    assert not others or best.time.total < others[0].time.total
+
+
 def test_policies_trade_time_for_memory():
     base = Layout(B20, 8, ep=8, seq_length=32768, global_batch_size=16)
     totals = []
     assert loss_chunk_of('fast') == LM_LOSS_CHUNK_SIZE
-    for name in ('fast', 'balanced', 'lean'):
+    for name in ('fast', 'balanced', 'experts', 'lean'):
         chunk = loss_chunk_of(name)
         layout = replace(base, recompute=Recompute.of_policy(name), loss_chunk=chunk)
         assert layout.policy() == name

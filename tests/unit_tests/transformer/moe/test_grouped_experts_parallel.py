@@ -13,7 +13,13 @@ import torch
 
 from tests.unit_tests.distributed import RankPool
 
-SEQUENCE, BATCH = 8, 2  # 16 tokens, split over up to 4 ranks
+# Tokens, split over up to 4 ranks, and what is added to the router's biases.
+ROUTINGS = {
+    "empty-expert": (8, 2, {2: -100}),  # sequence, batch
+    "all-to-two-experts": (8, 2, {0: 100, 1: 100}),  # of one rank under EP; the other has no row
+    "odd-on-2-ranks": (10, 1, {3: 1}),
+    "odd-on-4-ranks": (20, 1, {3: 1}),
+}
 TOLERANCE = 1e-12
 
 
@@ -65,7 +71,7 @@ def build(grouped, layout):
     )
 
 
-def whole_case():
+def whole_case(sequence, batch, biases):
     """SequentialMLP in one process: {place: tensor} of parameters and gradients, in and outputs."""
     from megatron.core import parallel_state as ps
     from tests.unit_tests.transformer.moe.grouped_experts_reference import (
@@ -77,8 +83,9 @@ def whole_case():
     layer = build(False, Layout())
     randomize(layer)
     with torch.no_grad():
-        layer.router.bias[2] = -100  # no token for expert 2
-    x, dout = (torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64) for _ in range(2))
+        for expert, bias in biases.items():
+            layer.router.bias[expert] += bias
+    x, dout = (torch.randn(sequence, batch, HIDDEN, dtype=torch.float64) for _ in range(2))
     x.requires_grad_()
     out, _ = layer(x)
     out.backward(dout)
@@ -136,15 +143,29 @@ def run_layout(grouped, layout, case):
 
 
 @pytest.fixture(scope="module")
-def case(ranks):
-    return ranks.run(whole_case, world_size=1)[0]
+def cases(ranks):
+    return {name: ranks.run(whole_case, *how, world_size=1)[0] for name, how in ROUTINGS.items()}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(ranks, case, layout):
+@pytest.fixture(scope="module")
+def case(cases):
+    return cases["empty-expert"]
+
+
+@pytest.mark.parametrize(
+    "layout, routing",
+    [
+        (layout, routing)
+        for layout, (world_size, _) in LAYOUTS.items()
+        for routing in ROUTINGS
+        if not routing.startswith("odd") or f"-{world_size}-" in routing
+    ],
+)
+def test_layout(ranks, cases, layout, routing):
     """Output, input gradient and the experts' gradients are those of one process."""
     world_size, sizes = LAYOUTS[layout]
-    assert case["grads"]  # an expert without a token among them
+    case = cases[routing]
+    assert case["grads"]
     for errors, _ in ranks.run(run_layout, True, sizes, case, world_size=world_size):
         assert len(errors) > 2
         wrong = {what: error for what, error in errors.items() if not error < TOLERANCE}

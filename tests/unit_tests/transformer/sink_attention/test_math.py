@@ -170,6 +170,30 @@ def test_memory_is_linear():
     assert tiles.side**2 * 64 <= 1 << 24
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_nan_stays_in_its_document(window):
+    """In query, key, value and the output's gradient of a token; also under tiles of many rows."""
+    generator = torch.Generator().manual_seed(1)
+    cu = torch.tensor([0, 4, 11, 11, 12, 30, 36], dtype=torch.int32)
+    shapes = [(36, 4, 8), (36, 2, 8), (36, 2, 8), (36, 4, 8)]
+    clean = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    sink = torch.randn(4, generator=generator, dtype=torch.float64)
+
+    def run(q, k, v, dout):
+        q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+        out = sink_attention(q, k, v, sink, cu_seqlens=cu, max_seqlen=18, window=window)
+        return [out, *gradients(out, (q, k, v), dout)]
+
+    expected = run(*clean)
+    others = torch.ones(36, dtype=torch.bool)
+    others[4:11] = False
+    for which in range(4):
+        spoilt = [x.clone() for x in clean]
+        spoilt[which][6] = float("nan")
+        for value, target in zip(run(*spoilt), expected):
+            torch.testing.assert_close(value[others], target[others], rtol=0, atol=1e-13)
+
+
 def test_tokens_after_the_last_document_see_nothing():
     """On a GPU the end of cu_seqlens is not checked; padding behind it must not spoil others."""
     example = Example(cu=(0, 5, 12), heads=4, groups=2, dim=8)

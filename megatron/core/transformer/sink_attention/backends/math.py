@@ -93,10 +93,23 @@ class _Tiles:
         side = int((_TILE / max(1, self.batch * q.shape[-2])) ** 0.5)
         self.side = min(1024, max(32, side))
         self.lower, self.upper = key_ranges(self.num_q, self.num_k, call, q.device)
+        self.cuts = self._cuts()
+
+    def _cuts(self) -> list[int]:
+        """Where row tiles end besides: at documents' ends, for 0 times NaN is NaN.
+
+        So a value that is not finite stays in its document. On CUDA the ends are not read: that
+        would wait.
+        """
+        ends = [0, self.num_q]
+        if self.call.packed and self.lower.device.type == "cpu":
+            ends += [end for end in self.call.cu_seqlens_q.tolist() if end < self.num_q]
+        return sorted(set(ends))
 
     def row_tiles(self):
-        for start in range(0, self.num_q, self.side):
-            yield slice(start, min(start + self.side, self.num_q))
+        for first, last in zip(self.cuts, self.cuts[1:]):
+            for start in range(first, last, self.side):
+                yield slice(start, min(start + self.side, last))
 
     def key_tiles(self, rows: slice):
         first, last = self._key_range(rows)
