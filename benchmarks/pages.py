@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report
+from benchmarks import report, whole_model
 from benchmarks.work import (
     attention_flops,
     head_flops,
@@ -53,6 +53,7 @@ def sections() -> dict[tuple[str, str], str]:
     """(page, section): what stands there."""
     return {
         ("performance.md", "training step"): step_section(),
+        ("performance.md", "whole model"): whole_model_section(),
         ("performance.md", "kernels"): kernel_section(),
         ("performance.md", "loss"): loss_section(),
         ("performance.md", "experts"): experts_section(),
@@ -93,6 +94,14 @@ def step_section(name: str = "train_step_h100") -> str:
         ]
         rows.append([row["case"], f"{row['tokens']:,}", *figures])
     return report.markdown(header, rows) + "\n\n" + source(name, found)
+
+
+def whole_model_section() -> str:
+    """All layers, trained by pretrain_gpt_oss.py."""
+    name = "whole_model_h200x4"
+    found = load(name)
+    rows = [whole_model.cells(whole_model.Row(**row)) for row in found["rows"]]
+    return report.markdown(whole_model.HEADER, rows) + "\n\n" + source(name, found)
 
 
 def kernel_section() -> str:

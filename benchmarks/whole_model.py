@@ -31,6 +31,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -52,6 +53,8 @@ from megatron.gpt_oss.presets import get_preset
 GIB = 2**30
 TOKENS_A_GPU = 32_768
 MONITOR_INTERVAL = 10
+# A run that --timeout stops has a row if it made as many.
+FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--steps", type=int, help="instead of the cases' own")
     parser.add_argument("--lr", default="3e-4", help="after five steps of warm-up")
-    parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="of a case")
+    parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="of a case, which keeps its steps")
     parser.add_argument("--show", action="store_true", help="commands and plans, and no run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="for pretrain_gpt_oss.py, after --")
@@ -256,7 +259,7 @@ def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) 
 
     Raises:
         RuntimeError: it failed; with the end of its output.
-        subprocess.TimeoutExpired: it took more than --timeout.
+        subprocess.TimeoutExpired: it took more than --timeout and made too few steps to tell.
     """
     folder, gpus = args.folder / case.name, layout.gpus
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -267,21 +270,34 @@ def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) 
     begin = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
     output = args.folder / f"{case.name}.log"
+    metrics = folder / "metrics.jsonl"
     with output.open("w") as log:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [*words, "--run-dir", str(folder)],
             cwd=report.ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            timeout=args.timeout,
         )
-    seconds = time.monotonic() - begin
-    if done.returncode:
-        end = output.read_text(errors="replace")[-2000:]
-        raise RuntimeError(f"ended with {done.returncode}, see {output.name}:\n{end}")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return row_of(case, flags, layout, [json.loads(line) for line in lines], seconds)
+        try:
+            process.wait(args.timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # torchrun ends its ranks
+            process.wait()
+            if len(records_of(metrics)) < FEWEST_STEPS:
+                raise
+        else:
+            if process.returncode:
+                end = output.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"ended with {process.returncode}, see {output.name}:\n{end}")
+    return row_of(case, flags, layout, records_of(metrics), time.monotonic() - begin)
+
+
+def records_of(metrics: Path) -> list[dict]:
+    """What a run wrote so far."""
+    if not metrics.is_file():
+        return []
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
 def row_of(
