@@ -99,6 +99,12 @@ def _add_convert(commands) -> None:
         default="bf16",
         help="mxfp4: the experts' matrices, rounded to nearest; the rest is bf16",
     )
+    to_hf.add_argument(
+        "--yarn-factor",
+        type=float,
+        metavar="F",
+        help="of training, for config.json; by default what the run's arguments.json says",
+    )
     to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     to_hf.set_defaults(run=_run_to_hf)
 
@@ -121,7 +127,7 @@ def _run_to_hf(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.checkpoint.export import ExportJob
 
     _settle_in()
-    job = ExportJob(args.load, args.like, args.dtype)
+    job = ExportJob(args.load, args.like, args.dtype, yarn_factor=args.yarn_factor)
     _announce(args.load, args.out, job.plan.bytes_total())
     print(f"{job.run(Path(args.out), args.overwrite, progress=True)}: written")
 

@@ -17,6 +17,7 @@ from megatron.gpt_oss.checkpoint.hf_config import (
     hf_config_from_preset,
     preset_from_hf_config,
     read_hf_config,
+    with_yarn_factor,
 )
 from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME
 from megatron.gpt_oss.checkpoint.hf_writer import (
@@ -45,6 +46,7 @@ def export_hf(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
+    yarn_factor: float | None = None,
 ) -> Path:
     """Write a torch_dist checkpoint as a Hugging Face folder.
 
@@ -60,13 +62,16 @@ def export_hf(
         overwrite: `out` may be a model folder; it is replaced once the new one is whole.
         max_shard_bytes: size of one file.
         progress: show a line on stderr.
+        yarn_factor: with which the model was trained, where that extends the context of `like`; by
+            default what arguments.json in the run's folder says.
     Returns:
         The folder.
     Raises:
         UsageError: no or a damaged checkpoint, another model than `like`, `out` is not empty, or
             the disk has no room.
     """
-    return ExportJob(checkpoint, like, dtype, max_shard_bytes).run(Path(out), overwrite, progress)
+    job = ExportJob(checkpoint, like, dtype, max_shard_bytes, yarn_factor)
+    return job.run(Path(out), overwrite, progress)
 
 
 class ExportJob:
@@ -78,6 +83,7 @@ class ExportJob:
         like: str | Path | None = None,
         dtype: str = "bf16",
         max_shard_bytes: int = MAX_SHARD_BYTES,
+        yarn_factor: float | None = None,
     ):
         iteration = find_iteration(checkpoint)
         if like is None and (iteration.parent / COMPANIONS_NAME / CONFIG_NAME).is_file():
@@ -93,6 +99,9 @@ class ExportJob:
             self.preset = check_same_sizes(self.preset, wanted, checkpoint, self.like)
             check_tokenizer(self.like)
             weight_map = _weight_map(self.like)
+        factor = yarn_factor or _trained_factor(iteration)
+        if factor is not None and factor != preset_from_hf_config(self.config).yarn_factor:
+            self.config = with_yarn_factor(self.config, factor)
         self.plan = FilePlan.of(self.preset, dtype, max_shard_bytes, weight_map)
 
     def run(self, out: Path, overwrite: bool = False, progress: bool = False) -> Path:
@@ -115,6 +124,15 @@ class ExportJob:
             "config": self.config,
             "files": list(self.plan.files),
         }
+
+
+def _trained_factor(iteration: Path) -> float | None:
+    """YaRN's factor of the run that wrote RUN/checkpoints/iter_*, if it gave one."""
+    try:
+        text = (iteration.parent.parent / "arguments.json").read_text(encoding="utf-8")
+        return json.loads(text).get("yarn_factor")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:

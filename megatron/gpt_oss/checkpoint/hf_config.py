@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.presets import Preset, extended
 
 CONFIG_NAME = "config.json"
 
@@ -162,6 +162,16 @@ def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> d
         "vocab_size": preset.vocab_size,
         **extra,
     }
+
+
+def with_yarn_factor(config: dict, factor: float) -> dict:
+    """The config of the same model over the context that a factor of YaRN stretches it to."""
+    preset = extended(preset_from_hf_config(config), factor)
+    config = config | {"max_position_embeddings": preset.max_position_embeddings}
+    for name in ("rope_scaling", "rope_parameters"):
+        if config.get(name):
+            config[name] = config[name] | {"factor": factor}
+    return config
 
 
 def _rope(config: dict) -> dict:

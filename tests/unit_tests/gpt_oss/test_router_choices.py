@@ -39,7 +39,7 @@ def gradient_of_router_loss(make_model, **flags):
     model = make_model(TINY, seq_length=16, **flags)
     router = router_of(model)
     get_moe_metrics_tracker().clear()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(()))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))  # as the schedules do: it stays
     for hidden in inputs():
         probabilities, _ = router(hidden)
         (0 * probabilities.sum()).backward()  # of what comes after: nothing

@@ -1,0 +1,89 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The benchmark of whole runs: what it starts, and what it makes of what a run wrote."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import whole_model
+from megatron.gpt_oss.presets import get_preset
+from tests.unit_tests.gpt_oss import runs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
+
+
+def test_runs(inputs, tmp_path):
+    """Two ranks of the tiny preset at the layouts of 4k and 32k."""
+    out = tmp_path / 'out.json'
+    words = f'--data {inputs}/data --tokenizer {inputs}/hf --folder {tmp_path}/runs --gpus 2'
+    words += f' --preset tiny --cases 4k-routed 32k --steps 2 --json {out}'
+    done = subprocess.run(
+        [sys.executable, 'benchmarks/whole_model.py', *words.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    routed, balanced = json.loads(out.read_text())['rows']
+    assert (routed['gpus'], routed['length'], routed['steps']) == (2, 512, 2)
+    assert balanced['layout'] == 'EP 2, CP 2, DP 1, fast'
+    assert balanced['load'] == pytest.approx(1, abs=0.05) and len(balanced['losses']) == 2
+    # Nothing of a checkpoint, which takes 290 GB for 20b.
+    assert not list((tmp_path / 'runs').rglob('iter_*'))
+
+
+@pytest.mark.parametrize('gpus', [4, 8])
+def test_layouts_of_20b(gpus):
+    """Full steps of 32,768 tokens a GPU, experts over all GPUs; a sequence over four and over all."""
+    args = SimpleNamespace(
+        preset='20b', gpus=gpus, steps=None, lr='1e-4', data='d', tokenizer='t', flags=[]
+    )
+    tokens = {}
+    for case in whole_model.CASES:
+        flags = whole_model.flags_of(case, args)
+        value = lambda name: int(flags[flags.index(f'--{name}') + 1])
+        used = whole_model.gpus_of(case, args)
+        assert value('expert-model-parallel-size') == used
+        assert (
+            value('global-batch-size')
+            % (value('micro-batch-size') * used // value('context-parallel-size'))
+            == 0
+        )
+        tokens[case.name] = value('global-batch-size') * value('seq-length') / used
+    assert {tokens[name] for name in ('4k', '32k', '128k', 'two-gpus')} == {32_768}
+    assert get_preset('20b').num_experts % gpus == 0
+
+
+def test_row_leaves_out_what_is_not_training():
+    """First steps, and steps that the monitor looked at, are slower."""
+    records = [
+        {
+            'step': step,
+            'loss': 10.0 - step,
+            'tokens_per_second': 1.0,
+            'tokens_per_second_per_gpu': 1 / seconds,
+            'tflops_per_gpu': 1.0,
+            'mfu': None,
+            'peak_memory_bytes': step * 2**30,
+            'seconds_per_step': seconds,
+        }
+        for step, seconds in enumerate([90, 9, 2, 50, 2.5, 2.2, 60, 2.4, 2.1, 70], start=1)
+    ]
+    records += [{'step': s, 'experts': {'busiest_rank': [1.0, 3.0]}} for s in (4, 7, 10)]
+    case = whole_model.CASES[0]
+    layout = whole_model.Layout(get_preset('20b'), 4, ep=4, seq_length=4096, global_batch_size=32)
+    row = whole_model.row_of(case, [], layout, records, 1.0)
+    assert row.seconds_a_step in (2.2, 2.4)
+    assert (row.peak_gib, row.load, row.first_loss, row.last_loss) == (10.0, 2.0, 9.0, 0.0)
+    assert row.planned_gib_with_load > row.planned_gib
