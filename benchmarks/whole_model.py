@@ -186,7 +186,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--steps", type=int, help="instead of the cases' own")
     parser.add_argument("--lr", default="3e-4", help="after five steps of warm-up")
-    parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="of a case, which keeps its steps")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=1800.0,
+        metavar="S",
+        help="of a case, which keeps its steps",
+    )
     parser.add_argument("--show", action="store_true", help="commands and plans, and no run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("flags", nargs="*", help="for pretrain_gpt_oss.py, after --")
