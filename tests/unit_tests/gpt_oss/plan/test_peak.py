@@ -61,7 +61,8 @@ def peak_bytes(layout):
     if layout.loss_chunk:
         options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
     with kernels_of_cuda(), balanced_routing():
-        for _ in range(2):  # the first makes buffers that stay
+        peaks = []
+        for _ in range(4):  # the first makes buffers that stay
             ids = torch.randint(layout.preset.vocab_size, (layout.micro_batch_size, length))
             positions, mask = torch.arange(length).expand_as(ids), torch.ones(ids.shape)
             gc.collect()  # what cycles hold would count
@@ -70,7 +71,9 @@ def peak_bytes(layout):
                 losses = model(ids, positions, None, labels=ids, loss_mask=mask, **options)
                 losses.sum().backward()
             del losses
-    return memory.peak
+            peaks.append(memory.peak)
+    # gloo's threads let go of what they sent when they are scheduled: on busy cores later.
+    return min(peaks[1:])
 
 
 CASES = {
