@@ -49,6 +49,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.gpt_oss.plan.layout import Layout, Recompute
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.training.router_load import busiest_rank
 
 GB = 1e9
 # bf16 has 3 digits; the mean over thousands of tokens is far better than one of them.
@@ -223,8 +224,7 @@ class RoutedRows:
 
 def load_of(counts: torch.Tensor, ranks: int) -> float:
     """The most of `counts` [forwards, experts] that one of the ranks has, over the mean."""
-    rows = counts.double().unflatten(1, (ranks, -1)).sum(-1)
-    return (rows.amax(1) / rows.mean(1)).max().item()
+    return busiest_rank(counts.double(), ranks).max().item()
 
 
 def free_bytes() -> float:

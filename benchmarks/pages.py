@@ -89,8 +89,7 @@ def step_section(name: str = "train_step_h100") -> str:
         figures = [f"{row[k]:.1f}" for k in ("windowed_ms", "full_ms", "head_ms")]
         figures += [f"{row['adamw_s']:.2f}", f"{row['tokens_per_second']:,.0f}"]
         figures += [
-            "-" if row[k] is None else f"{row[k]:.{d}f}"
-            for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
+            figure(row, k, d) for k, d in (("tflops", 0), ("peak_gib", 1), ("planned_gib", 1))
         ]
         rows.append([row["case"], f"{row['tokens']:,}", *figures])
     return report.markdown(header, rows) + "\n\n" + source(name, found)

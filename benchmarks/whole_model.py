@@ -137,7 +137,7 @@ class Row:
     first_loss: float
     last_loss: float
     losses: list[float]
-    wall_seconds: float
+    wall_seconds: float | None
     command: str
 
 
@@ -219,7 +219,6 @@ def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
     wanted = TOKENS_A_GPU * length // case.length * gpus
     sequences = max(1, wanted // (length * micro_batch)) * micro_batch
     steps = args.steps or case.steps
-    # Megatron's cosine and warm-up count samples that there are.
     words = f"""
         --preset {args.preset} --seq-length {length} --micro-batch-size {case.sequences}
         --global-batch-size {sequences} --expert-model-parallel-size {gpus}

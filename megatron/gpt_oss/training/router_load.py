@@ -92,14 +92,19 @@ def summarise(sums: Tensor, expert_parallel: int) -> dict[str, list[float]]:
     load, entropy, tokens = sums[:, :-2], sums[:, -2], sums[:, -1]
     total = load.sum(dim=1)
     mean = load.mean(dim=1)
-    of_ranks = load.unflatten(1, (expert_parallel, -1)).sum(dim=2)
     values = {
         "busiest_share": load.amax(dim=1) / total,
-        "busiest_rank": of_ranks.amax(dim=1) * expert_parallel / total,
+        "busiest_rank": busiest_rank(load, expert_parallel),
         "load_cv": load.std(dim=1, correction=0) / mean,
         "router_entropy": entropy / tokens,
     }
     return {name: [_or_zero(number) for number in value.tolist()] for name, value in values.items()}
+
+
+def busiest_rank(load: Tensor, expert_parallel: int) -> Tensor:
+    """[n, experts], rows of each expert, to [n]: those of the busiest rank's experts over the mean."""
+    of_ranks = load.unflatten(1, (expert_parallel, -1)).sum(dim=2)
+    return of_ranks.amax(dim=1) / of_ranks.mean(dim=1)
 
 
 def _or_zero(number: float) -> float:
