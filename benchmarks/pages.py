@@ -53,6 +53,8 @@ def sections() -> dict[tuple[str, str], str]:
     """(page, section): what stands there."""
     return {
         ("performance.md", "training step"): step_section(),
+        ("performance.md", "activation offload 32k"): step_section("activation_offload_32k_h100"),
+        ("performance.md", "activation offload 128k"): step_section("activation_offload_128k_h100"),
         ("performance.md", "whole model"): whole_model_section(),
         ("performance.md", "kernels"): kernel_section(),
         ("performance.md", "loss"): loss_section(),

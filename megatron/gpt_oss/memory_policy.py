@@ -18,7 +18,7 @@ LEAN_LOSS_CHUNK = 2048
 # By dest; what a policy leaves out keeps its default, which is no recomputation.
 POLICIES: dict[str, dict] = {
     "fast": {},
-    # The experts' activation, a sixth of what a layer keeps, costs 3 to 5 % of the experts' time to
+    # The experts' activation, a sixth of what a layer keeps, costs 2 to 5 % of the experts' time to
     # make again (benchmarks/experts.py).
     "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     # The experts' part keeps its input: a third more of its products and exchanges, nothing of
