@@ -237,9 +237,9 @@ def context_parallel_model_section() -> str:
     return "\n\n".join([report.markdown(header, rows), text, source(name, found)])
 
 
-def te_rows(steps: bool) -> list[dict]:
+def te_rows(steps: bool, name: str = "te_layers_h100x2") -> list[dict]:
     """The rows of attention, or of the steps."""
-    rows = load("te_layers_h100x2")["rows"]
+    rows = load(name)["rows"]
     return [row for row in rows if row["case"].startswith("two layers") == steps]
 
 
@@ -268,14 +268,20 @@ def te_attention_section() -> str:
 
 
 def te_step_section() -> str:
-    """Two layers and head, by implementation."""
-    columns = {"ms": 1, "adamw_ms": 1, "step_ms": 1, "peak_mib": 0}
-    header = ["two layers and head", "forward + backward, ms", "AdamW, ms", "step, ms", "peak MiB"]
-    rows = [
-        [r["backend"], *(figure(r, key, digits) for key, digits in columns.items())]
-        for r in te_rows(steps=True)
-    ]
-    return report.markdown(header, rows)
+    """Two layers and head, by implementation; beside it, forward and backward of the earlier run."""
+    columns = {"adamw_ms": 1, "step_ms": 1, "peak_mib": 0}
+    header = ["two layers and head", "forward + backward alone, ms", "before a step, ms"]
+    header += ["p20 to p80", "AdamW, ms", "step, ms", "peak MiB"]
+    earlier = "te_layers_forward_backward_h100x2"
+    alone = {r["backend"]: r for r in te_rows(steps=True, name=earlier)}
+    rows = []
+    for r in te_rows(steps=True):
+        times = [figure(alone[r["backend"]], "ms", 1), figure(r, "ms", 1)]
+        times += [f"{figure(r, 'ms_p20', 1)} to {figure(r, 'ms_p80', 1)}"]
+        figures = [figure(r, key, digits) for key, digits in columns.items()]
+        rows.append([r["backend"], *times, *figures])
+    text = "Forward and backward alone: " + source(earlier, load(earlier))
+    return report.markdown(header, rows) + "\n\n" + text
 
 
 if __name__ == "__main__":

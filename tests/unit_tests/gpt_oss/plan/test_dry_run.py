@@ -115,8 +115,11 @@ def test_what_is_not_counted(monkeypatch):
     assert 'experts one after the other' in ' '.join(not_counted(args))
 
 
-def te_layers():
-    path = ROOT / 'benchmarks' / 'results' / 'te_layers_h100x2.json'
+TE_RESULTS = 'te_layers_forward_backward_h100x2.json', 'te_layers_h100x2.json'
+
+
+def te_layers(name):
+    path = ROOT / 'benchmarks' / 'results' / name
     rows = {
         row['backend']: row
         for row in json.loads(path.read_text())['rows']
@@ -133,7 +136,8 @@ def test_transformer_engine_is_named_with_what_was_measured(monkeypatch):
     assert not not_counted(args)
     args.transformer_impl = 'transformer_engine'
     (line,) = not_counted(args)
-    assert 'counted as local' in line and '1.08 times its memory' in line and 'FP8' not in line
+    assert 'counted as local' in line and 'FP8' not in line
+    assert '1.08 times its memory, 1.23 to 2.13 times its time' in line
     args.fp8, args.fp8_recipe = 'e4m3', 'blockwise'
     (line,) = not_counted(args)
     assert "FP8 copies are 3.29 GB" in line and '1.38 times its memory' in line
@@ -142,18 +146,24 @@ def test_transformer_engine_is_named_with_what_was_measured(monkeypatch):
 
 
 def test_transformer_engine_over_local_as_measured():
-    local, others = te_layers()
-    for recipe, row in others.items():
-        # The result of a whole step holds AdamW's state on either side.
-        state = 12 * fullest_rank(_two_layers()).parameters / 2 / 2**20 if row.get('step_ms') else 0
-        memory = (row['peak_mib'] - state) / (local['peak_mib'] - state)
-        assert TE_OVER_LOCAL[recipe][0] == pytest.approx(memory, abs=0.02), recipe
-        assert TE_OVER_LOCAL[recipe][1] == pytest.approx(row['ms'] / local['ms'], abs=0.1), recipe
+    times = {recipe: [] for recipe in TE_OVER_LOCAL}
+    for name in TE_RESULTS:
+        local, others = te_layers(name)
+        for recipe, row in others.items():
+            # The result of a whole step holds AdamW's state on either side.
+            step = 'step_ms' in row
+            state = 12 * fullest_rank(_two_layers()).parameters / 2 / 2**20 if step else 0
+            memory = (row['peak_mib'] - state) / (local['peak_mib'] - state)
+            assert TE_OVER_LOCAL[recipe][0] == pytest.approx(memory, abs=0.02), (name, recipe)
+            times[recipe].append(row['ms'] / local['ms'])
+    for recipe, found in times.items():
+        assert TE_OVER_LOCAL[recipe][1:] == pytest.approx((min(found), max(found)), abs=0.01)
 
 
-def test_fp8_copies_as_measured():
+@pytest.mark.parametrize('name', TE_RESULTS)
+def test_fp8_copies_as_measured(name):
     """Local and the copies is within a tenth of current scaling; blocks take more than that."""
-    local, others = te_layers()
+    local, others = te_layers(name)
     planned = local['peak_mib'] + fp8_copies(_two_layers()) / 2**20
     assert planned == pytest.approx(others['tensorwise']['peak_mib'], rel=0.1)
     assert planned < others['blockwise']['peak_mib']
