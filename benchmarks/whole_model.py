@@ -21,7 +21,7 @@ GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives part
 - two-gpus: 32k over two GPUs.
 
 A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
-median of the steps after the first fifth, the highest peak of all ranks and steps, the loss of every
+median of the steps after the first, or the first fifth, the highest peak of all ranks and steps, the loss of every
 step. `load` is the busiest GPU's share of a layer's tokens over the mean, the mean over layers, in
 the steps that the monitor looked at. Planned are `--dry-run`'s GiB, with even experts and with that load.
 """
@@ -318,7 +318,9 @@ def row_of(
     looked = [record["experts"]["busiest_rank"] for record in records if "experts" in record]
     watched = {record["step"] for record in records if "experts" in record}
     # The first steps compile and warm up, and a step that is looked at does more than train.
-    counted = [s for s in steps[len(steps) // 5 :] if s["step"] not in watched] or steps[-1:]
+    counted = [s for s in steps[max(1, len(steps) // 5) :] if s["step"] not in watched] or steps[
+        -1:
+    ]
     step = sorted(counted, key=lambda s: s["seconds_per_step"])[len(counted) // 2]
     load = statistics.fmean(map(statistics.fmean, looked)) if looked else None
     losses = [record["loss"] for record in steps]
