@@ -15,10 +15,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
 ]
 
-FLAGS = (
-    '--bf16 --use-distributed-optimizer --lr-decay-style constant --lr-decay-iters 6 '
-    '--eval-interval 1000'
-)
+FLAGS = '--bf16 --use-distributed-optimizer --train-iters 6 --eval-interval 1000'
 ON_HOST = (
     '--optimizer-cpu-offload --use-precision-aware-optimizer --optimizer-offload-fraction 0.5 '
     '--overlap-cpu-optimizer-d2h-h2d'
@@ -33,14 +30,14 @@ def losses(records):
 def on_gpu(ranks, inputs, tmp_path_factory):
     """Losses of six steps with nothing on the host and no save."""
     run_dir = tmp_path_factory.mktemp('runs') / 'on_gpu'
-    return losses(runs.start(ranks, inputs, run_dir, f'{FLAGS} --train-iters 6'))
+    return losses(runs.start(ranks, inputs, run_dir, FLAGS))
 
 
 def start_and_go_on(ranks, inputs, run_dir, flags):
     """Losses of three steps, and of three more in a second start of the same command."""
-    runs.start(ranks, inputs, run_dir, f'{flags} --train-iters 3')
+    runs.start(ranks, inputs, run_dir, f'{flags} --exit-interval 3')
     assert checkpoint_integrity.choose(str(run_dir / 'checkpoints')).iteration == 3
-    return losses(runs.start(ranks, inputs, run_dir, f'{flags} --train-iters 6'))
+    return losses(runs.start(ranks, inputs, run_dir, flags))
 
 
 @pytest.mark.parametrize('more', ['', '--async-save --save-interval 1'])
