@@ -16,7 +16,7 @@ measured twice: from disk, what they read having been put out of the page cache 
 not fit there), and warm, a second time without that. MXFP4 is written from 2.5 times its bytes, so
 that `read`, the time of `cat` for the source from disk, is what its conversion cannot go below.
 
-Give --layers as many as the disk holds: it takes twice the BF16 size. --preset 120b --layers 1 shows
+Give --layers as many as the disk holds: it takes twice the BF16 size, without `to-hf bf16` 1.3 times. --preset 120b --layers 1 shows
 one layer of the large model; the sizes of the rest follow from `bytes_of_layer`.
 """
 
@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 import numpy
 import psutil
@@ -55,6 +55,9 @@ HEADER += ["read, s", "ratio to read", "warm, s", "warm copy, s", "warm ratio", 
 HEADER += ["peak RSS, GiB", "load"]
 
 
+STEPS = ("to-megatron", "to-hf bf16", "to-hf mxfp4")
+
+
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--layers", type=int, nargs="+", default=[6])
     parser.add_argument("--ep", type=int, default=1, help="of the Megatron checkpoint")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="NAME")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     parser.add_argument("--page", action="store_true", help="write docs/parity.md anew")
     args = parser.parse_args()
@@ -76,7 +80,7 @@ def main() -> None:
         }
         for layers in args.layers:
             preset = get_preset(args.preset, layers)
-            for row in measure(preset, args.folder, ["--ep", str(args.ep)]):
+            for row in measure(preset, args.folder, ["--ep", str(args.ep)], steps=args.steps):
                 print(row, flush=True)
                 found["rows"].append(row)
                 if args.json:  # after every row: a run of minutes may be cut short
@@ -88,19 +92,24 @@ def main() -> None:
 
 
 def measure(
-    preset: Preset, folder: Path, layout: list[str] = (), copies: int = 2
+    preset: Preset,
+    folder: Path,
+    layout: list[str] = (),
+    copies: int = 2,
+    steps: Sequence[str] = STEPS,
 ) -> Iterator[dict]:
     """Rows for one model; `folder` is made and deleted. Without copies, nothing but memory."""
     folder.mkdir(parents=True)
     try:
         source = write_random_mxfp4(preset, folder / "hf")
         load = folder / "megatron"
-        steps = (
-            ("to-megatron", source, ["to-megatron", "--hf", source, *layout], load),
-            ("to-hf bf16", load, ["to-hf", "--load", load], folder / "bf16"),
-            ("to-hf mxfp4", load, ["to-hf", "--load", load, "--dtype", MXFP4], folder / "mxfp4"),
-        )
-        for name, read, words, out in steps:
+        commands = {
+            "to-megatron": (source, ["to-megatron", "--hf", source, *layout], load),
+            "to-hf bf16": (load, ["to-hf", "--load", load], folder / "bf16"),
+            "to-hf mxfp4": (load, ["to-hf", "--load", load, "--dtype", MXFP4], folder / "mxfp4"),
+        }
+        for name in steps:
+            read, words, out = commands[name]
             evict(read)
             average = os.getloadavg()[0]
             seconds, peak = run(["convert", *words, "--out", out])

@@ -98,11 +98,12 @@ def step_section(name: str = "train_step_h100") -> str:
 
 
 def whole_model_section() -> str:
-    """All layers, trained by pretrain_gpt_oss.py."""
-    name = "whole_model_h200x4"
-    found = load(name)
-    rows = [whole_model.cells(whole_model.Row(**row)) for row in found["rows"]]
-    return report.markdown(whole_model.HEADER, rows) + "\n\n" + source(name, found)
+    """All layers, trained by pretrain_gpt_oss.py; long sequences in a run of their own."""
+    found = {name: load(name) for name in ("whole_model_h200x4", "whole_model_long_h200x4")}
+    rows = [row for one in found.values() for row in one["rows"]]
+    lines = [whole_model.cells(whole_model.Row(**row)) for row in rows]
+    sources = [source(name, one) for name, one in found.items()]
+    return "\n\n".join([report.markdown(whole_model.HEADER, lines), *sources])
 
 
 def kernel_section() -> str:
