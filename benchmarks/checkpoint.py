@@ -201,16 +201,19 @@ def row(name: str, runs: list[dict], interval: int) -> Row:
     )
 
 
+HEADER = ["case", "saves", "GB", "held up, s", "worst, s", "write, s", "step, s"]
+HEADER += ["step beside, s", "disk, s", "load"]
+
+
+def cells(row: Row) -> list[str]:
+    """A line of the table."""
+    case, saves, *figures = vars(row).values()
+    return [case, str(saves), *(f"{figure:.2f}" for figure in figures)]
+
+
 def table(rows: list[Row]) -> str:
     """Aligned, with units."""
-    lines = [
-        ["case", "saves", "GB", "held up, s", "worst, s", "write, s", "step, s"]
-        + ["step beside, s", "disk, s", "load"]
-    ]
-    for one in rows:
-        case, saves, *figures = vars(one).values()
-        lines.append([case, str(saves), *(f"{figure:.2f}" for figure in figures)])
-    return report.columns(lines, words=(0,))
+    return report.columns([HEADER, *map(cells, rows)], words=(0,))
 
 
 if __name__ == "__main__":

@@ -309,6 +309,11 @@ def table(rows: list[dict]) -> list[list[str]]:
     ]
 
 
+def most_layers(one: dict) -> int:
+    """Of the rows of a result."""
+    return max(row["layers"] for row in one["rows"])
+
+
 def page_text() -> str:
     """Tables of the results that are there, and what follows for the layers that are not."""
     found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("convert_*.json"))}
@@ -331,7 +336,8 @@ def page_text() -> str:
         )
         parts[-1] += f". Rounding bf16 to MXFP4 in memory: {rates}."
     whole = []
-    for one in found.values():
+    deepest_of = {one["rows"][0]["model"]: one for one in sorted(found.values(), key=most_layers)}
+    for one in deepest_of.values():
         name = one["rows"][0]["model"]
         deepest = max(one["rows"], key=lambda row: row["layers"] * (row["what"] == "to-megatron"))
         rate = deepest["bytes_written"] / deepest["seconds"]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import report, whole_model
+from benchmarks import checkpoint, report, whole_model
 from benchmarks.work import (
     attention_flops,
     head_flops,
@@ -62,6 +62,7 @@ def sections() -> dict[tuple[str, str], str]:
         ("performance.md", "elementwise"): elementwise_section(),
         ("context_parallel.md", "two GPUs"): context_parallel_section(),
         ("context_parallel.md", "model on two GPUs"): context_parallel_model_section(),
+        ("continual_pretraining.md", "checkpoints"): checkpoint_section(),
         ("transformer_engine.md", "attention"): te_attention_section(),
         ("transformer_engine.md", "two layers"): te_step_section(),
     }
@@ -75,7 +76,7 @@ def load(name: str) -> dict:
 def source(name: str, found: dict) -> str:
     """File, command, card and versions."""
     facts = found["machine"]
-    card = facts.get("gpu", facts.get("device", "")).replace("_", " ")
+    card = (facts.get("gpu") or facts.get("device") or facts["cpu"]).replace("_", " ")
     words = [card] + [f"{k} {facts[k]}" for k in ("torch", "triton", "commit") if k in facts]
     link = f"[JSON](../benchmarks/results/{name}.json)"
     return f"{link}: `{found['command']}`, {found['date']}; {', '.join(words)}."
@@ -104,6 +105,13 @@ def whole_model_section() -> str:
     lines = [whole_model.cells(whole_model.Row(**row)) for row in rows]
     sources = [source(name, one) for name, one in found.items()]
     return "\n\n".join([report.markdown(whole_model.HEADER, lines), *sources])
+
+
+def checkpoint_section() -> str:
+    """What a save costs the training, on the CPU."""
+    found = load("checkpoint_cpu")
+    rows = [checkpoint.cells(checkpoint.Row(**row)) for row in found["rows"]]
+    return report.markdown(checkpoint.HEADER, rows) + "\n\n" + source("checkpoint_cpu", found)
 
 
 def kernel_section() -> str:

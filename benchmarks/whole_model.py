@@ -23,7 +23,8 @@ GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives part
 A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
 median of the steps after the first, or the first fifth, the highest peak of all ranks and steps, the loss of every
 step. `load` is the busiest GPU's share of a layer's tokens over the mean, the mean over layers, in
-the steps that the monitor looked at. Planned are `--dry-run`'s GiB, with even experts and with that load.
+the steps that the monitor looked at. Planned are `--dry-run`'s seconds with that load, and its GiB
+with even experts and with that load.
 """
 
 import argparse
@@ -48,6 +49,7 @@ import torch
 from benchmarks import report
 from megatron.gpt_oss.plan.layout import Layout
 from megatron.gpt_oss.plan.memory import fullest_rank
+from megatron.gpt_oss.plan.time import step_time
 from megatron.gpt_oss.presets import get_preset
 
 GIB = 2**30
@@ -135,6 +137,7 @@ class Row:
     layout: str
     steps: int
     seconds_a_step: float
+    planned_seconds: float
     tokens_per_second: float
     tflops: float
     mfu: float | None
@@ -340,6 +343,7 @@ def row_of(
         layout=f"EP {layout.ep}, CP {layout.cp}, DP {layout.dp}, {case.memory}",
         steps=len(steps),
         seconds_a_step=step["seconds_per_step"],
+        planned_seconds=step_time(replace(layout, expert_load=load or 1.0)).total,
         tokens_per_second=step["tokens_per_second_per_gpu"],
         tflops=step["tflops_per_gpu"],
         mfu=step["mfu"],
@@ -355,7 +359,18 @@ def row_of(
     )
 
 
-HEADER = ["case", "GPUs", "tokens", "layout", "steps", "s a step", "tokens/s/GPU", "TFLOP/s", "MFU"]
+HEADER = [
+    "case",
+    "GPUs",
+    "tokens",
+    "layout",
+    "steps",
+    "s a step",
+    "planned s",
+    "tokens/s/GPU",
+    "TFLOP/s",
+    "MFU",
+]
 HEADER += ["peak GiB", "planned GiB", "with load", "load", "loss"]
 
 
@@ -368,6 +383,7 @@ def cells(row: Row) -> list[str]:
         row.layout,
         str(row.steps),
         f"{row.seconds_a_step:.2f}",
+        f"{row.planned_seconds:.2f}",
         f"{row.tokens_per_second:,.0f}",
         f"{row.tflops:.0f}",
         "-" if row.mfu is None else f"{row.mfu:.1%}",

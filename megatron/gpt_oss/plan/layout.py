@@ -185,4 +185,5 @@ class Layout:
             flags.append("--use-distributed-optimizer")
         if self.offload:
             flags += ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"]
+            flags.append("--overlap-cpu-optimizer-d2h-h2d")
         return flags

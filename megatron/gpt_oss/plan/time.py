@@ -14,11 +14,13 @@ from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters, 
 from megatron.gpt_oss.plan.rates import Rates
 
 # Assumed, bytes/s a GPU and direction: 450e9 of NVLink 4 and 50e9 of a 400 Gb/s adapter, with what
-# collectives commonly reach of them; PCIe 5 x16 and a rank's share of the host's memory.
+# collectives commonly reach of them; half of PCIe 5 x16.
 WITHIN_MACHINE = 300e9
 BETWEEN_MACHINES = 40e9
 HOST_LINK = 25e9
-HOST_MEMORY = 25e9
+# A rank's share of the host's memory: 54e9 by the two-gpus row of
+# benchmarks/results/whole_model_long_h200x4.json, two ranks on a host of four GPUs.
+HOST_MEMORY = 50e9
 
 # Passes over memory, counted in the code. Bytes of an element of the optimizer's state (AdamW's
 # kernel 28, norm 4, clipping 16, weight 6), and to clear a gradient.
@@ -207,5 +209,6 @@ class _Clock:
             state = dense / (layout.dp * layout.cp) + expert / layout.expert_dp
         seconds = (CLEAR * (dense + expert)) / self.rates.memory()
         seconds += ADAM * state * (1 - layout.offload) / self.rates.memory()
-        # Gradient there and weight back, and seven fp32 numbers read or written on the host.
-        return seconds + layout.offload * state * (8 / HOST_LINK + 28 / HOST_MEMORY)
+        # Seven fp32 numbers read or written on the host; beside it, the gradient there in fp32 and the
+        # weight back in bf16.
+        return seconds + layout.offload * state * max(6 / HOST_LINK, 28 / HOST_MEMORY)
