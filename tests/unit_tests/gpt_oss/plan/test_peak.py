@@ -80,6 +80,8 @@ CASES = {
     'fast': _layout(),
     'balanced': _layout(policy='balanced'),
     'lean': _layout(policy='lean'),
+    # Whatever the backward of a layer leaves behind weighs most in a deep model.
+    'lean-deep': _layout(policy='lean', preset=dataclasses.replace(MODEL, num_layers=16)),
     'all-experts-again': _layout(policy='balanced', recompute=Recompute('selective', ('moe',))),
     'two-layers-of-three': _layout(recompute=Recompute('full', (), 'block', 2)),
     'two-layers-a-unit': _layout(recompute=Recompute('full', (), 'uniform', 2)),
