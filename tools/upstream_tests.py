@@ -87,7 +87,8 @@ TOPICS = {
 NOTES = {
     "training/models/test_dist_utils.py": (
         "`test_dist_utils.py` replaces `torch.cuda` by a mock and counts calls that the patched code "
-        "makes only where there is a CUDA device."
+        "makes only where there is a CUDA device. Told that there is one (`device_utils.device_type`), it passes "
+        "them all."
     ),
     "unit_tests/test_checkpointing.py": (
         "`test_checkpointing.py` saves with arguments that lack `check_for_nan_in_loss_and_grad`, which a "
