@@ -16,8 +16,9 @@ measured twice: from disk, what they read having been put out of the page cache 
 not fit there), and warm, a second time without that. MXFP4 is written from 2.5 times its bytes, so
 that `read`, the time of `cat` for the source from disk, is what its conversion cannot go below.
 
-Give --layers as many as the disk holds: it takes twice the BF16 size, without `to-hf bf16` 1.3 times. --preset 120b --layers 1 shows
-one layer of the large model; the sizes of the rest follow from `bytes_of_layer`.
+Give --layers as many as the disk holds: it takes twice the BF16 size, 1.3 times where --steps leaves
+out `to-hf bf16`. --preset 120b --layers 1 shows one layer of the large model; the sizes of the rest
+follow from `bytes_of_layer`.
 """
 
 import argparse
@@ -53,8 +54,6 @@ RESULTS = report.ROOT / "benchmarks" / "results"
 HEADER = ["model", "layers", "what", "GB read", "GB written", "s", "copy, s", "ratio"]
 HEADER += ["read, s", "ratio to read", "warm, s", "warm copy, s", "warm ratio", "imports, s"]
 HEADER += ["peak RSS, GiB", "load"]
-
-
 STEPS = ("to-megatron", "to-hf bf16", "to-hf mxfp4")
 
 
