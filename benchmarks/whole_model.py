@@ -16,7 +16,7 @@ GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives part
 
 - 4k: experts over all GPUs, two sequences a micro-batch;
 - 32k: and four GPUs to a sequence, the reference case;
-- 128k, 256k, 320k: all GPUs to a sequence, each layer's inside made again in the backward; the last
+- 128k, 256k, 384k: all GPUs to a sequence, each layer's inside made again in the backward; the last
   two are beyond the published model's context, with a larger factor of YaRN;
 - two-gpus: 32k over two GPUs.
 
@@ -98,12 +98,12 @@ CASES = [
         flags=("--yarn-factor", "64"),
     ),
     Case(
-        "320k",
-        327_680,
+        "384k",
+        393_216,
         "lean",
         context_parallel=None,
         steps=3,
-        flags=("--yarn-factor", "80"),
+        flags=("--yarn-factor", "96"),
     ),
     Case("4k-routed", 4096, "fast", sequences=2, balanced=False),
     Case("32k-routed", 32_768, "fast", context_parallel=4, balanced=False),

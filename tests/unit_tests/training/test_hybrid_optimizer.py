@@ -32,14 +32,14 @@ def no_gpu_needed(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
 
 
-def build(parameters, **more):
+def build(parameters, offload_fraction=1.0, in_fp32=True, **more):
     """As Megatron builds it for bf16 parameters."""
     return HybridDeviceOptimizer(
         [dict(params=parameters)],
-        offload_fraction=1.0,
+        offload_fraction=offload_fraction,
         cpu_optimizer_cls=torch.optim.AdamW,
         gpu_optimizer_cls=torch.optim.AdamW,
-        param_update_in_fp32=True,
+        param_update_in_fp32=in_fp32,
         pin_cpu_grads=False,
         pin_cpu_params=False,
         lr=0.1,
@@ -102,3 +102,28 @@ def test_cast_before_the_way_to_the_gpu(overlap):
         assert copies.seen == [torch.bfloat16] * 2
     for parameter, master in zip(parameters, masters):
         torch.testing.assert_close(parameter.detach(), master.detach().bfloat16(), rtol=0, atol=0)
+
+
+def test_loaded_state_stays_on_its_side(monkeypatch):
+    """With PyTorch's AdamW on both sides, what a checkpoint has of the GPU's part went to the host."""
+    parameters = [OnGpu(torch.ones(4)), OnGpu(torch.ones(4))]
+    optimizer = build(parameters, offload_fraction=0.5, in_fp32=False)
+    for parameter in parameters:
+        parameter.grad = torch.randn(4)
+    optimizer.step()
+    moves, to = {}, torch.Tensor.to
+
+    def record(tensor, *args, **kwargs):
+        if args in (('cpu',), ('cuda',)):
+            moves[tensor.data_ptr()] = args[0]
+            return tensor
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, 'to', record)
+    optimizer.load_state_dict(optimizer.state_dict())
+    host, gpu = optimizer.cpu_copys_map_gpu_param, parameters[1]
+    assert len(host) == 1 and gpu in optimizer.gpu_optimizer.state
+    for side in optimizer.sub_optimizers:
+        for parameter, state in side.state.items():
+            places = {moves[value.data_ptr()] for value in state.values()}
+            assert places == {'cuda' if parameter is gpu else 'cpu'}
