@@ -12,15 +12,19 @@ weights. Rows are tokens times 4: a token goes to 4 experts. Balanced rows are e
 skewed ones fall off as 1 / (expert + 1), and the last three experts have none.
 
 `grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `products` its
-two grouped products alone, `sequential` SequentialMLP, `dense` the two products as if all rows were
+two grouped products alone, `grouped-mm` and `products-mm` these with PyTorch's grouped_mm where our
+kernels would run, `sequential` SequentialMLP, `dense` the two products as if all rows were
 of one expert: what the same FLOPs cost at best. Values are checked first, on 1,024 rows, against
 float64; an implementation that is wrong gets no figure. Then all are timed in turn by CUDA events
-on one set of random numbers. TFLOP/s count the products alone, 18 x rows x hidden x width forward
+on one set of random numbers, each over and over before the next: products are bound by the card's
+power, and one that comes after a pause or after kernels that compute little runs a tenth faster than
+it can in training. TFLOP/s count the products alone, 18 x rows x hidden x width forward
 and backward. Peak MiB are beyond weights, input and output gradient, and hold all gradients; kept
 MiB is what is there between forward and backward, the output included.
 """
 
 import argparse
+import contextlib
 import platform
 import statistics
 import subprocess
@@ -28,6 +32,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,13 +45,25 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe import grouped_linear as grouped_linear_module
 from megatron.core.transformer.moe.grouped_linear import grouped_linear
 from megatron.core.transformer.moe.row_groups import RowGroups
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a product, an activation and a product round in turn
-IMPLEMENTATIONS = ("grouped", "recompute", "products", "sequential", "dense")
+IMPLEMENTATIONS = (
+    "grouped",
+    "recompute",
+    "grouped-mm",
+    "products",
+    "products-mm",
+    "sequential",
+    "dense",
+)
+PRODUCTS = ("products", "products-mm", "dense")
+# Milliseconds that a call is repeated before it is timed, and while it is.
+WARM_MS, TIMED_MS = 150, 300
 
 
 @dataclass(frozen=True)
@@ -137,14 +154,15 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     parameters = {p for layer in layers.values() for p in layer.parameters()}
     errors, calls = {}, {}
     for name, layer in layers.items():
-        error = None if name in ("products", "dense") else check(short, layer)
+        with products_of(name):
+            error = None if name in PRODUCTS else check(short, layer)
         if error is not None and not error < ERROR_LIMIT:
             left_out.append([f"{case.name} {name}", f"WRONG: relative error {error:.1e}"])
             continue
         errors[name] = error
         calls[name] = call_of(name, layer, case)
     tensors = inputs(case)
-    times = time_interleaved(calls, tensors, parameters, args.seconds)
+    times = time_sustained(calls, tensors, parameters, args.seconds)
     if args.profile and "grouped" in calls:
         profile(calls["grouped"], tensors, parameters)
     dense = statistics.median(times["dense"]) if "dense" in times else None
@@ -152,7 +170,8 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     for name, samples in times.items():
         p20, median, p80 = quantiles(samples)
         clear(parameters)
-        peak, kept = memory(calls[name], tensors)
+        with products_of(name):
+            peak, kept = memory(calls[name], tensors)
         rows.append(
             Row(
                 case.name,
@@ -242,7 +261,7 @@ def call_of(name: str, layer: torch.nn.Module, case: Case):
 
     The products alone have inputs and output gradients of their own: no copy between the two.
     """
-    if name not in ("products", "dense"):
+    if name not in PRODUCTS:
         return lambda x, dout, probs, counts: ([layer(x, counts, probs)[0]], [dout])
     first, second = layer.linear_fc1.weight, layer.linear_fc2.weight
     options = dict(dtype=torch.bfloat16, device=DEVICE)
@@ -312,34 +331,46 @@ def clear(parameters) -> None:
         parameter.grad = None
 
 
-def time_interleaved(calls: dict, tensors, parameters, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of each call, taken in turn, until `seconds` are over (five at least)."""
+def time_sustained(calls: dict, tensors, parameters, seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each call, `TIMED_MS` of them after `WARM_MS` of the same, then the next
+    call's, until `seconds` are over (three rounds at least)."""
     times = {name: [] for name in calls}
-    for warm_up in (2, 0):
-        begin = time.perf_counter()
-        while min(map(len, times.values())) < (warm_up or 5) or (
-            not warm_up and time.perf_counter() - begin < seconds
-        ):
-            for name, call in calls.items():
-                clear(parameters)
-                times[name].append(time_once(call, tensors))
-        if warm_up:
-            times = {name: [] for name in calls}
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 3 or time.perf_counter() - begin < seconds:
+        for name, call in calls.items():
+            with products_of(name):
+                once = statistics.median(time_some(2, call, tensors, parameters))
+                time_some(max(1, round(WARM_MS / once)), call, tensors, parameters)
+                count = max(3, round(TIMED_MS / once))
+                times[name] += time_some(count, call, tensors, parameters)
+        rounds += 1
     return times
 
 
-def time_once(call, tensors) -> float:
+def products_of(name: str):
+    """A context in which the products of `-mm` are PyTorch's grouped_mm wherever that runs."""
+    if not name.endswith("-mm"):
+        return contextlib.nullcontext()
+    return mock.patch.object(grouped_linear_module, "product_kernels", lambda *operands: None)
+
+
+def time_some(count: int, call, tensors, parameters) -> list[float]:
+    """Milliseconds of calls that follow each other without a pause."""
     if DEVICE == "cpu":
-        start = time.perf_counter()
+        marks = [time.perf_counter()]
+        for _ in range(count):
+            clear(parameters)
+            run_once(call, tensors)
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in zip(marks, marks[1:])]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        clear(parameters)
         run_once(call, tensors)
-        return (time.perf_counter() - start) * 1e3
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(10_000_000)  # about 5 ms: the host gets ahead, as it is in training
-    start.record()
-    run_once(call, tensors)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:

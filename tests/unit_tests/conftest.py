@@ -1,8 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Two ranks for a test module. One that needs more has a `ranks` of its own."""
+"""Two ranks for a test module (one that needs more has a `ranks` of its own), poisoned memory."""
 
 import pytest
+import torch
 
 from tests.unit_tests.distributed import RankPool
 
@@ -11,3 +12,15 @@ from tests.unit_tests.distributed import RankPool
 def ranks():
     with RankPool(2) as pool:
         yield pool
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """What a kernel does not write is NaN."""
+    empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def nan(tensor):
+        return tensor.fill_(float('nan')) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, 'new_empty', lambda *a, **k: nan(empty(*a, **k)))
+    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: nan(empty_like(*a, **k)))

@@ -21,7 +21,8 @@ def test_tiny(tmp_path):
     report = json.loads(out.read_text())
     assert report['left_out'] == []  # a wrong implementation is named there
     rows = {row['implementation']: row for row in report['rows']}
-    assert set(rows) == {'grouped', 'recompute', 'products', 'sequential', 'dense'}
+    products = {'products', 'products-mm', 'dense'}
+    assert set(rows) == products | {'grouped', 'recompute', 'grouped-mm', 'sequential'}
     assert all(row['ms'] > 0 for row in rows.values())
     # Fused, the values are rounded once where SequentialMLP rounds after every operation.
     assert 0 < rows['grouped']['error'] <= 1.2 * rows['sequential']['error']

@@ -150,7 +150,7 @@ class _Tiling:
 
 
 @triton.jit
-def _experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+def experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """Of every expert: first row, row after the last, number of tiles, tile after the last."""
     group = tl.arange(0, GROUPS)
     exists = group < num_groups
@@ -163,7 +163,7 @@ def _experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _tile(tile, ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """The expert of a tile, its first row and the expert's end; an expert past the last for none."""
-    start, end, tiles, tile_end = _experts_tiles(ends, num_groups, GROUPS, ROWS)
+    start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
     expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
     mine = tl.arange(0, GROUPS) == expert
     first = tl.sum(tl.where(mine, start + (tile - tile_end + tiles) * ROWS, 0), 0)
@@ -365,7 +365,7 @@ def _sum_tiles(
     COLUMNS: tl.constexpr,
 ):
     expert = tl.program_id(0)
-    _, _, tiles, tile_end = _experts_tiles(ends, num_groups, GROUPS, ROWS)
+    _, _, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
     mine = tl.arange(0, GROUPS) == expert
     last = tl.sum(tl.where(mine, tile_end, 0), 0)
     first = last - tl.sum(tl.where(mine, tiles, 0), 0)

@@ -4,14 +4,19 @@
 
     y[rows of e] = x[rows of e] @ weight[e] + scale[rows of e] * bias[e]
 
-Shapes: t rows over all experts, g experts, k inputs, n outputs. PyTorch's grouped_mm does all
-experts in one kernel where it runs; elsewhere there is one product for each expert that has a row.
+Shapes: t rows over all experts, g experts, k inputs, n outputs. All experts are done in one kernel,
+Triton's on Hopper and PyTorch's grouped_mm on Blackwell; elsewhere there is one product for each
+expert that has a row.
 """
 
 import torch
 import torch.nn.functional as F
 
-from megatron.core.transformer.moe.grouped_kernels import has_grouped_mm, triton_kernels
+from megatron.core.transformer.moe.grouped_kernels import (
+    has_grouped_mm,
+    product_kernels,
+    triton_kernels,
+)
 from megatron.core.transformer.moe.row_groups import RowGroups
 
 
@@ -45,10 +50,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scale, groups):
         ctx.groups = groups
         ctx.save_for_backward(x, weight, bias, scale)
-        y = grouped_product(x, weight, groups)
-        if bias is not None:
-            add_weighted_bias_(y, bias, scale, groups)
-        return y
+        return grouped_product(x, weight, groups, bias, scale)
 
     @staticmethod
     def backward(ctx, dy):
@@ -64,20 +66,35 @@ class _GroupedLinear(torch.autograd.Function):
         return dx, dweight, dbias, dscale, None
 
 
-def grouped_product(x: torch.Tensor, weight: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    """[t, k] by [g, k, n], perhaps a transposed view, to [t, n]; no gradient."""
+def grouped_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    groups: RowGroups,
+    bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[t, k] by [g, k, n], perhaps a transposed view, to [t, n], and the weighted bias; no gradient."""
     x = x.contiguous()
+    if (kernels := product_kernels(x, weight)) is not None:
+        if bias is not None:
+            bias, scale = bias.contiguous(), scale.contiguous()
+        return kernels.grouped_product(x, weight, groups.ends, bias, scale)
     if x.shape[0] and has_grouped_mm(x.dtype, x.device, *weight.shape[1:]):
-        return F.grouped_mm(x, weight, offs=groups.ends)
-    y = x.new_empty(x.shape[0], weight.shape[2])
-    for group, start, end in groups.slices:
-        torch.mm(x[start:end], weight[group], out=y[start:end])
+        y = F.grouped_mm(x, weight, offs=groups.ends)
+    else:
+        y = x.new_empty(x.shape[0], weight.shape[2])
+        for group, start, end in groups.slices:
+            torch.mm(x[start:end], weight[group], out=y[start:end])
+    if bias is not None:
+        add_weighted_bias_(y, bias, scale, groups)
     return y
 
 
 def grouped_weight_gradient(x: torch.Tensor, dy: torch.Tensor, groups: RowGroups) -> torch.Tensor:
     """[t, k] and [t, n] to [g, k, n]: x^T dy over each expert's rows, 0 where it has none."""
     x = x.contiguous()
+    if (kernels := product_kernels(x, dy)) is not None:
+        return kernels.grouped_weight_gradient(x, dy, groups.ends)
     if x.shape[0] and has_grouped_mm(x.dtype, x.device, x.shape[1], dy.shape[1]):
         return zero_where_empty_(F.grouped_mm(x.t(), dy, offs=groups.ends), groups)
     dweight = x.new_zeros(groups.num_groups, x.shape[1], dy.shape[1])

@@ -1,0 +1,213 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Triton kernels of the experts' products on Hopper: rows by matrices, and the matrices' gradient.
+
+Each is one launch for all experts. As many programs as multiprocessors go through tiles of 128 x 256
+results; the loop over tiles and the one inside a tile are one pipeline, so that a tile's first loads
+are under way before the one before it is stored. Which rows are an expert's is read on the device.
+
+Tiles of rows end with their expert: rows of the next that are loaded with them are not stored, or
+are cleared before they are summed, NaN too. Operands come by TMA, whose addresses have 64 bits and
+which reads 0 past the end of a tensor.
+
+PyTorch's grouped_mm does the same, and does it where these do not run (`grouped_kernels`); what
+each takes is in docs/performance.md.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from megatron.core.transformer.moe.grouped_experts_triton import experts_tiles
+
+# 213 registers a thread at most and 180 to 213 KB of shared memory for sm90 (Triton 3.6), no spill:
+# one program on a multiprocessor.
+TILE_ROWS, TILE_COLUMNS, DEPTH = 128, 256, 64
+OPTIONS = dict(num_warps=8, num_stages=3)
+# Tiles above each other that are taken before the next column's: 8 tiles of rows and the columns of
+# a matrix that 132 multiprocessors then read are a few MB of the 50 MB cache.
+TILES_ABOVE = 8
+
+
+def grouped_product(x, weight, ends, bias=None, scale=None):
+    """y[row] = x[row] @ weight[e] + scale[row] * bias[e], e the row's expert, rounded once.
+
+    Args:
+        x: [t, k], bf16, contiguous, t > 0.
+        weight: [g, k, n], bf16, contiguous or the transposed view of such a tensor.
+        ends: [g], int32, where each expert's rows end; the last is t.
+        bias: [g, n], any float, contiguous, or None.
+        scale: [t], any float, contiguous, or None without a bias.
+    Returns:
+        [t, n], bf16.
+    """
+    num_groups, depth, width = weight.shape
+    y = x.new_empty(x.shape[0], width)
+    transposed = not weight.is_contiguous()
+    block = [1, DEPTH, TILE_COLUMNS]
+    if transposed:
+        weight, block = weight.transpose(1, 2), [1, TILE_COLUMNS, DEPTH]
+    programs = _multiprocessors(x)
+    _grouped_product[(programs,)](
+        TensorDescriptor.from_tensor(x, [TILE_ROWS, DEPTH]),
+        TensorDescriptor.from_tensor(weight, block),
+        y,
+        bias,
+        scale,
+        ends,
+        num_groups,
+        width,
+        depth,
+        programs,
+        HAS_BIAS=bias is not None,
+        TRANSPOSED=transposed,
+        GROUPS=triton.next_power_of_2(num_groups),
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        DEPTH=DEPTH,
+        ABOVE=TILES_ABOVE,
+        **OPTIONS,
+    )
+    return y
+
+
+def grouped_weight_gradient(x, dy, ends):
+    """x^T dy over each expert's rows, 0 where it has none.
+
+    Args:
+        x, dy: [t, k] and [t, n], bf16, contiguous, t > 0.
+        ends: [g], int32, where each expert's rows end; the last is t.
+    Returns:
+        [g, k, n], bf16.
+    """
+    num_groups, height, width = ends.numel(), x.shape[1], dy.shape[1]
+    dweight = x.new_empty(num_groups, height, width)
+    programs = _multiprocessors(x)
+    _grouped_weight_gradient[(programs,)](
+        TensorDescriptor.from_tensor(x, [DEPTH, TILE_ROWS]),
+        TensorDescriptor.from_tensor(dy, [DEPTH, TILE_COLUMNS]),
+        TensorDescriptor.from_tensor(dweight, [1, TILE_ROWS, TILE_COLUMNS]),
+        ends,
+        num_groups,
+        width,
+        height,
+        programs,
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        DEPTH=DEPTH,
+        ABOVE=TILES_ABOVE,
+        **OPTIONS,
+    )
+    return dweight
+
+
+def _multiprocessors(tensor) -> int:
+    if not tensor.is_cuda:
+        return 2  # programs of Triton's interpreter
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+@triton.jit
+def _place(tile, num_rows, num_columns, ABOVE: tl.constexpr):
+    """Row and column of a tile, of num_rows x num_columns of them."""
+    in_band = ABOVE * num_columns
+    band = tile // in_band
+    height = min(num_rows - band * ABOVE, ABOVE)
+    return band * ABOVE + tile % in_band % height, tile % in_band // height
+
+
+@triton.jit
+def _grouped_product(
+    x,
+    weight,
+    y,
+    bias,
+    scale,
+    ends,
+    num_groups,
+    width,
+    depth,
+    programs,
+    HAS_BIAS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ABOVE: tl.constexpr,
+):
+    start, end, tiles, _ = experts_tiles(ends, num_groups, GROUPS, ROWS)
+    num_columns = tl.cdiv(width, COLUMNS)
+    tiles *= num_columns
+    tile_end = tl.cumsum(tiles, 0)
+    num_steps = tl.cdiv(depth, DEPTH)
+    for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), programs, flatten=True):
+        expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
+        mine = tl.arange(0, GROUPS) == expert
+        first = tl.sum(tl.where(mine, start, 0), 0)
+        last = tl.sum(tl.where(mine, end, 0), 0)
+        tile_of_expert = tile - tl.sum(tl.where(mine, tile_end - tiles, 0), 0)
+        above, beside = _place(tile_of_expert, tl.cdiv(last - first, ROWS), num_columns, ABOVE)
+        first += above * ROWS
+        begin = beside * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for step in range(num_steps):
+            left = x.load([first, step * DEPTH])
+            if TRANSPOSED:
+                right = weight.load([expert, begin, step * DEPTH]).reshape(COLUMNS, DEPTH).T
+            else:
+                right = weight.load([expert, step * DEPTH, begin]).reshape(DEPTH, COLUMNS)
+            total = tl.dot(left, right, total)
+        row = first + tl.arange(0, ROWS)
+        column = begin + tl.arange(0, COLUMNS)
+        in_row, in_column = row < last, column < width
+        row = row.to(tl.int64)
+        if HAS_BIAS:
+            factor = tl.load(scale + row, mask=in_row, other=0.0).to(tl.float32)
+            at = bias + expert.to(tl.int64) * width + column
+            term = tl.load(at, mask=in_column, other=0.0).to(tl.float32)
+            total += factor[:, None] * term[None, :]
+        at = y + row[:, None] * width + column[None, :]
+        tl.store(at, total.to(y.dtype.element_ty), mask=in_row[:, None] & in_column[None, :])
+
+
+@triton.jit
+def _grouped_weight_gradient(
+    x,
+    dy,
+    dweight,
+    ends,
+    num_groups,
+    width,
+    height,
+    programs,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ABOVE: tl.constexpr,
+):
+    num_rows, num_columns = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
+    tiles = num_rows * num_columns
+    for tile in tl.range(tl.program_id(0), num_groups * tiles, programs, flatten=True):
+        expert = tile // tiles
+        above, beside = _place(tile % tiles, num_rows, num_columns, ABOVE)
+        above *= ROWS
+        beside *= COLUMNS
+        last = tl.load(ends + expert)
+        first = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+        total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        num_steps = (last - first) // DEPTH
+        for step in range(num_steps):
+            row = first + step * DEPTH
+            total = tl.dot(x.load([row, above]).T, dy.load([row, beside]), total)
+        row = first + num_steps * DEPTH
+        if row < last:
+            mine = (row + tl.arange(0, DEPTH) < last)[:, None]
+            left = x.load([row, above])
+            right = dy.load([row, beside])
+            left = tl.where(mine, left, 0.0).to(left.dtype)
+            right = tl.where(mine, right, 0.0).to(right.dtype)
+            total = tl.dot(left.T, right, total)
+        total = total.to(dweight.dtype).reshape(1, ROWS, COLUMNS)
+        dweight.store([expert, above, beside], total)
