@@ -203,8 +203,8 @@ class LayerTensors:
         activation = 2 * n.rows * n.width
         fc1 = 2 * layout.local_experts * h * 2 * n.width
         fc2 = fc1 // 2
-        tile = 32 if n.rows <= 2**17 else 64
-        partial = 4 * (n.rows // tile + layout.local_experts)
+        # fp32 sums of 32 rows for the first bias, of 64 for the second.
+        first, second = (4 * (n.rows // tile + layout.local_experts) for tile in (32, 64))
         alive = self.everything()
         after_fc2 = alive - activation
         after_swiglu = after_fc2 - gate_up
@@ -212,12 +212,12 @@ class LayerTensors:
         qkv = 2 * n.tokens * (n.q + 2 * n.kv)
         return {
             "experts' answer": alive + residual + rows + max(rows, 2 * n.sent * h),
-            "experts' second product": alive + residual + rows + max(activation + fc2, partial * h),
+            "experts' second product": alive + residual + rows + max(activation + fc2, second * h),
             "experts' activation": after_fc2
             + residual
             + activation
             + gate_up
-            + partial * 2 * n.width,
+            + first * 2 * n.width,
             "experts' first product": after_swiglu + residual + gate_up + rows + fc1,
             "attention": attention + residual + n.tokens * n.q * (2 + ATTENTION_BACKWARD) + qkv,
         }

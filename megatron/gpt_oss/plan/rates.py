@@ -138,13 +138,13 @@ def _experts(rows: list[dict]) -> dict:
         for kind, field in (("dense", "tflops"), ("grouped", "tflops"), ("recompute", "tflops"))
     }
     # The fused passes over the rows are what grouped has beyond its two products. Bytes a row: the
-    # activation reads 2 x width and writes it, its backward reads 3 and writes 2; the second
-    # product's bias reads and writes hidden, its gradient reads it. bf16, 2880 by 2880.
+    # activation reads 2 x width and writes it, its backward reads 3 and writes 2; the gradient of
+    # the second product's bias reads hidden. bf16, 2880 by 2880.
     times = {
         kind: dict(_points([r for r in rows if r["implementation"] == kind], _ROWS, "ms"))
         for kind in ("grouped", "products")
     }
-    row_bytes = 2 * (3 + 5) * 2880 + 2 * 3 * 2880
+    row_bytes = 2 * (3 + 5) * 2880 + 2 * 2880
     count = max(times["grouped"])
     seconds = 1e-3 * (times["grouped"][count] - times["products"][count])
     return {

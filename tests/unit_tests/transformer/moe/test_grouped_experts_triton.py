@@ -82,6 +82,8 @@ def test_several_blocks_a_program(min_programs, monkeypatch):
     """Blocks of columns dealt out to fewer programs than there are blocks, and unevenly."""
     monkeypatch.setattr(kernels, "MIN_PROGRAMS", min_programs)
     monkeypatch.setattr(kernels, "BLOCK_COLUMNS", 16)
+    launched = kernels._Tiling(39, 136, torch.zeros(4))
+    assert launched.grid == (6, 1 if min_programs == 1 else 2)
     test_swiglu(COUNTS["uneven"], torch.float32)
     test_weighted_bias(COUNTS["uneven"], torch.float32)
 
