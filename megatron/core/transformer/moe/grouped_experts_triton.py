@@ -254,7 +254,7 @@ def _swiglu_backward(
         in_row = row < end
         row = row.to(tl.int64)
         prob = tl.load(probs + row, mask=in_row, other=0.0).to(tl.float32)
-        dprob = tl.zeros((ROWS,), dtype=tl.float32)
+        dprob = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)  # summed over threads once, at the end
         for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
             column = block * COLUMNS + tl.arange(0, COLUMNS)
             in_column = column < width
@@ -271,7 +271,7 @@ def _swiglu_backward(
             clamped_gate, clamped_up = _gate_and_up(gate, up, limit, HAS_LIMIT)
             sigmoid = tl.sigmoid(alpha * clamped_gate)
             silu = clamped_gate * sigmoid
-            dprob += tl.sum(d * (clamped_up + offset) * silu, 1)
+            dprob += d * (clamped_up + offset) * silu
             d = d * prob[:, None]
             dup = d * silu
             dgate = d * (clamped_up + offset) * sigmoid
@@ -287,7 +287,7 @@ def _swiglu_backward(
                 tl.store(at, tl.sum(dgate, 0), mask=in_column)
                 tl.store(at + width, tl.sum(dup, 0), mask=in_column)
         at = dprobs + tl.program_id(1).to(tl.int64) * num_rows + row
-        tl.store(at, dprob, mask=in_row)
+        tl.store(at, tl.sum(dprob, 1), mask=in_row)
 
 
 @triton.jit
