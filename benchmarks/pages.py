@@ -31,7 +31,7 @@ DOCS = report.ROOT / "docs"
 PRODUCT_RATE = 560.0
 # Patterns in a kernel's name, most particular first.
 CLASSES = [
-    ("experts' products", "GroupProblemShape"),
+    ("experts' products", "^_grouped_|GroupProblemShape"),
     ("cross entropy", "^_to_gradient|^_row_statistics"),
     ("experts' activation and biases", "^_swiglu|_weighted_bias|^_sum_tiles"),
     ("rows to experts and back", "gather_kernel|^_sum_by_token|radix_sort|index"),
@@ -99,8 +99,9 @@ def step_section(name: str = "train_step_h100") -> str:
 
 
 def whole_model_section() -> str:
-    """All layers, trained by pretrain_gpt_oss.py; long sequences in a run of their own."""
-    found = {name: load(name) for name in ("whole_model_h200x4", "whole_model_long_h200x4")}
+    """All layers, trained by pretrain_gpt_oss.py, in three runs."""
+    names = [f"whole_model{which}_h200x4" for which in ("", "_routed", "_long")]
+    found = {name: load(name) for name in names}
     rows = [row for one in found.values() for row in one["rows"]]
     lines = [whole_model.cells(whole_model.Row(**row)) for row in rows]
     sources = [source(name, one) for name, one in found.items()]
