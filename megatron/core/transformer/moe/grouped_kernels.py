@@ -34,7 +34,7 @@ def product_kernels(*tensors: torch.Tensor) -> ModuleType | None:
     """The Triton kernels of the experts' products, where they take these operands.
 
     They do on Hopper, for which their tiles are chosen: bf16, and rows as grouped_mm wants them.
-    None elsewhere, and with a triton (before 3.4) that has no descriptors for TMA.
+    None elsewhere, and with a triton before 3.6.
     """
     first = tensors[0]
     takes = (
