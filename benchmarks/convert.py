@@ -71,7 +71,9 @@ def main() -> None:
     if not args.folder and not args.page:
         parser.error("give --folder, --page or both")
     if STEPS[0] not in args.steps:
-        parser.error(f"--steps {' '.join(args.steps)}: the others read what {STEPS[0]} writes. Add it")
+        parser.error(
+            f"--steps {' '.join(args.steps)}: the others read what {STEPS[0]} writes. Add it"
+        )
     args.steps = [name for name in STEPS if name in args.steps]
     if args.folder:
         facts = report.machine("torch", "numpy")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron.gpt_oss.plan.activations import HeadTensors, LayerTensors, MicroBatch
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters, stage_layers
+from megatron.gpt_oss.plan.parameters import rank_parameters, stage_layers
 
 GB = 10**9
 # bf16 weight and, in fp32, master weight and two moments of AdamW.
@@ -91,20 +91,15 @@ def optimizer_memory(layout: Layout, dense: int, expert: int) -> tuple[int, int,
     Args:
         dense, expert: elements on the rank.
     """
-    largest = [max(tensors.values()) for tensors in layer_parameters(layout)]
-    largest[0] = max(largest[0], layout.preset.vocab_size // layout.tp * layout.preset.hidden_size)
     if layout.distributed_optimizer:
         dense = -(-dense // (layout.dp * layout.cp))
         expert = -(-expert // layout.expert_dp)
     both = round((MASTER + MOMENTS) * (dense + expert) * layout.offload)
     here = (MASTER + MOMENTS) * (dense + expert) - both
     host = both + round(4 * (dense + expert) * layout.offload)  # and the gradients
-    # AdamW is one kernel. Before it, gradients are clipped a tensor at a time, by way of a copy;
-    # where they are not fp32, all of them are copied first.
-    clipped = max(map(min, zip(largest, (dense, expert))))
-    step = round(4 * clipped * (1 - layout.offload))
-    if layout.grad_bytes != 4:
-        step += round(4 * (dense + expert) * (1 - layout.offload))
+    # AdamW is one kernel, and gradients are clipped in place; if they are not fp32, all of them are
+    # copied first.
+    step = 0 if layout.grad_bytes == 4 else round(4 * (dense + expert) * (1 - layout.offload))
     return here, host, step
 
 

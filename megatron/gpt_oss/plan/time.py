@@ -23,8 +23,8 @@ HOST_LINK = 25e9
 HOST_MEMORY = 50e9
 
 # Passes over memory, counted in the code. Bytes of an element of the optimizer's state (AdamW's
-# kernel 28, norm 4, clipping 16, weight 6), and to clear a gradient.
-ADAM, CLEAR = 54, 4
+# kernel 28, norm 4, clipping 8, weight 6), and to clear a gradient.
+ADAM, CLEAR = 46, 4
 # Bytes a logit. All at once: product's output 2, to fp32 6, maximum 4, subtraction 8, exponential 8,
 # sum 4, division 8, gradient 8, to bf16 6, its two reads 4. In chunks: product 2, two kernels 2 and
 # 4, two reads 4.

@@ -1,0 +1,64 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The gradient's norm and clipping without TransformerEngine and Apex."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron.core.optimizer import clip_grads
+
+
+class Allocations(TorchDispatchMode):
+    """Elements of each tensor that an operator made, of views and of what is written in place none."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [0]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            places = {arg.data_ptr() for arg in args if isinstance(arg, torch.Tensor)}
+            self.seen.append(result.numel() * (result.data_ptr() not in places))
+        return result
+
+
+def gradients(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 7), (5,), (1,), (400, 3)]
+    return [torch.randn(*shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def test_clipped_in_place():
+    """A copy of each gradient was made, 2 GB for 32 matrices of gpt-oss-20b, and copied back."""
+    parameters = [torch.nn.Parameter(torch.zeros_like(value)) for value in gradients()]
+    for parameter, gradient in zip(parameters, gradients()):
+        parameter.grad = gradient
+    with Allocations() as made:
+        clip_grads.clip_grad_by_total_norm_fp32(parameters, max_norm=1.0, total_norm=3.0)
+    for parameter, gradient in zip(parameters, gradients()):
+        torch.testing.assert_close(parameter.grad, gradient * (1 / (3 + 1e-6)))
+    assert max(made.seen) <= 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
+def test_norm(dtype):
+    """In bf16 each gradient's norm was rounded to 8 bits."""
+    grads = gradients(dtype)
+    norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [grads], False)
+    expected = torch.cat([value.double().flatten() for value in grads]).norm()
+    assert norm.dtype == torch.float32 and norm.shape == (1,)
+    torch.testing.assert_close(norm[0].double(), expected, rtol=1e-6, atol=0)
+
+
+def test_norm_does_not_wait():
+    """Each gradient's norm was brought to the host by itself; a tensor without values has none."""
+    grads = [value.to('meta') for value in gradients()]
+    norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [grads], False)
+    assert norm.is_meta and norm.shape == (1,)
+
+
+def test_norm_of_nothing():
+    norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [[]], False)
+    assert norm.tolist() == [0.0]
