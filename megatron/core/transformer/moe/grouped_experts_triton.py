@@ -122,20 +122,20 @@ class _Tiling:
     """How a launch cuts rows and columns."""
 
     def __init__(
-        self, num_rows, width, ends, rows=None, columns=None, num_warps=2, min_programs=None
+        self, num_rows, width, ends, rows=BLOCK_ROWS, columns=None, num_warps=2, min_programs=None
     ):
         # Sums over rows go over few warps: on an H100 four for 32 rows are a tenth slower than two
         # in the activation's backward, eight a third.
         self.ends, self.num_rows = ends, num_rows
-        rows, self.columns = rows or BLOCK_ROWS, columns or BLOCK_COLUMNS
+        columns = columns or BLOCK_COLUMNS
         self.num_tiles = triton.cdiv(num_rows, rows) + ends.numel()  # at most
-        blocks = triton.cdiv(width, self.columns)
+        blocks = triton.cdiv(width, columns)
         programs = triton.cdiv(min_programs or MIN_PROGRAMS, self.num_tiles)
         self.grid = (self.num_tiles, min(blocks, programs))
         self.sizes = dict(
             GROUPS=triton.next_power_of_2(ends.numel()),
             ROWS=rows,
-            COLUMNS=self.columns,
+            COLUMNS=columns,
             num_warps=num_warps,
         )
 
@@ -148,7 +148,7 @@ class _Tiling:
         """[tiles, n] to [g, n]: the sum over each expert's tiles."""
         num_groups, width = self.ends.numel(), partial.shape[1]
         sums = partial.new_empty(num_groups, width, dtype=dtype)
-        _sum_tiles[(num_groups, triton.cdiv(width, self.columns))](
+        _sum_tiles[(num_groups, triton.cdiv(width, self.sizes["COLUMNS"]))](
             partial, sums, self.ends, num_groups, width, TILES=32, **self.sizes
         )
         return sums
@@ -166,13 +166,22 @@ def experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def find_tile(tile, start, end, tiles, tile_end, GROUPS: tl.constexpr):
+    """The expert of a tile, which of its tiles it is, the expert's first row and the row after its
+    last. Past all tiles the expert is one past the last, and the rest means nothing."""
+    expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
+    mine = tl.arange(0, GROUPS) == expert
+    first = tl.sum(tl.where(mine, start, 0), 0)
+    last = tl.sum(tl.where(mine, end, 0), 0)
+    return expert, tile - tl.sum(tl.where(mine, tile_end - tiles, 0), 0), first, last
+
+
+@triton.jit
 def _tile(tile, ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """The expert of a tile, its first row and the expert's end; an expert past the last for none."""
     start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
-    expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
-    mine = tl.arange(0, GROUPS) == expert
-    first = tl.sum(tl.where(mine, start + (tile - tile_end + tiles) * ROWS, 0), 0)
-    return expert, first, tl.sum(tl.where(mine, end, 0), 0)
+    expert, tile, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
+    return expert, first + tile * ROWS, last
 
 
 @triton.jit

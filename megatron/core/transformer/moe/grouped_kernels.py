@@ -3,6 +3,7 @@
 """Which kernels run the experts of a layer on this device, for this dtype."""
 
 import functools
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -16,39 +17,35 @@ triton_kernels = functools.partial(
 )
 
 
-def has_grouped_mm(dtype: torch.dtype, device: torch.device, *sizes: int) -> bool:
-    """Whether PyTorch's grouped_mm multiplies matrices of these inner and outer sizes.
+def has_grouped_mm(*operands: torch.Tensor) -> bool:
+    """Whether PyTorch's grouped_mm multiplies these.
 
     It takes bf16 on Hopper and Blackwell, with rows that begin at multiples of 16 bytes.
     """
-    return (
-        device.type == "cuda"
-        and dtype == torch.bfloat16
-        and all(size > 0 and size % 8 == 0 for size in sizes)
-        and _compute_major(device) in (9, 10)
-        and hasattr(F, "grouped_mm")
-    )
+    return _in_bf16_rows(operands, (9, 10)) and hasattr(F, "grouped_mm")
 
 
-def product_kernels(*tensors: torch.Tensor) -> ModuleType | None:
+def product_kernels(*operands: torch.Tensor) -> ModuleType | None:
     """The Triton kernels of the experts' products, where they take these operands.
 
-    They do on Hopper, for which their tiles are chosen: bf16, and rows as grouped_mm wants them.
-    None elsewhere, and with a triton before 3.6.
+    They do on Hopper, for which their tiles are chosen: what grouped_mm takes, at addresses that are
+    multiples of 16 bytes. None elsewhere, and with a triton before 3.6.
     """
-    first = tensors[0]
-    takes = (
-        first.device.type == "cuda"
-        and _compute_major(first.device) == 9
-        and all(
-            tensor.dtype == torch.bfloat16
-            and tensor.numel() > 0
-            and tensor.data_ptr() % 16 == 0
-            and all(size % 8 == 0 for size in tensor.shape[1:])
-            for tensor in tensors
-        )
+    if not _in_bf16_rows(operands, (9,)) or any(x.data_ptr() % 16 for x in operands):
+        return None
+    return triton_module("megatron.core.transformer.moe.grouped_product_triton")
+
+
+def _in_bf16_rows(operands: Sequence[torch.Tensor], majors: tuple[int, ...]) -> bool:
+    """bf16 on a device of such a compute capability, in rows of multiples of 16 bytes, not empty."""
+    return all(
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and x.numel() > 0
+        and all(size % 8 == 0 for size in x.shape[1:])
+        and _compute_major(x.device) in majors
+        for x in operands
     )
-    return triton_module("megatron.core.transformer.moe.grouped_product_triton") if takes else None
 
 
 @functools.cache

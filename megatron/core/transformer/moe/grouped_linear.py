@@ -79,7 +79,7 @@ def grouped_product(
         if bias is not None:
             bias, scale = bias.contiguous(), scale.contiguous()
         return kernels.grouped_product(x, weight, groups.ends, bias, scale)
-    if x.shape[0] and has_grouped_mm(x.dtype, x.device, *weight.shape[1:]):
+    if has_grouped_mm(x, weight):
         y = F.grouped_mm(x, weight, offs=groups.ends)
     else:
         y = x.new_empty(x.shape[0], weight.shape[2])
@@ -95,7 +95,7 @@ def grouped_weight_gradient(x: torch.Tensor, dy: torch.Tensor, groups: RowGroups
     x = x.contiguous()
     if (kernels := product_kernels(x, dy)) is not None:
         return kernels.grouped_weight_gradient(x, dy, groups.ends)
-    if x.shape[0] and has_grouped_mm(x.dtype, x.device, x.shape[1], dy.shape[1]):
+    if has_grouped_mm(x, dy):
         return zero_where_empty_(F.grouped_mm(x.t(), dy, offs=groups.ends), groups)
     dweight = x.new_zeros(groups.num_groups, x.shape[1], dy.shape[1])
     for group, start, end in groups.slices:

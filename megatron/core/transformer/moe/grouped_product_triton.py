@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from packaging.version import Version
 
-from megatron.core.transformer.moe.grouped_experts_triton import experts_tiles
+from megatron.core.transformer.moe.grouped_experts_triton import experts_tiles, find_tile
 
 if Version(triton.__version__) < Version("3.6"):
     # 3.5 keeps 64 bytes a thread of the gradient's tile in memory, 3.4 keeps 560.
@@ -30,10 +30,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # 242 registers a thread at most and 180 to 213 KB of shared memory for sm90 (Triton 3.6 and 3.7), no
 # spill: one program on a multiprocessor.
 TILE_ROWS, TILE_COLUMNS, DEPTH = 128, 256, 64
-OPTIONS = dict(num_warps=8, num_stages=3)
-# Tiles above each other that are taken before the next column's: 8 tiles of rows and the columns of
-# a matrix that 132 multiprocessors then read are a few MB of the 50 MB cache.
-TILES_ABOVE = 8
+# ABOVE: tiles above each other that are taken before the next column's. 8 tiles of rows and the
+# columns of a matrix that 132 multiprocessors then read are a few MB of the 50 MB cache.
+TILING = dict(ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=DEPTH, ABOVE=8, num_warps=8, num_stages=3)
 
 
 def grouped_product(x, weight, ends, bias=None, scale=None):
@@ -69,11 +68,7 @@ def grouped_product(x, weight, ends, bias=None, scale=None):
         HAS_BIAS=bias is not None,
         TRANSPOSED=transposed,
         GROUPS=triton.next_power_of_2(num_groups),
-        ROWS=TILE_ROWS,
-        COLUMNS=TILE_COLUMNS,
-        DEPTH=DEPTH,
-        ABOVE=TILES_ABOVE,
-        **OPTIONS,
+        **TILING,
     )
     return y
 
@@ -99,11 +94,7 @@ def grouped_weight_gradient(x, dy, ends):
         width,
         height,
         programs,
-        ROWS=TILE_ROWS,
-        COLUMNS=TILE_COLUMNS,
-        DEPTH=DEPTH,
-        ABOVE=TILES_ABOVE,
-        **OPTIONS,
+        **TILING,
     )
     return dweight
 
@@ -149,11 +140,7 @@ def _grouped_product(
     tile_end = tl.cumsum(tiles, 0)
     num_steps = tl.cdiv(depth, DEPTH)
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), programs, flatten=True):
-        expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
-        mine = tl.arange(0, GROUPS) == expert
-        first = tl.sum(tl.where(mine, start, 0), 0)
-        last = tl.sum(tl.where(mine, end, 0), 0)
-        tile_of_expert = tile - tl.sum(tl.where(mine, tile_end - tiles, 0), 0)
+        expert, tile_of_expert, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
         above, beside = _place(tile_of_expert, tl.cdiv(last - first, ROWS), num_columns, ABOVE)
         first += above * ROWS
         begin = beside * COLUMNS
