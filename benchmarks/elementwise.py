@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
+from benchmarks.clock import mark, milliseconds
 from benchmarks.experts import DEVICE, machine, quantiles
 from megatron.core.fusions import fused_bias_residual, fused_qkv_rotary
 from megatron.core.fusions.fused_bias_dropout import (
@@ -348,19 +349,7 @@ def time_once(forward: Callable, backward: Callable | None) -> tuple[float, floa
     if backward is not None:
         backward(outputs)
         marks.append(mark())
-    if DEVICE == "cpu":
-        return (marks[-1] - marks[0]) * 1e3, (marks[1] - marks[0]) * 1e3
-    marks[-1].synchronize()
-    return marks[0].elapsed_time(marks[-1]), marks[0].elapsed_time(marks[1])
-
-
-def mark():
-    """An event on the device, or the time."""
-    if DEVICE == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    return milliseconds(marks[0], marks[-1]), milliseconds(marks[0], marks[1])
 
 
 def kept(call: Callable, problem: Problem) -> float | None:

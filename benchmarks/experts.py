@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
+from benchmarks.clock import mark, milliseconds
 from benchmarks.trainer import start_alone
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
@@ -199,25 +200,22 @@ def one_process() -> None:
 
 
 def build(case: Case, names: list[str]) -> dict[str, torch.nn.Module]:
-    """The modules; those that are grouped share one set of weights."""
-    layers, shared = {}, None
-    for name in names:
-        grouped = name != "sequential"
-        config = config_of(case, grouped, recompute=name == "recompute")
-        experts = LocalSpecProvider().grouped_mlp_modules(grouped)
-        layer = experts(
+    """The module of each name; those that are grouped share one set of weights."""
+    modules = {}
+    kinds = {name: name if name in ("sequential", "recompute") else "grouped" for name in names}
+    for kind in dict.fromkeys(kinds.values()):
+        config = config_of(case, kind != "sequential", recompute=kind == "recompute")
+        experts = LocalSpecProvider().grouped_mlp_modules(kind != "sequential")
+        modules[kind] = experts(
             case.experts, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
         )
-        if grouped and shared is not None:
-            layer.linear_fc1, layer.linear_fc2 = shared.linear_fc1, shared.linear_fc2
-        else:
-            with torch.no_grad():
-                for key, parameter in layer.named_parameters():
-                    parameter.normal_(std=0.5 if key.endswith("bias") else 0.02)
-        if grouped:
-            shared = layer
-        layers[name] = layer
-    return layers
+        with torch.no_grad():
+            for key, parameter in modules[kind].named_parameters():
+                parameter.normal_(std=0.5 if key.endswith("bias") else 0.02)
+    if {"recompute", "grouped"} <= modules.keys():
+        for linear in ("linear_fc1", "linear_fc2"):
+            setattr(modules["recompute"], linear, getattr(modules["grouped"], linear))
+    return {name: modules[kind] for name, kind in kinds.items()}
 
 
 def config_of(case: Case, grouped: bool, recompute: bool) -> TransformerConfig:
@@ -354,21 +352,12 @@ def products_of(name: str):
 
 def time_some(count: int, call, tensors, parameters) -> list[float]:
     """Milliseconds of calls that follow each other without a pause."""
-    if DEVICE == "cpu":
-        marks = [time.perf_counter()]
-        for _ in range(count):
-            clear(parameters)
-            run_once(call, tensors)
-            marks.append(time.perf_counter())
-        return [1e3 * (b - a) for a, b in zip(marks, marks[1:])]
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
+    marks = [mark()]
+    for _ in range(count):
         clear(parameters)
         run_once(call, tensors)
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
+        marks.append(mark())
+    return [milliseconds(*pair) for pair in zip(marks, marks[1:])]
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
