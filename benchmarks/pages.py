@@ -99,8 +99,9 @@ def step_section(name: str = "train_step_h100") -> str:
 
 
 def whole_model_section() -> str:
-    """All layers, trained by pretrain_gpt_oss.py, in three runs."""
+    """All layers, trained by pretrain_gpt_oss.py."""
     names = [f"whole_model{which}_h200x4" for which in ("", "_routed", "_long")]
+    names.append("whole_model_two_h200x2")
     found = {name: load(name) for name in names}
     rows = [row for one in found.values() for row in one["rows"]]
     lines = [whole_model.cells(whole_model.Row(**row)) for row in rows]

@@ -18,8 +18,8 @@ from megatron.gpt_oss.plan.rates import Rates
 WITHIN_MACHINE = 300e9
 BETWEEN_MACHINES = 40e9
 HOST_LINK = 25e9
-# A rank's share of the host's memory: 54e9 by the two-gpus row of
-# benchmarks/results/whole_model_long_h200x4.json, two ranks on a host of four GPUs.
+# A rank's share of the host's memory: 54e9 by benchmarks/results/whole_model_two_h200x2.json, two
+# ranks on a host of four GPUs.
 HOST_MEMORY = 50e9
 
 # Passes over memory, counted in the code. Bytes of an element of the optimizer's state (AdamW's
