@@ -63,7 +63,7 @@ def test_recipe(file):
     even, busy = script().plan(args), script().plan(args, script().BUSY)
     assert even.layout.problem() is None
     assert even.fits and busy.fits
-    # What is left beside the 3 to 5 GB of CUDA and NCCL, for which an 80 GB card has 4.9 more.
+    # What is left beside the 4.9 GB that an 80 GB card has more, of the 3 to 8 GB of CUDA and NCCL.
     assert 80e9 - busy.memory.total > 4e9
     assert even.layout.offload == 0
 
