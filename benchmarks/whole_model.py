@@ -21,10 +21,10 @@ GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives part
 - two-gpus: 32k over two GPUs.
 
 A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
-median of the steps after the first, or the first fifth, the highest peak of all ranks and steps, the loss of every
-step. `load` is the busiest GPU's share of a layer's tokens over the mean, the mean over layers, in
-the steps that the monitor looked at. Planned are `--dry-run`'s seconds with that load, and its GiB
-with even experts and with that load.
+median of the steps after the first, or the first fifth, the highest peak of all ranks and steps,
+loss and gradient norm of every step. `load` is the busiest GPU's share of a layer's tokens over the
+mean, the mean over layers, in the steps that the monitor looked at. Planned are `--dry-run`'s
+seconds with that load, and its GiB with even experts and with that load.
 """
 
 import argparse
@@ -148,6 +148,7 @@ class Row:
     first_loss: float
     last_loss: float
     losses: list[float]
+    gradient_norms: list[float]  # before clipping; empty in results of before they were kept
     wall_seconds: float | None
     command: str
 
@@ -354,6 +355,7 @@ def row_of(
         first_loss=losses[0],
         last_loss=losses[-1],
         losses=losses,
+        gradient_norms=[record["grad_norm"] for record in steps],
         wall_seconds=round(seconds, 1),
         command=command_of(flags, layout.gpus),
     )

@@ -71,6 +71,7 @@ def test_row_leaves_out_what_is_not_training():
         {
             'step': step,
             'loss': 10.0 - step,
+            'grad_norm': float(step),
             'tokens_per_second': 1.0,
             'tokens_per_second_per_gpu': 1 / seconds,
             'tflops_per_gpu': 1.0,
@@ -86,4 +87,5 @@ def test_row_leaves_out_what_is_not_training():
     row = whole_model.row_of(case, [], layout, records, 1.0)
     assert row.seconds_a_step in (2.2, 2.4)
     assert (row.peak_gib, row.load, row.first_loss, row.last_loss) == (10.0, 2.0, 9.0, 0.0)
+    assert row.gradient_norms == [float(step) for step in range(1, 11)]
     assert row.planned_gib_with_load > row.planned_gib
