@@ -33,8 +33,9 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands
 import torch
 from torch.distributed import ReduceOp
 
-from benchmarks import report
+from benchmarks import clock, report
 from benchmarks.attention import documents, machine, names
+from megatron.core import device_utils
 from megatron.core.transformer.sink_attention import sink_attention
 from megatron.core.transformer.sink_attention.autotable import card_family
 from megatron.core.transformer.sink_attention.context_parallel import (
@@ -260,20 +261,13 @@ def time_in_turn(calls: dict, seconds: float) -> dict[str, list[float]]:
 def timed(function, tensors) -> float:
     """One forward and backward."""
     refill(tensors)
-    if device() == "cpu":
-        torch.distributed.barrier()
-        start = time.perf_counter()
-        run_once(function, tensors, True)
-        return (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
+    device_utils.synchronize()
     torch.distributed.barrier()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(2_000_000)  # the host gets ahead, as it is in training
-    begin.record()
+    if device() == "cuda":
+        torch.cuda._sleep(2_000_000)  # the host gets ahead, as it is in training
+    begin = clock.mark()
     run_once(function, tensors, True)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
+    return clock.milliseconds(begin, clock.mark())
 
 
 def one_pass(function, tensors, group) -> tuple[dict, dict, float]:

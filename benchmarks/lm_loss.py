@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks import report
+from benchmarks import clock, report
 from benchmarks.trainer import start_alone
 from megatron.core import parallel_state
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
@@ -210,12 +210,10 @@ def timed(function, head: Head) -> tuple[float, float]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    begin = clock.mark()
     step(function, head)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end), (torch.cuda.max_memory_allocated() - before) / MIB
+    taken = clock.milliseconds(begin, clock.mark())
+    return taken, (torch.cuda.max_memory_allocated() - before) / MIB
 
 
 def median(values: list[float]) -> float:

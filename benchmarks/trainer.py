@@ -5,10 +5,10 @@
 import gc
 import os
 import tempfile
-import time
 
 import torch
 
+from benchmarks import clock
 from megatron.core import device_utils, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -150,17 +150,10 @@ class Trainer:
 
 def timed(function) -> float:
     """Seconds until the device is done."""
-    if not device_utils.is_cuda():
-        begin = time.perf_counter()
-        function()
-        return time.perf_counter() - begin
-    torch.cuda.synchronize()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    device_utils.synchronize()
+    begin = clock.mark()
     function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return clock.milliseconds(begin, clock.mark()) / 1e3
 
 
 def make_batch(vocab_size: int, length: int, size: int = 1, seed: int = 7) -> dict:
