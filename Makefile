@@ -14,7 +14,7 @@ help:
 	@echo "make test         install, then every CPU test"
 	@echo "make test-all     the slow ones too"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
-	@echo "make lint, fix    black and isort: check, or rewrite"
+	@echo "make lint, fix    black, isort and unused names: check, or rewrite"
 	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
 
 install: $(VENV)/installed
@@ -49,10 +49,12 @@ test-gpu:
 lint: test-install
 	$(BIN)/black --check -q $(SOURCES)
 	$(BIN)/isort --check -q $(SOURCES)
+	$(BIN)/ruff check -q $(SOURCES)
 
 fix: test-install
 	$(BIN)/black -q $(SOURCES)
 	$(BIN)/isort -q $(SOURCES)
+	$(BIN)/ruff check -q --fix $(SOURCES)
 
 # Our own Python files; upstream's keep upstream's formatting.
 SOURCES = $(shell git ls-files '*.py')

@@ -36,7 +36,6 @@ from torch.distributed import ReduceOp
 from benchmarks import clock, report
 from benchmarks.attention import documents, machine, names
 from megatron.core import device_utils
-from megatron.core.transformer.sink_attention import sink_attention
 from megatron.core.transformer.sink_attention.autotable import card_family
 from megatron.core.transformer.sink_attention.context_parallel import (
     choose,

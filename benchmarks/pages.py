@@ -20,7 +20,6 @@ from benchmarks import checkpoint, report, whole_model
 from benchmarks.work import (
     attention_flops,
     head_flops,
-    is_windowed,
     linear_flops,
 )
 from megatron.gpt_oss.presets import get_preset

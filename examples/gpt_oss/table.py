@@ -19,7 +19,7 @@ from unittest import mock
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
-from report import markdown, read_section, write_section  # noqa: E402
+from report import markdown, write_section  # noqa: E402
 
 from megatron.gpt_oss.arguments import preset_args_provider  # noqa: E402
 from megatron.gpt_oss.plan.dry_run import layout_of  # noqa: E402

@@ -7,7 +7,6 @@ Each subcommand imports what it needs when it runs, so that --help is instant.
 
 import argparse
 import logging
-import sys
 from typing import Sequence
 
 from megatron.gpt_oss.data.tokenize_arguments import add_tokenize_arguments

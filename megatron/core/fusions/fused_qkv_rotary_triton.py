@@ -7,7 +7,6 @@ group's heads. The gradient of a rotation is the rotation by the negative angle,
 is the same kernel with source and target exchanged. Shapes as in `fused_qkv_rotary`.
 """
 
-import torch
 import triton
 import triton.language as tl
 

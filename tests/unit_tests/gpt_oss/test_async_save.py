@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.metrics import read_metrics

@@ -107,12 +107,12 @@ def test_cut_short(tmp_path, packed):
 
 def test_parquet(tmp_path):
     pyarrow = pytest.importorskip('pyarrow')
-    import pyarrow.parquet
+    parquet = pytest.importorskip('pyarrow.parquet')
 
     values = [*TEXTS, None] * 100
     table = pyarrow.table({'id': range(800), 'body': values})
     path = tmp_path / 'a.parquet'
-    pyarrow.parquet.write_table(table, path, row_group_size=70)
+    parquet.write_table(table, path, row_group_size=70)
     found = read(path, 'body')
     assert [number for number, _ in found] == list(range(1, 801))
     assert [text for _, text in found if not text.startswith('bad')] == TEXTS * 100

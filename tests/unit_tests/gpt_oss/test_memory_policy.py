@@ -78,14 +78,14 @@ def test_same_losses_and_gradients(make_model):
     ids = torch.randint(preset.vocab_size, (2, 37), generator=torch.Generator().manual_seed(5))
     positions = torch.arange(37).expand(2, -1)
     mask = torch.ones(2, 37)
-    found, kept = {}, {}
+    found, kept, weights = {}, {}, None
     for name, policy in POLICIES.items():
         overrides = {dest: flag for dest, flag in policy.items() if dest != 'lm_loss_chunk_size'}
         model = make_model(preset, seq_length=37, moe_grouped_gemm=True, **overrides).train()
         options = {}
         if 'lm_loss_chunk_size' in policy:
             options['output_processor'] = chunked_loss_processor(20)
-        if found:
+        if weights is not None:
             model.load_state_dict(weights)
         weights = model.state_dict()
         storages = {}

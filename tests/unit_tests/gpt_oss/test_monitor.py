@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron.gpt_oss.checkpoint.load import load_hf
-from megatron.gpt_oss.sample import sample_hf
 from megatron.gpt_oss.training.module_norms import kind_of
 from megatron.gpt_oss.training.router_load import RouterLoad
 from tests.unit_tests.distributed import RankPool

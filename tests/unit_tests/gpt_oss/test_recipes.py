@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.recipe import read_recipe
 from megatron.gpt_oss.training.run_arguments import check_run_arguments
@@ -140,7 +141,7 @@ def test_command_line_wins():
 
 
 def test_table_is_current():
-    found = script().read_section(script().PAGE, script().SECTION)
+    found = report.read_section(script().PAGE, script().SECTION)
     assert found == script().table(), 'python examples/gpt_oss/table.py --write'
 
 

@@ -10,7 +10,6 @@ import collections
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from patch_queue import materialise  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
-from patch_queue.fold import new_patch, refresh  # noqa: E402
+from patch_queue.fold import refresh  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
 from patch_queue.series import Patch  # noqa: E402
 from patch_queue.tree import DoesNotApply, apply_patch, diff_trees  # noqa: E402
 
-from tests.unit_tests.tools.invented_upstream import add_patch, edit, snapshot  # noqa: I001
+from tests.unit_tests.tools.invented_upstream import edit, snapshot  # noqa: I001
 
 
 def test_materialise_keeps_own_modules_and_ignores_exactly_upstreams_files(root):

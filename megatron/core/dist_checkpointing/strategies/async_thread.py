@@ -17,8 +17,6 @@ import threading
 from time import monotonic
 from typing import Any, List, Optional
 
-import torch
-
 from megatron.core import device_utils
 
 from .async_utils import AsyncCaller, AsyncRequest

@@ -3,10 +3,7 @@
 """Layouts, their order and the errors; the command and the dry run; the file of rates."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 

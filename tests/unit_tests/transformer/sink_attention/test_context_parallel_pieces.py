@@ -35,8 +35,6 @@ from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.transformer.sink_attention.rescale import sink_gradient
 from tests.unit_tests.transformer.sink_attention.reference import (
     Example,
-    attention_ref,
-    gradients,
     relative_error,
 )
 from tests.unit_tests.transformer.sink_attention.stub_kernels import stub
