@@ -20,6 +20,9 @@ GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives part
   two are beyond the published model's context, with a larger factor of YaRN;
 - two-gpus: 32k over two GPUs.
 
+Where a case is planned larger than the cards, a micro-batch has one sequence, then --memory is
+leaner: on eight cards of 80 GB 4k has one sequence, and 32k `experts`.
+
 A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
 median of the steps after the first, or the first fifth, the highest peak of all ranks and steps,
 loss and gradient norm of every step. `load` is the busiest GPU's share of a layer's tokens over the
@@ -47,12 +50,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
+from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import fullest_rank
+from megatron.gpt_oss.plan.memory import GB, fullest_rank
 from megatron.gpt_oss.plan.time import step_time
 from megatron.gpt_oss.presets import get_preset
 
 GIB = 2**30
+# What CUDA, NCCL and the allocator's fragments may take of a card (docs/planning.md).
+BESIDE_TENSORS = 8 * GB
 TOKENS_A_GPU = 32_768
 MONITOR_INTERVAL = 10
 # A run that --timeout stops has a row if it made as many.
@@ -160,11 +166,9 @@ def main() -> None:
     if torch.cuda.is_available():
         facts["gpu"] = f"{args.gpus} x {torch.cuda.get_device_name()}"
     rows, left_out = [], []
-    for case in args.chosen:
-        flags = flags_of(case, args)
-        gpus = gpus_of(case, args)
-        print(f"{case.name}: {command_of(flags, gpus)}", flush=True)
-        layout = layout_from_flags(flags, gpus)
+    for wanted in args.chosen:
+        case, flags, layout = fitted(wanted, args)
+        print(f"{case.name}: {command_of(flags, layout.gpus)}", flush=True)
         print(f"planned {planned_gib(layout):.1f} GiB", flush=True)
         if args.show:
             continue
@@ -195,6 +199,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="for the runs; new ones each")
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(by_name))
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or None)
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        default=card_memory(),
+        metavar="GB",
+        help="of 10^9 bytes, all that a card has; where there is none, any plan is run",
+    )
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--steps", type=int, help="instead of the cases' own")
     parser.add_argument("--lr", default="3e-4", help="after five steps of warm-up")
@@ -214,6 +225,26 @@ def parse_arguments() -> argparse.Namespace:
     report.check_names(parser, args.cases, by_name)
     args.chosen = [by_name[name] for name in args.cases]
     return args
+
+
+def card_memory() -> float | None:
+    """GB of this machine's GPUs."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory / GB
+
+
+def fitted(case: Case, args: argparse.Namespace) -> tuple[Case, list[str], Layout]:
+    """A case as it fits the cards, or else as small as it can be, its flags and the planner's view."""
+    leaner = list(POLICIES)[list(POLICIES).index(case.memory) :]
+    options = [case, *(replace(case, sequences=1, memory=word) for word in leaner)]
+    for option in dict.fromkeys(options):  # the first may be there twice
+        flags = flags_of(option, args)
+        layout = layout_from_flags(flags, gpus_of(option, args))
+        needed = fullest_rank(layout).total + BESIDE_TENSORS
+        if args.gpu_memory is None or needed <= args.gpu_memory * GB:
+            break
+    return option, flags, layout
 
 
 def gpus_of(case: Case, args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import whole_model
+from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.presets import get_preset
 from tests.unit_tests.gpt_oss import runs
 
@@ -65,6 +66,42 @@ def test_layouts_of_20b(gpus):
     assert get_preset('20b').num_experts % gpus == 0
 
 
+def test_smaller_where_cards_are(monkeypatch):
+    """Eight cards of 80 GB have no room for all that 4k and 32k keep on 141 GB."""
+
+    def layout_of(flags, gpus):
+        """Without Megatron's parser, which wants a process of its own."""
+        value = lambda name: int(flags[flags.index(f'--{name}') + 1])
+        memory = flags[flags.index('--memory') + 1]
+        return Layout(
+            get_preset('20b'),
+            gpus,
+            ep=gpus,
+            cp=value('context-parallel-size'),
+            seq_length=value('seq-length'),
+            micro_batch_size=value('micro-batch-size'),
+            global_batch_size=value('global-batch-size'),
+            recompute=Recompute.of_policy(memory),
+            loss_chunk=loss_chunk_of(memory),
+        )
+
+    monkeypatch.setattr(whole_model, 'layout_from_flags', layout_of)
+    args = SimpleNamespace(preset='20b', gpus=8, steps=None, lr='1e-4', data='d', tokenizer='t')
+    args.flags = []
+
+    def found(case, card):
+        args.gpu_memory = card
+        fitted, flags, layout = whole_model.fitted(case, args)
+        assert layout == layout_of(flags, 8)
+        return fitted.sequences, fitted.memory
+
+    four, thirty_two = whole_model.CASES[:2]
+    for card in (None, 150.1):
+        assert found(four, card) == (2, 'fast') and found(thirty_two, card) == (1, 'fast')
+    assert found(four, 84.9) == (1, 'fast') and found(thirty_two, 84.9) == (1, 'experts')
+    assert found(four, 20.0) == found(thirty_two, 20.0) == (1, 'lean')  # that will not fit either
+
+
 def test_row_leaves_out_what_is_not_training():
     """First steps, and steps that the monitor looked at, are slower."""
     records = [
@@ -83,7 +120,7 @@ def test_row_leaves_out_what_is_not_training():
     ]
     records += [{'step': s, 'experts': {'busiest_rank': [1.0, 3.0]}} for s in (4, 7, 10)]
     case = whole_model.CASES[0]
-    layout = whole_model.Layout(get_preset('20b'), 4, ep=4, seq_length=4096, global_batch_size=32)
+    layout = Layout(get_preset('20b'), 4, ep=4, seq_length=4096, global_batch_size=32)
     row = whole_model.row_of(case, [], layout, records, 1.0)
     assert row.seconds_a_step in (2.2, 2.4)
     assert (row.peak_gib, row.load, row.first_loss, row.last_loss) == (10.0, 2.0, 9.0, 0.0)
