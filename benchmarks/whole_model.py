@@ -52,13 +52,11 @@ import torch
 from benchmarks import report
 from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import GB, fullest_rank
+from megatron.gpt_oss.plan.memory import BESIDE_TENSORS, GB, fullest_rank
 from megatron.gpt_oss.plan.time import step_time
 from megatron.gpt_oss.presets import get_preset
 
 GIB = 2**30
-# What CUDA, NCCL and the allocator's fragments may take of a card (docs/planning.md).
-BESIDE_TENSORS = 8 * GB
 TOKENS_A_GPU = 32_768
 MONITOR_INTERVAL = 10
 # A run that --timeout stops has a row if it made as many.
@@ -166,8 +164,8 @@ def main() -> None:
     if torch.cuda.is_available():
         facts["gpu"] = f"{args.gpus} x {torch.cuda.get_device_name()}"
     rows, left_out = [], []
-    for wanted in args.chosen:
-        case, flags, layout = fitted(wanted, args)
+    for case in args.chosen:
+        flags, layout = fitted(case, args)
         print(f"{case.name}: {command_of(flags, layout.gpus)}", flush=True)
         print(f"planned {planned_gib(layout):.1f} GiB", flush=True)
         if args.show:
@@ -234,9 +232,10 @@ def card_memory() -> float | None:
     return torch.cuda.get_device_properties(0).total_memory / GB
 
 
-def fitted(case: Case, args: argparse.Namespace) -> tuple[Case, list[str], Layout]:
-    """A case as it fits the cards, or else as small as it can be, its flags and the planner's view."""
-    leaner = list(POLICIES)[list(POLICIES).index(case.memory) :]
+def fitted(case: Case, args: argparse.Namespace) -> tuple[list[str], Layout]:
+    """Flags of a case as it fits the cards, or else as small as it can be, and the planner's view."""
+    words = list(POLICIES)
+    leaner = words[words.index(case.memory) :]
     options = [case, *(replace(case, sequences=1, memory=word) for word in leaner)]
     for option in dict.fromkeys(options):  # the first may be there twice
         flags = flags_of(option, args)
@@ -244,7 +243,7 @@ def fitted(case: Case, args: argparse.Namespace) -> tuple[Case, list[str], Layou
         needed = fullest_rank(layout).total + BESIDE_TENSORS
         if args.gpu_memory is None or needed <= args.gpu_memory * GB:
             break
-    return option, flags, layout
+    return flags, layout
 
 
 def gpus_of(case: Case, args: argparse.Namespace) -> int:
@@ -372,7 +371,7 @@ def row_of(
         gpus=layout.gpus,
         length=layout.seq_length,
         tokens_a_step=layout.seq_length * layout.global_batch_size,
-        layout=f"EP {layout.ep}, CP {layout.cp}, DP {layout.dp}, {case.memory}",
+        layout=f"EP {layout.ep}, CP {layout.cp}, DP {layout.dp}, {layout.policy()}",
         steps=len(steps),
         seconds_a_step=step["seconds_per_step"],
         planned_seconds=step_time(replace(layout, expert_load=load or 1.0)).total,

@@ -2,6 +2,7 @@
 
 """The benchmark of whole runs: what it starts, and what it makes of what a run wrote."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def test_runs(inputs, tmp_path):
     assert not list((tmp_path / 'runs').rglob('iter_*'))
 
 
+def value_of(flags, name):
+    """What a command line says of a size."""
+    return int(flags[flags.index(f'--{name}') + 1])
+
+
 @pytest.mark.parametrize('gpus', [4, 8])
 def test_layouts_of_20b(gpus):
     """Full steps of 32,768 tokens a GPU, experts over all GPUs; a sequence over four and over all."""
@@ -53,7 +59,7 @@ def test_layouts_of_20b(gpus):
     tokens = {}
     for case in whole_model.CASES:
         flags = whole_model.flags_of(case, args)
-        value = lambda name: int(flags[flags.index(f'--{name}') + 1])
+        value = functools.partial(value_of, flags)
         used = whole_model.gpus_of(case, args)
         assert value('expert-model-parallel-size') == used
         assert (
@@ -71,7 +77,7 @@ def test_smaller_where_cards_are(monkeypatch):
 
     def layout_of(flags, gpus):
         """Without Megatron's parser, which wants a process of its own."""
-        value = lambda name: int(flags[flags.index(f'--{name}') + 1])
+        value = functools.partial(value_of, flags)
         memory = flags[flags.index('--memory') + 1]
         return Layout(
             get_preset('20b'),
@@ -91,9 +97,10 @@ def test_smaller_where_cards_are(monkeypatch):
 
     def found(case, card):
         args.gpu_memory = card
-        fitted, flags, layout = whole_model.fitted(case, args)
+        flags, layout = whole_model.fitted(case, args)
         assert layout == layout_of(flags, 8)
-        return fitted.sequences, fitted.memory
+        assert flags[flags.index('--memory') + 1] == layout.policy()
+        return layout.micro_batch_size, layout.policy()
 
     four, thirty_two = whole_model.CASES[:2]
     for card in (None, 150.1):

@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=80.0,
         metavar="GB",
-        help="of 10^9 bytes, for tensors: the number in the card's name leaves CUDA and NCCL 5 GB on an "
-        "80 GB H100; several GPUs may want 8, so that 77 is safe there",
+        help="of 10^9 bytes, for tensors: the number in the card's name leaves CUDA and NCCL 5 GB "
+        "on an 80 GB H100; several GPUs may want 8, so that 77 is safe there",
     )
     parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="the preset's by default")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N")

@@ -3,8 +3,8 @@
 """Memory of the fullest rank at the fullest moment of a step, in bytes of live tensors.
 
 It is torch.cuda.max_memory_allocated that this foretells; what CUDA, NCCL and the allocator's
-fragments take comes on top, and is what a card has beyond its name (an "80 GB" H100 has 84.9e9
-bytes).
+fragments take comes on top (`BESIDE_TENSORS`), and is what a card has beyond its name, or most of it
+(an "80 GB" H100 has 84.9e9 bytes).
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,8 @@ from megatron.gpt_oss.plan.layout import Layout
 from megatron.gpt_oss.plan.parameters import rank_parameters, stage_layers
 
 GB = 10**9
+# What CUDA, NCCL and the allocator's fragments took at most, over four GPUs (docs/planning.md).
+BESIDE_TENSORS = 8 * GB
 # bf16 weight and, in fp32, master weight and two moments of AdamW.
 WEIGHT, MASTER, MOMENTS = 2, 4, 8
 

@@ -5,7 +5,7 @@
 from typing import Sequence
 
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import GB
+from megatron.gpt_oss.plan.memory import BESIDE_TENSORS, GB
 from megatron.gpt_oss.plan.rates import Rates
 from megatron.gpt_oss.plan.search import Plan, shown
 
@@ -83,7 +83,7 @@ def breakdown(plan: Plan, gpu_memory: float | None) -> str:
         verdict = f"{_gb(left)} are left" if left >= 0 else f"{_gb(-left)} too much"
         text.append(
             f"The GPU has {_gb(gpu_memory)}: {verdict}. CUDA, NCCL and the allocator's fragments "
-            "take 3 to 8 GB."
+            f"take 3 to {BESIDE_TENSORS // GB} GB."
         )
     spent = [[name, f"{seconds:.3f} s"] for name, seconds in vars(plan.time).items() if seconds]
     text += [
