@@ -17,11 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import checkpoint, report, whole_model
-from benchmarks.work import (
-    attention_flops,
-    head_flops,
-    linear_flops,
-)
+from benchmarks.work import attention_flops, head_flops, linear_flops
 from megatron.gpt_oss.presets import get_preset
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,8 +95,8 @@ def step_section(name: str = "train_step_h100") -> str:
 
 def whole_model_section() -> str:
     """All layers, trained by pretrain_gpt_oss.py."""
-    names = [f"whole_model{which}_h200x4" for which in ("", "_routed", "_long")]
-    names.append("whole_model_two_h200x2")
+    runs = ("h200x4", "routed_h200x4", "long_h200x4", "two_h200x2")
+    names = [f"whole_model_{which}" for which in runs]
     found = {name: load(name) for name in names}
     rows = [row for one in found.values() for row in one["rows"]]
     lines = [whole_model.cells(whole_model.Row(**row)) for row in rows]
