@@ -37,7 +37,7 @@ CHUNKS, ALL_LOGITS = '--lm-loss-chunk-size 16', '--lm-loss-chunk-size 0'
 CASES = {
     'ep2': (2, CHUNKS),
     'sequential-all-logits-mbs2': (2, f'{ALL_LOGITS} --no-moe-grouped-gemm --micro-batch-size 2'),
-    'one-expert-a-rank-buckets': (
+    'ep4-buckets': (
         4,
         f'{CHUNKS} --expert-model-parallel-size 4 --use-distributed-optimizer '
         '--overlap-grad-reduce --overlap-param-gather --ddp-num-buckets 3',
