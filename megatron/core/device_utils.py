@@ -151,6 +151,12 @@ def current_stream():
     return torch.cuda.current_stream() if is_cuda() else CPUStream()
 
 
+def record_stream(tensor: torch.Tensor, stream) -> None:
+    """Keep a tensor's memory until `stream` is past this point; the CPU frees in program order."""
+    if tensor.is_cuda:
+        tensor.record_stream(stream)
+
+
 def use_stream(stream) -> ContextManager:
     """torch.cuda.stream(stream), or a context that does nothing on the CPU."""
     return torch.cuda.stream(stream) if is_cuda() else contextlib.nullcontext()

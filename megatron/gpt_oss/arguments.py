@@ -23,6 +23,7 @@ from megatron.gpt_oss.data.blend_arguments import add_blend_arguments, blend_def
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError, as_refusal
+from megatron.gpt_oss.expert_overlap import check_expert_overlap
 from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
 from megatron.gpt_oss.presets import (
     PRESETS,
@@ -213,7 +214,10 @@ def preset_args_provider(
     check_sequence(value)
     check_transformer_engine(value)
     set_device_connections(value)
-    defaults.update(policy_flags(given, value))
+    policy = policy_flags(given, value)
+    defaults.update(policy)
+    by_default.update(policy)
+    check_expert_overlap(value)
 
     def provider(parser: ArgumentParser) -> ArgumentParser:
         parser = add_arguments(parser)

@@ -3,6 +3,7 @@
 """The errors that reach a user, each as one sentence."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -11,6 +12,9 @@ from typing import Callable, NoReturn
 EXIT_FAULT = 1
 EXIT_USAGE = 2
 SECONDS_FOR_RANK_0 = 3.0
+# For what a failed process still does after its message; a communicator that nobody took down can
+# wait for ever in its destructor, and torchrun for the process.
+SECONDS_TO_EXIT = 30
 
 
 class UsageError(ValueError):
@@ -69,10 +73,26 @@ def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True)
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1."""
+    """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1.
+
+    A process that failed ends, whatever its process groups wait for: by SIGALRM after
+    SECONDS_TO_EXIT.
+    """
     try:
         main()
     except UsageError as error:
+        _exit_in_time()
         exit_with(error)
     except RunError as error:
+        _exit_in_time()
         exit_with(error, EXIT_FAULT, error.everywhere)
+    except Exception:
+        _exit_in_time()
+        raise
+
+
+def _exit_in_time() -> None:
+    """Not a thread: the interpreter stops those before C++ takes down what may wait."""
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(SECONDS_TO_EXIT)

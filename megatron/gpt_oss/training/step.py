@@ -11,6 +11,7 @@ from megatron.core import mpu
 from megatron.core.device_utils import current_device
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.pipeline_parallel.utils import AbstractSchedulePlan
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.utils import (
     get_attr_wrapped_model,
@@ -165,16 +166,26 @@ def _ranks_of_a_sequence(cp_group, per_token: bool) -> int:
 
 
 def losses_and_loss_func(
-    model: GPTModel, batch: dict, *, chunk_size: int, num_microbatches: int, cp_group=None
-) -> tuple[Tensor, Callable]:
+    model: GPTModel,
+    batch: dict,
+    *,
+    chunk_size: int,
+    num_microbatches: int,
+    cp_group=None,
+    return_schedule_plan: bool = False,
+) -> tuple[Tensor | AbstractSchedulePlan, Callable]:
     """Run the model on a micro-batch of this rank.
 
     Args:
         batch: as `get_batch` gives it; labels, positions, mask and packed_seq_params may be None.
         chunk_size: tokens of head and loss at a time, 0 for all.
         num_microbatches: of the step.
+        return_schedule_plan: build the plan of the forward instead of running it, as
+            --overlap-moe-expert-parallel-comm asks: its schedule runs the plan's nodes between
+            those of another micro-batch's backward.
     Returns:
-        Megatron's forward_step_func's: the model's output, and the function that makes it a loss.
+        Megatron's forward_step_func's: the model's output or the plan that gives it, and the
+        function that makes the output a loss.
     """
     config = get_model_config(model)
     loss_mask, per_token = batch["loss_mask"], config.calculate_per_token_loss
@@ -191,7 +202,8 @@ def losses_and_loss_func(
                 per_token=per_token,
             )
         options["output_processor"] = chunked_loss_processor(chunk_size, factor)
-    output = model(
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    output = forward(
         batch["tokens"],
         batch.get("position_ids"),
         batch.get("attention_mask"),
@@ -213,8 +225,10 @@ def _count_documents(packed: PackedSequence | None, model: GPTModel) -> None:
     update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)
 
 
-def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Callable]:
-    """Megatron's forward_step_func."""
+def forward_step(
+    data_iterator: Iterator, model: GPTModel, return_schedule_plan: bool = False
+) -> tuple[Tensor | AbstractSchedulePlan, Callable]:
+    """Megatron's forward_step_func; see `losses_and_loss_func` for the plan."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
@@ -226,4 +240,5 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[Tensor, Call
         chunk_size=get_args().lm_loss_chunk_size,
         num_microbatches=get_num_microbatches(),
         cp_group=mpu.get_context_parallel_group(),
+        return_schedule_plan=return_schedule_plan,
     )

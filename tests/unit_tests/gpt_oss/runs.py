@@ -17,8 +17,8 @@ COMMON = (
 )
 
 
-def write_inputs(folder: Path) -> Path:
-    """A tiny two-layer model and tokens, for `start`; returns the folder."""
+def write_inputs(folder: Path, num_layers: int = 2) -> Path:
+    """A tiny model and tokens, for `start`; returns the folder."""
     import dataclasses
 
     from megatron.gpt_oss.data.byte_tokenizer import build_byte_tokenizer, write_byte_tokenizer
@@ -27,7 +27,7 @@ def write_inputs(folder: Path) -> Path:
     from megatron.gpt_oss.presets import get_preset
     from tests.unit_tests.gpt_oss.builders import trained_tensors, write_hf
 
-    preset = dataclasses.replace(get_preset('tiny'), num_layers=2)
+    preset = dataclasses.replace(get_preset('tiny'), num_layers=num_layers)
     write_hf(folder / 'hf', preset, trained_tensors(preset))
     write_byte_tokenizer(folder / 'hf')
     files = sorted(str(path) for path in Path(__file__).parent.glob('test_*.py'))

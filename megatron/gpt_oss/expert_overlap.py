@@ -1,0 +1,75 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What --overlap-moe-expert-parallel-comm needs, said before a process group is made.
+
+It runs the all-to-all of one micro-batch's experts next to the computation of another micro-batch's
+backward: every layer in pieces (attention and router, dispatch, experts, combine), each a graph of
+its own. The rules are those of Megatron's TransformerConfig, which asserts them when the model's
+config is made, and what our experts and the layers of --transformer-impl local do not have.
+"""
+
+from typing import Callable, Iterator
+
+from megatron.gpt_oss.errors import UsageError
+
+FLAG = "--overlap-moe-expert-parallel-comm"
+
+
+def check_expert_overlap(value: Callable[[str], object]) -> None:
+    """Refuse what the overlapped schedule cannot run.
+
+    Args:
+        value: the argument of a name (argparse's dest), the flags of --memory included, before
+            Megatron's validation.
+    Raises:
+        UsageError: names the flag, its value and what to give instead.
+    """
+    if value("overlap_moe_expert_parallel_comm"):
+        for problem in _problems(value):
+            raise UsageError(f"{FLAG} {problem}")
+    elif value("delay_wgrad_compute"):
+        raise UsageError(f"--delay-wgrad-compute is a part of {FLAG}, which is not given. Drop it.")
+
+
+def _problems(value) -> Iterator[str]:
+    if value("expert_model_parallel_size") < 2:
+        yield (
+            f"hides the all-to-all of expert parallelism, and --expert-model-parallel-size is "
+            f"{value('expert_model_parallel_size')}. Give 2 or more, or drop the flag."
+        )
+    dispatcher = value("moe_token_dispatcher_type")
+    if dispatcher not in ("alltoall", "flex"):
+        yield (
+            f"does not go with --moe-token-dispatcher-type {dispatcher}. Give "
+            "--moe-token-dispatcher-type alltoall."
+        )
+    virtual = (
+        "num_layers_per_virtual_pipeline_stage",
+        "num_virtual_stages_per_pipeline_rank",
+        "pipeline_model_parallel_layout",
+    )
+    if value("pipeline_model_parallel_size") > 1 and not any(map(value, virtual)):
+        yield (
+            f"with --pipeline-model-parallel-size {value('pipeline_model_parallel_size')} needs "
+            "virtual stages: its schedule is the interleaved one. Give "
+            "--num-virtual-stages-per-pipeline-rank 2 or more."
+        )
+    if not (value("bf16") or value("fp16")):
+        yield "is for bf16 and fp16 training. Give --bf16, or drop the flag."
+    modules = value("recompute_modules") or ()
+    if value("recompute_granularity") == "full" or value("recompute_method"):
+        yield (
+            "runs a layer in pieces, and recomputation of whole layers (--memory lean, "
+            "--recompute-granularity full) runs it as one. Give --memory balanced or fast."
+        )
+    if value("recompute_granularity") == "selective" and "moe" in modules:
+        yield (
+            "runs the experts' part of a layer in pieces, and its recomputation (--memory "
+            "experts, --recompute-modules moe) runs it as one. Give --memory balanced or fast."
+        )
+    if value("delay_wgrad_compute") and value("transformer_impl") != "transformer_engine":
+        yield (
+            "with --delay-wgrad-compute needs layers that compute weight gradients apart, which "
+            f"those of --transformer-impl {value('transformer_impl')} do not. Drop "
+            "--delay-wgrad-compute: the communication is hidden without it."
+        )
