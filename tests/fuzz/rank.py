@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -56,6 +57,7 @@ def train(argv: list[str], preset: Preset, keep_batches: bool = False) -> RankRe
     step_callbacks.on_evaluation(lambda values: record.evaluation.update(values["losses"]))
     set_startup_timestamps(program_start=time.time())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    sys.argv = ["pretrain_gpt_oss.py", *argv]  # parts of Megatron parse it again
     forward_step = run.forward_step
     run.forward_step = _recorded(forward_step, record, keep_batches)
     try:
