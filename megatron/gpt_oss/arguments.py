@@ -169,6 +169,7 @@ def parse(
     finally:
         sys.argv = program
     tokens = get_tokenizer().vocab_size
+    args.tokenizer_vocab_size = tokens  # kept in checkpoints: rows beyond it may be padding
     if args.padded_vocab_size is not None and tokens > args.padded_vocab_size:
         raise UsageError(
             f"The tokenizer has {tokens} tokens, the model {args.padded_vocab_size} rows of "

@@ -102,7 +102,13 @@ def _add_convert(commands) -> None:
         "--yarn-factor",
         type=float,
         metavar="F",
-        help="of training, for config.json; by default what the run's arguments.json says",
+        help="of training, for config.json; by default what the checkpoint says",
+    )
+    to_hf.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="write the first N rows of the vocabulary; by default all that are not padding",
     )
     to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     to_hf.set_defaults(run=_run_to_hf)
@@ -126,7 +132,15 @@ def _run_to_hf(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.checkpoint.export import ExportJob
 
     _settle_in()
-    job = ExportJob(args.load, args.like, args.dtype, yarn_factor=args.yarn_factor)
+    job = ExportJob(
+        args.load,
+        args.like,
+        args.dtype,
+        yarn_factor=args.yarn_factor,
+        vocab_size=args.vocab_size,
+    )
+    if job.vocabulary.note:
+        print(job.vocabulary.note)
     _announce(args.load, args.out, job.plan.bytes_total())
     print(f"{job.run(Path(args.out), args.overwrite, progress=True)}: written")
 

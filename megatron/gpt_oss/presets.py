@@ -29,17 +29,22 @@ class Preset:
     seq_length: int  # default training length, may be overridden
     num_experts_per_tok: int = 4
     max_position_embeddings: int = 131072
-    sliding_window: int = 128  # keys a query sees, itself included, in layers 0, 2, ...
+    sliding_window: int = 128  # keys a query sees, itself included, in windowed layers
+    # One kind a layer, as in Hugging Face; None: layers 0, 2, ... are windowed.
+    layer_types: tuple[str, ...] | None = None
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     swiglu_alpha: float = 1.702  # fixed in megatron.core.fusions.fused_bias_geglu.quick_gelu
     swiglu_limit: float = 7.0
-    rope_theta: int = 150000
+    rope_theta: int | float = 150000
     yarn_factor: float = 32.0
     yarn_original_max_position_embeddings: int = 4096
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
     yarn_truncate: bool = False
+    yarn_attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim
+    yarn_mscale: float = 1.0  # these two count where neither is 0
+    yarn_mscale_all_dim: float = 0.0
 
 
 PRESETS = {
@@ -154,7 +159,11 @@ def architecture_flags(preset: Preset) -> dict:
         # skip frequency of 2 every second layer is full, the first of all is windowed.
         "softmax_type": "learnable",
         "window_size": (preset.sliding_window - 1, 0),
-        "window_attn_skip_freq": 2,
+        "window_attn_skip_freq": (
+            2
+            if preset.layer_types is None
+            else [int(kind == "sliding_attention") for kind in preset.layer_types]
+        ),
         "position_embedding_type": "yarn",
         "rotary_base": preset.rope_theta,
         "rotary_scaling_factor": preset.yarn_factor,
@@ -162,8 +171,9 @@ def architecture_flags(preset: Preset) -> dict:
         "yarn_beta_fast": preset.yarn_beta_fast,
         "yarn_beta_slow": preset.yarn_beta_slow,
         "yarn_correction_range_round_to_int": preset.yarn_truncate,
-        "mscale": 1.0,
-        "mscale_all_dim": 0.0,
+        "yarn_attention_factor": preset.yarn_attention_factor,
+        "mscale": preset.yarn_mscale,
+        "mscale_all_dim": preset.yarn_mscale_all_dim,
         # Experts in every layer: clamped SwiGLU, softmax over the chosen logits only.
         "num_experts": preset.num_experts,
         "moe_layer_freq": 1,

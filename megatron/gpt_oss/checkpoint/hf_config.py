@@ -5,24 +5,11 @@
 import json
 from pathlib import Path
 
+from megatron.gpt_oss.checkpoint.hf_fields import alternating_layers, read_fields
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.presets import Preset, extended
 
 CONFIG_NAME = "config.json"
-
-# Fields whose value the implementation fixes: another value means another model.
-_FIXED = {"hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": True}
-_SHARED = {field: Preset.__dataclass_fields__[field].default for field in ("swiglu_alpha",)}
-_REQUIRED = (
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "num_local_experts",
-    "intermediate_size",
-    "vocab_size",
-)
 
 
 def read_hf_config(folder: Path) -> dict:
@@ -44,15 +31,17 @@ def read_hf_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object. Fetch it again.")
     check_hf_config(config, path)
     return config
 
 
 def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
-    """Refuse a config that is not gpt-oss as it is implemented here.
+    """Refuse a config whose function is not implemented, or that transformers refuses.
 
     Raises:
-        CheckpointError: names the file, the field, its value and the one expected.
+        CheckpointError: names the file, the field, its value and what is read.
     """
     model_type = config.get("model_type")
     if model_type != "gpt_oss":
@@ -60,59 +49,68 @@ def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
             f"{path} describes a model of type '{model_type}', not 'gpt_oss'. Give the folder of a "
             "gpt-oss checkpoint, e.g. openai/gpt-oss-20b."
         )
-    missing = [field for field in _REQUIRED if field not in config]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}. Fetch the file again.")
-    for field, value in {**_FIXED, **_SHARED}.items():
-        if config.get(field, value) != value:
-            raise CheckpointError(
-                f"{path} has {field} = {config[field]!r}; gpt-oss has {value!r} and no other value "
-                "is implemented."
-            )
-    layer_types = config.get("layer_types")
-    if layer_types is not None and layer_types != _layer_types(config["num_hidden_layers"]):
-        raise CheckpointError(
-            f"{path} has layer_types that do not alternate sliding_attention, full_attention over "
-            f"{config['num_hidden_layers']} layers. No other pattern is implemented."
-        )
-    rope = _rope(config)
-    if rope.get("rope_type", "yarn") != "yarn":
-        raise CheckpointError(
-            f"{path} has rope_type = {rope['rope_type']!r}; gpt-oss has 'yarn' and no other value "
-            "is implemented."
-        )
+    read_fields(config, str(path))
 
 
 def preset_from_hf_config(config: dict, name: str = "hf", seq_length: int = 4096) -> Preset:
-    """The `Preset` that a (checked) config describes; absent fields have the family's values."""
-    rope = _rope(config)
-    optional = {
-        "num_experts_per_tok": config.get("num_experts_per_tok", config.get("experts_per_token")),
-        "max_position_embeddings": config.get("max_position_embeddings"),
-        "sliding_window": config.get("sliding_window"),
-        "rms_norm_eps": config.get("rms_norm_eps"),
-        "initializer_range": config.get("initializer_range"),
-        "swiglu_limit": config.get("swiglu_limit"),
-        "rope_theta": rope.get("rope_theta"),
-        "yarn_factor": rope.get("factor"),
-        "yarn_original_max_position_embeddings": rope.get("original_max_position_embeddings"),
-        "yarn_beta_fast": rope.get("beta_fast"),
-        "yarn_beta_slow": rope.get("beta_slow"),
-        "yarn_truncate": rope.get("truncate"),
-    }
+    """The `Preset` of the function that transformers computes from a config.
+
+    Raises:
+        CheckpointError: see `check_hf_config`.
+    """
+    read = read_fields(config, CONFIG_NAME)
+    kinds = read["layer_types"]
     return Preset(
         name=name,
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_attention_heads=config["num_attention_heads"],
-        num_query_groups=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        num_experts=config["num_local_experts"],
-        moe_ffn_hidden_size=config["intermediate_size"],
-        vocab_size=config["vocab_size"],
-        seq_length=seq_length,
-        **{field: value for field, value in optional.items() if value is not None},
+        num_layers=read["num_hidden_layers"],
+        hidden_size=read["hidden_size"],
+        num_attention_heads=read["num_attention_heads"],
+        num_query_groups=read["num_key_value_heads"],
+        head_dim=read["head_dim"],
+        num_experts=read["num_local_experts"],
+        moe_ffn_hidden_size=read["intermediate_size"],
+        vocab_size=read["vocab_size"],
+        seq_length=min(seq_length, read["max_position_embeddings"]),
+        num_experts_per_tok=read["num_experts_per_tok"],
+        max_position_embeddings=read["max_position_embeddings"],
+        sliding_window=read["sliding_window"],
+        layer_types=None if kinds == alternating_layers(len(kinds)) else tuple(kinds),
+        rms_norm_eps=read["rms_norm_eps"],
+        initializer_range=read["initializer_range"],
+        swiglu_limit=read["swiglu_limit"],
+        **_yarn(read),
     )
+
+
+def _yarn(read: dict) -> dict:
+    """The rotation as fields of a preset."""
+    rope = read["rope"]
+    theta = rope["rope_theta"]
+    theta = int(theta) if theta == int(theta) else theta
+    if rope["rope_type"] == "default":
+        # YaRN of factor 1 stretches nothing, whatever its ramp, and scales by 1.
+        longest = read["max_position_embeddings"]
+        return {
+            "rope_theta": theta,
+            "yarn_factor": 1.0,
+            "yarn_original_max_position_embeddings": longest,
+        }
+    yarn = {
+        "rope_theta": theta,
+        "yarn_factor": float(rope["factor"]),
+        "yarn_original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "yarn_beta_fast": float(rope["beta_fast"]),
+        "yarn_beta_slow": float(rope["beta_slow"]),
+        "yarn_truncate": rope["truncate"],
+    }
+    if rope["attention_factor"] is not None:
+        return yarn | {"yarn_attention_factor": float(rope["attention_factor"])}
+    if rope["mscale"] is not None:
+        yarn |= {
+            "yarn_mscale": float(rope["mscale"]),
+            "yarn_mscale_all_dim": float(rope["mscale_all_dim"]),
+        }
+    return yarn
 
 
 def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> dict:
@@ -134,7 +132,7 @@ def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> d
         "hidden_size": preset.hidden_size,
         "initializer_range": preset.initializer_range,
         "intermediate_size": preset.moe_ffn_hidden_size,
-        "layer_types": _layer_types(preset.num_layers),
+        "layer_types": list(preset.layer_types or alternating_layers(preset.num_layers)),
         "max_position_embeddings": preset.max_position_embeddings,
         "num_attention_heads": preset.num_attention_heads,
         "num_experts_per_tok": preset.num_experts_per_tok,
@@ -144,14 +142,7 @@ def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> d
         "num_local_experts": preset.num_experts,
         "output_router_logits": False,
         "rms_norm_eps": preset.rms_norm_eps,
-        "rope_scaling": {
-            "beta_fast": preset.yarn_beta_fast,
-            "beta_slow": preset.yarn_beta_slow,
-            "factor": preset.yarn_factor,
-            "original_max_position_embeddings": preset.yarn_original_max_position_embeddings,
-            "rope_type": "yarn",
-            "truncate": preset.yarn_truncate,
-        },
+        "rope_scaling": _rope_scaling(preset),
         "rope_theta": preset.rope_theta,
         "initial_context_length": preset.yarn_original_max_position_embeddings,
         "router_aux_loss_coef": 0.9,
@@ -165,22 +156,39 @@ def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> d
 
 
 def with_yarn_factor(config: dict, factor: float) -> dict:
-    """The config of the same model over the context that a factor of YaRN stretches it to."""
+    """The config of the same model over the context that a factor of YaRN stretches it to.
+
+    What transformers would derive from the old length is written out.
+    """
     preset = extended(preset_from_hf_config(config), factor)
-    config = config | {"max_position_embeddings": preset.max_position_embeddings}
-    for name in ("rope_scaling", "rope_parameters"):
-        if config.get(name):
-            config[name] = config[name] | {"factor": factor}
-    return config
+    given = [name for name in ("rope_scaling", "rope_parameters") if config.get(name)]
+    changed = {"max_position_embeddings": preset.max_position_embeddings}
+    if "original_max_position_embeddings" in config:
+        changed["original_max_position_embeddings"] = preset.yarn_original_max_position_embeddings
+    for name in given or ["rope_scaling"]:
+        kept = {k: v for k, v in (config.get(name) or {}).items() if k not in _OF_ROPE}
+        changed[name] = kept | _rope_scaling(preset)
+        if "rope_theta" in (config.get(name) or {}):
+            changed[name]["rope_theta"] = preset.rope_theta
+    return config | changed
 
 
-def _rope(config: dict) -> dict:
-    """YaRN's numbers, which transformers 4 keeps in rope_scaling and 5 in rope_parameters."""
-    rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    if "rope_theta" not in rope and "rope_theta" in config:
-        rope["rope_theta"] = config["rope_theta"]
+_OF_ROPE = ("type", "attention_factor", "mscale", "mscale_all_dim", "rope_theta")
+
+
+def _rope_scaling(preset: Preset) -> dict:
+    """The rotation of a preset, all but rope_theta."""
+    rope = {
+        "beta_fast": preset.yarn_beta_fast,
+        "beta_slow": preset.yarn_beta_slow,
+        "factor": preset.yarn_factor,
+        "original_max_position_embeddings": preset.yarn_original_max_position_embeddings,
+        "rope_type": "yarn",
+        "truncate": preset.yarn_truncate,
+    }
+    if preset.yarn_attention_factor is not None:
+        rope["attention_factor"] = preset.yarn_attention_factor
+    if preset.yarn_mscale and preset.yarn_mscale_all_dim:
+        rope["mscale"] = preset.yarn_mscale
+        rope["mscale_all_dim"] = preset.yarn_mscale_all_dim
     return rope
-
-
-def _layer_types(num_layers: int) -> list[str]:
-    return ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]

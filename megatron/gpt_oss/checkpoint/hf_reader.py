@@ -77,6 +77,14 @@ class HFReader:
         """The tensors that each file holds, as they are stored."""
         return {name: self._open(name).entries for name in sorted(set(self._file_of.values()))}
 
+    def stored_names(self) -> set[str]:
+        """The tensors that the folder says it holds, as they are stored."""
+        return set(self._file_of)
+
+    def file_of(self, stored: str) -> str | None:
+        """The name of the file in which a stored tensor is read, if any."""
+        return self._file_of.get(stored)
+
     def stored_in(self, name: str) -> Path:
         """The file of a stored tensor (of the first of a MXFP4 pair)."""
         return self.folder / self._file_of[name if name in self._file_of else self._stored(name)[0]]

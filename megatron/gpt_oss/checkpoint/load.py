@@ -17,14 +17,20 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
+from megatron.gpt_oss.checkpoint.architecture import arguments_of_model, check_same_function
 from megatron.gpt_oss.checkpoint.hf_check import check_tensors
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
-from megatron.gpt_oss.checkpoint.mapping import copy_matrix, hf_to_megatron, locate
+from megatron.gpt_oss.checkpoint.mapping import (
+    GLOBAL_NAMES,
+    copy_matrix,
+    hf_to_megatron,
+    is_vocabulary_matrix,
+    locate,
+)
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset, architecture_flags, extended
+from megatron.gpt_oss.presets import Preset, extended
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +56,17 @@ def load_hf(
     reader = HFReader(folder)
     check_tensors(reader, preset)
     for chunk in unwrap_model(list(model_chunks)):
-        check_same_model(chunk.config, preset, folder)
+        check_same_function(
+            preset,
+            str(folder),
+            arguments_of_model(chunk),
+            "the model",
+            "Choose the preset that fits the checkpoint.",
+        )
         filled = 0
         for part in sharded_tensors(chunk.sharded_state_dict()):
             where = locate(part.key, part.global_offset, part.local_shape)
+            _check_vocabulary(part, preset, folder)
             value = hf_to_megatron(where, preset, reader.read)
             assert value.shape == part.data.shape, (part.key, value.shape, part.data.shape)
             copy_matrix(part.data, value)
@@ -67,21 +80,17 @@ def load_hf(
     logger.info(f"loaded Hugging Face weights from {folder}")
 
 
-def check_same_model(config: TransformerConfig, preset: Preset, folder: Path) -> None:
-    """Refuse a checkpoint of other sizes or constants than the model's."""
-    renamed = {
-        "num_experts": "num_moe_experts",
-        "rotary_scaling_factor": "yarn_rotary_scaling_factor",
-    }
-    for dest, expected in architecture_flags(preset).items():
-        name = renamed.get(dest, dest)
-        if name == "ffn_hidden_size" or not hasattr(config, name):
-            continue  # the first is of dense layers, others belong to the arguments alone
-        if getattr(config, name) != expected:
-            raise CheckpointError(
-                f"{folder} has {name} = {expected}, the model {getattr(config, name)}. Choose the "
-                "preset that fits the checkpoint."
-            )
+def _check_vocabulary(part: ShardedTensor, preset: Preset, folder: Path) -> None:
+    """Refuse a model with fewer rows of vocabulary than the folder; more are padding."""
+    name = GLOBAL_NAMES.get(part.key)
+    if name is None or not is_vocabulary_matrix(name):
+        return
+    rows = part.global_shape[part.prepend_axis_num]
+    if rows < preset.vocab_size:
+        raise CheckpointError(
+            f"{folder} has {preset.vocab_size} rows of vocabulary, the model {rows}. Give the "
+            f"model at least as many: --padded-vocab-size {preset.vocab_size}."
+        )
 
 
 def load_hf_hook(folder: str | Path, yarn_factor: float | None = None) -> Callable[[list], list]:

@@ -199,6 +199,7 @@ class Job:
         args = argparse.Namespace(
             **preset_flags(self.preset),
             add_position_embedding=True,
+            tokenizer_vocab_size=self.preset.vocab_size,  # no row of it is padding
             tensor_model_parallel_size=self.layout.tp,
             pipeline_model_parallel_size=self.layout.pp,
             expert_model_parallel_size=self.layout.ep,

@@ -3,10 +3,12 @@
 """Parts of the model's tensors in a Megatron torch_dist checkpoint, without any process group."""
 
 import dataclasses
+import io
 import os
 import pickle
 import re
 import threading
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -27,6 +29,9 @@ from megatron.gpt_oss.errors import CheckpointError
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Folder of a converted checkpoint with what its Hugging Face source had beside the weights.
 COMPANIONS_NAME = "hf"
+# Where Megatron keeps what is no tensor: a file of its own, or an entry of the checkpoint.
+COMMON_NAME = "common.pt"
+_COMMON_KEY = "common_state/shard_0_1"
 
 
 def find_iteration(folder: str | Path) -> Path:
@@ -64,6 +69,7 @@ class TorchDistReader:
         # Once: dcp.load would read the metadata again for every tensor.
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._files = _Files()
+        self._arguments: dict | None = None
         self._pieces: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         # Tensors of the optimizer carry a prefix of their own and are never asked for.
         self._tensors = {
@@ -88,6 +94,49 @@ class TorchDistReader:
         if self._num_layers:  # the layer is part of the key
             return self._num_layers
         return self._tensors[self._known("decoder.layers.self_attention.linear_qkv.weight")].size[0]
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Global shapes of all tensors, those of the optimizer included."""
+        return {key: tuple(tensor.size) for key, tensor in self._tensors.items()}
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the model's tensors."""
+        return {
+            tensor.properties.dtype
+            for key, tensor in self._tensors.items()
+            if key.startswith(("decoder.", "embedding.", "output_layer."))
+        }
+
+    def arguments(self) -> dict:
+        """The arguments of the run that wrote the checkpoint; empty where it holds none."""
+        if self._arguments is None:
+            state = self._common_state()
+            args = state.get("args") if isinstance(state, dict) else None
+            self._arguments = dict(vars(args)) if isinstance(args, Namespace) else {}
+        return self._arguments
+
+    def _common_state(self) -> dict:
+        """What Megatron keeps next to the tensors, read without running code of the file."""
+        from megatron.core.safe_globals import SAFE_GLOBALS
+
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            try:
+                if (self.folder / COMMON_NAME).is_file():  # before Megatron-Core 0.17
+                    return torch.load(self.folder / COMMON_NAME, "cpu", weights_only=True)
+                if _COMMON_KEY not in self._metadata.state_dict_metadata:
+                    return {}
+                found = {_COMMON_KEY: io.BytesIO()}
+                dcp.load(found, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+                value = found[_COMMON_KEY]
+                if isinstance(value, io.BytesIO):
+                    value.seek(0)
+                    value = torch.load(value, "cpu", weights_only=True)
+                return value[0]
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"{self.folder} keeps the arguments of its run in a form that is not read "
+                    f"({_first_line(error)})."
+                ) from error
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of a tensor without layers."""

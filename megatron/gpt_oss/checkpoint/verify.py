@@ -7,6 +7,7 @@ the function: hidden states after every layer and logits, against transformers w
 (else against a Megatron model that reads the folder).
 """
 
+import dataclasses
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -15,7 +16,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from megatron.gpt_oss.checkpoint.export import check_same_sizes, preset_from_shapes
+from megatron.gpt_oss.checkpoint.architecture import first_difference
+from megatron.gpt_oss.checkpoint.checkpoint_model import (
+    VOCABULARY,
+    check_same_sizes,
+    preset_of_checkpoint,
+    vocabulary_of,
+)
 from megatron.gpt_oss.checkpoint.hf_check import check_tensors
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
 from megatron.gpt_oss.checkpoint.hf_reader import HFReader
@@ -24,10 +31,11 @@ from megatron.gpt_oss.checkpoint.mapping import (
     hf_names,
     hf_shape,
     is_expert_matrix,
+    is_vocabulary_matrix,
     megatron_to_hf,
 )
 from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
-from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.gpt_oss.presets import Preset
 from megatron.gpt_oss.progress import Progress
 
@@ -78,13 +86,22 @@ def verify(
     preset = preset_from_hf_config(read_hf_config(hf))
     hf_reader, checkpoint = HFReader(hf), TorchDistReader(find_iteration(load))
     check_tensors(hf_reader, preset)
-    check_same_sizes(preset_from_shapes(checkpoint), preset, load, hf)
+    held = preset_of_checkpoint(checkpoint)
+    check_same_sizes(held, preset, load, hf)
+    same = compare_constants(checkpoint, preset)
+    same = compare_rows(checkpoint, preset, hf) and same
+    common = min(preset.vocab_size, held.vocab_size)
+    trained = dataclasses.replace(held if checkpoint.arguments() else preset, vocab_size=common)
+    preset = dataclasses.replace(preset, vocab_size=common)
     first, count = compare_tensors(hf_reader, checkpoint, preset, progress)
     total = len(hf_names(preset))
-    if first is None:
-        print(f"tensors: all {total} are the same, bit for bit")
-    else:
+    if first is not None:
         print(f"tensors: {count} of {total} differ. The first: {first}")
+    elif same:
+        print(f"tensors: all {total} are the same, {_in_which_dtypes(hf_reader, checkpoint)}")
+    else:
+        print(f"tensors: all {total} are the same in what both have")
+    same = same and first is None
     needed = 2 * 4 * sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset))
     if logits == "auto" and needed > psutil.virtual_memory().available / 2:
         print(
@@ -92,8 +109,59 @@ def verify(
             "The same tensors give the same logits."
         )
     elif logits != "no":
-        return compare_logits(hf, checkpoint.folder, preset, num_tokens) and first is None
-    return first is None
+        return compare_logits(hf, checkpoint.folder, trained, num_tokens) and same
+    return same
+
+
+def compare_constants(checkpoint: TorchDistReader, preset: Preset) -> bool:
+    """Print the first constant (window, rotation, top-k, ...) in which the two differ."""
+    arguments = checkpoint.arguments()
+    difference = first_difference(preset, arguments)
+    if difference is not None:
+        dest, expected, found = difference
+        print(f"config: {dest} is {expected} in the Hugging Face folder, {found} in the checkpoint")
+    elif not arguments:
+        print("config: not compared, as the checkpoint does not hold the arguments of its run")
+    return difference is None
+
+
+def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
+    """Print which rows of the vocabulary one of the two has alone; padding is not missed."""
+    held = checkpoint.shape(VOCABULARY[0])[0]
+    if held < preset.vocab_size:
+        print(
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face folder, {held} in the "
+            f"checkpoint; rows {held} to {preset.vocab_size - 1} are missing there"
+        )
+        return False
+    try:
+        rows = vocabulary_of(checkpoint, preset.vocab_size).rows
+    except CheckpointError:  # padding or not, they are not in the folder
+        rows = held
+    if rows > preset.vocab_size:
+        print(
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face folder, {rows} in the "
+            f"checkpoint; rows {preset.vocab_size} to {rows - 1} are missing in {hf}"
+        )
+        return False
+    if held > rows:
+        print(f"vocabulary: rows {rows} to {held - 1} of the checkpoint are padding")
+    return True
+
+
+def _in_which_dtypes(hf: HFReader, checkpoint: TorchDistReader) -> str:
+    """Whether the same values are the same bits."""
+    names = {torch.bfloat16: "BF16", torch.float32: "F32"}
+    ours = {names.get(d, str(d)) for d in checkpoint.dtypes()}
+    stored = {entry.dtype for entries in hf.files().values() for entry in entries.values()}
+    theirs = stored - {"U8"}  # MXFP4 is BF16 when it is read
+    if ours == theirs:
+        return "bit for bit"
+    return f"value for value: {_either(theirs)} in the folder, {_either(ours)} in the checkpoint"
+
+
+def _either(names: set[str]) -> str:
+    return " and ".join(sorted(names))
 
 
 def compare_tensors(
@@ -118,6 +186,8 @@ def _compare_tensor(
     found = None
     for expert in experts:
         index = () if expert is None else (expert,)
+        if is_vocabulary_matrix(name):
+            index = (slice(0, preset.vocab_size),)
         one, other = hf.read(name, index), megatron_to_hf(name, preset, checkpoint, expert)
         if torch.equal(one, other.to(one.dtype)) and one.dtype == other.dtype:
             continue
@@ -128,14 +198,22 @@ def _compare_tensor(
         largest = (one - other).abs().nan_to_num(torch.inf).max().item()
         if found is None:
             place = tuple(differ.nonzero()[0].tolist())
-            found = Difference(name, index + place, one[place].item(), other[place].item(), largest)
+            at = () if expert is None else (expert,)
+            found = Difference(name, at + place, one[place].item(), other[place].item(), largest)
         found.largest = max(found.largest, largest)
     return found
 
 
 @torch.no_grad()
 def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -> bool:
-    """Run both models in fp32 and print the first layer and token that differ."""
+    """Run both models in fp32 and print the first layer and token that differ.
+
+    Args:
+        hf: the Hugging Face folder.
+        iteration: the checkpoint.
+        preset: the model of the checkpoint, with the rows of vocabulary that both have.
+        num_tokens: length of the sequence.
+    """
     if num_tokens < 1:
         raise UsageError(f"--num-tokens {num_tokens} is no sequence. Give 1 or more.")
     generator = torch.Generator().manual_seed(0)
@@ -144,6 +222,7 @@ def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -
     reference = "transformers" if has_transformers else "Megatron with the folder's weights"
     run = _run_transformers if has_transformers else _run_megatron_hf
     expected, found = run(hf, ids), _run_megatron(iteration, preset, ids)
+    expected[-1] = expected[-1][:, : preset.vocab_size]
     first_layer = first_token = None
     for layer, (one, other) in enumerate(zip(expected[:-1], found[:-1])):
         token = _first_token(one, other)

@@ -153,9 +153,9 @@ def test_no_weights_and_broken_index(folder, tmp_path):
         ({'tie_word_embeddings': True}, 'tie_word_embeddings = True'),
         ({'hidden_act': 'gelu'}, "hidden_act = 'gelu'"),
         ({'swiglu_alpha': 1.0}, 'swiglu_alpha = 1.0'),
-        ({'layer_types': ['full_attention'] * 4}, 'layer_types'),
+        ({'layer_types': ['full_attention'] * 3}, 'layer_types of 3 layers'),
         ({'rope_scaling': {'rope_type': 'linear'}}, "rope_type = 'linear'"),
-        ({'head_dim': None}, 'lacks head_dim'),
+        ({'model_type': None}, "'None', not 'gpt_oss'"),
     ],
 )
 def test_config_of_another_model(change, words):
