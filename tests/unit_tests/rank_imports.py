@@ -1,0 +1,16 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What every rank of a `RankPool` needs, imported once by the server that the ranks are forked from.
+
+Nothing here may fail: on the releases that the patches are proved on, some of it does not exist.
+"""
+
+import contextlib
+import warnings
+
+with warnings.catch_warnings(), contextlib.suppress(Exception):
+    warnings.simplefilter('ignore')
+    import torch  # noqa: F401
+
+    import megatron.training.training  # noqa: F401
+    from megatron.gpt_oss.training import run  # noqa: F401
