@@ -17,7 +17,7 @@ from megatron.training.optimizer_state_check import (
     MisplacedOptimizerState,
     refuse_other_experts,
 )
-from tests.unit_tests.training import watched_pretrain
+from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 STEPS = 4
 COMMON = (
@@ -113,10 +113,25 @@ def close(one, other):
 
 
 @pytest.fixture(scope='module')
-def one_process(ranks, data, tmp_path_factory):
+def initial(ranks, data, tmp_path_factory):
+    """Weights to begin with, for random ones depend on the layout."""
+    directory = tmp_path_factory.mktemp('initial')
+    ranks.run(
+        tiny_pretrain.write_initial_checkpoint,
+        [],
+        data,
+        str(directory),
+        world_size=1,
+        init_process_group=False,
+    )
+    return directory
+
+
+@pytest.fixture(scope='module')
+def one_process(ranks, data, initial, tmp_path_factory):
     """(directory, what it logged) of one process, whose buffers have one bucket."""
     directory = tmp_path_factory.mktemp('one')
-    return directory, train(ranks, data, directory, '', 1)
+    return directory, train(ranks, data, directory, '--finetune', 1, load=initial)
 
 
 @pytest.fixture(scope='module')
@@ -136,10 +151,11 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_several_buckets(ranks, data, tmp_path, one_process, layout):
+def test_several_buckets(ranks, data, tmp_path, initial, one_process, layout):
     """All optimizer tensors are those of one process, and a resumed run goes on as if never ended."""
     reference, _ = one_process
-    whole = train(ranks, data, tmp_path / 'whole', LAYOUTS[layout], 2)
+    flags = f'{LAYOUTS[layout]} --finetune'
+    whole = train(ranks, data, tmp_path / 'whole', flags, 2, load=initial)
     expected, found = tensors(reference, 2), tensors(tmp_path / 'whole', 2)
     assert found.keys() == expected.keys() and len(found) > 40
     for name, value in expected.items():
