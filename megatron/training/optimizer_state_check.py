@@ -36,6 +36,12 @@ class MisplacedOptimizerState(CheckpointError):
     """The optimizer state of a checkpoint is that of other parameters."""
 
 
+def mark(metadata: Dict[str, Any]) -> None:
+    """Put the mark into the content metadata of what is about to be saved."""
+    if metadata.get('distrib_optim_sharding_type') == 'fully_reshardable':
+        metadata[MARK] = True
+
+
 def refuse_other_experts(
     args: Namespace, saved_args: Namespace, metadata: Optional[Dict[str, Any]]
 ) -> None:
