@@ -39,6 +39,7 @@ RESHARDABLE = {
     'buckets-to-others': (4, Case(bucket_size=400), 2, dict(bucket_size=150)),
     'tiny-buckets': (4, Case(bucket_size=TINY), 2, dict(bucket_size=None)),
     'to-tiny-buckets': (2, Case(), 4, dict(bucket_size=TINY)),
+    'rank-without-parameters': (4, Case(sizes=(('a', (2,)),)), 2, {}),
     'bf16': (2, Case(bucket_size=200, fp32=()), 4, {}),
     'two-dtypes': (2, Case(bucket_size=100, fp32=MIXED), 4, dict(bucket_size=TINY)),
     'frozen': (2, Case(bucket_size=200, frozen=('c', 'e')), 4, dict(bucket_size=300)),
@@ -75,6 +76,8 @@ BUCKETS = {
     # 64 elements apart in one bucket of 128: rank 1 has padding between two parameters alone.
     'padding-between': (4, Case(sizes=(('a', (2,)), ('b', (3,)))), 2),
     'padding-between-loaded': (2, Case(sizes=(('a', (2,)), ('b', (3,)))), 4),
+    'rank-without-parameters': (4, Case(sizes=(('a', (2,)),)), 2),
+    'rank-without-parameters-loaded': (1, Case(sizes=(('a', (2,)),)), 4),
     'two-dtypes': (4, Case(bucket_size=TINY, fp32=MIXED), 2),
     'frozen': (4, Case(bucket_size=TINY, frozen=('c', 'e')), 2),
     'experts': (4, Case(bucket_size=TINY, expert_parallel=2), 4),

@@ -160,7 +160,9 @@ CONSTANT = {
 @pytest.mark.parametrize('name', CONSTANT)
 def test_constant_structure(ranks, data, tmp_path, name):
     """Plans are taken from earlier saves (from the third on without a look), tensors are not."""
-    flags = f'--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}'
+    flags = (
+        f'--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}'
+    )
     flags += ' --save-interval 1'
     train(ranks, data, tmp_path / 'sync', flags, None, 2)
     flags += f' --ckpt-assume-constant-structure {ASYNC}'

@@ -101,7 +101,7 @@ def tensors(directory, step):
 def steps(records, first):
     return [
         (step['losses']['lm loss'], step['grad_norm'])
-        for step in records[0]['steps']
+        for step in records[-1]['steps']  # the last stage has the loss
         if step['iteration'] >= first
     ]
 
