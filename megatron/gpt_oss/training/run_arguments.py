@@ -95,7 +95,7 @@ def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> Ar
 
 
 def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
-    """Refuse the writers of --async-save that would hang, or write in the foreground without a word.
+    """Refuse the writers of --async-save that would hang, write old tensors or in the foreground.
 
     Raises:
         UsageError: what to give instead.
@@ -104,6 +104,7 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
     parser.add_argument("--async-save", action="store_true")
     parser.add_argument("--async-strategy", nargs="?", default=ASYNC_STRATEGY)
     parser.add_argument("--use-persistent-ckpt-worker", action="store_true")
+    parser.add_argument("--ckpt-assume-constant-structure", action="store_true")
     given, _ = parser.parse_known_args(list(argv))
     if not given.async_save:
         return
@@ -117,6 +118,14 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
             "--async-strategy nvrx without --use-persistent-ckpt-worker: Megatron ignores "
             "--async-save then. Drop --async-strategy: --async-save alone writes checkpoints in a "
             "thread, without nvidia-resiliency-ext."
+        )
+    # The worker process keeps the tensors of the first save and writes those again (NeMo-RL 3312):
+    # whatever a save gathers anew, as fully_reshardable does all optimizer state, would be old.
+    if given.async_strategy == "nvrx" and given.ckpt_assume_constant_structure:
+        raise UsageError(
+            "--ckpt-assume-constant-structure with --async-strategy nvrx: every checkpoint would "
+            "hold the optimizer state of the first one. Drop --ckpt-assume-constant-structure, or "
+            "--async-strategy: the thread of --async-save alone looks up the tensors at every save."
         )
 
 

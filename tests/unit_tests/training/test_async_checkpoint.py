@@ -82,11 +82,13 @@ def run_held(flags, data, held_rank):
 
 
 # Arguments of the runs, saved with the state, that differ on purpose.
-OTHERWISE = ('save', 'load', 'async_save')
+OTHERWISE = ('save', 'load', 'async_save', 'ckpt_assume_constant_structure')
 
 
 def same(one, other):
     """Whether two entries of a checkpoint are equal, tensors byte for byte."""
+    if type(one) is not type(other):
+        return False
     if isinstance(one, torch.Tensor):
         return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
             one.contiguous().flatten().view(torch.uint8),
@@ -144,6 +146,38 @@ def test_equals_a_synchronous_one(pairs, layout):
         watched_pretrain.read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4)
     )
     assert len([name for name in two if not same(two[name], four[name])]) > 20
+
+
+CONSTANT = {
+    'fully-reshardable': '--dist-ckpt-optim-fully-reshardable',
+    'fully-reshardable-one-writer': '--dist-ckpt-optim-fully-reshardable '
+    '--no-ckpt-fully-parallel-save',
+    'dp-reshardable': '',
+    'dp-reshardable-one-writer': '--no-ckpt-fully-parallel-save',
+}
+
+
+@pytest.mark.parametrize('name', CONSTANT)
+def test_constant_structure(ranks, data, tmp_path, name):
+    """Plans are taken from earlier saves (from the third on without a look), tensors are not."""
+    flags = (
+        f'--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}'
+    )
+    flags += ' --save-interval 1'
+    train(ranks, data, tmp_path / 'sync', flags, None, 2)
+    flags += f' --ckpt-assume-constant-structure {ASYNC}'
+    train(ranks, data, tmp_path / 'async', flags, None, 2)
+    before = {}
+    for step in (1, 2, 3, 4):
+        expected, got = (
+            watched_pretrain.read_checkpoint(str(tmp_path / folder / f'iter_{step:07d}'))
+            for folder in ('sync', 'async')
+        )
+        assert expected.keys() == got.keys()
+        assert [name for name in expected if not same(expected[name], got[name])] == []
+        changed = [name for name in got if not same(before.get(name), got[name])]
+        assert sum(isinstance(got[name], torch.Tensor) for name in changed) > 3
+        before = got
 
 
 @pytest.mark.parametrize('held_rank', [0, 1])

@@ -1,0 +1,198 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Recognises optimizer state that an earlier writer of `fully_reshardable` checkpoints misplaced.
+
+Megatron-Core up to 0.19 (Megatron-LM PR 5077) takes the fp32 weight and the moments of each
+parameter after the first gradient bucket from where the padding of the buckets before it had been
+left out: shifted, the last ones filled up with zeros. Model weights of the same checkpoint are right.
+What is written now is marked. What has no mark is right with one bucket a buffer, and with several
+whose ends need no padding; no argument tells that for certain (sizes, shared embeddings, pipeline
+stages decide it, and another Megatron may have written it right), but the tensors do: the fp32
+weight of a parameter, rounded, is its weight in the model.
+"""
+
+import re
+from argparse import Namespace
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+
+from .checkpoint_integrity import CheckpointError
+
+# In the content metadata of a checkpoint: offsets in the buffers count the padding of buckets.
+MARK = 'distrib_optim_fully_reshardable_padded_offsets'
+
+# Relative root mean square difference of fp32 and model weights. Rounding to bf16 makes 0.002;
+# another place makes about 1.4, less where all weights of a parameter are nearly the same.
+ROUNDED = 0.01
+QUANTIZED = 0.5
+# Of a parameter whose weights fp16 rounds to nothing.
+SMALLEST = 1e-7
+# Elements that are compared at once: the copies in fp32 take 2 x 64 MiB.
+CHUNK = 2**24
+
+
+class MisplacedOptimizerState(CheckpointError):
+    """The optimizer state of a checkpoint is that of other parameters."""
+
+
+def mark(metadata: Dict[str, Any]) -> None:
+    """Put the mark into the content metadata of what is about to be saved."""
+    if metadata.get('distrib_optim_sharding_type') == 'fully_reshardable':
+        metadata[MARK] = True
+
+
+def refuse_other_experts(
+    args: Namespace, saved_args: Namespace, metadata: Optional[Dict[str, Any]]
+) -> None:
+    """Refuse optimizer state that cannot be loaded at this expert parallel size.
+
+    `fully_reshardable` can. `dp_reshardable` is bound to the buffers of its layout; without the
+    distributed optimizer, state of one optimizer cannot become that of two (one for experts).
+
+    Args:
+        args: of this run.
+        saved_args: of the run that wrote the checkpoint.
+        metadata: content metadata of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank; says both sizes and what can be done.
+    """
+    size, saved = (
+        getattr(of, 'expert_model_parallel_size', None) or 1 for of in (args, saved_args)
+    )
+    kind = (metadata or {}).get('distrib_optim_sharding_type')
+    bound = size != saved if kind == 'dp_reshardable' else kind is None and 1 in (size, saved)
+    if size == saved or not bound:
+        return
+    raise CheckpointError(
+        f"The checkpoint's optimizer state was written with --expert-model-parallel-size {saved}"
+        f" ({kind or 'without --use-distributed-optimizer'}) and does not load with {size}: "
+        f"continue with {saved}, or give --no-load-optim or --finetune to load the weights alone; "
+        "with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable a run saves what "
+        "loads at every size."
+    )
+
+
+def refuse_misplaced_state(
+    optimizer: Any,
+    model: List[torch.nn.Module],
+    state_dict: Dict[str, Any],
+    checkpoint_name: str,
+) -> None:
+    """Compare the optimizer's fp32 weights of an unmarked checkpoint with the model's.
+
+    To be called by all ranks, when the model is loaded and the optimizer is not: it may hold the
+    fp32 weights in the model's own memory.
+
+    Args:
+        optimizer: of this rank, its buffers in the order of the state; None where none is loaded.
+        model: the model chunks, for the names of parameters.
+        state_dict: of the checkpoint, with 'optimizer', 'args' and 'content_metadata'.
+        checkpoint_name: its directory.
+
+    Raises:
+        MisplacedOptimizerState: on every rank; says what is lost and what can be done.
+    """
+    metadata = state_dict.get('content_metadata') or {}
+    if (
+        optimizer is None
+        or metadata.get('distrib_optim_sharding_type') != 'fully_reshardable'
+        or metadata.get(MARK)
+    ):
+        return
+    names = {parameter: name for chunk in model for name, parameter in chunk.named_parameters()}
+    saved_args = state_dict.get('args')
+    compared = misplaced = not_compared = 0  # elements
+    first = None
+    for parameter, saved in _saved_weights(optimizer, state_dict.get('optimizer') or {}):
+        if saved is None:
+            not_compared += parameter.numel()
+            continue
+        compared += saved.numel()
+        if _is_misplaced(parameter, saved):
+            misplaced += saved.numel()
+            first = first or re.sub(r'^(module\.)+', '', names.get(parameter, 'a parameter'))
+    found = [(compared, misplaced, not_compared, first)] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, found[0])
+    compared, misplaced, not_compared = (sum(of_rank[i] for of_rank in found) for i in range(3))
+    if misplaced:
+        first = next(filter(None, (of_rank[3] for of_rank in found)))
+        what = (
+            f"is that of other parameters for {100 * misplaced / compared:.3g} % of the weights or "
+            f"more ({first!r} is the first)"
+        )
+    elif not_compared > compared and _may_have_several_buckets(saved_args):
+        what = "may be that of other parameters for all weights but those of the first bucket"
+    else:
+        return
+    raise MisplacedOptimizerState(
+        f"The optimizer state in {checkpoint_name} {what}: it was written"
+        f"{_by_arguments(saved_args)} by a Megatron-Core that misplaces what follows the first "
+        "gradient bucket, so that the fp32 weights and Adam moments of these parameters are lost, "
+        "while the model's own weights are right. --no-load-optim goes on from these with new "
+        "moments, --finetune does so from step 0; an earlier checkpoint helps only if it was "
+        "written with one bucket (without --overlap-grad-reduce)."
+    )
+
+
+def _saved_weights(
+    optimizer: Any, state: Dict[Any, Any]
+) -> Iterator[Tuple[torch.nn.Parameter, Optional[torch.Tensor]]]:
+    """Each parameter of the distributed optimizers with its fp32 weight in the checkpoint.
+
+    None where that is no weight but what rounding to bf16 took from it.
+    """
+    parts = getattr(optimizer, 'chained_optimizers', [optimizer])
+    states = [state] if len(parts) == 1 else [state.get(index, {}) for index in range(len(parts))]
+    for part, part_state in zip(parts, states):
+        # As DistributedOptimizer.sharded_param_state_fully_reshardable() numbers them.
+        parameters = (
+            parameter
+            for buffer in getattr(part, 'buffers', ())
+            for parameter in buffer.param_index_map
+        )
+        saved_state = part_state.get('param_state') or {}
+        for index, parameter in enumerate(parameters):
+            saved = saved_state.get(index, {}).get('param')
+            if isinstance(saved, torch.Tensor):
+                yield parameter, None if _is_remainder(part.config, parameter) else saved
+
+
+def _is_remainder(config: Any, parameter: torch.nn.Parameter) -> bool:
+    return (
+        getattr(config, 'use_precision_aware_optimizer_no_fp8_or_ds_fp8', False)
+        and getattr(config, 'store_param_remainders', False)
+        and parameter.dtype == torch.bfloat16
+    )
+
+
+def _may_have_several_buckets(args: Optional[Namespace]) -> bool:
+    overlap = getattr(args, 'overlap_grad_reduce', False)
+    return overlap and getattr(args, 'ddp_num_buckets', None) != 1
+
+
+@torch.no_grad()
+def _is_misplaced(parameter: torch.nn.Parameter, saved: torch.Tensor) -> bool:
+    """Whether the fp32 weights are not those of the parameter, but for rounding."""
+    quantized = type(parameter.data) is not torch.Tensor
+    weights = (parameter.detach().float() if quantized else parameter.detach()).reshape(-1)
+    saved = saved.reshape(-1)
+    difference = scale = 0.0
+    for begin in range(0, saved.numel(), CHUNK):
+        ours = weights[begin : begin + CHUNK].to(device='cpu', dtype=torch.float32)
+        theirs = saved[begin : begin + CHUNK].to(device='cpu', dtype=torch.float32)
+        difference += (ours - theirs).square().sum(dtype=torch.float64).item()
+        scale += ours.square().sum(dtype=torch.float64).item()
+    # Not `>`: what is NaN is not the model's either.
+    allowed = (QUANTIZED if quantized else ROUNDED) ** 2 * scale + SMALLEST**2 * saved.numel()
+    return not difference <= allowed
+
+
+def _by_arguments(args: Optional[Namespace]) -> str:
+    """How the run that wrote the checkpoint made its buckets."""
+    for name in ('ddp_num_buckets', 'ddp_bucket_size'):
+        value = getattr(args, name, None)
+        if value is not None:
+            return f" with --{name.replace('_', '-')} {value}"
+    return " with --overlap-grad-reduce" if getattr(args, 'overlap_grad_reduce', False) else ""
