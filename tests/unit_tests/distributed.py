@@ -128,9 +128,7 @@ class RankPool:
     def _start(self) -> None:
         if self._processes:
             return
-        # Forked from a server that has imported torch and Megatron: seconds a rank less.
-        context = multiprocessing.get_context('forkserver')
-        context.set_forkserver_preload(['tests.unit_tests.rank_imports'])
+        context = _context()
         environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads)}
         for _ in range(self.size):
             ours, theirs = context.Pipe()
@@ -190,6 +188,20 @@ class RankPool:
             with open(self._stack_files[rank]) as file:
                 stacks.append(f"--- rank {rank}\n{file.read()}")
         return '\n'.join(stacks)
+
+
+def _context():
+    """Forked from a server that has imported torch and Megatron: seconds a rank less.
+
+    Not with CUDA, which the imports initialise and a forked process cannot use then.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['tests.unit_tests.rank_imports'])
+    return context
 
 
 def _serve(pipe, stack_file: str, path: List[str], environment: Dict[str, str]) -> None:
