@@ -115,9 +115,10 @@ def _confirmed(runner: Runner, case: Case) -> bool:
 
 
 def _from_processes(options, seed: str, problems: int) -> Iterator[tuple[Case, Verdict, float]]:
-    queue: multiprocessing.Queue = multiprocessing.Queue()
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    queue = context.Queue()
     workers = [
-        multiprocessing.Process(
+        context.Process(
             target=_fill, args=(queue, options, seed, range(first, problems, options.workers))
         )
         for first in range(options.workers)
