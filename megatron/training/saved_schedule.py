@@ -232,11 +232,11 @@ def _word(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return '(' + ', '.join(map(_word, value)) + ')'
     if isinstance(value, float):
-        return rate_word(value) if 0 < abs(value) < 1e-3 else f'{value:g}'
+        return rate_word(value, '.6g') if 0 < abs(value) < 1e-3 else f'{value:g}'
     return 'none' if value is None else str(value)
 
 
-def rate_word(value: float) -> str:
+def rate_word(value: float, mantissa_format: str = '.2f') -> str:
     """9.75e-4."""
-    mantissa, exponent = f'{value:.2e}'.split('e')
-    return f'{mantissa}e{int(exponent)}'
+    mantissa, exponent = f'{value:.6e}'.split('e')
+    return f'{float(mantissa):{mantissa_format}}e{int(exponent)}'

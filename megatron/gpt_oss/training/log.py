@@ -180,7 +180,7 @@ class TrainingLog:
                 "checkpoint": {"seconds_held_up": held_up, "seconds_in_background": beside},
             },
             None,
-            remade_from=values["iteration"],
+            remade_from=values["iteration"] + 1,
         )
 
     def checkpoint_waits(self, values: dict[str, Any]) -> None:

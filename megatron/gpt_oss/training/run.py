@@ -39,6 +39,7 @@ from megatron.gpt_oss.training.parameter_patterns import (
 from megatron.gpt_oss.training.run_arguments import (
     add_run_arguments,
     check_async_save,
+    check_batch_size_schedule,
     check_run_arguments,
 )
 from megatron.gpt_oss.training.step import forward_step
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _single_process_environment()
     writer_defaults = check_writers(argv, run_dir)
     check_async_save(argv, device_utils.is_cuda())
+    check_batch_size_schedule(argv)
     with _upstream_output(run_dir) as console:
 
         def add_arguments(parser: ArgumentParser) -> ArgumentParser:

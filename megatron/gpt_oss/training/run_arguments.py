@@ -121,6 +121,32 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
         )
 
 
+def check_batch_size_schedule(argv: Sequence[str]) -> None:
+    """Refuse a --step-batch-size-schedule that Megatron's parser would end at.
+
+    Raises:
+        UsageError: what to give instead.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--step-batch-size-schedule", nargs="?")
+    schedule = parser.parse_known_args(list(argv))[0].step_batch_size_schedule
+    if schedule is None:
+        return
+    try:
+        steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(schedule, None)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f'--step-batch-size-schedule "{schedule}" cannot be read. Wanted pairs TOKENS:BATCH, '
+            'for example "0:64 10M:128": the tokens from which on a batch size holds, and the '
+            "batch size."
+        ) from error
+    if not steps or steps[0][0] != 0:
+        raise UsageError(
+            f'--step-batch-size-schedule "{schedule}" does not say the batch size of the start. '
+            "Begin it with 0:BATCH."
+        )
+
+
 def check_run_arguments(args: Namespace) -> None:
     """Refuse what Megatron asserts only once the model is built, and what of ours does not fit.
 
@@ -204,17 +230,9 @@ def _check_batch_schedule(args: Namespace) -> None:
     if args.step_batch_size_schedule is None:
         return
     flag = f'--step-batch-size-schedule "{args.step_batch_size_schedule}"'
-    try:
-        steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
-            args.step_batch_size_schedule, args.seq_length
-        )
-    except ValueError as error:
-        raise UsageError(
-            f"{flag} cannot be read. Wanted pairs TOKENS:BATCH, for example "
-            '"0:64 10M:128": the tokens from which on a batch size holds, and the batch size.'
-        ) from error
-    if not steps or steps[0][0] != 0:
-        raise UsageError(f"{flag} does not say the batch size of the start. Begin it with 0:BATCH.")
+    steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
+        args.step_batch_size_schedule, args.seq_length
+    )
     multiple = args.micro_batch_size * args.data_parallel_size
     for (threshold, batch), (earlier, smaller) in zip(steps, [(-1, 1), *steps]):
         if batch % multiple or batch < 1:
