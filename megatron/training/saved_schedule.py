@@ -149,6 +149,8 @@ class SavedSchedule:
                 values = getattr(command, name), getattr(self.scheduler, name)
                 if name in _LENGTHS:
                     now, then = (_length(*pair) for pair in zip(values, units))
+                    if not any(values):
+                        continue
                     if name == 'wd_incr_steps' and command.start_wd == command.end_wd:
                         continue
                 else:

@@ -114,8 +114,8 @@ def test_change(ranks, inputs, stopped, tmp_path, change, optimizer):
 
 
 def short(value):
-    mantissa, exponent = f'{value:.2e}'.split('e')
-    return f'{mantissa}e{int(exponent)}'
+    mantissa, exponent = f'{value:.6e}'.split('e')  # in single precision as in double
+    return f'{float(mantissa):.2f}e{int(exponent)}'
 
 
 def test_same_command(ranks, inputs, stopped, tmp_path):

@@ -187,10 +187,10 @@ def test_longer(position):
     """The line, where nothing but the number of steps changes."""
     first = Run(position, f'{LINEAR} 20', 4)
     first.train(20)
-    Run(position, f'{LINEAR} 40', 4, first.checkpoint())
+    Run(position, f'{LINEAR} 36', 4, first.checkpoint())
     assert position.lines == [
-        "learning rate at step 21: 5.27e-4 by this command, 1.00e-4 by the checkpoint's schedule "
-        '(decay 40 steps, 20 steps in the checkpoint)'
+        "learning rate at step 21: 4.75e-4 by this command, 1.00e-4 by the checkpoint's schedule "
+        '(decay 36 steps, 20 steps in the checkpoint)'
     ]
 
 
