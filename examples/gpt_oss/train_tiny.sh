@@ -30,8 +30,7 @@ torchrun --nproc-per-node 1 --standalone "$here/pretrain_gpt_oss.py" --preset ti
     --load-hf "$run/init" --data-path "$run/data/stdlib" --split 98,1,1 --run-dir "$run" \
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$steps" \
     --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 \
-    --adam-beta2 0.95 --save-interval 40 --eval-interval 40 --eval-iters 2 \
-    --override-opt-param-scheduler "$@"
+    --adam-beta2 0.95 --save-interval 40 --eval-interval 40 --eval-iters 2 "$@"
 
 # 4. The loss curve, the trained model as a Hugging Face folder, and what it writes.
 gptoss plot "$run/metrics.jsonl" "$run/loss.png"

@@ -16,6 +16,8 @@ from typing import Any, Callable, Dict, List
 
 from megatron.core import device_utils
 
+from .utils import print_rank_0
+
 Callback = Callable[[Dict[str, Any]], None]
 
 _gradients_ready: List[Callback] = []
@@ -24,6 +26,7 @@ _step_ended: List[Callback] = []
 _evaluation: List[Callback] = []
 _checkpoint_saved: List[Callback] = []
 _checkpoint_waits: List[Callback] = []
+_resumed: List[Callback] = []
 _upstream_log_silenced = False
 
 
@@ -105,6 +108,15 @@ def on_checkpoint_waits(callback: Callback) -> None:
     _checkpoint_waits.append(callback)
 
 
+def on_resumed(callback: Callback) -> None:
+    """Call `callback` with one dictionary when a resumed run changes what its checkpoint trained by.
+
+    Its keys:
+        iteration: int, of the checkpoint. line: str, the rate of the next step and what changed.
+    """
+    _resumed.append(callback)
+
+
 def silence_upstream_log(silenced: bool = True) -> None:
     """Do not print upstream's own line per log interval, per evaluation and on memory."""
     global _upstream_log_silenced
@@ -125,6 +137,7 @@ def clear() -> None:
         _step_ended,
         _checkpoint_saved,
         _checkpoint_waits,
+        _resumed,
     ):
         callbacks.clear()
     silence_upstream_log(False)
@@ -180,4 +193,11 @@ def checkpoint_saved(**values) -> None:
 def checkpoint_waits(**values) -> None:
     """From async_checkpoint.wait_for_previous()."""
     for callback in _checkpoint_waits:
+        callback(dict(values))
+
+
+def resumed(**values) -> None:
+    """From run_position.resume(); upstream's own output has the line in any case."""
+    print_rank_0(f'> {values["line"]}')
+    for callback in _resumed:
         callback(dict(values))

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.gpt_oss.errors import RunError
 from megatron.training import checkpoint_integrity
 from megatron.training.non_finite import NonFiniteError
+from megatron.training.saved_schedule import ScheduleError
 
 # What gloo, NCCL and PyTorch's store say when the other end is gone.
 _LOST = re.compile(
@@ -40,7 +41,7 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
         error: that ended pretrain().
         args: Megatron's, for what was saved and where.
     """
-    if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError)):
+    if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError, ScheduleError)):
         return RunError(str(error), everywhere=True)
     chain = list(_chain(error))
     for cause in map(_written_error, chain):

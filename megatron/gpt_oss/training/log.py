@@ -34,6 +34,7 @@ class TrainingLog:
             the sum that is given, or None.
         peak_tflops: of one rank's device, or None where it is not known: no MFU then.
         writers: where the numbers go besides.
+        consumed_tokens: of the run, from its consumed samples; by default all had `seq_length`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TrainingLog:
         flops_of: Callable[[float, float | None], float] | None = None,
         peak_tflops: float | None = None,
         writers: Writers | None = None,
+        consumed_tokens: Callable[[int], int] | None = None,
     ):
         self._console = console
         self._metrics = metrics
@@ -53,6 +55,7 @@ class TrainingLog:
         self._flops_of = flops_of
         self._peak_tflops = peak_tflops
         self._writers = writers
+        self._consumed_tokens = consumed_tokens or (lambda samples: samples * seq_length)
         self._seconds_per_step: float | None = None
         self._trimmed = False
 
@@ -82,7 +85,7 @@ class TrainingLog:
             "tflops_per_gpu": tflops,
             "mfu": mfu,
             "peak_memory_bytes": values["peak_memory"],
-            "tokens": values["consumed_samples"] * self._seq_length,
+            "tokens": self._consumed_tokens(values["consumed_samples"]),
             "seconds_per_step": elapsed,
             "skipped_steps": values["skipped_iterations"],
         }
@@ -127,6 +130,8 @@ class TrainingLog:
             {"step": values["iteration"], "set": name, key: loss},
             name,
             remade_from=values["iteration"] + 1,
+            # A finished run that is started again evaluates its last step again.
+            evaluations_from=values["iteration"],
         )
 
     def experts(self, step: int, load: dict[str, list[float]]) -> None:
@@ -175,7 +180,7 @@ class TrainingLog:
                 "checkpoint": {"seconds_held_up": held_up, "seconds_in_background": beside},
             },
             None,
-            remade_from=values["iteration"],
+            remade_from=values["iteration"] + 1,
         )
 
     def checkpoint_waits(self, values: dict[str, Any]) -> None:
@@ -188,7 +193,12 @@ class TrainingLog:
         )
 
     def _write(
-        self, line: str, record: dict[str, Any], section: str | None, remade_from: int
+        self,
+        line: str,
+        record: dict[str, Any],
+        section: str | None,
+        remade_from: int,
+        evaluations_from: int | None = None,
     ) -> None:
         """Print and log; the first record says which steps of an earlier start are made anew.
 
@@ -204,7 +214,7 @@ class TrainingLog:
         if self._metrics is None:
             return
         if not self._trimmed:
-            drop_from(self._metrics, remade_from)
+            drop_from(self._metrics, remade_from, evaluations_from)
             self._trimmed = True
         append_metrics(self._metrics, record)
 

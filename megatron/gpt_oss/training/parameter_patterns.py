@@ -74,19 +74,17 @@ def check_same_parameters(args: Namespace, earlier_arguments: Path) -> None:
     Args:
         earlier_arguments: arguments.json of the start before, if there was one.
     Raises:
-        UsageError: --freeze or --lr-multiplier are others than then.
+        UsageError: --freeze is another than then.
     """
     if args.no_load_optim or args.finetune or not earlier_arguments.is_file():
         return
-    earlier = json.loads(earlier_arguments.read_text(encoding="utf-8"))
-    for flag, key in (("--freeze", "freeze"), ("--lr-multiplier", "lr_multiplier_factors")):
-        now, then = getattr(args, key), earlier.get(key, getattr(args, key))
-        if now != then:
-            raise UsageError(
-                f"{flag} was {then or 'not given'} when this run was last started, and is "
-                f"{now or 'not given'} now: its checkpoints hold optimizer state for other "
-                "parameters. Give the same, or begin with fresh optimizer state: --no-load-optim."
-            )
+    then = json.loads(earlier_arguments.read_text(encoding="utf-8")).get("freeze", args.freeze)
+    if args.freeze != then:
+        raise UsageError(
+            f"--freeze was {then or 'not given'} when this run was last started, and is "
+            f"{args.freeze or 'not given'} now: its checkpoints hold optimizer state for other "
+            "parameters. Give the same, or begin with fresh optimizer state: --no-load-optim."
+        )
 
 
 def pattern_hook(args: Namespace) -> Hook:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.core import device_utils
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explicit_arguments, parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError, as_refusal
@@ -39,11 +40,18 @@ from megatron.gpt_oss.training.parameter_patterns import (
 from megatron.gpt_oss.training.run_arguments import (
     add_run_arguments,
     check_async_save,
+    check_batch_size_schedule,
     check_run_arguments,
 )
 from megatron.gpt_oss.training.step import forward_step
 from megatron.gpt_oss.training.writers import Writers, check_writers
-from megatron.training import async_checkpoint, checkpoint_integrity, pretrain, step_callbacks
+from megatron.training import (
+    async_checkpoint,
+    checkpoint_integrity,
+    pretrain,
+    run_position,
+    step_callbacks,
+)
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
 
@@ -62,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _single_process_environment()
     writer_defaults = check_writers(argv, run_dir)
     check_async_save(argv, device_utils.is_cuda())
+    check_batch_size_schedule(argv)
     with _upstream_output(run_dir) as console:
 
         def add_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -196,6 +205,7 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
             partial(model_flops, args) if args.preset != NO_PRESET else None,
             peak_tflops(args),
             Writers(),
+            partial(run_position.consumed_tokens, args),
         )
         step_callbacks.on_evaluation(log.evaluation)
         step_callbacks.on_checkpoint_waits(log.checkpoint_waits)
@@ -207,6 +217,8 @@ def _register_log(args: Namespace, console: TextIO, run_dir: Path | None) -> Tra
             log.checkpoint(values)
 
     step_callbacks.on_checkpoint_saved(saved)
+    if args.rank == 0:  # before the summary of the run, which has the step that it resumes at
+        step_callbacks.on_resumed(lambda values: print(values["line"], file=console, flush=True))
 
     def step(values: dict) -> None:
         values["peak_memory"] = _largest(values["peak_memory"])
@@ -260,13 +272,19 @@ def _summary(args: Namespace) -> str:
         "EP": args.expert_model_parallel_size,
         "DP": args.data_parallel_size,
     }
-    if args.iteration:
-        start = f"resumed at step {args.iteration}"
-    else:
-        start = f"starts from {args.load_hf}" if args.load_hf else "starts from random weights"
     return (
         f"gpt-oss {args.preset}: {args.num_layers} layers, "
         f"{args.world_size} x {device_utils.device_type()}, "
         + " ".join(f"{name} {size}" for name, size in layout.items())
-        + f", {args.global_batch_size} x {args.seq_length} tokens a step, {start}"
+        + f", {get_current_global_batch_size()} x {args.seq_length} tokens a step, {_start(args)}"
     )
+
+
+def _start(args: Namespace) -> str:
+    """What the weights of the first step are."""
+    if args.iteration:
+        return f"resumed at step {args.iteration}"
+    for directory in (args.load, args.pretrained_checkpoint):
+        if _goes_on(directory):
+            return f"starts at step 0 from the weights of {directory}"
+    return f"starts from {args.load_hf}" if args.load_hf else "starts from random weights"

@@ -5,6 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Sequence
 
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.plan.dry_run import add_dry_run_argument
 from megatron.gpt_oss.recipe import add_recipe_argument
@@ -129,6 +130,32 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
         )
 
 
+def check_batch_size_schedule(argv: Sequence[str]) -> None:
+    """Refuse a --step-batch-size-schedule that Megatron's parser would end at.
+
+    Raises:
+        UsageError: what to give instead.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--step-batch-size-schedule", nargs="?")
+    schedule = parser.parse_known_args(list(argv))[0].step_batch_size_schedule
+    if schedule is None:
+        return
+    try:
+        steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(schedule, None)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(
+            f'--step-batch-size-schedule "{schedule}" cannot be read. Wanted pairs TOKENS:BATCH, '
+            'for example "0:64 10M:128": the tokens from which on a batch size holds, and the '
+            "batch size."
+        ) from error
+    if not steps or steps[0][0] != 0:
+        raise UsageError(
+            f'--step-batch-size-schedule "{schedule}" does not say the batch size of the start. '
+            "Begin it with 0:BATCH."
+        )
+
+
 def check_run_arguments(args: Namespace) -> None:
     """Refuse what Megatron asserts only once the model is built, and what of ours does not fit.
 
@@ -136,6 +163,7 @@ def check_run_arguments(args: Namespace) -> None:
         UsageError: names the flag, the value and what to do.
     """
     _check_schedule(args)
+    _check_batch_schedule(args)
     check_patterns(args)
     for name in ("monitor_interval", "sample_interval", "keep_checkpoints", "sample_tokens"):
         lowest = 1 if name == "sample_tokens" else 0
@@ -178,3 +206,61 @@ def _check_schedule(args: Namespace) -> None:
             "--lr-decay-style WSD does not say how long the decay at the end is. Give "
             "--lr-wsd-decay-iters (or -samples), and --lr-wsd-decay-style."
         )
+    for flag in ("min_lr", "lr_warmup_init"):
+        rate = getattr(args, flag) or 0.0
+        if not 0 <= rate <= args.lr:
+            raise UsageError(
+                f"--{flag.replace('_', '-')} {rate:g}: wanted 0 or more, and at most --lr "
+                f"{args.lr:g}."
+            )
+    if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
+        raise UsageError(
+            f"--lr-warmup-fraction {args.lr_warmup_fraction:g}: wanted a share of the decay, 0 or "
+            "more and below 1."
+        )
+    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
+        raise UsageError(
+            "--override-opt-param-scheduler takes this command's schedule and "
+            "--use-checkpoint-opt-param-scheduler the checkpoint's. Drop one of them; without "
+            "either it is this command's."
+        )
+
+
+def _check_batch_schedule(args: Namespace) -> None:
+    """Batch sizes that change within a run."""
+    if args.rampup_batch_size is not None:
+        first, by, samples = map(int, args.rampup_batch_size)
+        raise UsageError(
+            f"--rampup-batch-size {first} {by} {samples}: Megatron ignores it. Give "
+            f'--step-batch-size-schedule "{_as_steps(args, first, by, samples)}" in place of it and '
+            "of --global-batch-size: pairs of the tokens from which on a batch size holds, and the "
+            "batch size."
+        )
+    if args.step_batch_size_schedule is None:
+        return
+    flag = f'--step-batch-size-schedule "{args.step_batch_size_schedule}"'
+    steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(
+        args.step_batch_size_schedule, args.seq_length
+    )
+    multiple = args.micro_batch_size * args.data_parallel_size
+    for (threshold, batch), (earlier, smaller) in zip(steps, [(-1, 1), *steps]):
+        if batch % multiple or batch < 1:
+            raise UsageError(
+                f"{flag}: batch size {batch} is no multiple of {multiple}, the micro-batch size "
+                f"{args.micro_batch_size} times {args.data_parallel_size} data-parallel ranks."
+            )
+        if threshold <= earlier or batch < smaller:
+            raise UsageError(
+                f"{flag}: {batch} follows {smaller}, and both tokens (in sequences of "
+                f"{args.seq_length}) and batch sizes must grow from pair to pair."
+            )
+
+
+def _as_steps(args: Namespace, first: int, by: int, samples: int) -> str:
+    """A ramp as Megatron defined it: even stretches of samples, `by` more in each."""
+    last = args.global_batch_size
+    stretches = max(1, (last - first) // by) if by > 0 else 1
+    return " ".join(
+        f"{index * samples // stretches * args.seq_length}:{min(first + index * by, last)}"
+        for index in range(stretches + 1)
+    )

@@ -65,9 +65,9 @@ def test_training_log_and_evaluation(every_step):
     assert [1000 * step['elapsed_per_iteration'] for step in steps] == pytest.approx(times, abs=0.1)
 
     evaluations = received['evaluations']
-    assert [result['iteration'] for result in evaluations] == [2, 4, 4]
-    assert [result['name'] for result in evaluations] == ['', '', '']
-    assert evaluations[-1]['prefix'] == 'iteration 4 on validation set'
+    assert [result['iteration'] for result in evaluations] == [2, 4]
+    assert [result['name'] for result in evaluations] == ['', '']
+    assert evaluations[-1]['prefix'] == 'iteration 4'
     values = [float(value) for value in re.findall(r'lm loss value: (\S+)', output)]
     got = [result['losses']['lm loss'] for result in evaluations]
     assert got == pytest.approx(values, rel=1e-6)
