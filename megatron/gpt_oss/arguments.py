@@ -14,7 +14,6 @@ import importlib.util
 import os
 import re
 import sys
-import traceback
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Callable, Sequence
@@ -23,7 +22,7 @@ from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf
 from megatron.gpt_oss.data.blend_arguments import add_blend_arguments, blend_defaults
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
-from megatron.gpt_oss.errors import PresetError, UsageError
+from megatron.gpt_oss.errors import PresetError, UsageError, as_refusal
 from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
 from megatron.gpt_oss.presets import (
     PRESETS,
@@ -164,10 +163,8 @@ def parse(
     try:
         args = parse_and_validate_args(extra_args_provider=provider)
         check_installed(args.transformer_impl)
-    except UsageError:
-        raise
     except (AssertionError, ValueError) as error:
-        raise UsageError(_refusal_message(error)) from error
+        raise as_refusal(error) or error from error
     finally:
         sys.argv = program
     tokens = get_tokenizer().vocab_size
@@ -426,12 +423,3 @@ def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float 
                 f"{dest} = {theirs[dest]}, the preset {value}. Choose the preset (and "
                 "--preset-layers) that fits the checkpoint."
             )
-
-
-def _refusal_message(error: Exception) -> str:
-    """Megatron checks arguments with assert; a bare one says only which condition failed."""
-    text = " ".join(str(error).split())
-    if not text:
-        line = traceback.extract_tb(error.__traceback__)[-1].line
-        text = f"this must hold: {line.removeprefix('assert ')}"
-    return f"Megatron refuses these arguments: {text}"

@@ -5,6 +5,7 @@
 import os
 import sys
 import time
+import traceback
 from typing import Callable, NoReturn
 
 EXIT_FAULT = 1
@@ -37,16 +38,33 @@ class RunError(RuntimeError):
         self.everywhere = everywhere
 
 
+def as_refusal(error: BaseException) -> UsageError | None:
+    """What Megatron refuses while it reads arguments and builds the model, as one sentence.
+
+    It checks both with assert or ValueError; a bare assert says only which condition failed.
+
+    Returns:
+        None for what is a sentence already, and for any other error.
+    """
+    if isinstance(error, UsageError) or not isinstance(error, (AssertionError, ValueError)):
+        return None
+    text = " ".join(str(error).split())
+    if not text:
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        text = f"this must hold: {line.removeprefix('assert ')}"
+    return UsageError(f"Megatron refuses these arguments: {text}")
+
+
 def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
     """Print an error as one line and leave with an exit code.
 
     Under torchrun every rank may meet the same one (`everywhere`); only rank 0 prints it then. The
-    others leave it the time to: torchrun ends all ranks when the first one leaves.
+    others leave it the time to: torchrun ends all ranks when the first one leaves. Whoever is still
+    there after that met it alone, and prints it.
     """
-    if not everywhere or int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
+    if everywhere and int(os.environ.get("RANK", "0")) != 0:
         time.sleep(SECONDS_FOR_RANK_0)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

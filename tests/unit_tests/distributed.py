@@ -17,6 +17,7 @@ every rank that hangs; the ranks are then replaced, for the others may wait in a
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import random
@@ -263,5 +264,10 @@ def _tear_down() -> None:
     if 'megatron.core.tensor_parallel.random' in sys.modules:
         random = sys.modules['megatron.core.tensor_parallel.random']
         random.initialize_rng_tracker(force_reset=True)
+    if 'megatron.core.transformer.moe.moe_logging' in sys.modules:  # sized for this model's layers
+        sys.modules['megatron.core.transformer.moe.moe_logging'].destroy_moe_metrics_tracker()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Models in reference cycles hold process groups, and a group whose peers are gone keeps a
+    # thread of gloo's busy.
+    gc.collect()

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron.core import device_utils
 from megatron.core.enums import ModelType
 from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explicit_arguments, parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
-from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.layer_specs import model_config_from_args
 from megatron.gpt_oss.plan.dry_run import asked_for, dry_run
 from megatron.gpt_oss.recipe import with_recipe
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         log = _register_log(args, console, run_dir)
         monitor = Monitor(args, log)
         _write_arguments(args, run_dir)
+        trains = threading.Event()
+        step_callbacks.on_step_ended(lambda values: trains.set())
         try:
             pretrain(
                 pretrain_cfg_container_from_args(args, _model_config(args, monitor)),
@@ -87,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except (Exception, CheckpointException, KeyboardInterrupt) as error:
             known = as_run_error(error, args)
             _end_checkpoint(every_rank_ends=known is not None and known.everywhere)
+            if known is None and not trains.is_set():
+                known = as_refusal(error)
             if known is None:
                 raise
             print_traceback(error)

@@ -208,11 +208,16 @@ def test_exit_code_and_rank(capsys, monkeypatch):
     assert capsys.readouterr().err == 'error: what\n'
     monkeypatch.setenv('RANK', '3')
     waits = []
-    monkeypatch.setattr('time.sleep', waits.append)
+
+    def sleep(seconds):
+        assert capsys.readouterr().err == ''  # not before rank 0 could
+        waits.append(seconds)
+
+    monkeypatch.setattr('time.sleep', sleep)
     with pytest.raises(SystemExit):
         exit_with(UsageError('what'))
-    assert capsys.readouterr().err == ''
-    assert sum(waits) >= 3  # torchrun ends rank 0, too, when this one leaves
+    assert sum(waits) >= 3  # torchrun ends this rank, too, when rank 0 leaves
+    assert capsys.readouterr().err == 'error: what\n'  # it did not: nobody else knows
 
 
 SCRIPT = '''
