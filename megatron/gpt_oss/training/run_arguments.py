@@ -118,6 +118,22 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
             "--async-save then. Drop --async-strategy: --async-save alone writes checkpoints in a "
             "thread, without nvidia-resiliency-ext."
         )
+    if given.async_strategy == "nvrx":
+        _check_nvrx()
+
+
+def _check_nvrx() -> None:
+    from megatron.core.dist_checkpointing.strategies.nvrx import (
+        NVRX_MIN_VERSION,
+        has_nvrx_async_support,
+    )
+
+    if not has_nvrx_async_support():
+        raise UsageError(
+            "--async-strategy nvrx: no nvidia-resiliency-ext that Megatron can use is installed "
+            f"({NVRX_MIN_VERSION} or newer). Install it, or drop --async-strategy: --async-save "
+            "alone writes checkpoints in a thread."
+        )
 
 
 def check_run_arguments(args: Namespace) -> None:

@@ -133,6 +133,9 @@ def test_refused_flags():
         check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=False)
     with pytest.raises(UsageError, match='Drop --async-strategy'):
         check_async_save(['--async-save', '--async-strategy=nvrx'], is_cuda=True)
+    with pytest.raises(UsageError, match='no nvidia-resiliency-ext that Megatron can use'):
+        flags = '--async-save --async-strategy nvrx --use-persistent-ckpt-worker'
+        check_async_save(flags.split(), is_cuda=True)
     check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=True)
     check_async_save(['--async-save'], is_cuda=False)
     check_async_save(['--use-persistent-ckpt-worker'], is_cuda=False)
