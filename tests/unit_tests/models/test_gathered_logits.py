@@ -1,0 +1,75 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""GPTModel's loss where its logits would be gathered, against cross entropy in one process."""
+
+import pytest
+import torch
+
+from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.optimizer.test_gradient_norm import Layout, build_model
+
+LENGTH, BATCH = 8, 2
+
+
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    tokens, labels = (torch.randint(64, (BATCH, LENGTH), generator=generator) for _ in range(2))
+    return tokens, labels, torch.arange(LENGTH).expand(BATCH, LENGTH)
+
+
+def loss_and_gradient(tp, parallel_output, runtime_gather_output, fusion):
+    """Losses [b, s] of the model, and the gradient of their sum by the output layer's weight."""
+    from megatron.core import parallel_state as ps
+    from megatron.core import tensor_parallel
+
+    ps.initialize_model_parallel(tensor_model_parallel_size=tp, expert_tensor_parallel_size=1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
+    torch.manual_seed(1)
+    _, model = build_model(
+        Layout(tp=tp),
+        torch.float32,
+        {"parallel_output": parallel_output},
+        cross_entropy_loss_fusion=fusion,
+        cross_entropy_fusion_impl="native",
+    )
+    tokens, labels, positions = batch()
+    options = {"runtime_gather_output": runtime_gather_output}
+    # Eager: the maths is asked for, not the compiler.
+    with torch.compiler.set_stance("force_eager"):
+        if tp == 1:
+            logits = model(tokens, positions, None, **options)
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), reduction="none"
+            ).view(BATCH, LENGTH)
+        else:
+            losses = model(tokens, positions, None, labels=labels, **options)
+    losses.sum().backward()
+    weight = model.output_layer.weight.grad
+    return losses.detach(), weight, ps.get_tensor_model_parallel_rank()
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with RankPool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def reference(ranks):
+    return ranks.run(loss_and_gradient, 1, True, None, False, world_size=1)[0]
+
+
+@pytest.mark.parametrize("fusion", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "parallel_output, gather",
+    [(True, None), (False, None), (True, True)],
+    ids=["parallel", "parallel_output-false", "runtime_gather_output"],
+)
+def test_loss(parallel_output, gather, fusion, ranks, reference):
+    """It was too large by log(TP), and the label's own term missing in the gradient."""
+    for losses, weight, rank in ranks.run(
+        loss_and_gradient, 2, parallel_output, gather, fusion, world_size=2
+    ):
+        torch.testing.assert_close(losses, reference[0], rtol=1e-5, atol=1e-5)
+        expected = reference[1].chunk(2)[rank]
+        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
