@@ -20,12 +20,12 @@ from types import ModuleType
 OPTIONAL = frozenset("""
     absl amp_C apex boto3 botocore causal_conv1d cuda cudnn cupy datasets deep_ep
     emerging_optimizers fast_hadamard_transform fla flash_attn flash_attn_3 flash_mla
-    flashattn_hopper flashinfer flask flask_restful fused_weight_gradient_mlp_cuda grouped_gemm
+    flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache flask flask_restful fused_weight_gradient_mlp_cuda grouped_gemm
     hypercorn mamba_ssm matplotlib mlflow modelopt msgpack multistorageclient nixl
-    nvidia_resiliency_ext nvshmem nvtx omegaconf one_logger orjson psutil pynvml quart
+    nvidia_resiliency_ext nvshmem nvidia_kitchen nvtx omegaconf one_logger orjson psutil pynvml quart
     scaled_masked_softmax_cuda scaled_softmax_cuda scaled_upper_triang_masked_softmax_cuda
     sentencepiece tensorboard tensorrt_llm tiktoken tilelang torch_memory_saver torchao
-    transformer_engine transformer_engine_torch triton wandb zarr zmq zstandard
+    transformer_engine transformer_engine_torch triton userlib wandb wget workload_inspector zarr zmq zstandard
     """.split())
 
 
@@ -55,7 +55,7 @@ class _OptionalPackages(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             if name in self._failed:  # Half of it may have run: it is not begun again.
-                raise ImportError(self._failed[name], name=name)
+                raise ModuleNotFoundError(self._failed[name], name=name)
             # What a package's own modules raise while it is imported, it may handle itself.
             outermost = package not in vars(self._running)
             if not outermost:
@@ -72,7 +72,7 @@ class _OptionalPackages(MetaPathFinder):
                 )
                 self._failed[name] = message
                 warnings.warn(message, stacklevel=2)
-                raise ImportError(message, name=name) from error
+                raise ModuleNotFoundError(message, name=name) from error
             finally:
                 delattr(self._running, package)
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""GPTModel's loss where its logits would be gathered, against cross entropy in one process."""
+"""GPTModel's loss where its logits would be gathered, against PyTorch's over the gathered logits."""
 
 import pytest
 import torch
@@ -17,35 +17,38 @@ def batch():
     return tokens, labels, torch.arange(LENGTH).expand(BATCH, LENGTH)
 
 
-def loss_and_gradient(tp, parallel_output, runtime_gather_output, fusion):
-    """Losses [b, s] of the model, and the gradient of their sum by the output layer's weight."""
+def loss_and_gradient(parallel_output, runtime_gather_output, fusion):
+    """[(losses [b, s], gradient of their sum by the output layer's weight)]: the model's, and those
+    of PyTorch's cross entropy over its gathered logits."""
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
 
-    ps.initialize_model_parallel(tensor_model_parallel_size=tp, expert_tensor_parallel_size=1)
+    ps.initialize_model_parallel(tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(1)
     _, model = build_model(
-        Layout(tp=tp),
+        Layout(tp=2),
         torch.float32,
         {"parallel_output": parallel_output},
         cross_entropy_loss_fusion=fusion,
         cross_entropy_fusion_impl="native",
     )
     tokens, labels, positions = batch()
-    options = {"runtime_gather_output": runtime_gather_output}
     # Eager: the maths is asked for, not the compiler.
     with torch.compiler.set_stance("force_eager"):
-        if tp == 1:
-            logits = model(tokens, positions, None, **options)
-            losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), reduction="none"
-            ).view(BATCH, LENGTH)
-        else:
-            losses = model(tokens, positions, None, labels=labels, **options)
-    losses.sum().backward()
-    weight = model.output_layer.weight.grad
-    return losses.detach(), weight, ps.get_tensor_model_parallel_rank()
+        losses = model(
+            tokens, positions, None, labels=labels, runtime_gather_output=runtime_gather_output
+        )
+        logits = model(tokens, positions, None, runtime_gather_output=True)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    results = []
+    for value in (losses, expected.view(BATCH, LENGTH)):
+        model.zero_grad()
+        value.sum().backward()
+        results.append((value.detach(), model.output_layer.weight.grad.clone()))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +57,16 @@ def ranks():
         yield pool
 
 
-@pytest.fixture(scope="module")
-def reference(ranks):
-    return ranks.run(loss_and_gradient, 1, True, None, False, world_size=1)[0]
-
-
 @pytest.mark.parametrize("fusion", [False, True], ids=["plain", "fused"])
 @pytest.mark.parametrize(
     "parallel_output, gather",
     [(True, None), (False, None), (True, True)],
     ids=["parallel", "parallel_output-false", "runtime_gather_output"],
 )
-def test_loss(parallel_output, gather, fusion, ranks, reference):
+def test_loss(parallel_output, gather, fusion, ranks):
     """It was too large by log(TP), and the label's own term missing in the gradient."""
-    for losses, weight, rank in ranks.run(
-        loss_and_gradient, 2, parallel_output, gather, fusion, world_size=2
+    for found, expected in ranks.run(
+        loss_and_gradient, parallel_output, gather, fusion, world_size=2
     ):
-        torch.testing.assert_close(losses, reference[0], rtol=1e-5, atol=1e-5)
-        expected = reference[1].chunk(2)[rank]
-        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
