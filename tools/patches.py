@@ -205,7 +205,7 @@ def check(workspace: Workspace, args: argparse.Namespace) -> None:
 def prove_tests(workspace: Workspace, args: argparse.Namespace) -> None:
     """Run each patch's test with that patch left out: it must fail."""
     series = workspace.series
-    chosen = [series[name] for name in args.patch] or series.patches
+    chosen = [series[name] for name in args.patch] or [p for p in series.patches if p.diff]
     width = max(len(patch.name) for patch in chosen)
     verdicts = []
     for patch in chosen:

@@ -65,7 +65,10 @@ def make_plan(series: Series, tree: Tree, groups: list[str], leave_out=()) -> Pl
         return with_training or not path.startswith(TRAINING)
 
     patches = [patch for patch in series.in_groups(groups) if patch.name not in leave_out]
-    ruled_out = {patch.name: _ruled_out(patch, version, training, keep) for patch in patches}
+    ruled_out = {
+        patch.name: _ruled_out(patch, _paths(series, patch), version, training, keep)
+        for patch in patches
+    }
     forms = {
         patch.name: [form.restricted(keep) for form in forms_for(series, patch, version)]
         for patch in patches
@@ -93,7 +96,14 @@ def forms_for(series: Series, patch: Patch, version: str) -> list[Patch]:
         for variant in series.variants.get(patch.name, [])
         if minor(variant.variant) >= minor(version)
     ]
-    return [_compose(patch, variants[first:]) for first in range(len(variants))] + [patch]
+    forms = [_compose(patch, variants[first:]) for first in range(len(variants))]
+    return forms + ([patch] if patch.diff else [])
+
+
+def _paths(series: Series, patch: Patch) -> set[str]:
+    """The files of the patch, or of its variants where it is for older versions alone."""
+    variants = series.variants.get(patch.name, [])
+    return set(patch.paths) or {path for variant in variants for path in variant.paths}
 
 
 def _compose(patch: Patch, variants: list[Patch]) -> Patch:
@@ -111,7 +121,7 @@ def _compose(patch: Patch, variants: list[Patch]) -> Patch:
     return replace(form, variant=variants[0].variant)
 
 
-def _ruled_out(patch: Patch, version: str, training: bool, keep) -> Outcome | None:
+def _ruled_out(patch: Patch, paths: set[str], version: str, training: bool, keep) -> Outcome | None:
     """By its header, or because it is about files that this tree has not got at all."""
     fields = patch.fields
     fixed = fields.get("Applied-Upstream", "")
@@ -122,7 +132,7 @@ def _ruled_out(patch: Patch, version: str, training: bool, keep) -> Outcome | No
             versions, _, why = line.strip().partition(" ")
             if in_ranges(version, versions):
                 return Outcome(patch, status, why)
-    if not any(map(keep, patch.paths)):
+    if not any(map(keep, paths)):
         why = "the tree holds no megatron/training"
         if training:
             first = ".".join(map(str, TRAINING_SINCE))

@@ -60,6 +60,8 @@ def apply_patch(tree: Tree, patch: Patch, reverse: bool = False) -> Tree:
     Raises:
         DoesNotApply: with git's reason for each file, and nothing changed.
     """
+    if not patch.diff:  # one for older versions alone
+        return dict(tree)
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp).resolve()
         _write({name: tree[name] for name in patch.paths if name in tree}, folder)

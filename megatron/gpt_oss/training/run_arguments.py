@@ -128,6 +128,22 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
             "hold the optimizer state of the first one. Drop --ckpt-assume-constant-structure, or "
             "--async-strategy: the thread of --async-save alone looks up the tensors at every save."
         )
+    if given.async_strategy == "nvrx":
+        _check_nvrx()
+
+
+def _check_nvrx() -> None:
+    from megatron.core.dist_checkpointing.strategies.nvrx import (
+        NVRX_MIN_VERSION,
+        has_nvrx_async_support,
+    )
+
+    if not has_nvrx_async_support():
+        raise UsageError(
+            "--async-strategy nvrx: no nvidia-resiliency-ext that Megatron can use is installed "
+            f"({NVRX_MIN_VERSION} or newer). Install it, or drop --async-strategy: --async-save "
+            "alone writes checkpoints in a thread."
+        )
 
 
 def check_batch_size_schedule(argv: Sequence[str]) -> None:

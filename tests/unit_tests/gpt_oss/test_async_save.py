@@ -136,7 +136,8 @@ def test_refused_flags():
     nvrx = ['--async-save', '--async-strategy=nvrx', '--use-persistent-ckpt-worker']
     with pytest.raises(UsageError, match='Drop --ckpt-assume-constant-structure'):
         check_async_save([*nvrx, '--ckpt-assume-constant-structure'], is_cuda=True)
-    check_async_save(nvrx, is_cuda=True)
+    with pytest.raises(UsageError, match='no nvidia-resiliency-ext that Megatron can use'):
+        check_async_save(nvrx, is_cuda=True)
     check_async_save(['--async-save', '--ckpt-assume-constant-structure'], is_cuda=False)
     check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=True)
     check_async_save(['--async-save'], is_cuda=False)

@@ -11,6 +11,7 @@ import pytest
 from patch_queue import upstream  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
 from patch_queue.export import export  # noqa: E402
+from patch_queue.fold import new_patch  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
 from patch_queue.names import broken_by, undefined_names  # noqa: E402
 from patch_queue.plan import (  # noqa: E402
@@ -18,6 +19,7 @@ from patch_queue.plan import (  # noqa: E402
     LEFT_OUT,
     NOT_NEEDED,
     PRESENT,
+    REFUSED,
     VARIANT,
     make_plan,
 )
@@ -199,6 +201,24 @@ def test_variants(root, tmp_path):
     fork = make_fork(tmp_path / "0.18.2", "0.18.2", OLD_FILES)
     with pytest.raises(QueueError, match="'line 6'"):
         apply_to(root, series(root), fork, ["fixes"])
+
+
+def test_for_older_versions_alone(root, tmp_path):
+    """A patch without a diff of its own changes nothing here; its variants are what it is."""
+    new_patch(Workspace(root), "fixes/older", "Mend what is right here", "tests/x.py::test")
+    add_header(root, "fixes/older", "Applied-Upstream: 0.19.0")
+    changed = OLD.replace("line 20\n", "line twenty\n")
+    add_variant(root, "0.17", "fixes/older", {A: OLD}, {A: changed})
+    assert Workspace(root).materialise()
+    for version, expected in {
+        "0.19.2": (NOT_NEEDED, "fixed upstream since 0.19.0"),
+        "0.18.2": (REFUSED, ""),
+        "0.17.1": (VARIANT, "0.17"),
+    }.items():
+        fork = make_fork(tmp_path / version, version, OLD_FILES)
+        plan = make_plan(series(root), read_target(fork), ["fixes"], leave_out={"fixes/first.patch"})
+        assert outcomes(plan) == {"fixes/older": expected}
+        assert (b"line twenty" in plan.tree[A]) is (version == "0.17.1")
 
 
 def test_variant_of_nothing(root):
