@@ -11,22 +11,16 @@ Exit code 1 if there was a fault. What may be drawn is in `draw.py`; docs/fuzzin
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
-from random import Random, SystemRandom
+from random import SystemRandom
 from typing import Iterator
 
-from tests.fuzz.case import WORLD_SIZES, Case
-from tests.fuzz.draw import draw_cases
+from tests.fuzz.case import Case
 from tests.fuzz.runner import Runner, Verdict
-from tests.fuzz.shrink import shrunk
-
-CASES_A_PROBLEM = 4
-CHECKED_SEEDS = 2
+from tests.fuzz.workers import CASES_A_PROBLEM, in_processes, in_this_process, smallest
 
 
 def main() -> int:
@@ -56,7 +50,7 @@ def _one(case: Case, options) -> int:
         verdict = runner.verdict(case)
         print(f"{verdict.kind}", *verdict.lines, sep="\n  ")
         if verdict.is_fault and options.shrink:
-            print(_command(_smallest(runner, case, verdict)))
+            print(_command(smallest(runner, case, verdict)))
         return int(verdict.is_fault)
     finally:
         runner.close()
@@ -65,10 +59,9 @@ def _one(case: Case, options) -> int:
 def _all(options, seed: str) -> Iterator[tuple[Case, Verdict]]:
     problems = -(-options.count // CASES_A_PROBLEM)
     if options.workers == 1:
-        streams = [_worker_results(options, seed, range(problems))]
-        results = (result for stream in streams for result in stream)
+        results = in_this_process(options, seed, range(problems))
     else:
-        results = _from_processes(options, seed, problems)
+        results = in_processes(options, seed, problems)
     for number, (case, verdict, seconds) in enumerate(results, 1):
         print(f"{number} {verdict.kind} {seconds:.1f} s", flush=True)
         if verdict.is_fault:
@@ -78,81 +71,6 @@ def _all(options, seed: str) -> Iterator[tuple[Case, Verdict]]:
             with open(options.report, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
         yield case, verdict
-
-
-def _worker_results(options, seed: str, problems) -> Iterator[tuple[Case, Verdict, float]]:
-    started = time.monotonic()
-    runner = Runner(options.ranks)
-    sizes = [size for size in WORLD_SIZES if size <= options.ranks]
-    sizes += [size for size in (2, 2, 4) if size <= options.ranks]  # small ones show as much
-    try:
-        for number in problems:
-            for case in draw_cases(Random(f"{seed}-{number}"), CASES_A_PROBLEM, sizes):
-                begun = time.monotonic()
-                if options.seconds is not None and begun - started > options.seconds:
-                    return
-                verdict = runner.verdict(case)
-                if verdict.kind == "differs" and not _confirmed(runner, case):
-                    verdict.kind = "seed"
-                if verdict.is_fault and options.shrink:
-                    case = _smallest(runner, case, verdict)
-                yield case, verdict, time.monotonic() - begun
-    finally:
-        runner.close()
-
-
-def _confirmed(runner: Runner, case: Case) -> bool:
-    """Whether the same differs with other numbers too.
-
-    Two of a token's experts may score so alike that the order of additions decides; that is one
-    case in some hundreds, and not the same one with another seed.
-    """
-    for offset in range(1, CHECKED_SEEDS + 1):
-        problem = dataclasses.replace(case.problem, seed=case.problem.seed + offset)
-        if runner.verdict(dataclasses.replace(case, problem=problem)).is_fault:
-            return True
-    return False
-
-
-def _from_processes(options, seed: str, problems: int) -> Iterator[tuple[Case, Verdict, float]]:
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    queue = context.Queue()
-    workers = [
-        context.Process(
-            target=_fill, args=(queue, options, seed, range(first, problems, options.workers))
-        )
-        for first in range(options.workers)
-    ]
-    for worker in workers:
-        worker.start()
-    running = len(workers)
-    while running:
-        result = queue.get()
-        if result is None:
-            running -= 1
-        else:
-            yield result
-
-
-def _fill(queue, options, seed: str, problems) -> None:
-    try:
-        for result in _worker_results(options, seed, problems):
-            queue.put(result)
-    finally:
-        queue.put(None)
-
-
-def _smallest(runner: Runner, case: Case, verdict: Verdict) -> Case:
-    def shows(smaller: Case) -> bool:
-        found = runner.verdict(smaller)
-        return found.kind == verdict.kind and _where(found) == _where(verdict)
-
-    return shrunk(case, shows)
-
-
-def _where(verdict: Verdict) -> str:
-    """What kind of fault: the frame of a traceback, or that numbers differ."""
-    return verdict.lines[0].split(":")[0] if verdict.kind == "failed" else ""
 
 
 def _command(case: Case) -> str:

@@ -1,0 +1,93 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Cases one after the other, in this process or in several."""
+
+import dataclasses
+import multiprocessing
+import queue as queues
+import time
+from random import Random
+from typing import Iterator
+
+from tests.fuzz.case import WORLD_SIZES, Case
+from tests.fuzz.draw import draw_cases
+from tests.fuzz.runner import Runner, Verdict
+from tests.fuzz.shrink import shrunk
+
+CASES_A_PROBLEM = 4
+CHECKED_SEEDS = 2
+
+Result = tuple[Case, Verdict, float]
+
+
+def in_processes(options, seed: str, problems: int) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
+    queue = context.Queue()
+    workers = [
+        context.Process(
+            target=_fill, args=(queue, options, seed, range(first, problems, options.workers))
+        )
+        for first in range(options.workers)
+    ]
+    for worker in workers:
+        worker.start()
+    while True:
+        try:
+            yield queue.get(timeout=1.0)
+        except queues.Empty:
+            if not any(worker.is_alive() for worker in workers):
+                break
+    if any(worker.exitcode for worker in workers):
+        raise RuntimeError("A worker died: its own output says why.")
+
+
+def _fill(queue, options, seed: str, problems) -> None:
+    for result in in_this_process(options, seed, problems):
+        queue.put(result)
+
+
+def in_this_process(options, seed: str, problems) -> Iterator[Result]:
+    started = time.monotonic()
+    runner = Runner(options.ranks)
+    sizes = [size for size in WORLD_SIZES if size <= options.ranks]
+    sizes += [size for size in (2, 2, 4) if size <= options.ranks]  # small ones show as much
+    try:
+        for number in problems:
+            for case in draw_cases(Random(f"{seed}-{number}"), CASES_A_PROBLEM, sizes):
+                begun = time.monotonic()
+                if options.seconds is not None and begun - started > options.seconds:
+                    return
+                verdict = runner.verdict(case)
+                if verdict.kind == "differs" and not _confirmed(runner, case):
+                    verdict.kind = "seed"
+                if verdict.is_fault and options.shrink:
+                    case = smallest(runner, case, verdict)
+                yield case, verdict, time.monotonic() - begun
+    finally:
+        runner.close()
+
+
+def _confirmed(runner: Runner, case: Case) -> bool:
+    """Whether the same differs with other numbers too.
+
+    Two of a token's experts may score so alike that the order of additions decides; that is one
+    case in some hundreds, and not the same one with another seed.
+    """
+    for offset in range(1, CHECKED_SEEDS + 1):
+        problem = dataclasses.replace(case.problem, seed=case.problem.seed + offset)
+        if runner.verdict(dataclasses.replace(case, problem=problem)).is_fault:
+            return True
+    return False
+
+
+def smallest(runner: Runner, case: Case, verdict: Verdict) -> Case:
+    def shows(smaller: Case) -> bool:
+        found = runner.verdict(smaller)
+        return found.kind == verdict.kind and _where(found) == _where(verdict)
+
+    return shrunk(case, shows)
+
+
+def _where(verdict: Verdict) -> str:
+    """What kind of fault: the frame of a traceback, or that numbers differ."""
+    return verdict.lines[0].split(":")[0] if verdict.kind == "failed" else ""
