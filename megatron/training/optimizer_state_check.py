@@ -42,12 +42,15 @@ def mark(metadata: Dict[str, Any]) -> None:
         metadata[MARK] = True
 
 
-def refuse_other_experts(
+def refuse_unloadable_state(
     args: Namespace, saved_args: Namespace, metadata: Optional[Dict[str, Any]]
 ) -> None:
-    """Refuse optimizer state that cannot be loaded at this expert parallel size.
+    """Refuse optimizer state that this run's optimizer, or its expert parallel size, cannot take.
 
-    `fully_reshardable` can. `dp_reshardable` is bound to the buffers of its layout; without the
+    The optimizers with and without --use-distributed-optimizer keep their state in formats of
+    their own, and the latter has fp32 weights only where the model is in bf16 or fp16.
+
+    `fully_reshardable` loads at every expert parallel size. `dp_reshardable` is bound to the buffers of its layout; without the
     distributed optimizer, state of one optimizer cannot become that of two (one for experts).
 
     Args:
@@ -56,8 +59,9 @@ def refuse_other_experts(
         metadata: content metadata of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank; says both sizes and what can be done.
+        CheckpointError: on every rank; says what was saved, what is wanted, what can be done.
     """
+    _refuse_other_optimizer(args, saved_args)
     size, saved = (
         getattr(of, 'expert_model_parallel_size', None) or 1 for of in (args, saved_args)
     )
@@ -72,6 +76,28 @@ def refuse_other_experts(
         "with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable a run saves what "
         "loads at every size."
     )
+
+
+def _refuse_other_optimizer(args: Namespace, saved_args: Namespace) -> None:
+    of_run, of_checkpoint = _optimizer_flags(args), _optimizer_flags(saved_args)
+    if of_checkpoint is None or of_run is None or of_run == of_checkpoint:
+        return
+    raise CheckpointError(
+        f"The checkpoint's optimizer state was written {of_checkpoint}, and this run is "
+        f"{of_run}: the two keep it in different formats. Continue {of_checkpoint}, or give "
+        "--no-load-optim or --finetune to load the weights alone."
+    )
+
+
+def _optimizer_flags(args: Namespace) -> Optional[str]:
+    """What decides the format of the optimizer's state, as one would say it; None if unknown."""
+    distributed = getattr(args, 'use_distributed_optimizer', None)
+    if distributed is None:
+        return None
+    if distributed:
+        return 'with --use-distributed-optimizer'
+    low = next((name for name in ('bf16', 'fp16') if getattr(args, name, False)), None)
+    return f"without --use-distributed-optimizer, {'in fp32' if low is None else f'with --{low}'}"
 
 
 def refuse_misplaced_state(

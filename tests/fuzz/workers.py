@@ -58,7 +58,7 @@ def in_this_process(options, seed: str, problems) -> Iterator[Result]:
                 if options.seconds is not None and begun - started > options.seconds:
                     return
                 verdict = runner.verdict(case)
-                if verdict.kind == "differs" and not _confirmed(runner, case):
+                if verdict.kind == "differs" and not confirmed(runner, case):
                     verdict.kind = "seed"
                 if verdict.is_fault and options.shrink:
                     case = smallest(runner, case, verdict)
@@ -67,7 +67,7 @@ def in_this_process(options, seed: str, problems) -> Iterator[Result]:
         runner.close()
 
 
-def _confirmed(runner: Runner, case: Case) -> bool:
+def confirmed(runner: Runner, case: Case) -> bool:
     """Whether the same differs with other numbers too.
 
     Two of a token's experts may score so alike that the order of additions decides; that is one

@@ -177,6 +177,8 @@ class RankPool:
             others = [text.rstrip().splitlines() for text in failures[1:]]
             others = [f"{lines[0]} {lines[-1] if len(lines) > 1 else ''}" for lines in others]
             raise RankFailure('\n'.join([failures[0], *others]))
+        for rank in range(world_size):
+            self._pipes[rank].send(None)  # everybody has returned: take down what the call left
         return results
 
     def _stacks(self, ranks: List[int]) -> str:
@@ -223,11 +225,13 @@ def _serve(pipe, stack_file: str, path: List[str], environment: Dict[str, str]) 
             return _kill_session(os.getpid())
         try:
             # Unpickled here, so that an import error of the test module is reported too.
-            function, args, kwargs, environment, init_process_group = _loads(message)
+            call = _loads(message)
+            if call is None:
+                _tear_down()
+                continue
+            function, args, kwargs, environment, init_process_group = call
             os.environ.update(environment)
-            result = _call(function, args, kwargs, init_process_group)
-            _tear_down()
-            pipe.send((True, result))
+            pipe.send((True, _call(function, args, kwargs, init_process_group)))
         except BaseException:  # SystemExit too: argparse and Megatron call sys.exit().
             # Told before anything is taken down, so that the cause comes before what the other
             # ranks say of the lost connection. The pool replaces this process.
@@ -260,7 +264,14 @@ def _call(function, args, kwargs, init_process_group: bool):
 
     if init_process_group:
         torch.distributed.init_process_group('gloo', timeout=PROCESS_GROUP_TIMEOUT)
-    return function(*args, **kwargs)
+    # Groups go when every rank has returned. A group of gloo whose peer is gone already keeps a
+    # thread busy, and with dozens of them the last rank hardly gets on.
+    destroy = torch.distributed.destroy_process_group
+    torch.distributed.destroy_process_group = lambda group=None: None
+    try:
+        return function(*args, **kwargs)
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def _tear_down() -> None:

@@ -6,6 +6,7 @@ from typing import Callable
 from torch import Tensor
 
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss
+from megatron.core.transformer.parameter_hooks import before_parameters_are_read
 
 
 def chunked_loss_processor(
@@ -22,6 +23,7 @@ def chunked_loss_processor(
     """
 
     def process(*, hidden_states, output_layer, output_weight, labels, loss_mask, **_) -> Tensor:
+        before_parameters_are_read(output_layer)
         return chunked_lm_loss(
             hidden_states,
             output_layer.weight if output_weight is None else output_weight,

@@ -15,7 +15,7 @@ from megatron.training.checkpoint_integrity import CheckpointError
 from megatron.training.optimizer_state_check import (
     MARK,
     MisplacedOptimizerState,
-    refuse_other_experts,
+    refuse_unloadable_state,
 )
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
@@ -238,7 +238,7 @@ def test_other_expert_sizes(saved, size, kind, refused):
     args, saved_args = (Namespace(expert_model_parallel_size=value) for value in (size, saved))
     metadata = None if kind is None else {'distrib_optim_sharding_type': kind}
     with pytest.raises(CheckpointError) if refused else contextlib.nullcontext() as info:
-        refuse_other_experts(args, saved_args, metadata)
+        refuse_unloadable_state(args, saved_args, metadata)
     if refused:
         told = str(info.value)
         assert f'--expert-model-parallel-size {saved}' in told and f'load with {size}' in told

@@ -1,0 +1,73 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The cases that showed a fault once, and a few that nobody has seen.
+
+A fresh case that fails prints the command that runs it again; docs/fuzzing.md.
+"""
+
+import json
+from pathlib import Path
+from random import Random, SystemRandom
+
+import pytest
+
+from tests.fuzz.case import Case, Layout, Problem
+from tests.fuzz.draw import draw_cases
+from tests.fuzz.runner import Runner
+from tests.fuzz.shrink import shrunk
+from tests.fuzz.workers import confirmed
+
+REGRESSIONS = json.loads((Path(__file__).parents[1] / 'fuzz' / 'regressions.json').read_text())
+FRESH, CASES_A_PROBLEM = 12, 3
+
+
+@pytest.fixture(scope='module')
+def runner():
+    runner = Runner(4)
+    yield runner
+    runner.close()
+
+
+@pytest.mark.parametrize('entry', REGRESSIONS, ids=lambda entry: entry['shows'].replace(' ', '-'))
+def test_regression(runner, entry):
+    verdict = runner.verdict(Case.from_json(json.dumps(entry['case'])))
+    assert verdict.kind == entry['ends'], verdict.lines
+
+
+def test_fresh_cases(runner):
+    """Drawn anew in each run of the tests."""
+    seed = SystemRandom().randrange(10**6)
+    for number in range(FRESH // CASES_A_PROBLEM):
+        for case in draw_cases(Random(f'{seed}-{number}'), CASES_A_PROBLEM, (1, 2, 2, 4)):
+            verdict = runner.verdict(case)
+            if verdict.kind == 'differs' and not confirmed(runner, case):
+                continue  # two experts of a token score alike
+            command = f"python -m tests.fuzz --case '{case.to_json()}'"
+            assert not verdict.is_fault, '\n'.join([*verdict.lines, command])
+
+
+def test_finds_a_fault(runner, monkeypatch):
+    """A gradient that is a thousandth too large on one of two ranks does not pass."""
+    case = Case(Problem(), Layout(dp=2))
+    assert runner.verdict(case).kind == 'same'
+    train = runner._train
+
+    def wrong(*args, **kwargs):
+        run = train(*args, **kwargs)
+        key = 'optimizer.state.exp_avg.output_layer.weight'
+        run.tensors[key] = run.tensors[key] * 1.002
+        return run
+
+    monkeypatch.setattr(runner, '_train', wrong)
+    verdict = runner.verdict(case)
+    assert verdict.kind == 'differs' and 'output_layer.weight' in verdict.lines[0]
+
+
+def test_shrinks():
+    """What the fault needs stays, all else goes."""
+    problem = Problem(num_layers=5, packed=True, topk=3)
+    case = Case(problem, Layout(tp=2, dp=2, buckets=3), 1, Layout(cp=2))
+    shows = lambda smaller: smaller.layout.buckets == 3 and smaller.problem.packed
+    expected = Case(Problem(packed=True), Layout(buckets=3))
+    assert shrunk(case, shows) == expected
+    assert Case.from_json(case.to_json()) == case
