@@ -11,6 +11,7 @@ import argparse
 import difflib
 import glob
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -165,9 +166,12 @@ def parse(
         args = parse_and_validate_args(extra_args_provider=provider)
         check_installed(args.transformer_impl)
     except (AssertionError, ValueError) as error:
-        raise as_refusal(error) or error from error
+        if (refusal := as_refusal(error)) is None:
+            raise
+        raise refusal from error
     finally:
         sys.argv = program
+    _check_expert_ranks(args)
     tokens = get_tokenizer().vocab_size
     args.tokenizer_vocab_size = tokens  # kept in checkpoints: rows beyond it may be padding
     if args.padded_vocab_size is not None and tokens > args.padded_vocab_size:
@@ -176,6 +180,23 @@ def parse(
             "vocabulary. Give the model's own tokenizer with --tokenizer-model."
         )
     return args
+
+
+def _check_expert_ranks(args: Namespace) -> None:
+    """Megatron finds out only while it makes the process groups."""
+    sizes = {
+        "expert_model_parallel_size": args.expert_model_parallel_size,
+        "expert_tensor_parallel_size": args.expert_tensor_parallel_size,
+        "pipeline_model_parallel_size": args.pipeline_model_parallel_size,
+    }
+    ranks = math.prod(sizes.values())
+    if args.world_size % ranks:
+        named = " * ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UsageError(
+            f"{args.world_size} ranks cannot be divided into groups of {named} = {ranks}. Give a "
+            "smaller --expert-model-parallel-size or --expert-tensor-parallel-size (its default is "
+            "--tensor-model-parallel-size), or a multiple of so many ranks."
+        )
 
 
 def preset_args_provider(
