@@ -24,6 +24,9 @@ def match_chain(state_dict: Any, num_optimizers: int) -> Any:
     Returns:
         The state as it is, or where a checkpoint has one optimizer's and this run several, or the
         other way round, in the other form.
+
+    Raises:
+        ValueError: the number differs, and the format cannot be arranged.
     """
     if not isinstance(state_dict, dict):
         return state_dict
@@ -37,7 +40,21 @@ def match_chain(state_dict: Any, num_optimizers: int) -> Any:
     if num_optimizers == 1 and saved and saved[0][SHARDING_TYPE] == RESHARDABLE:
         own = {key: value for key, value in state_dict.items() if key not in numbered}
         return {**saved[0], 'optimizer': _for_any_parameters(saved), **own}
+    if num_optimizers == 1 and numbered:
+        raise _of_other_layout(len(numbered), 1)
+    if num_optimizers > 1 and not numbered:
+        raise _of_other_layout(1, num_optimizers)
     return state_dict
+
+
+def _of_other_layout(saved: int, wanted: int) -> ValueError:
+    return ValueError(
+        f"the checkpoint holds the state of {saved} optimizer(s), and this layout has {wanted}: "
+        "experts have one of their own where their parallel sizes are not those of the other "
+        "layers. Take the expert parallel sizes of the run that wrote it, or give --no-load-optim; "
+        "with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable a run saves what "
+        "loads at every size."
+    )
 
 
 def _for_any_parameters(states: List[Dict[str, Any]]) -> Dict[str, Any]:

@@ -135,10 +135,10 @@ def one_process(ranks, data, initial, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def misplaced(ranks, data, tmp_path_factory):
+def misplaced(ranks, data, initial, tmp_path_factory):
     """Directory of a run that wrote what Megatron-Core 0.19 writes."""
     directory = tmp_path_factory.mktemp('misplaced')
-    train(ranks, data, directory, BUCKETS, 2, run_as_earlier)
+    train(ranks, data, directory, f'{BUCKETS} --finetune', 2, run_as_earlier, load=initial)
     return directory
 
 
