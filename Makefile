@@ -7,12 +7,17 @@ BIN := $(VENV)/bin
 # One thread a rank: the tests start several ranks on few cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help install test-install train test test-all test-gpu lint fix patch-check clean
+# Cases of `make fuzz`, and the seed of their draws.
+N ?= 100
+SEED ?=
+
+.PHONY: help install test-install train test test-all test-gpu fuzz lint fix patch-check clean
 
 help:
 	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=120)"
 	@echo "make test         install, then every CPU test"
 	@echo "make test-all     the slow ones too"
+	@echo "make fuzz         random models, layouts and options against one process (N=100 SEED=)"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
 	@echo "make lint, fix    black, isort and unused names: check, or rewrite"
 	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
@@ -42,6 +47,9 @@ test: test-install
 
 test-all: test-install
 	$(PYTEST) -m "not gpu" --durations=20
+
+fuzz: test-install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(N) $(if $(SEED),--seed $(SEED)) --shrink
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu

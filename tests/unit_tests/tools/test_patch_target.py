@@ -216,7 +216,9 @@ def test_for_older_versions_alone(root, tmp_path):
         "0.17.1": (VARIANT, "0.17"),
     }.items():
         fork = make_fork(tmp_path / version, version, OLD_FILES)
-        plan = make_plan(series(root), read_target(fork), ["fixes"], leave_out={"fixes/first.patch"})
+        plan = make_plan(
+            series(root), read_target(fork), ["fixes"], leave_out={"fixes/first.patch"}
+        )
         assert outcomes(plan) == {"fixes/older": expected}
         assert (b"line twenty" in plan.tree[A]) is (version == "0.17.1")
 
