@@ -2,6 +2,7 @@
 
 """The errors that reach a user, each as one sentence."""
 
+import atexit
 import os
 import signal
 import sys
@@ -75,19 +76,19 @@ def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True)
 def run_main(main: Callable[[], object]) -> None:
     """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1.
 
-    A process that failed ends, whatever its process groups wait for: by SIGALRM after
-    SECONDS_TO_EXIT.
+    A process that failed ends, whatever its process groups wait for: by SIGALRM, SECONDS_TO_EXIT
+    after the interpreter began to.
     """
     try:
         main()
     except UsageError as error:
-        _exit_in_time()
+        atexit.register(_exit_in_time)
         exit_with(error)
     except RunError as error:
-        _exit_in_time()
+        atexit.register(_exit_in_time)
         exit_with(error, EXIT_FAULT, error.everywhere)
     except Exception:
-        _exit_in_time()
+        atexit.register(_exit_in_time)
         raise
 
 

@@ -81,7 +81,7 @@ class RankPool:
         function: Callable,
         *args,
         world_size: int,
-        timeout: float = 240,
+        timeout: float = 600,
         init_process_group: bool = True,
         **kwargs,
     ) -> List[Any]:
