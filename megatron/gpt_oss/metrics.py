@@ -42,7 +42,7 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 
 
 def drop_from(path: Path, step: int, evaluations_from: int | None = None) -> None:
-    """Keep what was logged before `step`: the steps from there on are about to be made again.
+    """Keep what was logged before `step`: the steps from there on will be recomputed.
 
     Args:
         evaluations_from: the same for records of validation and test sets, by default `step`.
