@@ -4,6 +4,7 @@
 
 import atexit
 import os
+import re
 import signal
 import sys
 import time
@@ -56,8 +57,23 @@ def as_refusal(error: BaseException) -> UsageError | None:
     text = " ".join(str(error).split())
     if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-        text = f"this must hold: {line.removeprefix('assert ')}"
+        text = f"this must hold: {line.removeprefix('assert ')}{_values_in(line, error)}"
     return UsageError(f"Megatron refuses these arguments: {text}")
+
+
+def _values_in(line: str, error: BaseException) -> str:
+    """The values of `args.NAME` in the line that raised, in brackets."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    args = last.tb_frame.f_locals.get("args")
+    names = dict.fromkeys(re.findall(r"\bargs\.(\w+)", line))
+    values = [
+        f"--{name.replace('_', '-')} is {getattr(args, name)}"
+        for name in names
+        if hasattr(args, name)
+    ]
+    return f" ({', '.join(values)})" if values else ""
 
 
 def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:

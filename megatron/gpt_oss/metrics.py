@@ -41,18 +41,19 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
         stream.write(json.dumps(record) + "\n")
 
 
-def drop_from(path: Path, step: int, evaluations_from: int | None = None) -> None:
+def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
     """Keep what was logged before `step`: the steps from there on will be recomputed.
 
     Args:
-        evaluations_from: the same for records of validation and test sets, by default `step`.
+        evaluations_only: of records of validation and test sets; all others stay.
     """
-    first = {True: step if evaluations_from is None else evaluations_from, False: step}
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return
     kept = [
-        record for record in read_metrics(path) if record.get("step", 0) < first["set" in record]
+        record
+        for record in read_metrics(path)
+        if record.get("step", 0) < step or (evaluations_only and "set" not in record)
     ]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

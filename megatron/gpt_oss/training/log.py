@@ -58,6 +58,7 @@ class TrainingLog:
         self._consumed_tokens = consumed_tokens or (lambda samples: samples * seq_length)
         self._seconds_per_step: float | None = None
         self._trimmed = False
+        self._evaluations_trimmed = False
 
     def step(self, values: dict[str, Any]) -> None:
         """A log interval ended (see `step_callbacks.on_training_log`)."""
@@ -130,8 +131,7 @@ class TrainingLog:
             {"step": values["iteration"], "set": name, key: loss},
             name,
             remade_from=values["iteration"] + 1,
-            # A finished run that is started again evaluates its last step again.
-            evaluations_from=values["iteration"],
+            evaluation=True,
         )
 
     def experts(self, step: int, load: dict[str, list[float]]) -> None:
@@ -198,7 +198,7 @@ class TrainingLog:
         record: dict[str, Any],
         section: str | None,
         remade_from: int,
-        evaluations_from: int | None = None,
+        evaluation: bool = False,
     ) -> None:
         """Print and log; the first record says which steps of an earlier start are made anew.
 
@@ -214,8 +214,12 @@ class TrainingLog:
         if self._metrics is None:
             return
         if not self._trimmed:
-            drop_from(self._metrics, remade_from, evaluations_from)
+            drop_from(self._metrics, remade_from)
             self._trimmed = True
+        if evaluation and not self._evaluations_trimmed:
+            # A finished run that is started again evaluates its last step again.
+            drop_from(self._metrics, record["step"], evaluations_only=True)
+            self._evaluations_trimmed = True
         append_metrics(self._metrics, record)
 
 

@@ -91,7 +91,7 @@ def test_last_step_is_evaluated_once(ranks, folder, both):
     assert [step for step, _, _ in run(ranks, folder, 'only-a')] == [2, 4]
     found = run(ranks, folder, 'only-a+odd', '--eval-interval', '3')
     assert [step for step, _, _ in found] == [3, 4]
-    # Every evaluation sees the same samples.
+    # Started again, it evaluates the last step again, on the same samples.
     assert run(ranks, folder, 'only-a+odd', '--eval-interval', '3') == found
 
 
