@@ -62,7 +62,7 @@ def peak_bytes(layout):
         options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
     with kernels_of_cuda(), balanced_routing():
         peaks = []
-        for _ in range(4):  # the first makes buffers that stay
+        for _ in range(2 if layout.gpus == 1 else 4):  # the first makes buffers that stay
             ids = torch.randint(layout.preset.vocab_size, (layout.micro_batch_size, length))
             positions, mask = torch.arange(length).expand_as(ids), torch.ones(ids.shape)
             gc.collect()  # what cycles hold would count
