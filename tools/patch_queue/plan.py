@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from .series import Patch, Series
 from .tree import DoesNotApply, Tree, apply_patch, diff_trees
-from .versions import TRAINING, TRAINING_SINCE, detect, in_ranges, is_known, minor, nearest
+from .versions import TRAINING, TRAINING_SINCE, detect, in_ranges, is_known, minor, nearest, numbers
 
 APPLIES = "applies"
 VARIANT = "variant"
@@ -125,7 +125,7 @@ def _ruled_out(patch: Patch, paths: set[str], version: str, training: bool, keep
     """By its header, or because it is about files that this tree has not got at all."""
     fields = patch.fields
     fixed = fields.get("Applied-Upstream", "")
-    if fixed and minor(version) >= minor(fixed):
+    if fixed and numbers(version) >= numbers(fixed):
         return Outcome(patch, NOT_NEEDED, f"fixed upstream since {fixed}")
     for name, status in (("Not-Needed", NOT_NEEDED), ("Not-Ported", LEFT_OUT)):
         for line in filter(None, fields.get(name, "").split("\n")):

@@ -25,11 +25,23 @@ def minor(version: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def numbers(version: str) -> tuple[int, ...]:
+    """(0, 17, 1) of "0.17.1" or "0.17.1rc0", (0, 17) of "0.17"."""
+    first, second = minor(version)
+    match = re.match(r"\d+\.\d+\.(\d+)", version)
+    return (first, second, int(match[1])) if match else (first, second)
+
+
 def in_ranges(version: str, text: str) -> bool:
-    """Whether the minor version is in "0.15", "0.15-0.17" or several of these after commas."""
+    """Whether the version is in "0.15", "0.15-0.17", "0.15-0.19.0" or several after commas.
+
+    A bound of two numbers stands for all versions that begin with them.
+    """
+    found = numbers(version)
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if minor(first) <= minor(version) <= minor(last or first):
+        low, _, high = part.strip().partition("-")
+        low, high = numbers(low), numbers(high or low)
+        if low <= found[: len(low)] and found[: len(high)] <= high:
             return True
     return False
 

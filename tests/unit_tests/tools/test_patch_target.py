@@ -170,6 +170,8 @@ def test_version_arithmetic():
     info = b'MAJOR = 0\nMINOR = 18\nPATCH = 2\nPRE_RELEASE = "rc1"\n'
     assert detect({"megatron/core/package_info.py": info}) == "0.18.2rc1"
     assert in_ranges("0.17.1", "0.15,0.17-0.18") and not in_ranges("0.16.1", "0.15,0.17-0.18")
+    assert in_ranges("0.19.0", "0.15-0.19.0") and not in_ranges("0.19.2", "0.15-0.19.0")
+    assert in_ranges("0.19.2", "0.19.1-0.20") and not in_ranges("0.19.0", "0.19.1-0.20")
     with pytest.raises(QueueError, match="'main' is no version"):
         nearest("main")
 
