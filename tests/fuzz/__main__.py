@@ -19,6 +19,7 @@ from random import SystemRandom
 from typing import Iterator
 
 from tests.fuzz.case import Case
+from tests.fuzz.report import append_run
 from tests.fuzz.runner import Runner, Verdict
 from tests.fuzz.workers import CASES_A_PROBLEM, in_processes, in_this_process, smallest
 
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--case", default=None, help="Run this one, as a fault prints it.")
     parser.add_argument("--shrink", action="store_true", help="Make each fault's case smaller.")
     parser.add_argument("--report", type=Path, default=None, help="Append a JSON line a case.")
+    parser.add_argument("--results", type=Path, default=None, help="Add the counts to this JSON.")
     options = parser.parse_args()
     seed = options.seed or str(SystemRandom().randrange(10**6))
     if options.case is not None:
@@ -41,6 +43,8 @@ def main() -> int:
     print(f"{options.count} cases, seed {seed}", flush=True)
     results = list(_all(options, seed))
     _summarise(results)
+    if options.results is not None:
+        append_run(options.results, seed, results)
     return int(any(verdict.is_fault for _, verdict in results))
 
 

@@ -8,7 +8,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron.gpt_oss.training.run import expanded  # noqa: F401  (imports Megatron once, here)
 from tests.fuzz import compare, data, oracle, rank
 from tests.fuzz.case import PLAIN, STEPS, Case, Layout, Problem
 from tests.unit_tests.distributed import RankFailure, RankPool

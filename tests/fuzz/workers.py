@@ -7,7 +7,7 @@ import multiprocessing
 import queue as queues
 import time
 from random import Random
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from tests.fuzz.case import WORLD_SIZES, Case
 from tests.fuzz.draw import draw_cases
@@ -47,24 +47,37 @@ def _fill(queue, options, seed: str, problems) -> None:
 
 
 def in_this_process(options, seed: str, problems) -> Iterator[Result]:
-    started = time.monotonic()
     runner = Runner(options.ranks)
     sizes = [size for size in WORLD_SIZES if size <= options.ranks]
     sizes += [size for size in (2, 2, 4) if size <= options.ranks]  # small ones show as much
+    ends = None if options.seconds is None else time.monotonic() + options.seconds
     try:
-        for number in problems:
-            for case in draw_cases(Random(f"{seed}-{number}"), CASES_A_PROBLEM, sizes):
-                begun = time.monotonic()
-                if options.seconds is not None and begun - started > options.seconds:
-                    return
-                verdict = runner.verdict(case)
-                if verdict.kind == "differs" and not confirmed(runner, case):
-                    verdict.kind = "seed"
-                if verdict.is_fault and options.shrink:
-                    case = smallest(runner, case, verdict)
-                yield case, verdict, time.monotonic() - begun
+        for case, verdict, seconds in judged(runner, seed, problems, sizes, ends):
+            if verdict.is_fault and options.shrink:
+                case = smallest(runner, case, verdict)
+            yield case, verdict, seconds
     finally:
         runner.close()
+
+
+def judged(
+    runner: Runner, seed: str, problems, sizes: Sequence[int], ends: float | None = None
+) -> Iterator[Result]:
+    """Cases as they are drawn, with how they ended and the seconds that each took.
+
+    Args:
+        problems: their numbers; with the seed they say what is drawn.
+        ends: of time.monotonic(), after which no case begins.
+    """
+    for number in problems:
+        for case in draw_cases(Random(f"{seed}-{number}"), CASES_A_PROBLEM, sizes):
+            begun = time.monotonic()
+            if ends is not None and begun > ends:
+                return
+            verdict = runner.verdict(case)
+            if verdict.kind == "differs" and not confirmed(runner, case):
+                verdict.kind = "seed"
+            yield case, verdict, time.monotonic() - begun
 
 
 def confirmed(runner: Runner, case: Case) -> bool:

@@ -7,18 +7,17 @@ A fresh case that fails prints the command that runs it again; docs/fuzzing.md.
 
 import json
 from pathlib import Path
-from random import Random, SystemRandom
+from random import SystemRandom
 
 import pytest
 
 from tests.fuzz.case import Case, Layout, Problem
-from tests.fuzz.draw import draw_cases
 from tests.fuzz.runner import Runner
 from tests.fuzz.shrink import shrunk
-from tests.fuzz.workers import confirmed
+from tests.fuzz.workers import CASES_A_PROBLEM, judged
 
 REGRESSIONS = json.loads((Path(__file__).parents[1] / 'fuzz' / 'regressions.json').read_text())
-FRESH, CASES_A_PROBLEM = 12, 3
+FRESH = 12
 
 
 @pytest.fixture(scope='module')
@@ -36,14 +35,11 @@ def test_regression(runner, entry):
 
 def test_fresh_cases(runner):
     """Drawn anew in each run of the tests."""
-    seed = SystemRandom().randrange(10**6)
-    for number in range(FRESH // CASES_A_PROBLEM):
-        for case in draw_cases(Random(f'{seed}-{number}'), CASES_A_PROBLEM, (1, 2, 2, 4)):
-            verdict = runner.verdict(case)
-            if verdict.kind == 'differs' and not confirmed(runner, case):
-                continue  # two experts of a token score alike
-            command = f"python -m tests.fuzz --case '{case.to_json()}'"
-            assert not verdict.is_fault, '\n'.join([*verdict.lines, command])
+    seed = str(SystemRandom().randrange(10**6))
+    problems = range(FRESH // CASES_A_PROBLEM)
+    for case, verdict, _ in judged(runner, seed, problems, (1, 2, 2, 4)):
+        command = f"python -m tests.fuzz --case '{case.to_json()}'"
+        assert not verdict.is_fault, '\n'.join([*verdict.lines, command])
 
 
 def test_finds_a_fault(runner, monkeypatch):
