@@ -25,7 +25,7 @@ OPTIONAL = frozenset("""
     nvidia_resiliency_ext nvshmem nvidia_kitchen nvtx omegaconf one_logger orjson psutil pynvml quart
     scaled_masked_softmax_cuda scaled_softmax_cuda scaled_upper_triang_masked_softmax_cuda
     sentencepiece tensorboard tensorrt_llm tiktoken tilelang torch_memory_saver torchao
-    transformer_engine transformer_engine_torch triton userlib wandb wget workload_inspector zarr zmq zstandard
+    transformer_engine transformer_engine_torch triton userlib wandb wget workload_inspector xxhash zarr zmq zstandard
     """.split())
 
 

@@ -11,7 +11,8 @@ A folder without manifest.json was written by upstream. It counts as whole when 
 readable and every file that the metadata refers to is there, and large enough.
 
 Sizes cost one stat a file, so that a checkpoint of thousands of large shards is verified in
-moments. Contents are hashed for small files only; --verify-integrity hashes everything.
+moments. Of small files the contents are hashed; those of shards by whoever reads them (see
+megatron/core/dist_checkpointing/block_hashes.py).
 """
 
 import hashlib
@@ -19,19 +20,27 @@ import json
 import os
 import re
 import zipfile
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from functools import wraps
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.core.dist_checkpointing import block_hashes
+from megatron.core.dist_checkpointing.block_hashes import DamagedShard
 from megatron.core.msc_utils import MultiStorageClientFeature
 
 MANIFEST = 'manifest.json'
+# 2: shards have hashes. Manifests of before have no version.
+VERSION = 2
 TRACKER = 'latest_checkpointed_iteration.txt'
 # Hashing this much takes about 10 ms. Metadata is smaller, also that of large models' shards.
 LARGEST_HASHED_FILE = 16 * 2**20
 
 _reported = set()
+# What a load found out about the shards of a folder.
+_damaged: Dict[str, str] = {}
 
 
 class CheckpointError(RuntimeError):
@@ -61,7 +70,12 @@ def begin_save(folder: str) -> None:
         return  # Objects appear whole or not at all, and cannot be renamed.
     if _rank() == 0:
         os.makedirs(folder, exist_ok=True)
-        _write_atomically(os.path.join(folder, MANIFEST), json.dumps({'state': 'writing'}))
+        manifest = {'version': VERSION, 'state': 'writing'}
+        _write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest))
+        for name in _files(folder):  # they are of the earlier checkpoint's shards
+            if name.endswith(block_hashes.SUFFIX):
+                os.unlink(os.path.join(folder, name))
+        _damaged.pop(os.path.realpath(folder), None)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
@@ -78,7 +92,7 @@ def finish_save(folder: str) -> None:
             # Shards are durable: their writers call fsync. The metadata was written by this rank.
             _sync(path)
             files[name]['sha256'] = _sha256(path)
-    manifest = {'state': 'complete', 'files': files}
+    manifest = {'version': VERSION, 'state': 'complete', 'files': files}
     _write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1))
 
 
@@ -181,10 +195,43 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
     raise CheckpointError('\n'.join(messages))
 
 
+def pass_over_damaged(load: Callable) -> Callable:
+    """A load that finds a damaged shard begins again, with the newest whole checkpoint before it.
+
+    Every rank learns of a damage that one rank reads, so that all begin again.
+    """
+
+    @wraps(load)
+    def load_whole(*args, **kwargs):
+        while True:
+            try:
+                return load(*args, **kwargs)
+            except CheckpointException as error:
+                found = [cause for cause in _causes(error) if isinstance(cause, DamagedShard)]
+                if not found:
+                    raise
+                for damage in found:
+                    _damaged[os.path.realpath(damage.folder)] = str(damage)
+
+    return load_whole
+
+
+def _causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An error, what caused it, and what it tells of other ranks."""
+    while error is not None:
+        yield error
+        if isinstance(error, CheckpointException):
+            for failure, _ in error.failures.values():
+                yield from _causes(failure)
+        error = error.__cause__ or error.__context__
+
+
 def find_problem(folder: str) -> Optional[str]:
     """One sentence on why a checkpoint folder is not whole, or None if it is."""
     if not os.path.isdir(folder):
         return f'{folder} does not exist.'
+    if damage := _damaged.get(os.path.realpath(folder)):
+        return f'{folder} is not a whole checkpoint: {damage}'
     try:
         if has_manifest(folder):
             wrong = _compare_with_manifest(folder)
@@ -220,10 +267,12 @@ def _compare_with_manifest(folder: str) -> List[str]:
     try:
         with open(os.path.join(folder, MANIFEST)) as file:
             manifest = json.load(file)
+        if manifest.get('version', 1) not in range(1, VERSION + 1):
+            return [f'{MANIFEST} is of version {manifest["version"]}, which is not known here']
         if manifest['state'] == 'writing':
             return ['the save was not finished']
         expected = manifest['files'].items()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [f'{MANIFEST} is damaged ({error!r})']
     wrong = []
     for name, properties in expected:

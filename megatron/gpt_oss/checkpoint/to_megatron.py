@@ -151,6 +151,7 @@ class Job:
             overwrite=True,
             sync_files=False,
         )
+        writer.fs = _hashing_file_system()
         parts = [part for file in self.files if _name(file) not in work.done for part in file.parts]
         tensors = read_ahead(self.read, parts)
         count, results = 0, []
@@ -171,6 +172,7 @@ class Job:
     def write_metadata(self, folder: Path, results: list[WriteResult]) -> None:
         """Write what is known of the whole: where each piece lies, and the arguments."""
         writer = dcp.FileSystemWriter(folder, thread_count=1, overwrite=True)
+        writer.fs = _hashing_file_system()
         common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
         plan = SavePlan([common], storage_data=_StoragePrefix("__0_common_"))
         planner = _BytesPlanner({_COMMON_STATE: _saved([self._common_state()])})
@@ -293,6 +295,12 @@ def _without_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
+
+
+def _hashing_file_system():
+    from megatron.core.dist_checkpointing.block_hashes import HashingFileSystem
+
+    return HashingFileSystem()
 
 
 def _import_megatron() -> Future:

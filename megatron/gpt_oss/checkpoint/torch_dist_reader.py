@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -52,6 +53,10 @@ def find_iteration(folder: str | Path) -> Path:
             f"{folder} is no whole torch_dist checkpoint: it has no .metadata. Give a --save "
             "folder (--ckpt-format torch_dist) or one of its iter_*."
         )
+    from megatron.training.checkpoint_integrity import find_problem
+
+    if problem := find_problem(str(folder)):
+        raise CheckpointError(f"{problem} Give another iteration's folder, or a whole copy.")
     return folder
 
 
@@ -64,7 +69,9 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._storage = dcp.FileSystemReader(self.folder)
+        from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader
+
+        self._storage = CheckedFileSystemReader(self.folder)
         self._metadata = self._storage.read_metadata()
         # Once: dcp.load would read the metadata again for every tensor.
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -126,12 +133,19 @@ class TorchDistReader:
                 if _COMMON_KEY not in self._metadata.state_dict_metadata:
                     return {}
                 found = {_COMMON_KEY: io.BytesIO()}
-                dcp.load(found, storage_reader=dcp.FileSystemReader(self.folder), no_dist=True)
+                dcp.load(found, storage_reader=type(self._storage)(self.folder), no_dist=True)
                 value = found[_COMMON_KEY]
                 if isinstance(value, io.BytesIO):
                     value.seek(0)
                     value = torch.load(value, "cpu", weights_only=True)
                 return value[0]
+            except CheckpointException as error:
+                cause = next((failure for failure, _ in error.failures.values()), error)
+                raise CheckpointError(
+                    f"{self.folder}: the arguments of its run cannot be read "
+                    f"({_first_line(cause)}). The checkpoint is damaged or cut short; use an older "
+                    "iteration."
+                ) from error
             except pickle.UnpicklingError as error:
                 raise CheckpointError(
                     f"{self.folder} keeps the arguments of its run in a form that is not read "
@@ -168,9 +182,9 @@ class TorchDistReader:
     def _read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         tensor = self._nearby(key, start[0])
         planner = _PartPlanner(key, start, size, tensor)
-        if self._read_runs(key, tensor, start, planner.part):
-            return planner.part
         try:
+            if self._read_runs(key, tensor, start, planner.part):
+                return planner.part
             self._storage.read_data(planner.create_local_plan(), planner).wait()
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -204,7 +218,9 @@ class TorchDistReader:
             if first is None:
                 return False
             part = out[tuple(slice(*bounds) for bounds in here)]
-            read_run(fd, path, first + run_offset(there, chunk.sizes) * out.itemsize, part)
+            first += run_offset(there, chunk.sizes) * out.itemsize
+            self._storage.hashes.check(place.relative_path, first, part.nbytes)
+            read_run(fd, path, first, part)
             filled += part.numel()
         return filled == out.numel()
 

@@ -74,6 +74,28 @@ def test_round_trip_bit_for_bit(hf, saved, tmp_path, record_property):
     assert out.stat().st_mode & 0o055 == 0o055 & ~_umask()
 
 
+def test_damaged_shard_is_refused(hf, saved, tmp_path):
+    """One bit of a tensor that is exported, wherever it is."""
+    copy = shutil.copytree(saved, tmp_path / 'save')
+    shard = max(copy.rglob('*.distcp'), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    for place in (len(data) // 3, len(data) // 2, len(data) - 5000):
+        changed = bytearray(data)
+        changed[place] ^= 64
+        shard.write_bytes(changed)
+        with pytest.raises(CheckpointError, match=f'bytes 0 to .* of {shard.name} are not those'):
+            export_hf(copy, tmp_path / 'out', like=hf)
+    shard.write_bytes(data)
+    export_hf(copy, tmp_path / 'out', like=hf)
+
+
+def test_unfinished_save_is_refused(hf, saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / 'save')
+    (copy / 'iter_0000020' / 'manifest.json').write_text('{"version": 2, "state": "writing"}')
+    with pytest.raises(CheckpointError, match='the save was not finished'):
+        export_hf(copy, tmp_path / 'out', like=hf)
+
+
 def _umask():
     import os
 
@@ -153,7 +175,7 @@ def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
     largest = max((copy / 'iter_0000020').glob('*.distcp'), key=lambda p: p.stat().st_size)
     with open(largest, 'r+b') as file:
         file.truncate(largest.stat().st_size // 3)
-    with pytest.raises(CheckpointError, match="cannot be read.*older iteration"):
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint: .* has .* bytes, exp"):
         export_hf(copy, tmp_path / 'out', like=hf)
     assert [p.name for p in tmp_path.iterdir()] == ['save']
 

@@ -164,6 +164,8 @@ def _load_and_compare(hf, checkpoint, layout, preset):
 def test_any_layout_loads_any(ranks, hf, tmp_path, record_property, written, read):
     out = convert_to_megatron(hf, tmp_path / 'out', LAYOUTS[written])
     assert checkpoint_integrity.choose(str(out)) == (0, True, [])
+    shards = {path.name for path in out.rglob('*.distcp')}
+    assert {path.stem for path in out.rglob('*.xxh3')} == shards and shards
     counts = ranks.run(
         _load_and_compare,
         str(hf),

@@ -109,7 +109,9 @@ def test_manifest_and_tracker(saved):
     assert sizes == {
         path.name: path.stat().st_size for path in last.iterdir() if path.name != 'manifest.json'
     }
-    assert set(sizes) == {'.metadata', 'metadata.json', '__0_0.distcp'}
+    assert set(sizes) == {'.metadata', 'metadata.json', '__0_0.distcp', '__0_0.distcp.xxh3'}
+    # Whatever is no shard has a hash here; a shard's are in its own file.
+    assert [name for name in sizes if 'sha256' not in manifest['files'][name]] == ['__0_0.distcp']
     assert not list(folder.rglob('*.tmp'))
 
 
@@ -132,6 +134,54 @@ def test_truncated_shard_is_named_and_passed_over(ranks, saved, folder, sealed):
     assert f'{folder}/iter_0000003 is the newest whole checkpoint' in output
     # The broken one was written anew.
     assert checkpoint_integrity.find_problem(str(folder / 'iter_0000004')) is None
+
+
+def test_flipped_bit_is_passed_over(ranks, saved, folder):
+    """One bit in the newest shard: found while it is read, and step 4 trained again from step 3's."""
+    data, _, steps = saved
+    with open(shard(folder, 4), 'r+b') as file:
+        file.seek(place := shard(folder, 4).stat().st_size // 2)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 4]))
+
+    record, output = train(ranks, data, folder, STEPS)
+    assert [step['iteration'] for step in record['steps']] == [4]
+    assert record['steps'][0]['losses'] == steps[3]['losses']
+    assert record['steps'][0]['grad_norm'] == steps[3]['grad_norm']
+    assert output.count('of __0_0.distcp are not those that were saved') == 1
+    assert f'{folder}/iter_0000003 is the newest whole checkpoint' in output
+    # The broken one was written anew.
+    again, _ = train(ranks, data, folder, STEPS)
+    assert not again['steps'] and checkpoint_integrity.choose(str(folder)).iteration == STEPS
+
+
+def test_flipped_bit_of_the_step_that_is_wanted(ranks, saved, folder):
+    data, _, _ = saved
+    (shard(folder, 2)).write_bytes(shard(folder, 2).read_bytes()[:-9] + b'x' * 9)
+    message = ranks.run(
+        refused_run,
+        f'--save {folder} --load {folder} --ckpt-step 2 --save-interval 1 --train-iters {STEPS}'.split(),
+        data,
+        world_size=1,
+        init_process_group=False,
+    )[0]
+    assert message.startswith('--ckpt-step 2: ') and 'are not those that were saved' in message
+    assert 'Whole ones in' in message and message.endswith('4, 3, 1.')
+
+
+def test_manifest_of_a_newer_version(folder):
+    path = folder / f'iter_{STEPS:07d}' / 'manifest.json'
+    path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
+    problem = checkpoint_integrity.find_problem(str(path.parent))
+    assert 'manifest.json is of version 3, which is not known here' in problem
+
+
+def test_hashes_of_an_earlier_save_go(folder):
+    """A writer that makes none (nvrx's) leaves none that do not fit."""
+    path = folder / f'iter_{STEPS:07d}'
+    checkpoint_integrity.begin_save(str(path))
+    assert not list(path.glob('*.xxh3'))
 
 
 @pytest.mark.parametrize('flags', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])

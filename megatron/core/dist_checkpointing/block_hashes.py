@@ -1,0 +1,241 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Hashes of a shard's bytes, taken while it is written and checked while it is read.
+
+A shard NAME.distcp has NAME.distcp.xxh3 beside it: one XXH3 (128 bits) of each BLOCK bytes. Blocks,
+not tensors: a rank of another layout, and a conversion, read parts of tensors, and check no more
+than the blocks that these touch. The file of hashes is small, and manifest.json has its SHA-256.
+"""
+
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Dict, List, Optional, Set, Tuple
+
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem
+
+try:
+    import xxhash
+except ImportError:  # shards are written without hashes then, and those of others not checked
+    xxhash = None
+
+SUFFIX = '.xxh3'
+BLOCK = 4 * 2**20
+VERSION = 1
+_THREADS = 2
+
+
+class DamagedShard(RuntimeError):
+    """A shard has other bytes than were written.
+
+    Args:
+        folder: of its checkpoint.
+        what: a sentence about the shard.
+    """
+
+    def __init__(self, folder: str, what: str):
+        super().__init__(folder, what)  # both, for other ranks get it pickled
+        self.folder, self.what = folder, what
+
+    def __str__(self) -> str:
+        return self.what
+
+
+class HashingFile:
+    """A shard that is being written, front to back; its hashes are a file when it is closed.
+
+    Args:
+        path: of the shard.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._hashes: List[str] = []
+        self._block = xxhash.xxh3_128()
+        self._filled = 0
+        self._file = open(path, 'wb')
+
+    def write(self, data) -> int:
+        """See `io.BufferedWriter`; `data` is any contiguous buffer."""
+        view = memoryview(data).cast('B')
+        for start, stop in _cuts(len(view), BLOCK - self._filled):
+            self._block.update(view[start:stop])
+            self._filled += stop - start
+            if self._filled == BLOCK:
+                self._end_block()
+        self._file.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes so far."""
+        return self._file.tell()
+
+    def flush(self) -> None:
+        """See `io.BufferedWriter`."""
+        self._file.flush()
+
+    def fileno(self) -> int:
+        """Of the shard."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Close the shard, and bring its hashes to disk."""
+        if self._file.closed:
+            return
+        self._file.close()
+        if self._filled:
+            self._end_block()
+        text = json.dumps({'version': VERSION, 'block': BLOCK, 'xxh3_128': self._hashes})
+        with open(self._path + SUFFIX, 'w') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __enter__(self) -> 'HashingFile':
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+    def _end_block(self) -> None:
+        self._hashes.append(self._block.hexdigest())
+        self._block = xxhash.xxh3_128()
+        self._filled = 0
+
+
+def open_shard(path: str, mode: str = 'wb') -> IO[bytes]:
+    """Open a shard to be written, with hashes where xxhash is installed."""
+    return open(path, mode) if xxhash is None else HashingFile(os.fspath(path))
+
+
+class HashingFileSystem(FileSystem):
+    """For torch's FileSystemWriter: shards (.distcp) get their hashes."""
+
+    def create_stream(self, path, mode):
+        """See `FileSystem`."""
+        if mode == 'wb' and str(path).endswith('.distcp'):
+            return open_shard(path)
+        return super().create_stream(path, mode)
+
+
+class BlockHashes:
+    """The hashes of a checkpoint's shards; each block is checked once. Threads may share it.
+
+    Args:
+        folder: of one iteration.
+    """
+
+    def __init__(self, folder):
+        self._folder = Path(folder)
+        self._lock = threading.Lock()
+        self._known: Dict[str, Tuple[int, Optional[List[str]]]] = {}
+        self._checked: Set[Tuple[str, int]] = set()
+
+    def check(self, name: str, offset: int, length: int) -> None:
+        """Check the blocks that a part of a shard lies in.
+
+        Args:
+            name: of the shard, from the folder.
+            offset: of the part, in bytes.
+            length: of the part, in bytes.
+        Raises:
+            DamagedShard: names the shard and the bytes. A shard without hashes passes.
+        """
+        with self._lock:
+            if name not in self._known:
+                self._known[name] = _read_hashes(self._folder, name + SUFFIX)
+        block, hashes = self._known[name]
+        if hashes is None or length <= 0:
+            return
+        numbers = range(offset // block, (offset + length - 1) // block + 1)
+        with self._lock:
+            numbers = [number for number in numbers if (name, number) not in self._checked]
+            self._checked.update((name, number) for number in numbers)
+        if not numbers:
+            return
+        with open(self._folder / name, 'rb', buffering=0) as file:
+            for number in numbers:
+                data = os.pread(file.fileno(), block, number * block)
+                wanted = hashes[number] if number < len(hashes) else None
+                if wanted != xxhash.xxh3_128_hexdigest(data):
+                    with self._lock:
+                        self._checked.discard((name, number))
+                    last = number * block + max(len(data), 1) - 1
+                    raise DamagedShard(
+                        str(self._folder),
+                        f'bytes {number * block} to {last} of {name} are not those that were saved '
+                        '(XXH3).',
+                    )
+
+
+def _read_hashes(folder: Path, name: str) -> Tuple[int, Optional[List[str]]]:
+    """(block size, hashes); None for a shard that has none, or where xxhash is missing."""
+    try:
+        text = (folder / name).read_text()
+    except FileNotFoundError:
+        return BLOCK, None
+    if xxhash is None:
+        return BLOCK, None
+    try:
+        found = json.loads(text)
+        version, block, hashes = found['version'], found['block'], found['xxh3_128']
+        whole = isinstance(block, int) and block > 0 and isinstance(hashes, list)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedShard(str(folder), f'{name} is damaged ({type(error).__name__}).') from error
+    if version != VERSION:
+        what = f'{name} is of version {version}, which is not known here.'
+        raise DamagedShard(str(folder), what)
+    if not whole:
+        raise DamagedShard(str(folder), f'{name} is damaged.')
+    return block, hashes
+
+
+class CheckedFileSystemReader(FileSystemReader):
+    """Reads what a rank's plan asks for, and checks the blocks beside it.
+
+    `read_data` raises DamagedShard where a block is not the one that was written.
+    """
+
+    def __init__(self, path, *args, **kwargs):
+        super().__init__(path, *args, **kwargs)
+        self.hashes = BlockHashes(self.path)
+
+    def reset(self, checkpoint_id=None) -> None:
+        """See `StorageReader`."""
+        super().reset(checkpoint_id)
+        self.hashes = BlockHashes(self.path)
+
+    def read_data(self, plan, planner):
+        """See `StorageReader`."""
+        places = [self.storage_data[item.storage_index] for item in plan.items]
+        places.sort(key=lambda place: (place.relative_path, place.offset))
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix='hashes') as threads:
+            checks = [
+                threads.submit(self.hashes.check, place.relative_path, place.offset, place.length)
+                for place in places
+            ]
+            try:
+                found = super().read_data(plan, planner)
+            except Exception:
+                _raise_damage(checks)  # it says more than what torch.load makes of such bytes
+                raise
+            _raise_damage(checks)
+        return found
+
+
+def _raise_damage(checks) -> None:
+    for check in checks:
+        if (error := check.exception()) is not None:
+            raise error
+
+
+def _cuts(length: int, first: int) -> List[Tuple[int, int]]:
+    """(start, stop) of a buffer's parts: the first of so many bytes, the others of BLOCK."""
+    edges = [0, *range(min(first, length), length, BLOCK), length]
+    return [(start, stop) for start, stop in zip(edges, edges[1:]) if stop > start]
