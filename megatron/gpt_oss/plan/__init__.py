@@ -3,6 +3,7 @@
 """What a run will need, before it runs: memory of the fullest rank and time of a step.
 
 layout.py       sizes, ranks and policies of a run; what Megatron refuses
+machines.py     machines of GPUs, and torchrun's words for them
 parameters.py   the tensors of a rank's weights
 activations.py  the tensors that a layer and the head keep, and those alive at a moment
 memory.py       the moments of a step, and the fullest of them

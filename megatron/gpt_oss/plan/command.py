@@ -9,7 +9,13 @@ from dataclasses import replace
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import GB
+from megatron.gpt_oss.plan.machines import (
+    PER_MACHINE,
+    Machines,
+    has_gpu,
+    memory_of_this_machine,
+)
+from megatron.gpt_oss.plan.memory import GB, HOST_SHARE, beside_tensors, card_memory
 from megatron.gpt_oss.plan.search import Wanted, advice, all_plans
 from megatron.gpt_oss.plan.table import command_line, plans_table, sources
 from megatron.gpt_oss.presets import PRESETS, get_preset
@@ -36,8 +42,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=80.0,
         metavar="GB",
-        help="of 10^9 bytes, for tensors: the number in the card's name leaves CUDA and NCCL 5 GB "
-        "on an 80 GB H100; several GPUs may want 8, so that 77 is safe there",
+        help="the number in the card's name; an H100 (80) has 84.9e9 bytes, an H200 (141) 150.1e9, "
+        "any other number counts as 10^9 bytes each",
+    )
+    parser.add_argument(
+        "--gpu-reserve",
+        type=float,
+        metavar="GB",
+        help="of that, for CUDA, NCCL and the allocator's fragments; 5 on one GPU or two, 8 on "
+        "more by default",
+    )
+    parser.add_argument(
+        "--host-memory",
+        type=float,
+        metavar="GB",
+        help="of a machine, for the optimizer where it goes there; by default that of this machine "
+        f"if it has a GPU. {HOST_SHARE:.0%} of it are planned with",
     )
     parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="the preset's by default")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N")
@@ -65,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of the busiest GPU's experts over the mean",
     )
     parser.add_argument("--attention", choices=BACKENDS, default="cudnn", help="whose rates")
-    parser.add_argument("--gpus-per-machine", type=int, default=8, metavar="N")
+    parser.add_argument("--gpus-per-machine", type=int, default=PER_MACHINE, metavar="N")
     parser.add_argument("--rows", type=int, default=12, help="of the table; 0: all")
     parser.add_argument("--memory-only", action="store_true", help="no times; the leanest first")
     parser.add_argument("--json", action="store_true", help="all layouts, in bytes and seconds")
@@ -76,14 +96,25 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     """What a command line asks for.
 
     Raises:
-        UsageError: a number is out of range.
+        UsageError: a number is out of range, or the GPUs do not spread evenly over machines.
     """
     names = ("gpus", "gpu_memory", "micro_batch_size", "expert_load", "gpus_per_machine")
-    optional = ("seq_length", "global_batch_size", *_SIZES)
+    optional = ("seq_length", "global_batch_size", "host_memory", *_SIZES)
     for name in (*names, *optional):
         value = getattr(args, name)
-        if value is not None and value <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not positive.")
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number.")
+    reserve = beside_tensors(args.gpus) if args.gpu_reserve is None else args.gpu_reserve * GB
+    memory = card_memory(args.gpu_memory)
+    if not 0 <= reserve < memory:
+        raise UsageError(
+            f"--gpu-memory {args.gpu_memory:g} leaves nothing for tensors: {reserve / GB:g} GB are "
+            "for CUDA, NCCL and the allocator's fragments (--gpu-reserve)."
+        )
+    Machines.of(args.gpus, args.gpus_per_machine)
+    host = args.host_memory * GB if args.host_memory is not None else None
+    if host is None and has_gpu():
+        host = memory_of_this_machine()
     preset = get_preset(args.preset, args.preset_layers)
     length = args.seq_length or preset.seq_length
     batch = args.global_batch_size
@@ -101,12 +132,14 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     )
     return Wanted(
         base,
-        args.gpu_memory * GB,
+        memory - reserve,
         **{name: getattr(args, name) for name in _SIZES},
         policy=args.memory,
         offload=args.offload,
         backend=args.attention,
         per_machine=args.gpus_per_machine,
+        host_memory=host,
+        reserve=reserve,
     )
 
 
@@ -121,42 +154,76 @@ def run(args: argparse.Namespace) -> None:
     if not plans:
         raise UsageError(_impossible(wanted))
     if args.memory_only:
-        plans.sort(key=lambda plan: plan.memory.total)
+        plans.sort(key=lambda plan: (not plan.fits, plan.memory.total))
     fitting = [plan for plan in plans if plan.fits]
     if args.json:
-        print(json.dumps(_as_json(args, plans), indent=1))
+        print(json.dumps(_as_json(args, wanted, plans), indent=1))
     else:
         base = wanted.base
         print(
             f"gpt-oss {args.preset}, {base.preset.num_layers} layers, on {base.gpus} x "
             f"{args.gpu_memory:g} GB, {base.global_batch_size} x {base.seq_length} tokens a step: "
-            f"{len(fitting)} of {len(plans)} layouts fit.\n"
+            f"{_count(fitting, len(plans))}.\n"
         )
         print(plans_table(plans[: args.rows or None], times=not args.memory_only))
         print(
             "\nGB of the fullest GPU at its fullest moment: activations, logits and the optimizer's "
-            "step are\nthe most that each takes, not at the same moment."
+            "step are\nthe most that each takes, not at the same moment. "
+            f"{wanted.gpu_memory / GB:.1f} GB are for tensors, {wanted.reserve / GB:g} for CUDA, "
+            "NCCL and the\nallocator's fragments."
         )
     if not fitting:
-        nearest = min(plans, key=lambda plan: plan.memory.total)
-        raise UsageError(advice(wanted, nearest))
+        raise UsageError(advice(wanted, plans))
     if not args.json:
         if not args.memory_only:
             print(f"\n{sources()}; attention: {args.attention}.")
-        print(f"\n{command_line(plans[0].layout)}")
+        print("\n".join(["", *_notes(plans[0], wanted.machines)]))
+        print(f"\n{command_line(plans[0].layout, wanted.machines)}")
 
 
-def _as_json(args: argparse.Namespace, plans) -> dict:
+def _count(fitting, total: int) -> str:
+    """How many layouts fit, and how many of them only if the host does."""
+    unchecked = sum(not plan.host_checked for plan in fitting)
+    text = f"{len(fitting) - unchecked} of {total} layouts fit"
+    if unchecked:
+        text += f", {unchecked} more if a machine has the memory for the optimizer (host GB)"
+    return text
+
+
+def _notes(best, machines: Machines) -> list[str]:
+    """What stands above the command, a sentence a line."""
+    notes = []
+    if not best.host_checked:
+        notes.append(
+            f"The optimizer takes {best.host / GB:.0f} GB of each machine's memory, which was not "
+            "checked: give --host-memory GB."
+        )
+    elif best.host:
+        notes.append(f"The optimizer takes {best.host / GB:.0f} GB of each machine's memory.")
+    if machines.count > 1:
+        notes.append(f"On {machines}. The same command starts on each.")
+    notes.append(
+        "Data, start and schedule come to it: --data-path, --load-hf, --run-dir, --train-iters, --lr."
+    )
+    notes.append(
+        "On any machine `python pretrain_gpt_oss.py` with these flags and "
+        f"--dry-run {machines.as_if()} shows what they need."
+    )
+    return notes
+
+
+def _as_json(args: argparse.Namespace, wanted: Wanted, plans) -> dict:
     rows = [plan.as_dict() for plan in plans]
     if args.memory_only:
         for row in rows:
             del row["seconds"], row["tokens_per_second_per_gpu"]
-    best = rows[0] if rows[0]["fits"] else None
+    best = rows[0] if plans[0].fits else None
     return {
         "preset": args.preset,
-        "gpu_memory": args.gpu_memory * GB,
+        "gpu_memory": wanted.gpu_memory,
+        "machines": vars(wanted.machines),
         "best": best,
-        "command": command_line(plans[0].layout) if best else None,
+        "command": command_line(plans[0].layout, wanted.machines) if best else None,
         "layouts": rows,
     }
 

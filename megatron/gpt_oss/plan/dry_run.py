@@ -5,10 +5,12 @@
 The flags go through Megatron's own validation; no process group is made, no model, no folder.
 """
 
+import argparse
 import contextlib
 import io
 import logging
 import os
+import re
 from argparse import ArgumentParser, Namespace
 from typing import Callable, Sequence
 
@@ -18,11 +20,12 @@ from megatron.core.transformer.sink_attention import available_backends
 from megatron.gpt_oss.arguments import parse
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.plan.layout import Layout, Recompute
+from megatron.gpt_oss.plan.machines import Machines, memory_of_this_machine
 from megatron.gpt_oss.plan.memory import GB
 from megatron.gpt_oss.plan.parameters import layer_parameters, stage_layers
 from megatron.gpt_oss.plan.search import Wanted, plan_of
 from megatron.gpt_oss.plan.table import breakdown, sources
-from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.presets import PRESETS, Preset
 
 FLAG = "--dry-run"
 # What two layers of 20b and head took of TransformerEngine's 2.20.2 over the local route, by
@@ -36,17 +39,38 @@ TE_OVER_LOCAL = {
 
 
 def add_dry_run_argument(parser: ArgumentParser) -> None:
-    """The flag; its value is a number of GPUs, by default those of torchrun."""
+    """The flag; its value says on which GPUs, by default those of torchrun."""
     parser.add_argument(
         FLAG,
-        type=int,
+        type=as_machines,
         nargs="?",
-        const=0,
+        const=_TORCHRUN,
         default=None,
         metavar="GPUS",
         help="Print memory and time of a step with these flags, and stop before anything is made. "
-        "GPUS: as if on so many; by default as many as torchrun started, one without it.",
+        "GPUS: as if on so many, or MACHINESxGPUS; by default as many as torchrun started, one "
+        "without it.",
     )
+
+
+# The flag without a value.
+_TORCHRUN = Machines(0, 0)
+
+
+def as_machines(word: str) -> Machines:
+    """The value of --dry-run: GPUs, or machines and the GPUs of each.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,5})x)?([1-9][0-9]{0,5})", word)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"'{word}': wanted a number of GPUs (16), machines and the GPUs of each (2x8), or "
+            "nothing for torchrun's"
+        )
+    machines, gpus = found.groups()
+    return Machines(int(machines), int(gpus)) if machines else Machines.guessed(int(gpus))
 
 
 def asked_for(argv: Sequence[str]) -> bool:
@@ -63,14 +87,42 @@ def dry_run(
     Raises:
         UsageError: the command line cannot be run, or the planner does not know the model.
     """
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(FLAG, type=int, nargs="?", const=0, default=0)
-    gpus = finder.parse_known_args(list(argv))[0].dry_run
-    if gpus < 0:
-        raise UsageError(f"{FLAG} {gpus}: wanted a number of GPUs, or none for torchrun's.")
-    args = validated(argv, extra_args_provider, gpus or int(os.environ.get("WORLD_SIZE", "1")))
+    machines = _machines(argv)
+    args = validated([*_tokenizer(argv), *argv], extra_args_provider, machines.ranks)
     if int(os.environ["RANK"]) == 0:
-        print(report(args), flush=True)
+        print(report(args, machines), flush=True)
+
+
+def _machines(argv: Sequence[str]) -> Machines:
+    """Those that --dry-run asks for, or torchrun's."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument(FLAG, type=as_machines, nargs="?", const=_TORCHRUN, default=_TORCHRUN)
+    try:
+        found = finder.parse_known_args(list(argv))[0].dry_run
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{FLAG} {error.message}.") from error
+    if found != _TORCHRUN:
+        return found
+    ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if "LOCAL_WORLD_SIZE" in os.environ and ranks % local == 0:
+        return Machines(ranks // local, local)
+    return Machines.guessed(ranks)
+
+
+def _tokenizer(argv: Sequence[str]) -> list[str]:
+    """What stands for a tokenizer where a preset is given and none is named: its size is known."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = ("--preset", "--load-hf", "--tokenizer-model", "--tokenizer-type")
+    for flag in flags:
+        finder.add_argument(flag, nargs="?", const="")
+    given = finder.parse_known_args(list(argv))[0]
+    if given.preset not in PRESETS or any((given.load_hf, given.tokenizer_model)):
+        return []
+    if given.tokenizer_type is not None:
+        return []
+    # One id less than rows: the null tokenizer adds its own end of a document.
+    rows = PRESETS[given.preset].vocab_size
+    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
 
 
 def validated(
@@ -93,22 +145,28 @@ def validated(
             logging.disable(logging.NOTSET)
 
 
-def report(args: Namespace) -> str:
+def report(args: Namespace, machines: Machines | None = None) -> str:
     """The text of a dry run.
 
     Args:
         args: validated ones.
+        machines: of its ranks; of eight GPUs by default.
     """
+    machines = machines or Machines.guessed(args.world_size)
     layout = layout_of(args)
     if (problem := layout.problem()) is not None:
         raise UsageError(f"{FLAG}: {problem}")
-    memory = None
+    memory = machine_memory = None
     if torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
+        machine_memory = memory_of_this_machine()
     backend = _backend(layout)
-    plan = plan_of(layout, Wanted(layout, memory or float("inf"), backend=backend))
-    text = f"{args.preset}, {args.num_layers} layers, {args.world_size} GPUs\n"
-    text += f"{breakdown(plan, memory)}\n{sources()}; attention: {backend}."
+    wanted = Wanted(layout, memory or float("inf"), backend=backend, per_machine=machines.gpus)
+    plan = plan_of(layout, wanted)
+    text = f"{args.preset}, {args.num_layers} layers, {args.world_size} GPUs"
+    text += f" ({machines})\n" if machines.count > 1 else "\n"
+    text += f"{breakdown(plan, memory, machines, machine_memory)}\n"
+    text += f"{sources()}; attention: {backend}."
     if left_out := not_counted(args):
         text += f"\nNot in these figures: {'; '.join(left_out)}."
     return text

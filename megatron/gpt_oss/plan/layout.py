@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from megatron.gpt_oss.memory_policy import POLICIES
-from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.presets import PRESETS, Preset
 
 # What a preset takes where --memory says nothing of it (LM_LOSS_CHUNK_SIZE of arguments.py, whose
 # import takes seconds).
@@ -158,7 +158,7 @@ class Layout:
 
     def flags(self, preset_flag: bool = True) -> list[str]:
         """The command line that asks for this layout, one flag with its value an element."""
-        flags = [f"--preset {self.preset.name}"] if preset_flag else []
+        flags = self._preset_flags() if preset_flag else []
         sizes = {
             "--tensor-model-parallel-size": self.tp,
             "--expert-model-parallel-size": self.ep,
@@ -186,4 +186,14 @@ class Layout:
         if self.offload:
             flags += ["--optimizer-cpu-offload", "--use-precision-aware-optimizer"]
             flags.append("--overlap-cpu-optimizer-d2h-h2d")
+        return flags
+
+    def _preset_flags(self) -> list[str]:
+        preset = self.preset
+        flags = [f"--preset {preset.name}"]
+        if preset.num_layers != PRESETS[preset.name].num_layers:
+            flags.append(f"--preset-layers {preset.num_layers}")
+        if self.seq_length > preset.max_position_embeddings:  # Megatron refuses it otherwise
+            factor = -(-self.seq_length // preset.yarn_original_max_position_embeddings)
+            flags.append(f"--yarn-factor {factor}")
         return flags

@@ -14,8 +14,15 @@ from megatron.gpt_oss.plan.layout import Layout
 from megatron.gpt_oss.plan.parameters import rank_parameters, stage_layers
 
 GB = 10**9
-# What CUDA, NCCL and the allocator's fragments took at most, over four GPUs (docs/planning.md).
-BESIDE_TENSORS = 8 * GB
+# What CUDA, NCCL and the allocator's fragments took at most: over four GPUs, on one or two
+# (docs/planning.md).
+BESIDE_TENSORS, BESIDE_TENSORS_OF_FEW = 8 * GB, 5 * GB
+# Bytes of the cards that were measured, by the number in their name; H100 and H200. Others are taken
+# at their number: a B200 of "192 GB" has less than that.
+CARDS = {80: 84.9 * GB, 141: 150.1 * GB}
+# Part of a machine's memory that the optimizer's tensors may take; assumed. Processes, data and the
+# operating system have the rest.
+HOST_SHARE = 0.9
 # bf16 weight and, in fp32, master weight and two moments of AdamW.
 WEIGHT, MASTER, MOMENTS = 2, 4, 8
 
@@ -85,6 +92,24 @@ def stage_memory(layout: Layout, stage: int) -> Memory:
         host=host,
         stage=stage,
     )
+
+
+def card_memory(gigabytes: float) -> float:
+    """Bytes of a card by the number in its name."""
+    return CARDS.get(gigabytes, gigabytes * GB)
+
+
+def beside_tensors(gpus: int) -> int:
+    """Bytes of a card that tensors do not get in a run on so many GPUs."""
+    return BESIDE_TENSORS if gpus > 2 else BESIDE_TENSORS_OF_FEW
+
+
+def host_memory(layout: Layout) -> int:
+    """Bytes that the optimizer takes on the host for the rank that has most there."""
+    if not layout.offload:
+        return 0
+    stages = {0, layout.pp - 1}
+    return max(optimizer_memory(layout, *rank_parameters(layout, stage))[1] for stage in stages)
 
 
 def optimizer_memory(layout: Layout, dense: int, expert: int) -> tuple[int, int, int]:

@@ -2,12 +2,15 @@
 
 """Every sensible layout of a model on some GPUs, and the best of those that fit."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Iterator
 
+from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
-from megatron.gpt_oss.plan.memory import GB, Memory, fullest_rank
+from megatron.gpt_oss.plan.machines import PER_MACHINE, Machines
+from megatron.gpt_oss.plan.memory import GB, HOST_SHARE, Memory, fullest_rank, host_memory
 from megatron.gpt_oss.plan.rates import Rates
 from megatron.gpt_oss.plan.time import StepTime, step_time
 
@@ -18,11 +21,13 @@ class Wanted:
 
     Attributes:
         base: model, GPUs, lengths and all that is given.
-        gpu_memory: bytes.
+        gpu_memory: bytes for tensors.
         tp, etp, ep, cp, pp: given sizes.
         policy: a word of --memory.
         offload: whether the optimizer's state may go to the host; None: where nothing else fits.
-        backend: of attention. per_machine: GPUs that NVLink joins.
+        backend: of attention. per_machine: GPUs of a machine, which NVLink joins.
+        host_memory: bytes of a machine; None: not known.
+        reserve: bytes of a GPU that are not for tensors.
     """
 
     base: Layout
@@ -35,17 +40,35 @@ class Wanted:
     policy: str | None = None
     offload: bool | None = None
     backend: str = "cudnn"
-    per_machine: int = 8
+    per_machine: int = PER_MACHINE
+    host_memory: float | None = None
+    reserve: float = 0.0
+
+    @property
+    def machines(self) -> Machines:
+        """Of the GPUs; where these do not spread evenly over machines, as a dry run has them."""
+        try:
+            return Machines.of(self.base.gpus, self.per_machine)
+        except UsageError:
+            return Machines.guessed(self.base.gpus)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout, its memory and its time."""
+    """A layout, its memory and its time.
+
+    Attributes:
+        host: bytes of a machine's memory that the optimizer takes.
+        fits: the GPU's memory is enough, and the machine's where it is known.
+        host_checked: whether the machine's memory is known or not needed.
+    """
 
     layout: Layout
     memory: Memory
     time: StepTime
+    host: int
     fits: bool
+    host_checked: bool
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,7 +88,8 @@ class Plan:
             "distributed_optimizer": layout.distributed_optimizer,
             "optimizer_offload": layout.offload,
             "memory": self.memory.as_dict(),
-            "fits": self.fits,
+            "fits": self.fits if self.host_checked or not self.fits else None,
+            "host_memory_per_machine": self.host,
             "seconds": {**vars(self.time), "total": self.time.total},
             "tokens_per_second_per_gpu": self.tokens_per_second,
             "flags": layout.flags(),
@@ -75,8 +99,16 @@ class Plan:
 def plan_of(layout: Layout, wanted: Wanted, rates: Rates | None = None) -> Plan:
     """Memory and time of one layout."""
     memory = fullest_rank(layout)
-    time = step_time(layout, rates, wanted.backend, wanted.per_machine)
-    return Plan(layout, memory, time, memory.total <= wanted.gpu_memory)
+    machines = wanted.machines
+    time = step_time(layout, rates, wanted.backend, machines)
+    host = host_memory(layout) * machines.gpus
+    fits = memory.total <= wanted.gpu_memory and _host_excess(host, wanted) <= 0
+    return Plan(layout, memory, time, host, fits, not host or wanted.host_memory is not None)
+
+
+def _host_excess(host: int, wanted: Wanted) -> float:
+    """Bytes by which the optimizer misses a machine's memory; negative where it fits."""
+    return -1 if wanted.host_memory is None else host - HOST_SHARE * wanted.host_memory
 
 
 def all_plans(wanted: Wanted) -> list[Plan]:
@@ -114,7 +146,8 @@ def layouts(wanted: Wanted) -> Iterator[Layout]:
     powers = [2**i for i in range(gpus.bit_length()) if gpus % 2**i == 0]
     stages = [n for n in range(1, gpus + 1) if gpus % n == 0 and preset.num_layers % n == 0]
     policies = [wanted.policy] if wanted.policy else list(POLICIES)
-    for tp in [wanted.tp] if wanted.tp else [n for n in powers if n <= wanted.per_machine]:
+    in_machine = [n for n in powers if wanted.machines.holds(n)]
+    for tp in [wanted.tp] if wanted.tp else in_machine:
         for cp in [wanted.cp] if wanted.cp else powers:
             for pp in [wanted.pp] if wanted.pp else stages:
                 for etp in [wanted.etp] if wanted.etp else sorted({1, tp}):
@@ -130,16 +163,29 @@ def _with_policy(layout: Layout, name: str) -> Layout:
     return replace(layout, recompute=Recompute.of_policy(name), loss_chunk=loss_chunk_of(name))
 
 
-def advice(wanted: Wanted, nearest: Plan) -> str:
+def advice(wanted: Wanted, plans: list[Plan]) -> str:
     """What is wrong where nothing fits: by how much the nearest misses, and what would help."""
+
+    def excesses(plan: Plan) -> tuple[float, float]:
+        return (
+            max(0.0, plan.memory.total - wanted.gpu_memory),
+            max(0.0, _host_excess(plan.host, wanted)),
+        )
+
+    nearest = min(plans, key=lambda plan: sum(excesses(plan)))
     need, have = nearest.memory.total, wanted.gpu_memory
     layout = nearest.layout
-    helps = [f"GPUs of {need / GB:.0f} GB"]
+    too_much, host_too_much = excesses(nearest)
+    helps = []
+    if too_much:
+        helps.append(f"GPUs of {math.ceil((need + wanted.reserve) / GB)} GB")
+    if host_too_much:
+        helps.append(f"machines with {math.ceil(nearest.host / HOST_SHARE / GB)} GB of memory")
     for factor in (2, 4, 8, 16, 32):
         gpus = layout.gpus * factor
         batch = wanted.base.global_batch_size * factor
         more = replace(wanted, base=replace(wanted.base, gpus=gpus, global_batch_size=batch))
-        if _any_fits(more):
+        if gpus % -(-gpus // wanted.per_machine) == 0 and _any_fits(more):
             helps.append(f"{gpus} GPUs")
             break
     if wanted.base.grad_bytes == 4:
@@ -160,19 +206,31 @@ def advice(wanted: Wanted, nearest: Plan) -> str:
         given.append("--no-offload")
     if given:
         helps.append(f"dropping {', '.join(given)}".replace("--policy", "--memory"))
-    return (
-        f"No layout fits {have / GB:.0f} GB. The nearest ({shown(layout)}) needs "
-        f"{need / GB:.1f} GB, {(need - have) / GB:.1f} GB too much, most of it "
-        f"{largest_part(nearest.memory)}, at the {nearest.memory.moment}. What would help: "
-        f"{'; or '.join(helps)}."
-    )
+    text = f"No layout fits. The nearest ({shown(layout)}) needs "
+    if too_much:
+        text += (
+            f"{need / GB:.1f} GB of a GPU, {too_much / GB:.1f} GB more than the "
+            f"{have / GB:.1f} GB for tensors, most of it {largest_part(nearest.memory)}, at the "
+            f"{nearest.memory.moment}"
+        )
+    if host_too_much:
+        text += (
+            f"{' and ' * bool(too_much)}{nearest.host / GB:.0f} GB of a machine's memory for the "
+            f"optimizer, more than {HOST_SHARE:.0%} of {wanted.host_memory / GB:.0f} GB"
+        )
+    return f"{text}. What would help: {'; or '.join(helps)}."
 
 
 def _any_fits(wanted: Wanted) -> bool:
-    offload = 0.0 if wanted.offload is False else 1.0
+    gpus = wanted.machines.gpus
+    offloads = {None: (1.0, 0.0), False: (0.0,), True: (1.0,)}[wanted.offload]
     for layout in layouts(wanted):
-        if fullest_rank(replace(layout, offload=offload)).total <= wanted.gpu_memory:
-            return True
+        for offload in offloads:
+            tried = replace(layout, offload=offload)
+            if _host_excess(host_memory(tried) * gpus, wanted) > 0:
+                continue
+            if fullest_rank(tried).total <= wanted.gpu_memory:
+                return True
     return False
 
 

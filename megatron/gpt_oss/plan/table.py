@@ -5,7 +5,8 @@
 from typing import Sequence
 
 from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import BESIDE_TENSORS, GB
+from megatron.gpt_oss.plan.machines import Machines
+from megatron.gpt_oss.plan.memory import BESIDE_TENSORS, GB, HOST_SHARE
 from megatron.gpt_oss.plan.rates import Rates
 from megatron.gpt_oss.plan.search import Plan, shown
 
@@ -16,7 +17,9 @@ _SHORT = ("params", "grads", "optim", "activ", "logits", "step")
 
 def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
     """One aligned row a plan; memory in GB of 10^9 bytes."""
-    header = [*map(str.upper, SIZES), "memory", "optimizer", *_SHORT, "GB", "fits"]
+    on_host = any(plan.host for plan in plans)
+    header = [*map(str.upper, SIZES), "memory", "optimizer", *_SHORT, "GB"]
+    header += ["host GB", "fits"] if on_host else ["fits"]
     header += ["s/step", "tokens/s/GPU"] if times else []
     header.append("fullest at")
     rows = [header]
@@ -25,12 +28,20 @@ def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
         row = [str(getattr(layout, name)) for name in SIZES]
         row += [layout.policy(), _optimizer(layout)]
         row += [f"{getattr(memory, name) / GB:.1f}" for name in PARTS]
-        row += [f"{memory.total / GB:.1f}", "yes" if plan.fits else "no"]
+        row.append(f"{memory.total / GB:.1f}")
+        row += [f"{plan.host / GB:.0f}"] if on_host else []
+        row.append(_verdict(plan))
         if times:
             row += [f"{plan.time.total:.2f}", f"{plan.tokens_per_second:.0f}"]
         row.append(memory.moment)
         rows.append(row)
     return aligned(rows)
+
+
+def _verdict(plan: Plan) -> str:
+    if not plan.fits:
+        return "no"
+    return "yes" if plan.host_checked else "host?"
 
 
 def _gb(size: float) -> str:
@@ -58,11 +69,14 @@ def _optimizer(layout: Layout) -> str:
     return where or ("split" if layout.distributed_optimizer else "whole")
 
 
-def breakdown(plan: Plan, gpu_memory: float | None) -> str:
+def breakdown(
+    plan: Plan, gpu_memory: float | None, machines: Machines, machine_memory: float | None = None
+) -> str:
     """Memory and time of one plan, a line a part.
 
     Args:
         gpu_memory: bytes; None where the card is not known.
+        machines: of the run. machine_memory: bytes of one; None where it is not known.
     """
     memory, layout = plan.memory, plan.layout
     held = [[name, _gb(getattr(memory, name))] for name in PARTS[:3]]
@@ -85,6 +99,8 @@ def breakdown(plan: Plan, gpu_memory: float | None) -> str:
             f"The GPU has {_gb(gpu_memory)}: {verdict}. CUDA, NCCL and the allocator's fragments "
             f"take 3 to {BESIDE_TENSORS // GB} GB."
         )
+    if plan.host:
+        text.append(_on_the_host(plan.host, machines.gpus, machine_memory))
     spent = [[name, f"{seconds:.3f} s"] for name, seconds in vars(plan.time).items() if seconds]
     text += [
         f"\nTime of a step at least, {layout.microbatches} micro-batches of "
@@ -95,11 +111,18 @@ def breakdown(plan: Plan, gpu_memory: float | None) -> str:
     return "\n".join(text)
 
 
-def command_line(layout: Layout) -> str:
-    """The torchrun command of a layout, machine by machine of eight GPUs."""
-    processes = min(layout.gpus, 8)
-    machines = f" --nnodes {layout.gpus // processes}" if layout.gpus > processes else ""
-    lines = [f"torchrun{machines} --nproc-per-node {processes} pretrain_gpt_oss.py"]
+def _on_the_host(need: int, ranks: int, memory: float | None) -> str:
+    text = f"The optimizer takes {_gb(need)} of a machine's memory ({ranks} ranks)"
+    if memory is None:
+        return f"{text}, which was not checked."
+    room = HOST_SHARE * memory - need
+    verdict = f"{_gb(-room)} too much" if room < 0 else f"{_gb(room)} are left"
+    return f"{text}; this one has {_gb(memory)}, {HOST_SHARE:.0%} of it for that: {verdict}."
+
+
+def command_line(layout: Layout, machines: Machines) -> str:
+    """The torchrun command of a layout, the same on each machine."""
+    lines = machines.torchrun("pretrain_gpt_oss.py")
     lines += [f"    {flag}" for flag in layout.flags()]
     return " \\\n".join(lines)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron.gpt_oss.plan.activations import MicroBatch
 from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.machines import Machines
 from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters, stage_layers
 from megatron.gpt_oss.plan.rates import Rates
 
@@ -60,7 +61,10 @@ class StepTime:
 
 
 def step_time(
-    layout: Layout, rates: Rates | None = None, backend: str = "cudnn", per_machine: int = 8
+    layout: Layout,
+    rates: Rates | None = None,
+    backend: str = "cudnn",
+    machines: Machines | None = None,
 ) -> StepTime:
     """The time of a step.
 
@@ -68,9 +72,10 @@ def step_time(
         layout: of the run.
         rates: measured ones.
         backend: of attention, one of rates.json.
-        per_machine: GPUs that NVLink joins.
+        machines: whose GPUs NVLink joins; of eight by default.
     """
-    clock = _Clock(layout, rates or Rates(), backend, per_machine)
+    machines = machines or Machines.guessed(layout.gpus)
+    clock = _Clock(layout, rates or Rates(), backend, machines)
     stages = [clock.micro_batch(stage) for stage in range(layout.pp)]
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     all_stages = sum(sum(parts.values()) for parts in stages)
@@ -83,9 +88,9 @@ def step_time(
 
 
 class _Clock:
-    def __init__(self, layout: Layout, rates: Rates, backend: str, per_machine: int):
+    def __init__(self, layout: Layout, rates: Rates, backend: str, machines: Machines):
         self.layout, self.rates, self.backend = layout, rates, backend
-        self.per_machine = per_machine
+        self.machines = machines
         self.sizes = MicroBatch.of(layout)
         # A forward made again is a third of the products' time, 2 of attention's 7.
         full = layout.recompute.granularity == "full"
@@ -98,7 +103,7 @@ class _Clock:
 
     def link(self, span: int) -> float:
         """Bytes/s within a group whose ranks lie in so many consecutive ones."""
-        return WITHIN_MACHINE if span <= self.per_machine else BETWEEN_MACHINES
+        return WITHIN_MACHINE if self.machines.holds(span) else BETWEEN_MACHINES
 
     def micro_batch(self, stage: int) -> dict[str, float]:
         """Seconds of forward and backward of one micro-batch on a pipeline rank."""
@@ -129,7 +134,7 @@ class _Clock:
         seconds = flops / self.rates.attention(length, self.backend) / layout.tp / layout.cp
         if layout.cp > 1:
             seconds /= self.rates.split_attention(length, layout.exchange)
-            if layout.cp * layout.tp > self.per_machine:
+            if not self.machines.holds(layout.cp * layout.tp):
                 # Keys and values from all other ranks, and again and their gradients.
                 received = 2 * 2 * self.sizes.tokens * self.sizes.kv * (layout.cp - 1)
                 seconds += 3 * received / BETWEEN_MACHINES
