@@ -103,7 +103,8 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     for name in (*names, *optional):
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not a positive number.")
+            wrong = "positive" if value <= 0 else "a finite number"
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not {wrong}.")
     reserve = beside_tensors(args.gpus) if args.gpu_reserve is None else args.gpu_reserve * GB
     memory = card_memory(args.gpu_memory)
     if not 0 <= reserve < memory:

@@ -175,7 +175,10 @@ def test_json(capsys):
         ('--preset 30b --gpus 8', "Unknown preset '30b'"),
         ('--preset 20b --gpus 0', '--gpus 0 is not positive'),
         ('--preset 20b --gpus 8 --tp 3', 'tp = 3 does not divide the 64 attention heads'),
-        ('--preset 20b --gpus 1', 'needs .* GB too much, .* What would help: GPUs of .* or 2 GPUs'),
+        (
+            '--preset 20b --gpus 1',
+            'needs .* GB of a GPU, .* GB more .* What would help: GPUs of .* or 2 GPUs',
+        ),
         ('--preset 120b --gpus 8 --no-offload', 'dropping --no-offload'),
         ('--preset 120b --gpus 8', 'or --grad-reduce-in-bf16'),
     ],
