@@ -3,13 +3,15 @@
 """The errors that reach a user, each as one sentence."""
 
 import atexit
+import contextlib
+import errno
 import os
 import re
 import signal
 import sys
 import time
 import traceback
-from typing import Callable, NoReturn
+from typing import Callable, Iterator, NoReturn
 
 EXIT_FAULT = 1
 EXIT_USAGE = 2
@@ -76,6 +78,84 @@ def _values_in(line: str, error: BaseException) -> str:
     return f" ({', '.join(values)})" if values else ""
 
 
+# What the machine refuses, and what to do about it. Any other errno is a defect of ours.
+_MAKE_ROOM = "Make room there, or name a place on another disk."
+_CAUSES = {
+    errno.ENOSPC: ("no space left on the disk", _MAKE_ROOM),
+    errno.EDQUOT: ("the quota of the disk is used up", _MAKE_ROOM),
+    errno.EFBIG: (
+        "the file is larger than the file system or `ulimit -f` allows",
+        "Raise the limit, or name a place on another disk.",
+    ),
+    errno.EROFS: ("the file system is read-only", "Name a place that can be written."),
+    errno.EACCES: ("permission denied", "Change its permissions, or name another place."),
+    errno.EPERM: ("the operation is not permitted", "Change its owner, or name another place."),
+    errno.EIO: ("the disk has an input/output error", "Look at the disk, then start again."),
+    errno.ESTALE: ("the network file system lost the file", "Start again."),
+    errno.ENOENT: ("no such file or directory", "Check the path."),
+    errno.ENOTDIR: ("a part of the path is a file, not a directory", "Check the path."),
+    errno.EISDIR: ("it is a directory", "Give the path of a file."),
+    errno.ENOTEMPTY: ("the directory is not empty", "Name another, or empty it."),
+    errno.EEXIST: ("it exists already", "Name another."),
+    errno.ELOOP: ("the links of the path form a loop", "Remove them."),
+    errno.ENAMETOOLONG: ("the name is too long for the file system", "Give a shorter one."),
+    errno.EBUSY: ("it is in use, or a mount point", "Name another, or try again later."),
+    errno.ETXTBSY: ("it is a program that runs", "Name another."),
+    errno.EXDEV: ("it lies on another file system", "Name a place on the same one."),
+    errno.EMFILE: ("this process has too many open files", "Raise `ulimit -n`."),
+    errno.ENFILE: ("the machine has too many open files", "Close some, then start again."),
+    errno.ENXIO: ("the device is not there", "Name another place."),
+    errno.ENODEV: ("the device is not there", "Name another place."),
+    errno.ENOTCONN: ("the file system is not connected", "Mount it again."),
+    errno.EHOSTDOWN: ("the file server does not answer", "Try again when it does."),
+    errno.ETIMEDOUT: ("the file server does not answer", "Try again when it does."),
+    errno.ENOLCK: ("the file system has no locks left", "Try again later."),
+    errno.EOPNOTSUPP: ("the file system does not support the operation", "Name another place."),
+}
+# Errors in which libraries hand on what the operating system told them: as text, or as the error
+# during whose handling they arose.
+_WRAPPERS = (
+    "RuntimeError",
+    "Exception",
+    "SafetensorError",
+    "CheckpointException",
+    "ArrowException",
+)
+
+
+def os_error_in(error: BaseException | None) -> OSError | None:
+    """The refusal of the operating system that an error is, or that a library made it of."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in _CAUSES:
+            return error
+        wraps = type(error).__name__ in _WRAPPERS
+        found = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error)) if wraps else None
+        if found is not None and int(found[1] or found[2]) in _CAUSES:
+            code = int(found[1] or found[2])
+            return OSError(code, os.strerror(code), getattr(error, "path", None))
+        error = error.__cause__ or (error.__context__ if wraps else None)
+    return None
+
+
+def as_os_sentence(error: BaseException, path: str | os.PathLike | None = None) -> str | None:
+    """What the operating system refused, in one sentence with path and cause.
+
+    Args:
+        path: named where the error names none.
+    Returns:
+        None for an error that is no such refusal.
+    """
+    found = os_error_in(error)
+    if found is None:
+        return None
+    cause, hint = _CAUSES[found.errno]
+    name = found.filename if found.filename is not None else path
+    name = os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else "A file"
+    return f"{name}: {cause}. {hint}"
+
+
 def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
     """Print an error as one line and leave with an exit code.
 
@@ -92,20 +172,59 @@ def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True)
 def run_main(main: Callable[[], object]) -> None:
     """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1.
 
+    So is what the operating system refuses (a full disk, a read-only file system), with path and
+    cause. Whoever reads our output may go, as `head` does: then there is nobody to tell.
+
     A process that failed ends, whatever its process groups wait for: by SIGALRM, SECONDS_TO_EXIT
     after the interpreter began to.
     """
     try:
         main()
+        with _standard_output():
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()
+        raise SystemExit(EXIT_FAULT)
     except UsageError as error:
         atexit.register(_exit_in_time)
         exit_with(error)
     except RunError as error:
         atexit.register(_exit_in_time)
         exit_with(error, EXIT_FAULT, error.everywhere)
-    except Exception:
+    except Exception as error:
         atexit.register(_exit_in_time)
+        full = _drop_output_if_full()
+        sentence = as_os_sentence(error, "The standard output" if full else None)
+        if sentence is None:
+            raise
+        exit_with(UsageError(sentence))
+
+
+@contextlib.contextmanager
+def _standard_output() -> Iterator[None]:
+    """Name the standard output in an error of writing to it."""
+    try:
+        yield
+    except BrokenPipeError:
         raise
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), "The standard output") from error
+
+
+def _drop_output() -> None:
+    """The interpreter flushes at its end, and would tell of the same error once more."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _drop_output_if_full() -> bool:
+    """Whether what was printed cannot be written."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _drop_output()
+        return True
+    return False
 
 
 def _exit_in_time() -> None:

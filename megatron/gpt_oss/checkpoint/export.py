@@ -18,7 +18,11 @@ from megatron.gpt_oss.checkpoint.checkpoint_model import (
     preset_of_checkpoint,
     vocabulary_of,
 )
-from megatron.gpt_oss.checkpoint.companions import check_tokenizer, copy_companions
+from megatron.gpt_oss.checkpoint.companions import (
+    check_tokenizer,
+    companion_files,
+    copy_companions,
+)
 from megatron.gpt_oss.checkpoint.hf_config import (
     CONFIG_NAME,
     check_hf_config,
@@ -39,7 +43,7 @@ from megatron.gpt_oss.checkpoint.torch_dist_reader import (
     TorchDistReader,
     find_iteration,
 )
-from megatron.gpt_oss.checkpoint.unfinished import fingerprint, unfinished
+from megatron.gpt_oss.checkpoint.unfinished import TO_HF, fingerprint, unfinished
 from megatron.gpt_oss.progress import Progress
 
 
@@ -65,7 +69,8 @@ def export_hf(
             off the tensors' shapes and the arguments of the run, and there is no tokenizer.
         dtype: "bf16", "fp32" or "mxfp4" (the experts' matrices, rounded to nearest; the rest
             in bf16), of the weights written.
-        overwrite: `out` may be a model folder; it is replaced once the new one is whole.
+        overwrite: `out` may be an earlier export, with no file besides; it is replaced once the
+            new one is complete.
         max_shard_bytes: size of one file.
         progress: show a line on stderr.
         yarn_factor: with which the model was trained, where that extends the context of `like`; by
@@ -95,6 +100,7 @@ class ExportJob:
         vocab_size: int | None = None,
     ):
         iteration = find_iteration(checkpoint)
+        self.checkpoint = Path(checkpoint)
         if like is None and (iteration.parent / COMPANIONS_NAME / CONFIG_NAME).is_file():
             like = iteration.parent / COMPANIONS_NAME
         self.like = None if like is None else Path(like)
@@ -129,7 +135,14 @@ class ExportJob:
     def run(self, out: Path, overwrite: bool = False, progress: bool = False) -> Path:
         """Write the folder, see `export_hf`."""
         needed = self.plan.bytes_total()
-        with unfinished(out, self.task(), needed, overwrite) as work:
+        companions = [] if self.like is None else companion_files(self.like)
+        names = {*self.plan.files, INDEX_NAME, CONFIG_NAME, *(path.name for path in companions)}
+        inputs = [self.checkpoint, self.reader.folder, *filter(None, [self.like])]
+        with unfinished(
+            out, self.task(), needed, overwrite, names=names, made_by=TO_HF, inputs=inputs
+        ) as work:
+            if work.complete:
+                return out
             with Progress(needed, "GB", 1e-9, progress) as bar:
                 write_weights(self.reader, self.preset, self.plan, work.folder, work, bar)
             write_config(self.config, self.plan.dtype, work.folder)

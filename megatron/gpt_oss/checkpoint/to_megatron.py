@@ -36,7 +36,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron.gpt_oss.checkpoint.companions import check_tokenizer, copy_companions
+from megatron.gpt_oss.checkpoint.companions import (
+    check_tokenizer,
+    companion_files,
+    copy_companions,
+)
 from megatron.gpt_oss.checkpoint.hf_check import check_tensors
 from megatron.gpt_oss.checkpoint.hf_config import (
     CONFIG_NAME,
@@ -53,12 +57,20 @@ from megatron.gpt_oss.checkpoint.mapping import (
 )
 from megatron.gpt_oss.checkpoint.read_ahead import read_ahead
 from megatron.gpt_oss.checkpoint.torch_dist_reader import COMPANIONS_NAME, TRACKER_NAME
-from megatron.gpt_oss.checkpoint.unfinished import Unfinished, fingerprint, unfinished
+from megatron.gpt_oss.checkpoint.unfinished import (
+    TO_MEGATRON,
+    Unfinished,
+    fingerprint,
+    unfinished,
+)
 from megatron.gpt_oss.presets import preset_flags
 from megatron.gpt_oss.progress import Progress
 
 RELEASE = "release"
 _COMMON_STATE = "common_state/shard_0_1"
+_COMMON_PREFIX = "__0_common_"
+# checkpoint_integrity's; importing it takes seconds.
+MANIFEST = "manifest.json"
 
 
 def convert_to_megatron(
@@ -105,7 +117,16 @@ class Job:
 
     def run(self, out: Path, progress: bool = False) -> Path:
         """Write the checkpoint, see `convert_to_megatron`."""
-        with unfinished(out, self.task(), self.bytes_total()) as work:
+        with unfinished(
+            out,
+            self.task(),
+            self.bytes_total(),
+            names=self.names(),
+            made_by=TO_MEGATRON,
+            inputs=[self.hf],
+        ) as work:
+            if work.complete:
+                return out
             (work.folder / RELEASE).mkdir(exist_ok=True)
             megatron = _import_megatron()
             with _without_checksums(), Progress(self.bytes_total(), "GB", 1e-9, progress) as bar:
@@ -123,6 +144,17 @@ class Job:
             checkpoint_integrity.finish_save(str(work.folder / RELEASE))
             checkpoint_integrity.write_tracker(str(work.folder / TRACKER_NAME), RELEASE)
         return out
+
+    def names(self) -> set[str]:
+        """The files that are written, from the output directory."""
+        release = [".metadata", "metadata.json", MANIFEST, f"{_COMMON_PREFIX}0.distcp"]
+        companions = {path.name for path in companion_files(self.hf)} | {CONFIG_NAME, INDEX_NAME}
+        return {
+            *map(_name, self.files),
+            *(f"{RELEASE}/{name}" for name in release),
+            *(f"{COMPANIONS_NAME}/{name}" for name in companions),
+            TRACKER_NAME,
+        }
 
     def bytes_total(self) -> int:
         """Bytes of all tensors, as they are written."""
@@ -174,7 +206,7 @@ class Job:
         writer = dcp.FileSystemWriter(folder, thread_count=1, overwrite=True)
         writer.fs = _hashing_file_system()
         common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
-        plan = SavePlan([common], storage_data=_StoragePrefix("__0_common_"))
+        plan = SavePlan([common], storage_data=_StoragePrefix(_COMMON_PREFIX))
         planner = _BytesPlanner({_COMMON_STATE: _saved([self._common_state()])})
         results = results + writer.write_data(plan, planner).wait()
         tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}

@@ -400,18 +400,20 @@ def test_no_room_on_the_way(hf, tmp_path, monkeypatch):
     assert checkpoint_integrity.find_problem(str(tmp_path / 'out' / 'release')) is None
 
 
-def test_full_device(hf, tmp_path):
+def test_full_device(hf, tmp_path, monkeypatch):
     """A real ENOSPC through PyTorch's writer, of a file that is the full device."""
     if not os.path.exists('/dev/full'):
         pytest.skip('no /dev/full')
     first = next(iter(checkpoint_files(PRESET, Layout())))
-    partial = tmp_path / '.out.partial' / 'release'
-    work = unfinished_module.Unfinished(tmp_path / '.out.partial', Job(hf).task())
-    (partial.parent / 'kept').write_text('x')
-    work.finish('kept')
-    work.wait()
-    work.close()
-    partial.mkdir()
-    (partial / f'{first.prefix}0.distcp').symlink_to('/dev/full')
+    write_files = Job.write_files
+
+    def write_to_full_device(self, work, bar):
+        (work.folder / 'kept').write_text('x')
+        work.finish('kept')
+        work.wait()
+        (work.folder / 'release' / f'{first.prefix}0.distcp').symlink_to('/dev/full')
+        return write_files(self, work, bar)
+
+    monkeypatch.setattr(Job, 'write_files', write_to_full_device)
     with pytest.raises(UsageError, match='No space left on the disk of .*out after 1 files'):
         convert_to_megatron(hf, tmp_path / 'out')
