@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gptoss", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_tokenize(commands)
+    _add_verify_data(commands)
     _add_init_tiny(commands)
     _add_convert(commands)
     _add_verify(commands)
@@ -50,6 +51,21 @@ def _run_tokenize(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.data.tokenize_command import run_tokenize
 
     run_tokenize(args)
+
+
+def _add_verify_data(commands) -> None:
+    parser = commands.add_parser("verify-data", help="is a dataset what gptoss tokenize wrote?")
+    parser.add_argument(
+        "prefix", nargs="+", metavar="PREFIX", help="path of the .bin and .idx, without ending"
+    )
+    parser.set_defaults(run=_run_verify_data)
+
+
+def _run_verify_data(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.data.verify_data import verify_data
+
+    if not verify_data(args.prefix, progress=True):
+        raise SystemExit(1)
 
 
 def _add_init_tiny(commands) -> None:
@@ -110,7 +126,9 @@ def _add_convert(commands) -> None:
         metavar="N",
         help="write the first N rows of the vocabulary; by default all that are not padding",
     )
-    to_hf.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    to_hf.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export, and nothing else"
+    )
     to_hf.set_defaults(run=_run_to_hf)
 
 

@@ -23,8 +23,11 @@ from megatron.core.transformer.sink_attention.backends.base import package_versi
 from megatron.core.transformer.sink_attention.case import Case
 from megatron.core.transformer.sink_attention.measure import Workload, errors, time_interleaved
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.outputs import MADE_BY, check_file, write_file
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.transformer_engine import describe
+
+DOCTOR = "gptoss doctor"
 
 # An error of bf16 rounding is 3e-3; a wrong mask, scale or sink is beyond this by far.
 _ERROR_LIMIT = 1e-2
@@ -53,10 +56,12 @@ def run_doctor(
     """
     if seqlen < 2:
         raise UsageError(f"--seqlen {seqlen}: wanted at least 2 tokens.")
-    if json_path and not Path(json_path).absolute().parent.is_dir():
-        raise UsageError(f"--json {json_path}: no folder {Path(json_path).absolute().parent}.")
+    if json_path is not None:
+        if json_path and not Path(json_path).absolute().parent.is_dir():
+            raise UsageError(f"--json {json_path}: no folder {Path(json_path).absolute().parent}.")
+        check_file(json_path, DOCTOR, "--json")
     cuda = torch.cuda.is_available()
-    report = {"versions": versions(), "cases": []}
+    report = {MADE_BY: DOCTOR, "versions": versions(), "cases": []}
     print(aligned([[name, value] for name, value in report["versions"].items()]))
     for workload in _workloads(get_preset(preset_name), seqlen):
         case = examine(workload, cuda, measure and cuda, compile_flex)
@@ -66,8 +71,8 @@ def run_doctor(
     print(f"\n{report['transformer_engine']}")
     report["advice"] = advice(report)
     print("\n" + "\n".join(f"- {line}" for line in report["advice"]))
-    if json_path:
-        Path(json_path).write_text(json.dumps(report, indent=1) + "\n")
+    if json_path is not None:
+        write_file(json_path, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -3,11 +3,11 @@
 """metrics.jsonl: one JSON object a line, in the order in which a run logged them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.outputs import naming, write_file
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
     """Add one record."""
-    with open(path, "a", encoding="utf-8") as stream:
+    with naming(path), open(path, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(record) + "\n")
 
 
@@ -47,7 +47,8 @@ def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
     Args:
         evaluations_only: of records of validation and test sets; all others stay.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return
     kept = [
@@ -55,6 +56,4 @@ def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
         for record in read_metrics(path)
         if record.get("step", 0) < step or (evaluations_only and "set" not in record)
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept))

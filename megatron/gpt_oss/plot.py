@@ -2,10 +2,15 @@
 
 """Draw the loss of a run from its metrics.jsonl."""
 
+import io
 from pathlib import Path
+from typing import Iterable
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.outputs import check_file, write_file
+
+PLOT = "gptoss plot"
 
 
 def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> Path:
@@ -14,11 +19,12 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     Args:
         metrics: metrics.jsonl; records with a step and a loss, or a step and a valid_loss. Of
             several records of one step (a resumed run) the last counts.
-        out: the PNG.
+        out: the PNG; one of an earlier call is replaced.
         title: over the picture.
     Raises:
-        UsageError: nothing to draw, or matplotlib is not installed.
+        UsageError: nothing to draw, matplotlib is not installed, or `out` is another file.
     """
+    check_picture(out, PLOT, [metrics])
     by_step = {r["step"]: r for r in read_metrics(metrics) if "step" in r and "loss" in r}
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
@@ -56,11 +62,25 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         axes[1, 0].set_ylabel("learning rate")
         axes[1, 0].grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    save_picture(figure, out, PLOT)
     pyplot.close(figure)
-    return out
+    return Path(out)
+
+
+def check_picture(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ()) -> None:
+    """See `check_file`; the name must end in .png, so that it is what it says."""
+    check_file(out, made_by, "The PNG", inputs)
+    if Path(out).suffix.lower() not in ("", ".png") and not str(out).startswith("/dev/"):
+        raise UsageError(
+            f"The picture is a PNG, and {out} ends in {Path(out).suffix}. Name a .png."
+        )
+
+
+def save_picture(figure, out: str | Path, made_by: str) -> None:
+    """Write a figure as a PNG that bears the mark of the command."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=120, format="png", metadata={"Software": made_by})
+    write_file(out, stream.getvalue())
 
 
 def import_pyplot():

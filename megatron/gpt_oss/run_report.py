@@ -7,8 +7,10 @@ from pathlib import Path
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.outputs import check_file, write_file
 from megatron.gpt_oss.svg_chart import line_chart
 
+REPORT = "gptoss report"
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 svg { width: 100%; max-width: 46rem; } svg text { font-size: 11px; fill: #444; }
@@ -32,12 +34,15 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
     Args:
         run_dir: --run-dir of the run, with metrics.jsonl and arguments.json.
-        out: the page; RUN/report.html by default.
+        out: the page; RUN/report.html by default. One of an earlier call is replaced.
     Raises:
-        UsageError: no metrics.jsonl there, or no step in it yet.
+        UsageError: no metrics.jsonl there, no step in it yet, or `out` is another file.
     """
     run_dir = Path(run_dir)
-    records = read_metrics(run_dir / "metrics.jsonl")
+    inputs = [run_dir / "metrics.jsonl", run_dir / "arguments.json"]
+    records = read_metrics(inputs[0])
+    out = Path(out) if out is not None else run_dir / "report.html"
+    check_file(out, REPORT, "--out", inputs)
     steps = list({r["step"]: r for r in records if "loss" in r}.values())
     if not steps:
         raise UsageError(f"{run_dir / 'metrics.jsonl'} has no record with a step and a loss yet.")
@@ -48,12 +53,11 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     sections.append(_configuration(run_dir / "arguments.json"))
     name = escape(run_dir.resolve().name)
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="generator" content="{REPORT}"><title>{name}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{name}</h1>{''.join(sections)}</body></html>\n"
     )
-    out = Path(out) if out else run_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_file(out, page)
     return out
 
 

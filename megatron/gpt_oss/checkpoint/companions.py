@@ -11,6 +11,7 @@ from megatron.gpt_oss.checkpoint.hf_config import CONFIG_NAME
 from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME
 from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_NAME
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.outputs import naming
 
 _WEIGHTS = (
     ".safetensors",
@@ -44,7 +45,8 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copy them, byte for byte, into a folder that is made if it is not there."""
     target.mkdir(parents=True, exist_ok=True)
     for path in companion_files(source):
-        shutil.copyfile(path, target / path.name)
+        with naming(target / path.name):
+            shutil.copyfile(path, target / path.name)
 
 
 def check_tokenizer(folder: Path) -> None:

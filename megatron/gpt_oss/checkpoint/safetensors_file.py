@@ -21,6 +21,7 @@ import torch
 
 from megatron.gpt_oss.checkpoint.runs import LARGEST_CALL, is_one_run, read_run, run_offset
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.outputs import naming
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -160,8 +161,10 @@ class SafetensorsWriter:
             self._entries[name] = (offset, dtype, math.prod(shape[1:]) * dtype.itemsize)
             offset += math.prod(shape) * dtype.itemsize
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self.path = Path(path)
         try:
-            os.posix_fallocate(self._fd, 0, self.size)
+            with naming(path):
+                os.posix_fallocate(self._fd, 0, self.size)
             self._write(header, 0)
         except BaseException:
             os.close(self._fd)
@@ -182,7 +185,8 @@ class SafetensorsWriter:
     def _write(self, data, offset: int) -> None:
         memory = memoryview(data)
         while memory:
-            count = os.pwrite(self._fd, memory[:LARGEST_CALL], offset)
+            with naming(self.path):
+                count = os.pwrite(self._fd, memory[:LARGEST_CALL], offset)
             memory, offset = memory[count:], offset + count
 
 

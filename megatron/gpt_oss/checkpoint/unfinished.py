@@ -117,14 +117,14 @@ class Unfinished:
         if self.folder.is_symlink():
             raise UsageError(
                 f"{self.folder} is a link; the unfinished output would go where it leads. Remove "
-                "the link, or give another --out."
+                "the link, or name another output directory."
             )
         if not os.path.lexists(self.folder):
             return
         if not self.folder.is_dir():
             raise UsageError(
                 f"{self.folder} is a file, and the unfinished output goes into a directory of that "
-                "name. Move it away, or give another --out."
+                "name. Move it away, or name another output directory."
             )
         found = files_in(self.folder, ())
         allowed = {_JOURNAL, RECORD} | (self._names or set())
@@ -142,7 +142,7 @@ class Unfinished:
     def _refuse(self, name: str) -> None:
         raise UsageError(
             f"{self.folder / name} is not a file of an unfinished conversion, and {self.folder} is "
-            "where one goes. Move it away, or give another --out."
+            "where one goes. Move it away, or name another output directory."
         )
 
     def _named_by_journal(self) -> set[str]:
@@ -239,7 +239,7 @@ class Unfinished:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"Another process is writing {self.folder}. Wait for it, or give another --out."
+                f"Another process is writing {self.folder}. Wait for it, or name another output directory."
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -340,8 +340,8 @@ def unfinished(
         UsageError: `out` is not empty, or cannot be written, the disk has no room, or another
             process or task has it.
     """
-    shown, out = Path(out), real_path(out, "--out")
-    check_apart([out], inputs, "--out")
+    shown, out = Path(out), real_path(out, "The output directory")
+    check_apart([out], inputs, "The output directory")
     place = _place(out)
     _check_out(shown, out, place, overwrite, made_by, task)
     work = Unfinished(place, task, names, made_by, out)
@@ -432,7 +432,7 @@ def check_space(out: Path, needed: int, shown: Path | None = None) -> None:
     if free < needed + _RESERVE:
         raise UsageError(
             f"{shown or out} needs {gigabytes(needed + _RESERVE)} on disk, {gigabytes(free)} are free. "
-            "Make room, or give an --out on another disk."
+            "Make room, or name a place on another disk."
         )
 
 

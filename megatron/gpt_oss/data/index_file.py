@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy
 
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.outputs import naming
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -30,6 +31,9 @@ _DTYPES = {
     7: "float32",
     8: "uint16",
 }
+_REMEDY = "Copy both files again, or make them anew: gptoss tokenize ... --overwrite."
+_AT_A_TIME = 2**20  # entries
+_checked: dict[tuple, "IndexHeader"] = {}
 _CODES = {name: code for code, name in _DTYPES.items()}
 
 
@@ -63,6 +67,11 @@ class IndexHeader:
         return _HEADER.size
 
     @property
+    def pointers_at(self) -> int:
+        """Byte offset of the sequences' places in the .bin."""
+        return _HEADER.size + 4 * self.sequences
+
+    @property
     def size(self) -> int:
         """Bytes of the whole file."""
         return _HEADER.size + 12 * self.sequences + 8 * self.documents
@@ -71,52 +80,121 @@ class IndexHeader:
 def check_dataset(prefix: str | Path) -> IndexHeader:
     """Refuse a dataset whose .idx is damaged or does not belong to its .bin.
 
-    Reads a few bytes, whatever the size.
+    Reads all of the .idx, some 20 bytes a document, once for each state of the files: every length,
+    where every sequence begins and which sequences make a document.
 
     Raises:
         UsageError: names the file, what it has and what to do.
     """
     idx, data = f"{prefix}.idx", f"{prefix}.bin"
-    remedy = "Copy both files again, or make them anew: gptoss tokenize ... --overwrite."
-    size = os.path.getsize(idx)
-    with open(idx, "rb") as stream:
-        start = stream.read(_HEADER.size)
-        if start[: len(_MAGIC)] != _MAGIC:
-            found = f"begins with {start[:9]!r}" if start else "is empty"
-            raise UsageError(f"{idx} {found}: not an index of Megatron's. {remedy}")
-        if len(start) < _HEADER.size:
-            raise UsageError(f"{idx} ends after {size} bytes, within its header. {remedy}")
-        _, version, code, sequences, documents = _HEADER.unpack(start)
-        if version != 1 or code not in _DTYPES:
-            raise UsageError(
-                f"{idx} has version {version} and type {code}, which Megatron does not know (wanted "
-                f"version 1, types 1 to 8). {remedy}"
-            )
-        header = IndexHeader(_DTYPES[code], sequences, documents)
-        # Multimodal sets have one more byte a sequence.
-        if size not in (header.size, header.size + sequences):
-            raise UsageError(
-                f"{idx} has {size:,} bytes; with {sequences:,} sequences it must have "
-                f"{header.size:,}. {remedy}"
-            )
+    for path in (idx, data):
+        if not os.path.isfile(path):
+            what = "is a directory" if os.path.isdir(path) else "does not exist"
+            raise UsageError(f"{path} {what}. {_REMEDY}")
+    states = [(os.path.realpath(path), os.stat(path)) for path in (idx, data)]
+    key = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in states)
+    if key not in _checked:
+        _checked[key] = _check_all(idx, data)
+    return _checked[key]
+
+
+def _check_all(idx: str, data: str) -> IndexHeader:
+    """See `check_dataset`."""
+    with naming(idx), open(idx, "rb") as stream:
+        header = _check_header(idx, stream)
         length, pointer = 0, 0
-        if sequences:
-            length = _number(stream, header.lengths_at + 4 * (sequences - 1), "<i")
-            pointer = _number(stream, header.lengths_at + 12 * sequences - 8, "<q")
-        last = _number(stream, header.size - 8, "<q") if documents else 0
-    if length < 0 or pointer < 0 or last != sequences:
+        if header.sequences:
+            length = _number(stream, header.lengths_at + 4 * (header.sequences - 1), "<i")
+            pointer = _number(stream, header.pointers_at + 8 * (header.sequences - 1), "<q")
+        last = _number(stream, header.size - 8, "<q") if header.documents else 0
+        if length < 0 or pointer < 0 or last != header.sequences or not header.documents:
+            raise UsageError(
+                f"{idx} is damaged: its last sequence has {length} tokens at byte {pointer}, its "
+                f"documents end at sequence {last} of {header.sequences}. {_REMEDY}"
+            )
+        itemsize = numpy.dtype(header.dtype).itemsize
+        expected = pointer + length * itemsize
+        found = os.path.getsize(data)
+        if found != expected:
+            raise UsageError(
+                f"{data} has {found:,} bytes, {idx} is of one with {expected:,}. They do not belong "
+                f"together, or one is cut short. {_REMEDY}"
+            )
+        _check_sequences(idx, stream, header, itemsize)
+        _check_documents(idx, stream, header)
+    return header
+
+
+def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
+    size = os.fstat(stream.fileno()).st_size
+    start = stream.read(_HEADER.size)
+    if start[: len(_MAGIC)] != _MAGIC:
+        found = f"begins with {start[:9]!r}" if start else "is empty"
+        raise UsageError(f"{idx} {found}: not an index of Megatron's. {_REMEDY}")
+    if len(start) < _HEADER.size:
+        raise UsageError(f"{idx} ends after {size} bytes, within its header. {_REMEDY}")
+    _, version, code, sequences, documents = _HEADER.unpack(start)
+    if version != 1 or code not in _DTYPES:
         raise UsageError(
-            f"{idx} is damaged: its last sequence has {length} tokens at byte {pointer}, its "
-            f"documents end at sequence {last} of {sequences}. {remedy}"
+            f"{idx} has version {version} and type {code}, which Megatron does not know (wanted "
+            f"version 1, types 1 to 8). {_REMEDY}"
         )
-    expected = pointer + length * numpy.dtype(header.dtype).itemsize
-    found = os.path.getsize(data)
-    if found != expected:
+    if _DTYPES[code].startswith("float"):
+        raise UsageError(f"{idx} is of {_DTYPES[code]} values, which are no token ids. {_REMEDY}")
+    header = IndexHeader(_DTYPES[code], sequences, documents)
+    # Multimodal sets have one more byte a sequence.
+    if size not in (header.size, header.size + sequences):
         raise UsageError(
-            f"{data} has {found:,} bytes, {idx} is of one with {expected:,}. They do not belong "
-            f"together, or one is cut short. {remedy}"
+            f"{idx} has {size:,} bytes; with {sequences:,} sequences it must have "
+            f"{header.size:,}. {_REMEDY}"
         )
     return header
+
+
+def _check_sequences(idx: str, stream: BinaryIO, header: IndexHeader, itemsize: int) -> None:
+    """Each sequence begins where the one before ends."""
+    position = 0
+    for first in range(0, header.sequences, _AT_A_TIME):
+        count = min(_AT_A_TIME, header.sequences - first)
+        lengths = _array(stream, header.lengths_at + 4 * first, count, "<i4").astype(numpy.int64)
+        pointers = _array(stream, header.pointers_at + 8 * first, count, "<i8")
+        if (negative := lengths < 0).any():
+            at = int(negative.argmax())
+            raise UsageError(
+                f"{idx} is damaged: sequence {first + at} has {lengths[at]} tokens. {_REMEDY}"
+            )
+        ends = position + numpy.cumsum(lengths) * itemsize
+        begins = ends - lengths * itemsize
+        if (wrong := pointers != begins).any():
+            at = int(wrong.argmax())
+            raise UsageError(
+                f"{idx} is damaged: sequence {first + at} begins at byte {pointers[at]:,}, and those "
+                f"before it end at byte {begins[at]:,}. {_REMEDY}"
+            )
+        position = int(ends[-1])
+
+
+def _check_documents(idx: str, stream: BinaryIO, header: IndexHeader) -> None:
+    """Documents follow each other, from the first sequence to the last; one may be empty."""
+    before = 0
+    for first in range(0, header.documents, _AT_A_TIME):
+        count = min(_AT_A_TIME, header.documents - first)
+        begins = _array(stream, header.size - 8 * (header.documents - first), count, "<i8")
+        steps = numpy.diff(begins, prepend=before)
+        wrong = (steps < 0) | (begins < 0) | (begins > header.sequences)
+        wrong[0] |= first == 0 and begins[0] != 0
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise UsageError(
+                f"{idx} is damaged: document {first + at} begins at sequence {begins[at]}, the one "
+                f"before it at {begins[at] - steps[at]}, of {header.sequences}. {_REMEDY}"
+            )
+        before = int(begins[-1])
+
+
+def _array(stream: BinaryIO, offset: int, count: int, dtype: str) -> numpy.ndarray:
+    stream.seek(offset)
+    return numpy.frombuffer(stream.read(count * numpy.dtype(dtype).itemsize), dtype=dtype)
 
 
 def read_lengths(prefix: str | Path) -> numpy.ndarray:

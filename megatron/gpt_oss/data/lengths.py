@@ -85,7 +85,8 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     Raises:
         UsageError: matplotlib is not installed.
     """
-    from megatron.gpt_oss.plot import import_pyplot
+    from megatron.gpt_oss.data.corpus_record import TOKENIZE
+    from megatron.gpt_oss.plot import import_pyplot, save_picture
 
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(
@@ -105,7 +106,6 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     )
     for axis in (above, below):
         axis.grid(axis="y", alpha=0.3)
-    out = Path(out)
-    figure.savefig(out, dpi=120)
+    save_picture(figure, out, TOKENIZE)
     pyplot.close(figure)
-    return out
+    return Path(out)

@@ -2,10 +2,8 @@
 
 """Text files to Megatron's indexed dataset (.bin and .idx)."""
 
-import errno
 import hashlib
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +12,16 @@ from typing import Iterator, Sequence
 
 import numpy
 
+from megatron.gpt_oss.data.corpus_record import (
+    SUMMARY,
+    TOKENIZE,
+    VERSION,
+    check_outputs,
+    check_prefix,
+    dataset_prefix,
+    former_outputs,
+    output_of,
+)
 from megatron.gpt_oss.data.documents import (
     TEXT_PATTERNS,
     Record,
@@ -30,10 +38,11 @@ from megatron.gpt_oss.data.encode import (
 )
 from megatron.gpt_oss.data.find_files import find_files
 from megatron.gpt_oss.data.lengths import LONG, VALIDATION, Histogram, bucket_names, short_length
-from megatron.gpt_oss.data.partial_output import PartialOutput, dataset_prefix
+from megatron.gpt_oss.data.partial_output import PartialOutput
 from megatron.gpt_oss.data.process_map import process_map
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer
-from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.errors import UsageError, as_os_sentence
+from megatron.gpt_oss.outputs import MADE_BY, write_file
 from megatron.gpt_oss.progress import Progress
 
 BATCH_BYTES = 2_000_000  # of text that a process gets at a time
@@ -136,7 +145,7 @@ def tokenize_files(
     Raises:
         UsageError: nothing to read, a bad line, or the dataset exists.
     """
-    prefix = Path(output_prefix)
+    prefix = check_prefix(output_prefix)
     if workers < 1:
         raise UsageError(f"--workers {workers}: at least one process is needed.")
     if not 0 <= validation_share < 1:
@@ -151,14 +160,20 @@ def tokenize_files(
     job = EncodeJob(
         tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
     )
-    output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+    try:
+        output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+    except OSError as error:
+        sentence = as_os_sentence(error, prefix.parent)
+        raise UsageError(sentence) if sentence else error
     rate = 0.0
     try:
+        check_outputs(prefix, names, overwrite, files, output.named_already())
         if not output.complete:
-            _check_new(prefix, names, overwrite)
             run = _Run(files, output, buckets, split_at, bad)
             rate = run.encode(job, workers, show_progress)
-        summary = _publish(output, prefix, names, tokenizer, overwrite)
+        # Hours may have passed, and somebody may have written there.
+        check_outputs(prefix, names, overwrite, files, output.named_already())
+        summary = _publish(output, prefix, names, tokenizer)
     except BaseException as error:
         output.close()
         if not output.saved or isinstance(error, _NothingFound):
@@ -327,20 +342,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_new(prefix: Path, names: Sequence[str], overwrite: bool) -> None:
-    targets = [dataset_prefix(prefix, name) for name in names]
-    existing = [f"{t}{end}" for t in targets for end in (".bin", ".idx")]
-    existing = [path for path in existing if os.path.exists(path)]
-    if existing and not overwrite:
-        raise UsageError(f"{existing[0]} exists. Give another name, or --overwrite.")
-
-
 def _publish(
-    output: PartialOutput,
-    prefix: Path,
-    names: Sequence[str],
-    tokenizer: TextTokenizer,
-    overwrite: bool,
+    output: PartialOutput, prefix: Path, names: Sequence[str], tokenizer: TextTokenizer
 ) -> Summary:
     """Name the finished datasets, and write the summary beside them."""
     state = output.state
@@ -351,7 +354,7 @@ def _publish(
         raise _NothingFound(
             f"None of the files found holds a document, e.g. {first[0]}: {first[1]}."
         )
-    published = output.publish()
+    published, outputs = output.publish()
     summary = Summary(
         files=state["files"],
         documents=len(everything),
@@ -364,23 +367,26 @@ def _publish(
         },
         histogram=Histogram.of(everything),
     )
-    path = Path(f"{prefix}.json")
-    if overwrite and path.exists():
-        _remove_former(path, prefix, published)
-    temporary = path.with_name(f".{path.name}.new")
-    text = json.dumps(_record(summary, prefix, published, tokenizer), indent=1)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    for path in former_outputs(prefix, outputs):
+        path.resolve().unlink()
+    record = _record(summary, prefix, published, outputs, tokenizer)
+    write_file(output_of(prefix, SUMMARY), json.dumps(record, indent=1) + "\n")
     return summary
 
 
 def _record(
-    summary: Summary, prefix: Path, published: Sequence[str], tokenizer: TextTokenizer
+    summary: Summary,
+    prefix: Path,
+    published: Sequence[str],
+    outputs: dict[str, dict],
+    tokenizer: TextTokenizer,
 ) -> dict:
     """The content of PREFIX.json."""
     histogram = summary.histogram
     counts = [summary.datasets[str(dataset_prefix(prefix, name))] for name in published]
     return {
+        MADE_BY: TOKENIZE,
+        "version": VERSION,
         "files": summary.files,
         "documents": summary.documents,
         "tokens": summary.tokens,
@@ -389,6 +395,8 @@ def _record(
             name: {"documents": documents, "tokens": tokens}
             for name, (documents, tokens) in zip(published, counts)
         },
+        # By what follows the name of this file without .json.
+        "outputs": outputs,
         "share_of_tokens_in_documents_over_32k": histogram.long_share,
         "lengths": {
             "from": list(histogram.edges[:-1]),
@@ -403,25 +411,12 @@ def _record(
     }
 
 
-def _remove_former(path: Path, prefix: Path, published: Sequence[str]) -> None:
-    """Datasets of the output that is replaced, which the new one does not have."""
-    try:
-        former = json.loads(path.read_text(encoding="utf-8"))["datasets"]
-    except (ValueError, KeyError):
-        return
-    for name in set(former) - set(published):
-        for end in (".idx", ".bin"):
-            Path(f"{dataset_prefix(prefix, name)}{end}").unlink(missing_ok=True)
-
-
 def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
     """The error as a user sees it."""
     kept = f" What is done stays in {output.folder}: the same command goes on from there."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UsageError(
-            f"No space left on the disk of {output.folder.parent}. Make room."
-            + (kept if output.saved else "")
-        )
-    if isinstance(error, UsageError) and output.folder.exists():
+    sentence = as_os_sentence(error, output.folder.parent)
+    if sentence is not None:
+        return UsageError(sentence + (kept if output.saved else ""))
+    if isinstance(error, UsageError) and output.saved and output.folder.exists():
         return UsageError(f"{error}{kept}")
     return error

@@ -47,4 +47,8 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         default=len(os.sched_getaffinity(0)),
         help="processes; as many as there are cores by default",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing dataset")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier output of gptoss tokenize, and nothing else",
+    )

@@ -2,6 +2,7 @@
 """What ends a run from outside, each as one message: what happened, what is saved, what to do."""
 
 import errno
+import os
 import re
 import sys
 import traceback
@@ -12,7 +13,7 @@ from typing import Iterator
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.gpt_oss.errors import RunError
+from megatron.gpt_oss.errors import RunError, as_os_sentence
 from megatron.training import checkpoint_integrity
 from megatron.training.non_finite import NonFiniteError
 from megatron.training.saved_schedule import ScheduleError
@@ -68,7 +69,8 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
                 f"output tells why. Here: {text[:200]}. {_what_is_saved(args)} Start again with the "
                 "same command."
             )
-    return None
+    sentence = as_os_sentence(error)
+    return RunError(f"{sentence} {_what_is_saved(args)}") if sentence is not None else None
 
 
 def print_traceback(error: BaseException) -> None:
@@ -86,11 +88,12 @@ def _written_error(error: BaseException) -> BaseException:
 
 
 def _is_of_checkpoint(error: OSError, args: Namespace) -> bool:
-    """A file that is not there may also be one that was to be read."""
-    if error.errno != errno.ENOENT:
-        return True
+    """A named file may be another one; one that is not there may be one that was to be read."""
     name = str(error.filename or "")
-    return bool(args.save) and name.startswith(str(args.save)) and "iter_" in name
+    if not name:
+        return error.errno != errno.ENOENT
+    inside = bool(args.save) and os.path.abspath(name).startswith(os.path.abspath(args.save))
+    return inside and (error.errno != errno.ENOENT or "iter_" in name)
 
 
 def _what_is_saved(args: Namespace) -> str:

@@ -22,6 +22,7 @@ from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explici
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.layer_specs import model_config_from_args
+from megatron.gpt_oss.outputs import naming, write_file
 from megatron.gpt_oss.plan.dry_run import asked_for, dry_run
 from megatron.gpt_oss.recipe import with_recipe
 from megatron.gpt_oss.training import signals
@@ -160,7 +161,8 @@ def _check_run_dir(run_dir: Path | None) -> None:
     if run_dir is None:
         return
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        with naming(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from error
 
@@ -242,7 +244,7 @@ def _largest(number: int | float) -> int | float:
 def _write_arguments(args: Namespace, run_dir: Path | None) -> None:
     if args.rank == 0 and run_dir is not None:
         arguments = json.dumps(vars(args), indent=1, default=str, sort_keys=True)
-        (run_dir / "arguments.json").write_text(arguments, encoding="utf-8")
+        write_file(run_dir / "arguments.json", arguments)
 
 
 def _announced(provider, args: Namespace, console: TextIO):

@@ -1,0 +1,159 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""`gptoss verify-data`: all of a dataset is read and compared with what was written.
+
+The .idx in itself and against the .bin (see `check_dataset`), every token against the vocabulary,
+sizes and SHA-256 against PREFIX.json.
+"""
+
+import glob
+import hashlib
+import os
+from pathlib import Path
+from typing import Iterable
+
+import numpy
+
+from megatron.gpt_oss.data.corpus_record import (
+    DATASET,
+    SKIPPED,
+    SUMMARY,
+    dataset_prefix,
+    ending,
+    output_of,
+    owner_of,
+)
+from megatron.gpt_oss.data.index_file import check_dataset
+from megatron.gpt_oss.errors import UsageError, as_os_sentence
+from megatron.gpt_oss.outputs import naming, sha256
+from megatron.gpt_oss.progress import Progress
+
+_BYTES_AT_A_TIME = 8 * 2**20
+
+
+def verify_data(prefixes: Iterable[str | Path], progress: bool = False) -> bool:
+    """Read datasets whole and print, a line for each, whether it is sound.
+
+    Args:
+        prefixes: paths without ending; of a corpus in parts, the one that `--output` named means
+            all of them.
+        progress: show a line on stderr.
+    Returns:
+        Whether all are sound.
+    Raises:
+        UsageError: there is no dataset at a path.
+    """
+    found = [(Path(prefix), _datasets(Path(prefix))) for prefix in prefixes]
+    sizes = [_size(dataset_prefix(p, name)) for p, names in found for name in names]
+    sound = True
+    with Progress(sum(sizes), "GB", 1e-9, progress) as bar:
+        lines = []
+        for prefix, names in found:
+            for name in names:
+                problem, line = _verify(prefix, name, bar)
+                sound = sound and problem is None
+                lines.append(problem or line)
+            sound = _verify_skipped(prefix, lines) and sound
+    print("\n".join(lines))
+    return sound
+
+
+def _datasets(prefix: Path) -> list[str]:
+    """Names of the datasets that a path means."""
+    owner = owner_of(prefix)
+    if owner is not None and owner[0] == prefix:
+        return sorted(owner[1]["datasets"]) or [""]
+    if any(output_of(prefix, end).exists() for end in DATASET) or owner is not None:
+        return [""]
+    hint = ""
+    if prefix.name.endswith(DATASET):
+        hint = f" Give the path without its ending: {str(prefix)[:-4]}."
+    elif parts := glob.glob(f"{glob.escape(str(prefix))}.*.idx"):
+        hint = f" Did you mean {sorted(parts)[0][:-4]}?"
+    raise UsageError(f"No dataset {prefix}: neither {prefix}{SUMMARY} nor {prefix}.idx.{hint}")
+
+
+def _size(target: Path) -> int:
+    path = output_of(target, ".bin")
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _verify(prefix: Path, name: str, bar: Progress) -> tuple[str | None, str]:
+    """(what is wrong, what is right) with one dataset."""
+    target = dataset_prefix(prefix, name)
+    owner = owner_of(prefix if name else target)
+    try:
+        header = check_dataset(target)
+        record = {} if owner is None else owner[1]
+        name = name or ("" if owner is None else owner[2])
+        vocab_size = record.get("vocab_size")
+        highest, lowest, tokens, digest = _read_tokens(target, header.dtype, bar)
+        if tokens and (lowest < 0 or (isinstance(vocab_size, int) and highest >= vocab_size)):
+            wrong = lowest if lowest < 0 else highest
+            known = f"0 to {vocab_size - 1}" if isinstance(vocab_size, int) else "0 or more"
+            return f"{target}.bin holds token {wrong}; the vocabulary has {known}. {_REMEDY}", ""
+        digests = {".bin": digest, ".idx": sha256(output_of(target, ".idx"))}
+        for end, found in digests.items():
+            expected = record.get("outputs", {}).get(ending(name, end), {}) if record else {}
+            problem = _compare(output_of(target, end), expected, found)
+            if record and problem:
+                return problem, ""
+        counts = record.get("datasets", {}).get(name)
+        documents = header.documents - 1
+        if counts is not None and counts != {"documents": documents, "tokens": tokens}:
+            return (
+                f"{target} has {documents:,} documents and {tokens:,} tokens, its record "
+                f"{counts}. {_REMEDY}"
+            ), ""
+    except UsageError as error:
+        return str(error), ""
+    except OSError as error:
+        return as_os_sentence(error, target) or f"{target}: {error}", ""
+    told = "as it was written (SHA-256)" if record else f"sound in itself; no {prefix}{SUMMARY}"
+    return None, f"{target}: {documents:,} documents, {tokens:,} tokens, {told}"
+
+
+_REMEDY = "Copy both files again, or make them anew: gptoss tokenize ... --overwrite."
+
+
+def _compare(path: Path, expected: dict, digest: str) -> str | None:
+    if not expected:
+        return f"{path} is not in its record. {_REMEDY}"
+    size = path.stat().st_size
+    if size != expected.get("size"):
+        return f"{path} has {size:,} bytes, was written with {expected.get('size')}. {_REMEDY}"
+    if digest != expected.get("sha256"):
+        return f"{path} has other contents than when it was written (SHA-256). {_REMEDY}"
+    return None
+
+
+def _read_tokens(target: Path, dtype: str, bar: Progress) -> tuple[int, int, int, str]:
+    """(highest id, lowest id, tokens, SHA-256) of a .bin."""
+    path = output_of(target, ".bin")
+    digest = hashlib.sha256()
+    highest, lowest, tokens = 0, 0, 0
+    with naming(path), open(path, "rb") as file:
+        while piece := file.read(_BYTES_AT_A_TIME):
+            digest.update(piece)
+            ids = numpy.frombuffer(piece, dtype=dtype)
+            highest, lowest = max(highest, int(ids.max())), min(lowest, int(ids.min()))
+            tokens += len(ids)
+            bar.advance(len(piece), os.path.basename(path))
+    return highest, lowest, tokens, digest.hexdigest()
+
+
+def _verify_skipped(prefix: Path, lines: list[str]) -> bool:
+    """The list of what was left out, where there is one."""
+    owner = owner_of(prefix)
+    expected = (
+        owner[1]["outputs"].get(SKIPPED) if owner is not None and owner[0] == prefix else None
+    )
+    path = output_of(prefix, SKIPPED)
+    if expected is None:
+        return True
+    problem = (
+        f"{path} is missing." if not path.is_file() else _compare(path, expected, sha256(path))
+    )
+    if problem:
+        lines.append(problem)
+    return not problem
