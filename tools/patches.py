@@ -281,6 +281,11 @@ def main(argv: list[str] | None = None) -> int:
     except QueueError as error:
         print(f"patches.py: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"patches.py: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        return 2
     return 0
 
 

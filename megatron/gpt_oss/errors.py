@@ -193,7 +193,8 @@ def run_main(main: Callable[[], object]) -> None:
         exit_with(error, EXIT_FAULT, error.everywhere)
     except Exception as error:
         atexit.register(_exit_in_time)
-        full = _drop_output_if_full()
+        line = (traceback.extract_tb(error.__traceback__) or [None])[-1]
+        full = _drop_output_if_full() or (line and (line.line or "").startswith("print("))
         sentence = as_os_sentence(error, "The standard output" if full else None)
         if sentence is None:
             raise

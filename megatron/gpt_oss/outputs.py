@@ -257,11 +257,13 @@ def _new_name(target: Path) -> Path:
 
 
 def _probe(target: Path) -> None:
-    """See that a file can be written there, without touching one that exists."""
+    """See that a file can be written there; nothing that exists is touched, nothing stays."""
     with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        place = target
+        while not place.parent.exists():
+            place = place.parent
         try:
-            _write_beside(target, b"\0" * 4096).unlink()
+            _write_beside(place, b"\0" * 4096).unlink()
         except PermissionError:
             if not target.is_file():
                 raise

@@ -24,10 +24,10 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     Raises:
         UsageError: nothing to draw, matplotlib is not installed, or `out` is another file.
     """
-    check_picture(out, PLOT, [metrics])
     by_step = {r["step"]: r for r in read_metrics(metrics) if "step" in r and "loss" in r}
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
+    check_picture(out, PLOT, [metrics])
     records = [by_step[step] for step in sorted(by_step)]
     evaluations: dict[str, dict] = {}  # by validation set, by step
     for record in read_metrics(metrics):

@@ -45,6 +45,8 @@ def export(root: Path, plan: Plan, out: Path, without_training: bool = False) ->
     Raises:
         QueueError: ``out`` exists and is not empty, or a patch does not fit the plan's tree.
     """
+    if out.exists() and not out.is_dir():
+        raise QueueError(f"{out} is a file; give an empty or a new folder.")
     if out.exists() and any(out.iterdir()):
         raise QueueError(f"{out} is not empty; give an empty or a new folder.")
     refused = [f"{outcome.patch.name}: {outcome.detail}" for outcome in plan.with_status(REFUSED)]
@@ -70,6 +72,11 @@ def export(root: Path, plan: Plan, out: Path, without_training: bool = False) ->
         slug = "-".join(filter(None, slug.split("-")))[:52].strip("-")
         path = out / f"{number:04d}-{slug}.patch"
         text = _mail(number, len(mails), subject, body, diff)
-        path.write_text(text, encoding="utf-8", newline="\n")
         written.append(path)
+        try:
+            path.write_text(text, encoding="utf-8", newline="\n")
+        except OSError as error:  # the same command must find the folder as it was
+            for begun in written:
+                begun.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error
     return written

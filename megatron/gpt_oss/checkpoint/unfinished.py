@@ -97,7 +97,11 @@ class Unfinished:
                 self._journal.truncate(0)
                 self._append({"task": task, "names": sorted(self._names or ())})
         except BaseException:
-            self._journal.close()
+            with contextlib.suppress(OSError):  # of a full disk, a second time
+                self._journal.close()
+            if not files_in(folder, (_JOURNAL,)) and not os.path.getsize(folder / _JOURNAL):
+                remove_files(folder, [_JOURNAL])
+                folder.rmdir()
             raise
 
     def _is_complete(self, out: Path | None) -> bool:

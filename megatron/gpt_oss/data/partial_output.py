@@ -77,8 +77,8 @@ class PartialOutput:
         self.complete = self.saved = False
         try:
             with naming(self.folder / _LOCK):  # a full disk is met before the work begins
-                self._lock.write(f"{TOKENIZE}\n")
-                self._lock.flush()
+                os.truncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"{TOKENIZE}\n".encode())
                 os.fsync(self._lock.fileno())
             self._task = json.loads(json.dumps(task))
             journal = self._read_journal(overwrite)
@@ -92,6 +92,8 @@ class PartialOutput:
                 self._open(journal["sizes"] if journal else {})
         except BaseException:
             self.close()
+            if set(files_in(self.folder, ())) <= {_LOCK}:
+                self.remove()
             raise
 
     def append(self, name: str, ids: numpy.ndarray, lengths: numpy.ndarray) -> None:

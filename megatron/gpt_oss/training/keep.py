@@ -5,11 +5,13 @@ A folder is moved out of sight before its files are deleted, so that a kill in b
 checkpoint, and only once the new one is whole; the deletion itself is done beside the training.
 """
 
+import json
 import os
 import shutil
 import threading
 from pathlib import Path
 
+from megatron.gpt_oss.outputs import files_in
 from megatron.training import checkpoint_integrity
 
 TRASH = ".deleted-"
@@ -21,7 +23,7 @@ class CheckpointKeeper:
     Args:
         keep: how many stay, 1 or more. Folders that are not whole do not count, and stay if they
             are newer than the oldest that is kept; so do checkpoints of upstream, which have no
-            manifest, and links.
+            manifest, links, and folders with files that no save wrote.
     """
 
     def __init__(self, keep: int):
@@ -48,7 +50,7 @@ class CheckpointKeeper:
         doomed = [
             folder
             for folder in whole + others
-            if _iteration(folder) < oldest and folder.name != named
+            if _iteration(folder) < oldest and folder.name != named and not _holds_more(folder)
         ]
         for folder in doomed:
             os.replace(folder, save_dir / (TRASH + folder.name))
@@ -74,6 +76,19 @@ class CheckpointKeeper:
             return
         self._thread = threading.Thread(target=_delete, args=(trash,))
         self._thread.start()
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether a checkpoint folder has files that no save wrote; then it is not ours to delete."""
+    try:
+        text = (folder / checkpoint_integrity.MANIFEST).read_text(encoding="utf-8")
+        listed = json.loads(text).get("files")
+        if listed is None:  # a save that was not finished lists nothing
+            return False
+        own = {*listed, checkpoint_integrity.MANIFEST, checkpoint_integrity.MANIFEST + ".tmp"}
+        return bool(set(files_in(folder, ())) - own)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _iteration(folder: Path) -> int:
