@@ -88,8 +88,10 @@ class Unfinished:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         handle = os.open(folder / _JOURNAL, flags, 0o666)
         self._journal = open(handle, "a+", encoding="utf-8")
+        locked = False
         try:
             self._lock()
+            locked = True
             self.done = self._read(task)
             self.complete = self._is_complete(out)
             if not self.done and not self.complete:
@@ -99,7 +101,7 @@ class Unfinished:
         except BaseException:
             with contextlib.suppress(OSError):  # of a full disk, a second time
                 self._journal.close()
-            if not files_in(folder, (_JOURNAL,)) and not os.path.getsize(folder / _JOURNAL):
+            if locked and not files_in(folder, (_JOURNAL,)):
                 remove_files(folder, [_JOURNAL])
                 folder.rmdir()
             raise
