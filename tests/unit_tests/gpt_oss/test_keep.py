@@ -40,6 +40,15 @@ def test_the_newest_stay(tmp_path):
     assert clean(tmp_path, 2) == [] and clean(tmp_path, 5) == []
 
 
+def test_a_file_of_somebody_else_is_kept(tmp_path):
+    for iteration in (1, 2, 3):
+        save(tmp_path, iteration)
+    (tmp_path / 'iter_0000001' / 'hf').mkdir()
+    (tmp_path / 'iter_0000001' / 'hf' / 'notes.txt').write_text('mine')
+    assert clean(tmp_path, 1) == ['iter_0000002']
+    assert (tmp_path / 'iter_0000001' / 'hf' / 'notes.txt').read_text() == 'mine'
+
+
 @pytest.mark.parametrize('hurt', ['truncated', 'unfinished', 'lost'])
 def test_a_broken_newest_one_does_not_count(tmp_path, hurt):
     save(tmp_path, 1)
