@@ -112,8 +112,8 @@ _CAUSES = {
     errno.ENOLCK: ("the file system has no locks left", "Try again later."),
     errno.EOPNOTSUPP: ("the file system does not support the operation", "Name another place."),
 }
-# Errors in which libraries hand on what the operating system told them: as text, or as the error
-# during whose handling they arose.
+# Errors in which libraries hand on what the operating system told them: as text, or, torch.save, as
+# the error during whose handling they arose. Any other error that arose so speaks for itself.
 _WRAPPERS = (
     "RuntimeError",
     "Exception",
@@ -121,6 +121,8 @@ _WRAPPERS = (
     "CheckpointException",
     "ArrowException",
 )
+
+_WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|file write failed|unexpected pos")
 
 
 def os_error_in(error: BaseException | None) -> OSError | None:
@@ -135,7 +137,8 @@ def os_error_in(error: BaseException | None) -> OSError | None:
         if found is not None and int(found[1] or found[2]) in _CAUSES:
             code = int(found[1] or found[2])
             return OSError(code, os.strerror(code), getattr(error, "path", None))
-        error = error.__cause__ or (error.__context__ if wraps else None)
+        is_write = wraps and _WRITE_FAILED.search(str(error)) is not None
+        error = error.__cause__ or (error.__context__ if is_write else None)
     return None
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from megatron.gpt_oss import cli, outputs
 from megatron.gpt_oss.checkpoint import unfinished as unfinished_module
@@ -459,14 +460,23 @@ def test_errors_of_the_operating_system(error, words):
     assert (sentence is None) if words is None else (words in sentence and '\n' not in sentence)
 
 
-def test_a_defect_during_a_refusal_is_not_hidden():
+@pytest.mark.parametrize('defect', [KeyError('defect'), RuntimeError('CUDA error')])
+def test_a_defect_during_a_refusal_is_not_hidden(defect):
     try:
         try:
             open('/no/such/file')
         except OSError:
-            raise KeyError('defect')
-    except KeyError as error:
+            raise defect
+    except type(defect) as error:
         assert as_os_sentence(error) is None
+
+
+def test_a_refusal_under_torch_save(tmp_path):
+    if not os.path.exists('/dev/full'):
+        pytest.skip('no /dev/full')
+    with pytest.raises(Exception) as error, open('/dev/full', 'wb') as file:
+        torch.save(torch.zeros(10**6), file)
+    assert 'no space left' in as_os_sentence(error.value)
 
 
 def test_nobody_reads_the_output(capsys):
