@@ -11,13 +11,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 N ?= 100
 SEED ?=
 
-.PHONY: help install test-install train test test-all test-gpu fuzz lint fix patch-check clean
+.PHONY: help install test-install train test test-all test-gpu fuzz fuzz-readers lint fix patch-check clean
 
 help:
 	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=120)"
 	@echo "make test         install, then every CPU test"
 	@echo "make test-all     the slow ones too"
 	@echo "make fuzz         random models, layouts and options against one process (N=100 SEED=)"
+	@echo "make fuzz-readers 2,000 mutations of a good file for each reader (N=2000)"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
 	@echo "make lint, fix    black, isort and unused names: check, or rewrite"
 	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
@@ -50,6 +51,9 @@ test-all: test-install
 
 fuzz: test-install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(N) $(if $(SEED),--seed $(SEED)) --shrink
+
+fuzz-readers: test-install
+	READER_EXAMPLES=$(if $(filter file,$(origin N)),2000,$(N)) $(PYTEST) tests/unit_tests/gpt_oss/test_readers.py
 
 test-gpu:
 	$(PYTHON) -m pytest -q -m gpu

@@ -10,8 +10,14 @@ Every Megatron-LM flag works and overrides the preset; --help lists them.
 from megatron.gpt_oss.errors import run_main
 from megatron.gpt_oss.quiet import silence_import_notices
 
-if __name__ == "__main__":
-    silence_import_notices()
-    from megatron.gpt_oss.training.run import main
 
+def main() -> None:
+    """Import, which takes seconds, and train."""
+    silence_import_notices()
+    from megatron.gpt_oss.training.run import main as train
+
+    train()
+
+
+if __name__ == "__main__":
     run_main(main)

@@ -25,6 +25,11 @@ shift
 
 nodes=${NODES:-1}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+# Bash would run what it finds in NODES='a[$(command)]' where it computes.
+for number in "NODES=$nodes" "GPUS=$gpus"; do
+    [[ $number =~ ^[A-Z]+=(0|[1-9][0-9]{0,4})$ ]] || fail "$number is not a number from 1 to 99999"
+done
+[ "$nodes" -gt 0 ] || fail "NODES=0: at least this machine is needed"
 [ "$gpus" -gt 0 ] || fail "nvidia-smi lists no GPU. GPUS=N sets the number of processes."
 if [[ $recipe =~ -([0-9]+)gpus\.txt$ ]] && [ "${BASH_REMATCH[1]}" != $((nodes * gpus)) ]; then
     echo "note: $(basename "$recipe") is planned for ${BASH_REMATCH[1]} GPUs, these are" \

@@ -27,6 +27,7 @@ from megatron.gpt_oss.errors import PresetError, UsageError, as_refusal
 from megatron.gpt_oss.expert_overlap import check_expert_overlap
 from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
 from megatron.gpt_oss.presets import (
+    MOST_LAYERS,
     PRESETS,
     Preset,
     architecture_flags,
@@ -301,6 +302,9 @@ def _chosen_preset(given: Namespace) -> Preset | None:
                 f"--preset-layers {num_layers} changes the depth of a preset, and --preset is "
                 f"'{NO_PRESET}'. Give --num-layers instead."
             )
+        depth = getattr(given, "num_layers", None)
+        if depth is not None and not 1 <= depth <= MOST_LAYERS:
+            raise PresetError(f"--num-layers {depth} is not a depth. Give 1 to {MOST_LAYERS}.")
         if (factor := getattr(given, "yarn_factor", None)) is not None:
             raise PresetError(
                 f"--yarn-factor {factor:g} extends a preset, and --preset is '{NO_PRESET}'. Give "

@@ -17,10 +17,14 @@ from megatron.gpt_oss.quiet import silence_import_notices
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2."""
-    args = build_parser().parse_args(argv)
-    silence_import_notices()
-    logging.basicConfig(level=logging.ERROR)
-    run_main(lambda: args.run(args))
+
+    def run() -> None:
+        args = build_parser().parse_args(argv)
+        silence_import_notices()
+        logging.basicConfig(level=logging.ERROR)
+        args.run(args)
+
+    run_main(run)
 
 
 def build_parser() -> argparse.ArgumentParser:

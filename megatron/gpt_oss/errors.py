@@ -15,6 +15,7 @@ from typing import Callable, Iterator, NoReturn
 
 EXIT_FAULT = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 SECONDS_FOR_RANK_0 = 3.0
 # For what a failed process still does after its message; a communicator that nobody took down can
 # wait for ever in its destructor, and torchrun for the process.
@@ -159,7 +160,7 @@ def as_os_sentence(error: BaseException, path: str | os.PathLike | None = None) 
     return f"{name}: {cause}. {hint}"
 
 
-def exit_with(error: Exception, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
+def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
     """Print an error as one line and leave with an exit code.
 
     Under torchrun every rank may meet the same one (`everywhere`); only rank 0 prints it then. The
@@ -176,15 +177,27 @@ def run_main(main: Callable[[], object]) -> None:
     """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1.
 
     So is what the operating system refuses (a full disk, a read-only file system), with path and
-    cause. Whoever reads our output may go, as `head` does: then there is nobody to tell.
+    cause, Ctrl-C (exit code 130) and a lack of memory. Whoever reads our output may go, as `head`
+    does: then there is nobody to tell. What no terminal can show, such as a file
+    name that is not UTF-8, is written with backslashes.
 
     A process that failed ends, whatever its process groups wait for: by SIGALRM, SECONDS_TO_EXIT
     after the interpreter began to.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         with _standard_output():
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        atexit.register(_exit_in_time)
+        exit_with("interrupted (SIGINT)", EXIT_INTERRUPTED)
+    except MemoryError as error:
+        atexit.register(_exit_in_time)
+        reason = " ".join(str(error).split())[:200] or "an allocation failed"
+        exit_with(f"out of memory: {reason}", EXIT_FAULT, everywhere=False)
     except BrokenPipeError:
         _drop_output()
         raise SystemExit(EXIT_FAULT)

@@ -3,11 +3,21 @@
 """metrics.jsonl: one JSON object a line, in the order in which a run logged them."""
 
 import json
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief, parse_json
 from megatron.gpt_oss.outputs import naming, write_file
+
+# Fields that hold one number, or null.
+_NUMBERS = frozenset(
+    """loss valid_loss test_loss learning_rate grad_norm tokens tokens_per_second_per_gpu
+    tflops_per_gpu mfu load_balancing_loss global_load_balancing_loss z_loss""".split()
+)
+# Fields that say something of a step.
+_OF_A_STEP = ("loss", "valid_loss", "test_loss", "experts", "norms", "sample")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -16,23 +26,72 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     A last line that a killed run left half-written is dropped.
 
     Raises:
-        UsageError: no such file, or a line that is not JSON.
+        UsageError: no such file, or a line that is no record; names line and field.
     """
-    path = Path(path)
+    records = []
+    for number, is_last, found in _records(Path(path)):
+        if isinstance(found, dict):
+            records.append(found)
+        elif not is_last:
+            raise UsageError(f"{path}, line {number}: {found}. Mend the line, or remove it.")
+    return records
+
+
+def _records(path: Path) -> Iterator[tuple[int, bool, dict[str, Any] | str]]:
+    """(line, whether it is cut off at the end of the file, record or what is wrong with it)."""
     if not path.is_file():
         raise UsageError(f"No file {path}. Give the metrics.jsonl of a run.")
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise UsageError(f"{path}, line {number}: not JSON ({error}).") from error
-    return records
+    try:
+        with open(path, "rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                is_last = not line.endswith(b"\n")
+                try:
+                    record = parse_json(line)
+                except ValueError as error:
+                    yield number, is_last, f"not JSON ({error})"
+                else:
+                    yield number, False, _problem(record) or record
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _problem(record: Any) -> str | None:
+    """What keeps a JSON value from being a record, with the name of the field."""
+    if not isinstance(record, dict):
+        return f"not a record but {brief(record)}"
+    step = record.get("step")
+    if "step" in record and not (type(step) is int and 0 <= step < 2**53):
+        return f"step is {brief(step)}, not the number of a step"
+    for name in _OF_A_STEP:
+        if name in record and step is None:
+            return f"it has {name} and no step"
+    for name in _NUMBERS & record.keys():
+        if record[name] is not None and not _is_number(record[name]):
+            return f"{name} is {brief(record[name])}, not a number"
+    if not isinstance(record.get("set", ""), str):
+        return f"set is {brief(record['set'])}, not a name"
+    sample = record.get("sample", {"text": ""})
+    if not isinstance(sample, dict) or not isinstance(sample.get("text"), str):
+        return f"sample is {brief(sample)}, without a text"
+    experts, norms = record.get("experts", {}), record.get("norms", {})
+    if not isinstance(experts, dict) or not all(map(_is_list_of_numbers, experts.values())):
+        return f"experts is {brief(experts)}, not lists of numbers"
+    if not isinstance(norms, dict) or not all(
+        isinstance(part, dict) and _is_list_of_numbers(list(part.values()))
+        for part in norms.values()
+    ):
+        return f"norms is {brief(norms)}, not tables of numbers"
+    return None
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(item is None or _is_number(item) for item in value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
@@ -44,6 +103,8 @@ def append_metrics(path: Path, record: dict[str, Any]) -> None:
 def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
     """Keep what was logged before `step`: the steps from there on will be recomputed.
 
+    A line that is no record is told and left out: it must not keep a run from being resumed.
+
     Args:
         evaluations_only: of records of validation and test sets; all others stay.
     """
@@ -51,9 +112,11 @@ def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return
-    kept = [
-        record
-        for record in read_metrics(path)
-        if record.get("step", 0) < step or (evaluations_only and "set" not in record)
-    ]
+    kept = []
+    for number, is_last, record in _records(path):
+        if isinstance(record, str):
+            if not is_last:
+                print(f"note: {path}, line {number}: {record}; left out", file=sys.stderr)
+        elif record.get("step", 0) < step or (evaluations_only and "set" not in record):
+            kept.append(record)
     write_file(path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -9,6 +9,7 @@ from typing import Iterable
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.metrics import read_metrics
 from megatron.gpt_oss.outputs import check_file, write_file
+from megatron.gpt_oss.svg_chart import MOST_VALUE
 
 PLOT = "gptoss plot"
 
@@ -24,7 +25,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     Raises:
         UsageError: nothing to draw, matplotlib is not installed, or `out` is another file.
     """
-    by_step = {r["step"]: r for r in read_metrics(metrics) if "step" in r and "loss" in r}
+    by_step = {r["step"]: r for r in read_metrics(metrics) if r.get("loss") is not None}
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
     check_picture(out, PLOT, [metrics])
@@ -32,7 +33,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     evaluations: dict[str, dict] = {}  # by validation set, by step
     for record in read_metrics(metrics):
         if "valid_loss" in record:
-            of_set = evaluations.setdefault(record.get("set", "validation"), {})
+            of_set = evaluations.setdefault(_shown(record.get("set", "validation")), {})
             of_set[record["step"]] = record
     pyplot = import_pyplot()
     has_lr = any("learning_rate" in record for record in records)
@@ -51,7 +52,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         _draw(loss_axis, list(of_set.values()), "valid_loss", name, marker="o")
     first, last = records[0], records[-1]
     loss_axis.set_title(
-        f"{title}: loss {first['loss']:.3f} at step {first['step']}, "
+        f"{_shown(title)}: loss {first['loss']:.3f} at step {first['step']}, "
         f"{last['loss']:.3f} at step {last['step']}"
     )
     loss_axis.set_ylabel("loss (nats a token)")
@@ -96,12 +97,20 @@ def import_pyplot():
             "Drawing needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
         ) from error
     matplotlib.use("agg")
+    matplotlib.rcParams["text.parse_math"] = False  # names may have dollar signs
     from matplotlib import pyplot
 
     return pyplot
 
 
+def _shown(name: str) -> str:
+    """A name that matplotlib draws as it is; it leaves out what begins with an underscore."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    return f" {text}" if text.startswith("_") or not text else text
+
+
 def _draw(axis, records: list[dict], key: str, label: str, **style) -> None:
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    points = [(step, value) for step, value in points if abs(value) < MOST_VALUE]
     if points:
         axis.plot(*zip(*points), label=label, **style)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from megatron.gpt_oss.errors import PresetError
 
+# What no model has: a larger number is a slip, or a damaged file, and would take all memory.
+MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -109,8 +112,10 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     preset = PRESETS[name]
     if num_layers is None:
         return preset
-    if num_layers < 1:
-        raise PresetError(f"--preset-layers {num_layers} is not a depth. Give 1 or more.")
+    if not 1 <= num_layers <= MOST_LAYERS:
+        raise PresetError(
+            f"--preset-layers {num_layers} is not a depth. Give 1 or more, {MOST_LAYERS} at most."
+        )
     return dataclasses.replace(preset, num_layers=num_layers)
 
 

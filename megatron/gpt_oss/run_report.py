@@ -5,7 +5,9 @@ import json
 from html import escape
 from pathlib import Path
 
+from megatron.gpt_oss.data.documents import printable
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief, read_json
 from megatron.gpt_oss.metrics import read_metrics
 from megatron.gpt_oss.outputs import check_file, write_file
 from megatron.gpt_oss.svg_chart import line_chart
@@ -51,13 +53,14 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         sections.append(_section(title, line_chart({k: _curve(steps, k) for k in keys}, title)))
     sections += [_layer_charts(records), _norm_charts(records), _samples(records)]
     sections.append(_configuration(run_dir / "arguments.json"))
-    name = escape(run_dir.resolve().name)
+    name = _text(printable(run_dir.resolve().name))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="generator" content="{REPORT}"><title>{name}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{name}</h1>{''.join(sections)}</body></html>\n"
     )
-    write_file(out, page)
+    # JSON may hold halves of surrogate pairs, which no file of UTF-8 does.
+    write_file(out, page.encode("utf-8", errors="backslashreplace").decode("utf-8"))
     return out
 
 
@@ -78,8 +81,9 @@ def _losses(records: list[dict], steps: list[dict]) -> dict:
 def _summary(steps: list[dict]) -> str:
     first, last = steps[0], steps[-1]
     return (
-        f"<p>Steps {first['step']} to {last['step']}, {last.get('tokens', 0):,} tokens: loss "
-        f"{_shown(first['loss'])} to {_shown(last['loss'])}.</p>"
+        f"<p>Steps {_text(first['step'])} to {_text(last['step'])}, "
+        f"{_text(format(last.get('tokens') or 0, ','))} tokens: loss "
+        f"{_text(_shown(first['loss']))} to {_text(_shown(last['loss']))}.</p>"
     )
 
 
@@ -87,8 +91,14 @@ def _shown(number: float | None) -> str:
     return "-" if number is None else f"{number:.4f}"
 
 
+def _text(value: object) -> str:
+    """Anything that is not of this module, as it may stand in the page."""
+    text = str(value)
+    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+
+
 def _section(title: str, content: str) -> str:
-    return f"<h2>{escape(title)}</h2>\n{content}\n" if content else ""
+    return f"<h2>{_text(title)}</h2>\n{content}\n" if content else ""
 
 
 def _layer_charts(records: list[dict]) -> str:
@@ -99,12 +109,18 @@ def _layer_charts(records: list[dict]) -> str:
         ("load_cv", "Variation of the experts' load, by layer"),
         ("router_entropy", "Entropy of the router (nats), by layer"),
     ):
-        layers = len(looked[0][1][key]) if looked else 0
+        looks = [(step, load[key]) for step, load in looked if load.get(key)]
+        layers = len(looks[0][1]) if looks else 0
         # A line a layer would be a thicket: the extremes and a few in between.
         chosen = sorted({round(i * (layers - 1) / 5) for i in range(6)}) if layers else []
-        series = {f"layer {i}": [(step, load[key][i]) for step, load in looked] for i in chosen}
+        series = {f"layer {i}": _of_layer(looks, i) for i in chosen}
         parts.append(_section(title, line_chart(series, title)))
     return "".join(parts)
+
+
+def _of_layer(looks: list[tuple[int, list]], layer: int) -> list[tuple[int, float]]:
+    found = [(step, values[layer]) for step, values in looks if layer < len(values)]
+    return [(step, value) for step, value in found if value is not None]
 
 
 def _norm_charts(records: list[dict]) -> str:
@@ -117,7 +133,9 @@ def _norm_charts(records: list[dict]) -> str:
     ):
         kinds = looked[-1][1].get(key, {}) if looked else {}
         series = {
-            kind: [(step, n[key][kind]) for step, n in looked if kind in n.get(key, {})]
+            kind: [
+                (step, n[key][kind]) for step, n in looked if n.get(key, {}).get(kind) is not None
+            ]
             for kind in kinds
         }
         parts.append(_section(title, line_chart(series, title)))
@@ -128,16 +146,26 @@ def _samples(records: list[dict]) -> str:
     texts = [(r["step"], r["sample"]["text"]) for r in records if "sample" in r]
     return _section(
         "Samples",
-        "".join(f"<p>Step {step}</p><pre>{escape(text)}</pre>" for step, text in texts[-10:]),
+        "".join(f"<p>Step {_text(step)}</p><pre>{_text(text)}</pre>" for step, text in texts[-10:]),
     )
 
 
 def _configuration(path: Path) -> str:
     if not path.is_file():
-        return _section("Configuration", f"<p>No {escape(path.name)} in the run's folder.</p>")
-    values = json.loads(path.read_text(encoding="utf-8"))
+        return _section("Configuration", f"<p>No {_text(path.name)} in the run's folder.</p>")
+    try:
+        values = read_json(path)
+    except UsageError as error:  # the curves are there all the same
+        return _section("Configuration", f"<p>{_text(error)}</p>")
     rows = "".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(json.dumps(value, ensure_ascii=False))}</td></tr>"
+        f"<tr><td>{_text(name)}</td><td>{_text(_json(value))}</td></tr>"
         for name, value in sorted(values.items())
     )
     return _section("Configuration", f"<table>{rows}</table>")
+
+
+def _json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return brief(value)

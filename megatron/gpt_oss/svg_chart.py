@@ -9,6 +9,8 @@ WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 12, 30
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
 MOST_POINTS = 1000
+# Beyond, the distance of two values is no number any more.
+MOST_VALUE = 1e300
 
 Points = Sequence[tuple[float, float]]
 
@@ -17,13 +19,13 @@ def line_chart(series: dict[str, Points], label: str) -> str:
     """An <svg> of some curves over the step.
 
     Args:
-        series: points (step, value) by name; values that are not finite are left out.
+        series: points (step, value) by name; those that are not finite are left out.
         label: of the values.
     Returns:
         The element, '' where there is no point to draw.
     """
     series = {
-        name: [(x, y) for x, y in points if math.isfinite(y)] for name, points in series.items()
+        name: [(x, y) for x, y in points if abs(y) <= MOST_VALUE] for name, points in series.items()
     }
     series = {name: _thinned(points) for name, points in series.items() if points}
     if not series:
@@ -70,7 +72,10 @@ def _thinned(points: Points) -> Points:
 
 
 def _spread(low: float, high: float) -> tuple[float, float]:
-    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
+    margin = 0.05 * (high - low)
+    if margin <= 1e-12 * max(abs(low), abs(high)):  # less than its ticks could show
+        margin = 0.1 * max(abs(low), abs(high))
+    margin = margin if margin > 1e-300 else 1.0
     return low - margin, high + margin
 
 
@@ -80,4 +85,4 @@ def _ticks(low: float, high: float) -> list[float]:
     while (high - low) / step > 8:
         step *= 2.5 if f"{step:e}".startswith("2") else 2
     first = math.ceil(low / step)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step) + 1)]

@@ -24,10 +24,9 @@ from functools import wraps
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron.core.dist_checkpointing import block_hashes
+from megatron.core.dist_checkpointing import block_hashes, restricted_pickle
 from megatron.core.dist_checkpointing.block_hashes import DamagedShard
 from megatron.core.msc_utils import MultiStorageClientFeature
 
@@ -265,15 +264,16 @@ def holds_checkpoint(load_dir: str) -> bool:
 
 def _compare_with_manifest(folder: str) -> List[str]:
     try:
-        with open(os.path.join(folder, MANIFEST)) as file:
-            manifest = json.load(file)
+        manifest = _read_json(os.path.join(folder, MANIFEST))
         if manifest.get('version', 1) not in range(1, VERSION + 1):
             return [f'{MANIFEST} is of version {manifest["version"]}, which is not known here']
         if manifest['state'] == 'writing':
             return ['the save was not finished']
         expected = manifest['files'].items()
+        for name, properties in expected:
+            _check_entry(name, properties)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f'{MANIFEST} is damaged ({error!r})']
+        return [f'{MANIFEST} is damaged ({error!r:.200})']
     wrong = []
     for name, properties in expected:
         path = os.path.join(folder, name)
@@ -303,18 +303,17 @@ def _check_distributed(folder: str, names: List[str]) -> List[str]:
     wrong = []
     if 'metadata.json' in names:
         try:
-            with open(os.path.join(folder, 'metadata.json')) as file:
-                if json.load(file)['sharded_backend'] != 'torch_dist':
-                    return []  # An older format, of whose files nothing is known.
+            if _read_json(os.path.join(folder, 'metadata.json'))['sharded_backend'] != 'torch_dist':
+                return []  # An older format, of whose files nothing is known.
         except (ValueError, KeyError, TypeError) as error:
-            wrong.append(f'metadata.json is damaged ({error!r})')
+            wrong.append(f'metadata.json is damaged ({error!r:.200})')
     if '.metadata' not in names:
         return wrong + ['.metadata is missing']
     try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except Exception as error:  # Whatever unpickling half a file may raise.
+        metadata = restricted_pickle.read_metadata(folder)
+    except restricted_pickle.RestrictedPickleError as error:
         size = os.path.getsize(os.path.join(folder, '.metadata'))
-        return wrong + [f'.metadata is damaged ({size} bytes; {type(error).__name__}: {error})']
+        return wrong + [f'.metadata is damaged ({size} bytes; {error})']
     # Since 0.19 the objects that are no tensors are shards, too; before, they had a file.
     has_common_state = any(key.startswith('common_state') for key in metadata.state_dict_metadata)
     if 'metadata.json' in names:
@@ -361,8 +360,7 @@ def _check_size(path: str, name: str, expected: int, exact: bool) -> Optional[st
 def _is_unfinished(folder: str) -> bool:
     """Whether a save of ours began here and did not end."""
     try:
-        with open(os.path.join(folder, MANIFEST)) as file:
-            return json.load(file)['state'] == 'writing'
+        return _read_json(os.path.join(folder, MANIFEST))['state'] == 'writing'
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -394,7 +392,7 @@ def _read_tracker(load_dir: str) -> Tuple[Union[int, str, None], List[str]]:
         return None, []
     if text == 'release':
         return text, []
-    if re.fullmatch(r'\d+', text):
+    if re.fullmatch(r'[0-9]{1,18}', text):
         return int(text), []
     content = f'holds {text[:40]!r}' if text else 'is empty'
     return '', [f'{path} {content}; expected the number of an iteration, or "release".']
@@ -431,7 +429,7 @@ def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice
         text = file.read().strip()
     if text == 'release':
         return Choice(0, True, [])
-    if not text.isdigit():
+    if not re.fullmatch(r'[0-9]{1,18}', text):
         raise CheckpointError(f'{path} holds {text[:40]!r}; expected an iteration, or "release".')
     return Choice(int(text), False, [])
 
@@ -447,6 +445,26 @@ def _files(folder: str) -> List[str]:
     for parent, _, files in os.walk(folder):
         names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(name for name in names if name not in (MANIFEST, MANIFEST + '.tmp'))
+
+
+def _read_json(path: str) -> dict:
+    """A JSON file; ValueError, without the text, on what is none."""
+    with open(path, encoding='utf-8') as file:
+        try:
+            return json.load(file)
+        except UnicodeDecodeError as error:
+            raise ValueError(f'not UTF-8 at byte {error.start}') from None
+        except RecursionError:
+            raise ValueError('nested too deeply') from None
+
+
+def _check_entry(name: str, properties: dict) -> None:
+    """Refuse a file of a manifest that is not in its folder, or of which no size is known."""
+    if os.path.isabs(name) or '..' in name.split('/') or '\0' in name:
+        raise ValueError(f'{name!r:.80} is not in the folder')
+    size = properties['size']
+    if type(size) is not int or not 0 <= size < 2**63:
+        raise ValueError(f'{name!r:.80} has size = {size!r:.40}')
 
 
 def _write_atomically(path: str, text: str) -> None:

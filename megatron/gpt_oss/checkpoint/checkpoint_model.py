@@ -14,12 +14,17 @@ from typing import Any, Mapping
 import torch
 
 from megatron.gpt_oss.checkpoint.architecture import comparable, first_difference, windowed_layers
-from megatron.gpt_oss.checkpoint.hf_fields import alternating_layers
+from megatron.gpt_oss.checkpoint.hf_config import check_hf_config, hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf_fields import (
+    MOST_EXPERTS,
+    alternating_layers,
+)
 from megatron.gpt_oss.checkpoint.layout import Layout, checkpoint_files
 from megatron.gpt_oss.checkpoint.mapping import FC1, GLOBAL_NAMES, LAYER_NAMES, QKV
 from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.json_file import brief
+from megatron.gpt_oss.presets import MOST_LAYERS, Preset
 
 VOCABULARY = tuple(key for key in GLOBAL_NAMES if not key.startswith("decoder."))
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -42,17 +47,27 @@ def preset_of_checkpoint(reader: TorchDistReader) -> Preset:
         CheckpointError: a tensor is missing, has another shape or would be lost in Hugging Face's
             format, or the run was of a model that is not gpt-oss.
     """
-    preset = _with_constants(_preset_from_shapes(reader), reader.arguments(), reader.folder)
+    preset = _preset_from_shapes(reader)
+    _check_sizes(preset, reader.folder)
+    try:
+        preset = _with_constants(preset, reader.arguments(), reader.folder)
+    except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{reader.folder} keeps arguments of its run that are no arguments of a gpt-oss model "
+            f"({brief(error)}). The checkpoint is damaged; use another one."
+        ) from error
+    # The sizes and constants are those of a config that can be written.
+    check_hf_config(hf_config_from_preset(preset), reader.folder)
     _check_tensors(reader, preset)
     return preset
 
 
 def _preset_from_shapes(reader: TorchDistReader) -> Preset:
-    vocab_size, hidden_size = reader.shape("embedding.word_embeddings.weight")
-    (num_heads,) = reader.shape("self_attention.core_attention.softmax_offset")
-    _, query_rows = reader.shape("self_attention.linear_proj.weight")
-    qkv_rows, _ = reader.shape(QKV + "weight")
-    num_experts, fc1_rows, _ = reader.shape(FC1 + "weight")
+    vocab_size, hidden_size = _shape(reader, "embedding.word_embeddings.weight", 2)
+    (num_heads,) = _shape(reader, "self_attention.core_attention.softmax_offset", 1)
+    _, query_rows = _shape(reader, "self_attention.linear_proj.weight", 2)
+    qkv_rows, _ = _shape(reader, QKV + "weight", 2)
+    num_experts, fc1_rows, _ = _shape(reader, FC1 + "weight", 3)
     head_dim = query_rows // num_heads
     return Preset(
         name="checkpoint",
@@ -66,6 +81,26 @@ def _preset_from_shapes(reader: TorchDistReader) -> Preset:
         vocab_size=vocab_size,
         seq_length=4096,
     )
+
+
+def _shape(reader: TorchDistReader, key: str, rank: int) -> tuple[int, ...]:
+    shape = reader.shape(key)
+    if len(shape) != rank or 0 in shape:
+        raise CheckpointError(
+            f"{reader.folder}: '{key}' has shape {brief(shape)}, expected {rank} sizes above 0. Is "
+            "it a checkpoint of a gpt-oss model?"
+        )
+    return shape
+
+
+def _check_sizes(preset: Preset, folder: Path) -> None:
+    """Refuse sizes by which loops would not end."""
+    for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
+        if not 1 <= getattr(preset, name) <= most:
+            raise CheckpointError(
+                f"{folder} has {name} = {getattr(preset, name)} by its tensors, expected 1 to "
+                f"{most}. The checkpoint is damaged; use another one."
+            )
 
 
 # Fields of a preset that are arguments of the run, under the name of the argument.

@@ -5,11 +5,10 @@
 import shutil
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from megatron.gpt_oss.checkpoint.hf_config import CONFIG_NAME
 from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME
 from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_NAME
+from megatron.gpt_oss.data.tokenizer_files import read_tokenizer
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.outputs import naming
 
@@ -58,10 +57,4 @@ def check_tokenizer(folder: Path) -> None:
     path = Path(folder) / TOKENIZER_NAME
     if not path.exists():
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-        Tokenizer.from_str(text)
-    except Exception as error:  # the Rust code raises plain Exception
-        raise CheckpointError(
-            f"{path} is not a tokenizer of the tokenizers package ({error}). Fetch the file again."
-        ) from error
+    read_tokenizer(path, CheckpointError)

@@ -8,8 +8,6 @@ folder appears when it is whole; a killed export goes on with the next file.
 """
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 from megatron.gpt_oss.checkpoint.checkpoint_model import (
@@ -31,7 +29,8 @@ from megatron.gpt_oss.checkpoint.hf_config import (
     read_hf_config,
     with_yarn_factor,
 )
-from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME
+from megatron.gpt_oss.checkpoint.hf_fields import is_number
+from megatron.gpt_oss.checkpoint.hf_reader import INDEX_NAME, read_weight_map
 from megatron.gpt_oss.checkpoint.hf_writer import (
     MAX_SHARD_BYTES,
     FilePlan,
@@ -44,6 +43,8 @@ from megatron.gpt_oss.checkpoint.torch_dist_reader import (
     find_iteration,
 )
 from megatron.gpt_oss.checkpoint.unfinished import TO_HF, fingerprint, unfinished
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.progress import Progress
 
 
@@ -164,19 +165,15 @@ class ExportJob:
 def _trained_factor(iteration: Path) -> float | None:
     """YaRN's factor of the run that wrote RUN/checkpoints/iter_*, if it gave one."""
     try:
-        text = (iteration.parent.parent / "arguments.json").read_text(encoding="utf-8")
-        return json.loads(text).get("yarn_factor")
-    except (OSError, ValueError, AttributeError):
+        factor = read_json(iteration.parent.parent / "arguments.json").get("yarn_factor")
+    except UsageError:
         return None
+    return factor if is_number(factor) else None
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
     """Which file holds what in a folder with an index, if it can be read."""
     try:
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        weight_map = index["weight_map"]
-        if all(os.path.basename(file) == file for file in weight_map.values()):
-            return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    return None
+        return read_weight_map(folder / INDEX_NAME)
+    except UsageError:
+        return None

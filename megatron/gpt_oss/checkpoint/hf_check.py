@@ -15,6 +15,7 @@ from megatron.gpt_oss.checkpoint.hf_reader import (
 from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_shape, is_expert_matrix
 from megatron.gpt_oss.checkpoint.mxfp4 import BLOCK
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief
 from megatron.gpt_oss.presets import Preset
 
 _FLOATS = ("BF16", "F32")
@@ -100,7 +101,7 @@ def _check_quantization(reader: HFReader, preset: Preset) -> None:
         )
     if said is not None and not held:
         raise CheckpointError(
-            f"{reader.folder / CONFIG_NAME} has quantization_config = {said!r}, and the files hold "
+            f"{reader.folder / CONFIG_NAME} has quantization_config = {brief(said)}, and the files hold "
             "no MXFP4; remove the field."
         )
 

@@ -2,11 +2,11 @@
 
 """config.json of a Hugging Face gpt-oss checkpoint: read, check, and to or from a `Preset`."""
 
-import json
 from pathlib import Path
 
 from megatron.gpt_oss.checkpoint.hf_fields import alternating_layers, read_fields
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief, read_json
 from megatron.gpt_oss.presets import Preset, extended
 
 CONFIG_NAME = "config.json"
@@ -27,12 +27,7 @@ def read_hf_config(folder: Path) -> dict:
             f"{folder} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its download "
             "is not complete."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object. Fetch it again.")
+    config = read_json(path, dict, CheckpointError, "Fetch it again.")
     check_hf_config(config, path)
     return config
 
@@ -46,7 +41,7 @@ def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
     model_type = config.get("model_type")
     if model_type != "gpt_oss":
         raise CheckpointError(
-            f"{path} describes a model of type '{model_type}', not 'gpt_oss'. Give the folder of a "
+            f"{path} describes a model of type {brief(model_type)}, not 'gpt_oss'. Give the folder of a "
             "gpt-oss checkpoint, e.g. openai/gpt-oss-20b."
         )
     read_fields(config, str(path))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Callable
 
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief
+from megatron.gpt_oss.presets import MOST_LAYERS
 
 TRANSFORMERS = "5.24"  # whose reading this is
 REQUIRED = object()  # the default of a field that must be there
@@ -54,45 +56,60 @@ class Field:
         if value is None and self.null:
             return None
         if problem := self.check(value):
-            raise CheckpointError(f"{where} has {self.name} = {value!r}; {problem}.")
+            raise CheckpointError(f"{where} has {self.name} = {brief(value)}; {problem}.")
         return value
 
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 2**1000  # larger ones are no floats
+    return type(value) is float and math.isfinite(value)
 
 
-def _whole(least: int) -> Check:
+# What no model has and nothing here could hold. A size beyond means a damaged file, and would
+# take all memory, or hours, before anything else stops it.
+MOST_EXPERTS = 2**16
+MOST_EXPERTS_IN_ALL = 2**20
+_MOST_WIDTH = 2**20
+_MOST_TOKENS = 2**31 - 1  # token ids and windows are int32
+_MOST_POSITIONS = 2**53  # positions are exact in fp64
+_MOST_THETA = 1e12
+_MOST_FACTOR = 1e6
+_MOST_FP32 = 3e38
+
+
+def _whole(least: int, most: int) -> Check:
     def check(value: Any) -> str | None:
-        if type(value) is int and value >= least:
+        if type(value) is int and least <= value <= most:
             return None
-        return f"it must be a whole number of {least} or more, without a decimal point"
+        return f"it must be a whole number from {least} to {most}, without a decimal point"
 
     return check
 
 
-def _number(above: float | None = None, least: float | None = None) -> Check:
+def _number(most: float, above: float | None = None, least: float | None = None) -> Check:
     def check(value: Any) -> str | None:
-        bounds = "" if above is None else f" above {above:g}"
-        bounds += "" if least is None else f" of {least:g} or more"
-        if is_number(value):
-            if (above is None or value > above) and (least is None or value >= least):
+        low = -most if least is None else least
+        if is_number(value) and (value > above if above is not None else value >= low):
+            if value <= most:
                 return None
-        return f"it must be a number{bounds}"
+        if above is not None:
+            return f"it must be a number above {above:g}, at most {most:g}"
+        return f"it must be a number from {low:g} to {most:g}"
 
     return check
 
 
-def _decimal(least: float, open_end: bool = False) -> Check:
+def _decimal(least: float, most: float, open_end: bool = False) -> Check:
     """transformers validates these: a number without a decimal point is an error there."""
 
     def check(value: Any) -> str | None:
-        if type(value) is float and math.isfinite(value):
+        if type(value) is float and math.isfinite(value) and value <= most:
             if value > least or (value == least and not open_end):
                 return None
-        bound = f"above {least:g}" if open_end else f"of {least:g} or more"
-        return f"it must be a number {bound}, written with a decimal point"
+        bound = f"above {least:g}, at most" if open_end else f"from {least:g} to"
+        return f"it must be a number {bound} {most:g}, written with a decimal point"
 
     return check
 
@@ -141,48 +158,48 @@ _FIXED_BY_CODE = "transformers' code has the activation written in it and reads 
 
 FIELDS = (
     Field("model_type", REQUIRED, _only("gpt_oss"), "'gpt_oss'"),
-    Field("num_hidden_layers", 36, _whole(1), "any"),
-    Field("hidden_size", 2880, _whole(1), "any"),
-    Field("num_attention_heads", 64, _whole(1), "any multiple of num_key_value_heads"),
-    Field("num_key_value_heads", 8, _whole(1), "any"),
+    Field("num_hidden_layers", 36, _whole(1, MOST_LAYERS), f"1 to {MOST_LAYERS}"),
+    Field("hidden_size", 2880, _whole(1, _MOST_WIDTH), "any"),
+    Field("num_attention_heads", 64, _whole(1, _MOST_WIDTH), "any multiple of num_key_value_heads"),
+    Field("num_key_value_heads", 8, _whole(1, _MOST_WIDTH), "any"),
     Field(
         "head_dim",
         64,
-        lambda value: _whole(2)(value) or ("it must be even" if value % 2 else None),
+        lambda value: _whole(2, _MOST_WIDTH)(value) or ("it must be even" if value % 2 else None),
         "any even number",
         note="absent it is 64, not hidden_size / num_attention_heads",
     ),
-    Field("num_local_experts", 128, _whole(2), "2 or more"),
+    Field("num_local_experts", 128, _whole(2, MOST_EXPERTS), f"2 to {MOST_EXPERTS}"),
     Field(
         "num_experts",
         None,
-        _whole(2),
-        "2 or more",
+        _whole(2, MOST_EXPERTS),
+        f"2 to {MOST_EXPERTS}",
         note="another name of num_local_experts; where both are given this one counts",
     ),
     Field(
         "num_experts_per_tok",
         4,
-        _whole(2),
+        _whole(2, MOST_EXPERTS),
         "2 to num_local_experts",
         note="with 1 the router would have no gradient, and Megatron-Core refuses it",
     ),
     Field(
         "experts_per_token",
         None,
-        _whole(1),
+        _whole(1, MOST_EXPERTS),
         "the value of num_experts_per_tok",
         null="ignored",
         note="ignored; refused where it contradicts num_experts_per_tok",
     ),
-    Field("intermediate_size", 2880, _whole(1), "any"),
-    Field("vocab_size", 201088, _whole(1), "any"),
-    Field("max_position_embeddings", 131072, _whole(1), "any"),
+    Field("intermediate_size", 2880, _whole(1, _MOST_WIDTH), "any"),
+    Field("vocab_size", 201088, _whole(1, _MOST_TOKENS), "any"),
+    Field("max_position_embeddings", 131072, _whole(1, _MOST_POSITIONS), "any"),
     Field(
         "sliding_window",
         128,
-        _whole(1),
-        "1 or more",
+        _whole(1, _MOST_TOKENS),
+        f"1 to {_MOST_TOKENS}",
         note="keys that a query sees, itself included; null is an error there, even without a "
         "windowed layer",
     ),
@@ -191,15 +208,16 @@ FIELDS = (
         None,
         lambda value: (
             None
-            if type(value) is list and all(kind in _LAYER_KINDS for kind in value)
+            if type(value) is list
+            and all(isinstance(kind, str) and kind in _LAYER_KINDS for kind in value)
             else "it must list sliding_attention or full_attention for every layer"
         ),
         "any pattern of sliding_attention and full_attention, one a layer",
         null="as absent",
         note="absent the layers alternate, the first is windowed; 'attention' is full_attention",
     ),
-    Field("rms_norm_eps", 1e-5, _decimal(0.0), "0.0 or more"),
-    Field("swiglu_limit", 7.0, _decimal(0.0, open_end=True), "above 0.0"),
+    Field("rms_norm_eps", 1e-5, _decimal(0.0, 1.0), "0.0 to 1.0"),
+    Field("swiglu_limit", 7.0, _decimal(0.0, _MOST_FP32, open_end=True), "above 0.0"),
     Field("swiglu_alpha", 1.702, _only(1.702), "1.702", note="another value is used"),
     Field("hidden_act", "silu", _only("silu", because=_FIXED_BY_CODE), "'silu'", note="never used"),
     Field("attention_bias", True, _only(True), "true", note="false: no biases"),
@@ -221,7 +239,13 @@ FIELDS = (
         "0",
         note="another value is used in training",
     ),
-    Field("initializer_range", 0.02, _decimal(0.0), "0.0 or more", note="of new weights only"),
+    Field(
+        "initializer_range",
+        0.02,
+        _decimal(0.0, _MOST_FACTOR),
+        "0.0 or more",
+        note="of new weights only",
+    ),
     Field(
         "pad_token_id",
         None,
@@ -243,7 +267,7 @@ FIELDS = (
     Field(
         "router_aux_loss_coef",
         0.001,
-        _decimal(-math.inf),
+        _decimal(-_MOST_FP32, _MOST_FP32),
         "any",
         note="of that auxiliary loss",
     ),
@@ -269,8 +293,8 @@ FIELDS = (
     Field(
         "rope_theta",
         150000.0,
-        _number(above=1),
-        "above 1",
+        _number(_MOST_THETA, above=1),
+        f"above 1, at most {_MOST_THETA:g}",
         note="where rope_scaling (rope_parameters) has no rope_theta of its own",
     ),
     Field(
@@ -284,7 +308,7 @@ FIELDS = (
     Field(
         "original_max_position_embeddings",
         None,
-        _whole(1),
+        _whole(1, _MOST_POSITIONS),
         "1 or more",
         note="for YaRN, before the one in rope_scaling",
     ),
@@ -349,12 +373,18 @@ ROPE_FIELDS = (
         "llama3 and proportional are used",
     ),
     Field("type", None, _only(*ROPE_TYPES), "as rope_type, where that is absent"),
-    Field("rope_theta", None, _number(above=1), "above 1", note="absent: the one outside"),
+    Field(
+        "rope_theta",
+        None,
+        _number(_MOST_THETA, above=1),
+        f"above 1, at most {_MOST_THETA:g}",
+        note="absent: the one outside",
+    ),
     Field(
         "factor",
         REQUIRED,
-        _number(above=0),
-        "above 0",
+        _number(_MOST_FACTOR, above=0),
+        f"above 0, at most {_MOST_FACTOR:g}",
         null="max_position_embeddings / original_max_position_embeddings",
         note="absent it is an error there",
     ),
@@ -363,14 +393,14 @@ ROPE_FIELDS = (
         None,
         lambda value: (
             None
-            if is_number(value) and value >= 1 and value == int(value)
+            if is_number(value) and 1 <= value <= _MOST_POSITIONS and value == int(value)
             else ("it must be a whole number of 1 or more")
         ),
         "1 or more",
         note="absent it is max_position_embeddings, whatever initial_context_length says",
     ),
-    Field("beta_fast", 32, _number(least=0), "0 or more", null="32", note="0 is 32"),
-    Field("beta_slow", 1, _number(least=0), "0 or more", null="1", note="0 is 1"),
+    Field("beta_fast", 32, _number(_MOST_FACTOR, least=0), "0 or more", null="32", note="0 is 32"),
+    Field("beta_slow", 1, _number(_MOST_FACTOR, least=0), "0 or more", null="1", note="0 is 1"),
     Field(
         "truncate",
         True,
@@ -382,7 +412,7 @@ ROPE_FIELDS = (
     Field(
         "attention_factor",
         None,
-        _number(),
+        _number(_MOST_FACTOR),
         "any number",
         null="as absent",
         note="of cosine and sine; absent it follows from factor, mscale and mscale_all_dim",
@@ -390,12 +420,19 @@ ROPE_FIELDS = (
     Field(
         "mscale",
         None,
-        _number(),
+        _number(_MOST_FACTOR),
         "any number",
         null="as absent",
         note="counts where mscale_all_dim is there too and neither is 0",
     ),
-    Field("mscale_all_dim", None, _number(), "any number", null="as absent", note="see mscale"),
+    Field(
+        "mscale_all_dim",
+        None,
+        _number(_MOST_FACTOR),
+        "any number",
+        null="as absent",
+        note="see mscale",
+    ),
     Field(
         "partial_rotary_factor",
         1.0,
@@ -442,7 +479,7 @@ def read_fields(config: dict, where: str) -> dict:
     for name in config:
         if name in RESERVED:
             raise CheckpointError(
-                f"{where} has {name} = {config[name]!r}, which would replace a part of "
+                f"{where} has {name} = {brief(config[name])}, which would replace a part of "
                 "transformers' config class; remove the field."
             )
     read = {field.name: field.of(config, where) for field in FIELDS}
@@ -484,6 +521,11 @@ def _check_together(read: dict, where: str) -> None:
                 f"{where} has {name} = {read[name]} and {second} = {read[second]}"
                 f"{other.removeprefix(second)}."
             )
+    if read["num_hidden_layers"] * experts > MOST_EXPERTS_IN_ALL:
+        raise CheckpointError(
+            f"{where} has num_hidden_layers = {read['num_hidden_layers']} and num_local_experts = "
+            f"{experts}, more than {MOST_EXPERTS_IN_ALL} experts in all."
+        )
     if listed is not None and len(listed) != read["num_hidden_layers"]:
         raise CheckpointError(
             f"{where} has layer_types of {len(listed)} layers and num_hidden_layers = "
@@ -515,7 +557,7 @@ def _read_rope(config: dict, read: dict, where: str) -> dict:
     nested = [kind for kind in _LAYER_KINDS if kind in given]
     if nested:
         raise CheckpointError(
-            f"{where} has {nested[0]} = {given[nested[0]]!r}; gpt-oss rotates all layers alike, "
+            f"{where} has {nested[0]} = {brief(given[nested[0]])}; gpt-oss rotates all layers alike, "
             "and transformers refuses parameters for each kind of layer."
         )
     fields = {field.name: field for field in ROPE_FIELDS}

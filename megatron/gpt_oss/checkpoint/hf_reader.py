@@ -2,7 +2,7 @@
 
 """Slices of a Hugging Face gpt-oss checkpoint, read from disk only as they are asked for."""
 
-import json
+import os
 import threading
 from pathlib import Path
 
@@ -11,10 +11,35 @@ import torch
 from megatron.gpt_oss.checkpoint.mxfp4 import BLOCK, NAN_SCALE, dequantize
 from megatron.gpt_oss.checkpoint.safetensors_file import Entry, SafetensorsFile
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief, read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 MXFP4_SUFFIXES = ("_blocks", "_scales")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file of its folder holds which tensor, from a model.safetensors.index.json.
+
+    Raises:
+        CheckpointError: it is no such file, or names a file that is not in its folder.
+    """
+    hint = "Fetch it again."
+    weight_map = read_json(index, dict, CheckpointError, hint).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has weight_map = {brief(weight_map)}, no object. {hint}")
+    for name, file in weight_map.items():
+        # A name alone: 'a/b' and '..' would leave the folder, NUL no system takes.
+        if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file:
+            raise CheckpointError(
+                f"{index} places {brief(name)} in {brief(file)}, which is no name of a file in "
+                f"the folder. {hint}"
+            )
+        if not file.endswith(".safetensors") or not file.isprintable():
+            raise CheckpointError(
+                f"{index} places {brief(name)} in {brief(file)}, which is no *.safetensors. {hint}"
+            )
+    return weight_map
 
 
 class HFReader:
@@ -36,10 +61,7 @@ class HFReader:
         self._of_thread = threading.local()
         index = self.folder / INDEX_NAME
         if index.is_file():
-            try:
-                self._file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index} is not a safetensors index ({error!r}).") from error
+            self._file_of = read_weight_map(index)
         elif (self.folder / SINGLE_NAME).is_file():
             self._file_of = dict.fromkeys(self._open(SINGLE_NAME).entries, SINGLE_NAME)
         else:

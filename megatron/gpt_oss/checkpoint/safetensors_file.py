@@ -14,13 +14,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy
 import torch
 
 from megatron.gpt_oss.checkpoint.runs import LARGEST_CALL, is_one_run, read_run, run_offset
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import LARGEST_FILE, brief, parse_json
 from megatron.gpt_oss.outputs import naming
 
 DTYPES = {
@@ -36,8 +37,21 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The library's own limit.
-_LARGEST_HEADER = 100_000_000
+# Types of the format that no gpt-oss tensor has; those of less than a byte have no size here.
+_OTHER_SIZES = {
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2FNUZ": 1,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "C64": 8,
+    "F4": None,
+    "F6_E2M3": None,
+    "F6_E3M2": None,
+}
 
 Index = tuple[int | slice, ...]
 
@@ -65,7 +79,12 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._fd = -1
-        self._fd = os.open(self.path, os.O_RDONLY)
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be opened: {error}.") from error
         try:
             self.entries = self._read_header()
         except BaseException:
@@ -93,6 +112,10 @@ class SafetensorsFile:
         entry = self.entries[name]
         box, kept = _box(entry.shape, index)
         shape = [stop - start for start, stop in box]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{self.path}: '{name}' has dtype {entry.dtype}, which is not read."
+            )
         dtype = DTYPES[entry.dtype]
         if is_one_run(box, entry.shape):
             out = torch.empty(shape, dtype=dtype)
@@ -107,41 +130,78 @@ class SafetensorsFile:
         return out.reshape([shape[i] for i in kept])
 
     def _read_header(self) -> dict[str, Entry]:
-        size = os.fstat(self._fd).st_size
-        length = int.from_bytes(os.pread(self._fd, 8, 0), "little") if size >= 8 else size
-        if size < 8 or not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-            raise self._damaged(size, f"its header should have {length} bytes")
         try:
-            header = json.loads(os.pread(self._fd, length, 8))
-            header.pop("__metadata__", None)
-            entries = {
-                name: Entry(
-                    fields["dtype"],
-                    tuple(fields["shape"]),
-                    8 + length + fields["data_offsets"][0],
-                    8 + length + fields["data_offsets"][1],
-                )
-                for name, fields in header.items()
-            }
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise self._damaged(size, f"its header cannot be read: {error!r}") from error
+            size = os.fstat(self._fd).st_size
+            length = int.from_bytes(os.pread(self._fd, 8, 0), "little") if size >= 8 else size
+            if size < 8 or not 2 <= length <= min(size - 8, LARGEST_FILE):
+                raise self._damaged(size, f"its header should have {length} bytes")
+            text = os.pread(self._fd, length, 8)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+        try:
+            entries = _entries(parse_json(text, unique=True), 8 + length)
+        except ValueError as error:
+            raise self._damaged(size, f"its header cannot be read: {error}") from error
         expected = max((entry.stop for entry in entries.values()), default=8 + length)
         if size < expected:
             raise self._damaged(size, f"expected {expected} bytes by its header")
-        for name, entry in entries.items():
-            dtype = DTYPES.get(entry.dtype)
-            if dtype and entry.stop - entry.start != math.prod(entry.shape) * dtype.itemsize:
-                raise self._damaged(
-                    size,
-                    f"'{name}' has {entry.stop - entry.start} bytes, expected "
-                    f"{math.prod(entry.shape) * dtype.itemsize} for {entry.dtype} {entry.shape}",
-                )
         return entries
 
     def _damaged(self, size: int, why: str) -> CheckpointError:
         return CheckpointError(
             f"{self.path} ({size} bytes) is damaged or cut short ({why}). Fetch the file again."
         )
+
+
+def _entries(header: Any, data_at: int) -> dict[str, Entry]:
+    """The tensors of a header.
+
+    Args:
+        header: the JSON value.
+        data_at: first byte of the data in the file.
+    Raises:
+        ValueError: names the tensor and the field that is wrong.
+    """
+    if not isinstance(header, dict):
+        raise ValueError(f"it is no JSON object but {brief(header)}")
+    entries = {}
+    for name, fields in header.items():
+        if name != "__metadata__":
+            entries[name] = _entry(brief(name), fields, data_at)
+    placed = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    for (before, one), (name, other) in zip(placed, placed[1:]):
+        if other.start < one.stop:
+            raise ValueError(
+                f"{brief(name)} begins at byte {other.start - data_at} of the data, before "
+                f"{brief(before)} ends at {one.stop - data_at}"
+            )
+    return entries
+
+
+def _entry(name: str, fields: Any, data_at: int) -> Entry:
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name} is {brief(fields)}, not an object")
+    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not (dtype in DTYPES or dtype in _OTHER_SIZES):
+        raise ValueError(f"{name} has dtype = {brief(dtype)}")
+    if not isinstance(shape, list) or not all(map(_is_count, shape)):
+        raise ValueError(f"{name} has shape = {brief(shape)}, not a list of sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ValueError(f"{name} has data_offsets = {brief(offsets)}, not two numbers of bytes")
+    start, stop = offsets
+    if stop < start:
+        raise ValueError(f"{name} has data_offsets = {brief(offsets)}, of which the second is less")
+    item = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES[dtype]
+    if item is not None and stop - start != math.prod(shape) * item:
+        raise ValueError(
+            f"{name} has {stop - start} bytes, expected {math.prod(shape) * item} for {dtype} "
+            f"{brief(tuple(shape))}"
+        )
+    return Entry(dtype, tuple(shape), data_at + start, data_at + stop)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 class SafetensorsWriter:

@@ -4,8 +4,8 @@
 
 import dataclasses
 import io
+import math
 import os
-import pickle
 import re
 import threading
 from argparse import Namespace
@@ -23,9 +23,15 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron.core.dist_checkpointing.restricted_pickle import (
+    RestrictedPickleError,
+    load_saved,
+    read_metadata,
+)
 from megatron.gpt_oss.checkpoint.runs import is_one_run, read_run, run_offset
 from megatron.gpt_oss.checkpoint.torch_save_record import find_tensor
 from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Folder of a converted checkpoint with what its Hugging Face source had beside the weights.
@@ -46,8 +52,7 @@ def find_iteration(folder: str | Path) -> Path:
         raise CheckpointError(f"No folder {folder}. Give a --save folder or one of its iter_*.")
     tracker = folder / TRACKER_NAME
     if tracker.is_file():
-        word = tracker.read_text(encoding="utf-8").strip()
-        folder = folder / (word if word == "release" else f"iter_{int(word):07d}")
+        folder = folder / _named_by(tracker)
     if not (folder / ".metadata").is_file():
         raise CheckpointError(
             f"{folder} is no whole torch_dist checkpoint: it has no .metadata. Give a --save "
@@ -58,6 +63,23 @@ def find_iteration(folder: str | Path) -> Path:
     if problem := find_problem(str(folder)):
         raise CheckpointError(f"{problem} Give another iteration's folder, or a whole copy.")
     return folder
+
+
+def _named_by(tracker: Path) -> str:
+    """The folder that latest_checkpointed_iteration.txt names."""
+    try:
+        with open(tracker, "rb") as stream:
+            word = stream.read(100).strip()
+    except OSError as error:
+        raise CheckpointError(f"{tracker} cannot be read: {error.strerror}.") from error
+    if word == b"release":
+        return "release"
+    if not re.fullmatch(rb"[0-9]{1,18}", word):
+        raise CheckpointError(
+            f"{tracker} holds {brief(word)}; expected the number of an iteration, or 'release'. "
+            "Write it there, or give one of the folder's iter_*."
+        )
+    return f"iter_{int(word):07d}"
 
 
 class TorchDistReader:
@@ -71,11 +93,17 @@ class TorchDistReader:
         self.folder = Path(folder)
         from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader
 
-        self._storage = CheckedFileSystemReader(self.folder)
-        self._metadata = self._storage.read_metadata()
+        try:
+            self._storage = CheckedFileSystemReader(self.folder)
+            self._metadata = self._storage.read_metadata()
+        except RestrictedPickleError as error:
+            raise CheckpointError(str(error)) from error
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}/.metadata: {error.strerror}.") from error
         # Once: dcp.load would read the metadata again for every tensor.
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._files = _Files()
+        self._check_files()
         self._arguments: dict | None = None
         self._pieces: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         # Tensors of the optimizer carry a prefix of their own and are never asked for.
@@ -87,6 +115,23 @@ class TorchDistReader:
         self._num_layers = len(
             {m[1] for key in self._tensors if (m := re.match(r"decoder\.layers\.(\d+)\.", key))}
         )
+
+    def _check_files(self) -> None:
+        """Refuse a folder whose files are missing or end before what the metadata places there."""
+        needed: dict[str, int] = {}
+        for place in (self._metadata.storage_data or {}).values():
+            end = place.offset + place.length
+            needed[place.relative_path] = max(end, needed.get(place.relative_path, 0))
+        for name, size in sorted(needed.items()):
+            try:
+                held = os.path.getsize(self.folder / name)
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / name}: {error.strerror}.") from error
+            if held < size:
+                raise CheckpointError(
+                    f"{self.folder / name} has {held} bytes, expected {size} by .metadata. The "
+                    "checkpoint is damaged or cut short; use an older iteration."
+                )
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of a tensor, without the layers' axis for 'decoder.layers.' keys."""
@@ -124,33 +169,32 @@ class TorchDistReader:
 
     def _common_state(self) -> dict:
         """What Megatron keeps next to the tensors, read without running code of the file."""
-        from megatron.core.safe_globals import SAFE_GLOBALS
-
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
-            try:
-                if (self.folder / COMMON_NAME).is_file():  # before Megatron-Core 0.17
-                    return torch.load(self.folder / COMMON_NAME, "cpu", weights_only=True)
-                if _COMMON_KEY not in self._metadata.state_dict_metadata:
-                    return {}
-                found = {_COMMON_KEY: io.BytesIO()}
-                dcp.load(found, storage_reader=type(self._storage)(self.folder), no_dist=True)
-                value = found[_COMMON_KEY]
-                if isinstance(value, io.BytesIO):
-                    value.seek(0)
-                    value = torch.load(value, "cpu", weights_only=True)
-                return value[0]
-            except CheckpointException as error:
-                cause = next((failure for failure, _ in error.failures.values()), error)
-                raise CheckpointError(
-                    f"{self.folder}: the arguments of its run cannot be read "
-                    f"({_first_line(cause)}). The checkpoint is damaged or cut short; use an older "
-                    "iteration."
-                ) from error
-            except pickle.UnpicklingError as error:
-                raise CheckpointError(
-                    f"{self.folder} keeps the arguments of its run in a form that is not read "
-                    f"({_first_line(error)})."
-                ) from error
+        try:
+            path = self.folder / COMMON_NAME
+            if path.is_file():  # before Megatron-Core 0.17
+                with open(path, "rb") as stream:
+                    return load_saved(stream, str(path), "cpu")
+            if _COMMON_KEY not in self._metadata.state_dict_metadata:
+                return {}
+            found = {_COMMON_KEY: io.BytesIO()}
+            dcp.load(found, storage_reader=type(self._storage)(self.folder), no_dist=True)
+            value = found[_COMMON_KEY]
+            while isinstance(value, io.BytesIO):
+                value.seek(0)
+                value = load_saved(value, f"'{_COMMON_KEY}' in {self.folder}", "cpu")
+            return value[0] if isinstance(value, list) and value else {}
+        except RestrictedPickleError as error:
+            raise CheckpointError(str(error)) from error
+        except (CheckpointException, Exception) as error:  # the former is none of the latter
+            failures = getattr(error, "failures", {})
+            cause = next((failure for failure, _ in failures.values()), error)
+            if isinstance(cause, RestrictedPickleError):
+                raise CheckpointError(str(cause)) from error
+            raise CheckpointError(
+                f"{self.folder}: the arguments of its run cannot be read "
+                f"({_first_line(cause)}). The checkpoint is damaged or cut short; use an older "
+                "iteration."
+            ) from error
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of a tensor without layers."""
@@ -181,12 +225,14 @@ class TorchDistReader:
 
     def _read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         tensor = self._nearby(key, start[0])
-        planner = _PartPlanner(key, start, size, tensor)
+        planner = _PartPlanner(self.folder, key, start, size, tensor)
         try:
             if self._read_runs(key, tensor, start, planner.part):
                 return planner.part
             self._storage.read_data(planner.create_local_plan(), planner).wait()
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:  # torch.load, zipfile and what a damaged file makes of a tensor
             raise CheckpointError(
                 f"{self.folder}: tensor '{key}' cannot be read ({_first_line(error)}). The "
                 "checkpoint is damaged or cut short; use an older iteration."
@@ -278,20 +324,22 @@ class _Files:
 class _PartPlanner(DefaultLoadPlanner):
     """Reads a box out of one tensor, whatever the pieces in which it was saved."""
 
-    def __init__(self, key: str, start: tuple, size: tuple, metadata: TensorStorageMetadata):
+    def __init__(
+        self, folder: Path, key: str, start: tuple, size: tuple, metadata: TensorStorageMetadata
+    ):
         super().__init__()
-        self._key, self._start, self._size, self._tensor = key, start, size, metadata
+        box = ChunkStorageMetadata(torch.Size(start), torch.Size(size))
+        self._items = create_read_items_for_chunk_list(key, metadata, [box])
+        covered, wanted = sum(item.lengths.numel() for item in self._items), math.prod(size)
+        if covered != wanted:  # before memory is taken for it
+            raise CheckpointError(
+                f"{folder}: tensor '{key}' holds {covered} of {wanted} elements wanted. The "
+                "checkpoint is damaged; use an older iteration."
+            )
         self.part = torch.empty(size, dtype=metadata.properties.dtype)
 
     def create_local_plan(self) -> LoadPlan:
-        box = ChunkStorageMetadata(torch.Size(self._start), torch.Size(self._size))
-        items = create_read_items_for_chunk_list(self._key, self._tensor, [box])
-        covered = sum(item.lengths.numel() for item in items)
-        if covered != self.part.numel():
-            raise CheckpointError(
-                f"tensor '{self._key}' holds {covered} of {self.part.numel()} elements wanted"
-            )
-        return LoadPlan(items)
+        return LoadPlan(self._items)
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         return self.part
@@ -308,4 +356,4 @@ class _PartPlanner(DefaultLoadPlanner):
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -9,11 +9,15 @@ is can be read to where it is wanted at once.
 import collections
 import io
 import os
-import pickle
 import zipfile
 from typing import Any
 
 import torch
+
+from megatron.core.dist_checkpointing.restricted_pickle import (
+    RestrictedPickleError,
+    load_restricted,
+)
 
 _DTYPES = {
     "BFloat16Storage": torch.bfloat16,
@@ -22,6 +26,7 @@ _DTYPES = {
     "DoubleStorage": torch.float64,
 }
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
+_LARGEST_DESCRIPTION = 2**16  # a plain tensor has some 200 bytes
 
 
 def find_tensor(
@@ -44,13 +49,12 @@ def find_tensor(
         (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
         # Not by ZipFile.read: the checksum is 0 where torch.save was told to leave it out.
         description = archive.getinfo(name)
-        text = os.pread(fd, description.file_size, _place(fd, offset, description))
-        found = _Unpickler(io.BytesIO(text)).load()
+        size = min(description.file_size, _LARGEST_DESCRIPTION)
+        text = os.pread(fd, size, _place(fd, offset, description))
+        found = load_restricted(text, _find_class, lambda pid: (pid[1], pid[2]))
         entry = archive.getinfo(name.removesuffix("data.pkl") + "data/0")
         place = _place(fd, offset, entry)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
-        return None
-    except (zipfile.BadZipFile, pickle.UnpicklingError, NotImplementedError, IndexError):
+    except Exception:  # zipfile has no error of its own for most of what may be wrong
         return None
     stride = torch.empty(shape, device="meta").stride()
     size = torch.Size(shape).numel() * dtype.itemsize
@@ -69,22 +73,15 @@ def _place(fd: int, offset: int, entry: zipfile.ZipInfo) -> int:
     return start + _LOCAL_HEADER + name + extra
 
 
-class _Unpickler(pickle.Unpickler):
-    """Gives (dtype, offset, size, stride, storage) of a plain tensor, and takes nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """See `pickle.Unpickler`."""
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} is not of a plain tensor")
-
-    def persistent_load(self, pid: tuple) -> tuple:
-        """See `pickle.Unpickler`: ("storage", dtype, key, device, number of elements)."""
-        return pid[1], pid[2]
+def _find_class(module: str, name: str) -> Any:
+    """What is left of a plain tensor: (dtype, offset, size, stride, storage). See `_describe`."""
+    if module == "torch" and name in _DTYPES:
+        return _DTYPES[name]
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+        return _describe
+    if (module, name) == ("collections", "OrderedDict"):
+        return collections.OrderedDict
+    raise RestrictedPickleError(f"{module}.{name} is not of a plain tensor")
 
 
 def _describe(storage: tuple, offset: int, size: tuple, stride: tuple, *_: Any) -> tuple:

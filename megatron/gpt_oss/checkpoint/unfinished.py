@@ -23,6 +23,7 @@ from typing import Collection, Iterable, Iterator
 
 from megatron.gpt_oss.checkpoint.hf_config import CONFIG_NAME
 from megatron.gpt_oss.errors import UsageError, as_os_sentence, os_error_in
+from megatron.gpt_oss.json_file import parse_json
 from megatron.gpt_oss.outputs import (
     NO_LOCKS,
     RECORD,
@@ -253,16 +254,8 @@ class Unfinished:
 
     def _read(self, task: dict) -> dict[str, dict]:
         """The finished files of an earlier process that did the same."""
-        self._journal.seek(0)
-        records: list[dict] = []
-        for line in self._journal.read().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the line that was being written when the process was killed
-                break
-            if isinstance(record, dict):
-                records.append(record)
-        if len(records) < 2 or not isinstance(records[0].get("task"), dict):
+        records = _whole_records(self.folder / _JOURNAL)
+        if len(records) < 2:
             return {}
         before = records[0]["task"]
         now = json.loads(json.dumps(task))  # tuples as the lists that they become
@@ -275,8 +268,7 @@ class Unfinished:
         return {
             record["file"]: record
             for record in records[1:]
-            if "file" in record
-            and (self.folder / record["file"]).is_file()
+            if (self.folder / record["file"]).is_file()
             and (self.folder / record["file"]).stat().st_size == record["size"]
         }
 
@@ -302,6 +294,25 @@ def _moved_last(name: str) -> tuple[bool, bool, str]:
 
 def _digest(task: dict) -> str:
     return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+
+
+def _whole_records(path: Path) -> list[dict]:
+    """The records of a journal up to the first line that is none: a kill may have cut it."""
+    records: list[dict] = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            record = parse_json(line)
+        except ValueError:
+            break
+        kinds = {"file": str, "size": int} if records else {"task": dict}
+        if not isinstance(record, dict) or any(
+            type(record.get(name)) is not kind for name, kind in kinds.items()
+        ):
+            break
+        if records and (".." in Path(record["file"]).parts or os.path.isabs(record["file"])):
+            break
+        records.append(record)
+    return records
 
 
 def _to_disk(path: Path) -> int:

@@ -29,6 +29,7 @@ import yaml
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.data.lengths import VALIDATION
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief
 
 _CORPUS_KEYS = ("path", "weight", "upsample", "validation")
 _BUCKET = re.compile(r"\d+k?-(\d+k?|up)")
@@ -75,8 +76,13 @@ def read_blend(file: str | Path) -> Blend:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--data-blend {file}: {error.strerror}. Give a data file.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not YAML: not UTF-8 at byte {error.start}.") from error
+    except RecursionError as error:
+        raise UsageError(f"{file} is not YAML: nested too deeply.") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(f"{file} is not YAML: {reason}.") from error
     corpora = content.get("corpora") if isinstance(content, dict) else None
     if not isinstance(corpora, dict) or not corpora or set(content) != {"corpora"}:
         raise UsageError(
@@ -84,6 +90,8 @@ def read_blend(file: str | Path) -> Blend:
             "nothing else."
         )
     for name, corpus in corpora.items():
+        if not isinstance(name, (str, int)) or not str(name).isprintable():
+            raise UsageError(f"{file}: a corpus has the name {brief(name)}. Give it a word.")
         _check_corpus(f"{file}, corpus {name}", corpus)
     weighted = [name for name, corpus in corpora.items() if corpus.get("weight") is not None]
     if weighted and len(weighted) < len(corpora):
@@ -118,17 +126,27 @@ def read_blend(file: str | Path) -> Blend:
 def _check_corpus(place: str, corpus: object) -> None:
     if not isinstance(corpus, dict) or not isinstance(corpus.get("path"), str):
         raise UsageError(f"{place}: no path. Give the one of gptoss tokenize --output.")
+    for field in ("path", "validation"):
+        if "\0" in str(corpus.get(field) if isinstance(corpus.get(field), str) else ""):
+            raise UsageError(f"{place}: {field} is {brief(corpus[field])}. Give a path.")
+    if not isinstance(corpus.get("validation"), (str, bool, type(None))):
+        raise UsageError(f"{place}: validation is {brief(corpus['validation'])}. Give a path.")
     for key in corpus:
         if key not in _CORPUS_KEYS:
-            raise UsageError(f"{place}: unknown '{key}'. Known are {', '.join(_CORPUS_KEYS)}.")
+            raise UsageError(f"{place}: unknown {brief(key)}. Known are {', '.join(_CORPUS_KEYS)}.")
     upsample = corpus.get("upsample") or {}
     if not isinstance(upsample, dict):
-        raise UsageError(f"{place}: upsample is {upsample!r}. Write for example {{32k-up: 4}}.")
-    numbers = {"weight": corpus.get("weight"), **{f"upsample {k}": v for k, v in upsample.items()}}
+        raise UsageError(
+            f"{place}: upsample is {brief(upsample)}. Write for example {{32k-up: 4}}."
+        )
+    numbers = {
+        "weight": corpus.get("weight"),
+        **{f"upsample {brief(k)}": v for k, v in upsample.items()},
+    }
     for what, number in numbers.items():
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if number is not None and not (is_number and 0 <= number < float("inf")):
-            raise UsageError(f"{place}: {what} is {number!r}. Give a number, 0 or more.")
+        if number is not None and not (is_number and 0 <= number < 2**1000):
+            raise UsageError(f"{place}: {what} is {brief(number)}. Give a number, 0 or more.")
 
 
 def _buckets(place: str, prefix: str, upsample: dict) -> dict[str, float]:

@@ -8,6 +8,7 @@ datasets whose documents end with the latter would have it replaced by token 0 a
 and --eod-mask-loss would find no end.
 """
 
+from os.path import getsize
 from typing import Sequence
 
 import numpy
@@ -46,7 +47,13 @@ def document_end_of(prefixes: Sequence[str]) -> int | None:
 
 def _last_tokens(prefix: str) -> set[int]:
     dtype = numpy.dtype(check_dataset(prefix).dtype)
-    ends = numpy.cumsum(read_lengths(prefix)[:_LOOKED_AT], dtype=numpy.int64)
+    lengths = read_lengths(prefix)[:_LOOKED_AT]
+    ends = numpy.cumsum(lengths, dtype=numpy.int64)
+    if len(ends) and (lengths.min() < 0 or ends[-1] * dtype.itemsize > getsize(f"{prefix}.bin")):
+        raise UsageError(
+            f"{prefix}.idx is damaged: its first sequences have {lengths.tolist()} tokens, and "
+            f"{prefix}.bin ends before. Copy both files again, or make them anew."
+        )
     if not len(ends) or not ends[-1]:
         return set()
     tokens = numpy.fromfile(f"{prefix}.bin", dtype=dtype, count=int(ends[-1]))

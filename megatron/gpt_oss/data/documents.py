@@ -57,9 +57,15 @@ class Record:
 
 def place_of(path: Path, number: int) -> str:
     """Where a record lies, for messages."""
+    name = printable(path)
     if not number:
-        return str(path)
-    return f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {number}"
+        return name
+    return f"{name}, {'row' if format_of(path) == '.parquet' else 'line'} {number}"
+
+
+def printable(path: str | Path) -> str:
+    """The name of a file, which Linux lets be any bytes, as text that can be written as UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_records(path: Path, key: str) -> Iterator[Record]:
@@ -88,12 +94,12 @@ def read_records(path: Path, key: str) -> Iterator[Record]:
         yield Record(BAD, "not UTF-8, and the rest is not read", 0, path.stat().st_size)
     except (EOFError, zlib.error, gzip.BadGzipFile, *_zstd_errors()) as error:
         size = path.stat().st_size
-        yield Record(BAD, f"not whole, or not {path.suffix[1:]} ({error})", 0, size)
+        yield Record(BAD, f"not whole, or not {path.suffix[1:].lower()} ({error})", 0, size)
 
 
 def format_of(path: Path) -> str:
     """The ending that says what a file holds, under .gz or .zst."""
-    path = Path(path)
+    path = Path(Path(path).name.lower())  # .JSONL is .jsonl
     return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
 
 
@@ -121,9 +127,10 @@ def text_of(record: Record, key: str) -> str:
             return ""
         try:
             value = json.loads(value)[key]
-        except (ValueError, KeyError, TypeError) as error:  # UnicodeDecodeError is a ValueError
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise BadDocument(
-                f"not a JSON object with a '{key}' ({error!r}). Name the field with --json-key"
+                f"not a JSON object with a '{key}' ({_reason(error)}). Name the field with "
+                "--json-key"
             ) from None
     if not isinstance(value, str):
         raise BadDocument(f"'{key}' is not a string")
@@ -132,6 +139,15 @@ def text_of(record: Record, key: str) -> str:
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair
         raise BadDocument(f"'{key}' is not Unicode text") from None
     return value
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a line, without the line."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 at byte {error.start}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return repr(error)[:200]
 
 
 def _lines(stream: BinaryIO, raw: BinaryIO, start: int) -> Iterator[Record]:
@@ -162,7 +178,7 @@ def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str) -> Iterator[Recor
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -204,6 +220,9 @@ def _array_elements(chunks: Iterator[str]) -> Iterator[tuple[int, object]]:
                 value, end = decoder.raw_decode(buffer, position)
                 if end == len(buffer) and not last:
                     raise ValueError  # a number may go on in the next chunk
+            except RecursionError:
+                yield line, BadDocument("nested too deeply, and the rest of the array is not read")
+                return
             except ValueError:
                 if last:
                     yield line, BadDocument(
@@ -248,22 +267,39 @@ def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
                 )
             number, rows = 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(PARQUET_ROWS, columns=[key]):
-                for value in batch.column(0).to_pylist():
+                for kind, value in _column_values(batch.column(0)):
                     number += 1
-                    yield Record(VALUE, value, number, size * number // rows)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
+                    yield Record(kind, value, number, size * number // rows)
+    except UsageError:
+        raise
+    except Exception as error:  # pyarrow has its own, and those of C++ and Python by turns
+        reason = " ".join(str(error).split())[:200]
         yield Record(BAD, f"not a whole parquet file ({reason})", 0, size)
+
+
+def _column_values(column) -> Iterator[tuple[str, object]]:
+    """(kind of record, value) of each row; Arrow's strings need not be UTF-8."""
+    try:
+        for value in column.to_pylist():
+            yield VALUE, value
+        return
+    except UnicodeDecodeError:
+        pass  # raised before the first value
+    for scalar in column:
+        try:
+            yield VALUE, scalar.as_py()
+        except UnicodeDecodeError:
+            yield BAD, "not UTF-8"
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file's content unpacked, and the file itself, whose place says how far reading is."""
     with open(path, "rb") as raw:
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             with gzip.open(raw) as stream:
                 yield stream, raw
-        elif path.suffix == ".zst":
+        elif path.suffix.lower() == ".zst":
             with io.BufferedReader(_ZstdFrames(raw, _zstandard(path)), CHUNK_BYTES) as stream:
                 yield stream, raw
         else:

@@ -27,7 +27,7 @@ def find_files(
     for item in map(str, inputs):
         if os.path.isdir(item):
             tree = (p for p in Path(item).rglob("*") if p.is_file())
-            matches = [p for p in tree if any(fnmatch.fnmatch(p.name, n) for n in patterns)]
+            matches = [p for p in tree if any(_fits(p.name, n) for n in patterns)]
             hint = f" with a name like {', '.join(patterns)} (change it with --pattern)"
         else:
             matches = [Path(p) for p in glob.glob(item, recursive=True) if os.path.isfile(p)]
@@ -38,3 +38,9 @@ def find_files(
             raise UsageError(f"{item}: no file{hint}. Give files, folders or glob patterns.")
         found.update(matches)
     return sorted(found)
+
+
+def _fits(name: str, pattern: str) -> bool:
+    """A pattern in small letters fits capitals too: '*.jsonl' takes A.JSONL."""
+    name = name.lower() if pattern == pattern.lower() else name
+    return fnmatch.fnmatchcase(name, pattern)

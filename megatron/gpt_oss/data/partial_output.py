@@ -28,6 +28,7 @@ from megatron.gpt_oss.data.corpus_record import (
 )
 from megatron.gpt_oss.data.index_file import write_index
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief, read_json
 from megatron.gpt_oss.outputs import NO_LOCKS, files_in, move_file, naming, remove_files, sha256
 
 _JOURNAL, _LOCK, _SKIPPED, _INDEX = "journal.json", "lock", "skipped.txt", "idx"
@@ -235,7 +236,14 @@ class PartialOutput:
         path = self.folder / _JOURNAL
         if not path.exists():
             return None
-        journal = json.loads(path.read_text(encoding="utf-8"))
+        remedy = f"Remove {self.folder}, or give --overwrite, and begin anew."
+        try:
+            journal = read_json(path, hint=remedy)
+            _check_journal(journal, f"{path} {{}}. {remedy}")
+        except UsageError:
+            if overwrite:
+                return None
+            raise
         before = journal["task"]
         differ = [key for key in {**before, **self._task} if before.get(key) != self._task.get(key)]
         if differ and overwrite:
@@ -264,3 +272,23 @@ def _empty_cache(target: Path) -> None:
     with suppress(OSError):
         remove_files(folder, filter(_CACHED.fullmatch, files_in(folder)))
         folder.rmdir()
+
+
+def _check_journal(journal: dict, message: str) -> None:
+    """Refuse a journal whose fields are not of their kinds."""
+    kinds = {"task": dict, "state": dict, "sizes": dict, "complete": bool}
+    for name, kind in kinds.items():
+        if type(journal.get(name)) is not kind:
+            raise UsageError(message.format(f"has {name} = {brief(journal.get(name))}"))
+    state = journal["state"]
+    counts = {name: value for name, value in state.items() if name != "skipped"}
+    for name, value in {**counts, **journal["sizes"]}.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise UsageError(message.format(f"has {brief(name)} = {brief(value)}"))
+    skipped = state.get("skipped", [])
+    pairs = isinstance(skipped, list) and all(
+        isinstance(item, list) and len(item) == 2 and all(isinstance(word, str) for word in item)
+        for item in skipped
+    )
+    if not pairs:
+        raise UsageError(message.format(f"has skipped = {brief(skipped)}"))

@@ -27,6 +27,7 @@ from megatron.gpt_oss.data.documents import (
     Record,
     is_whole_text,
     place_of,
+    printable,
     read_records,
 )
 from megatron.gpt_oss.data.encode import (
@@ -295,7 +296,7 @@ class _Run:
             if part.ends_file:
                 self.files += bool(self._found)
                 if not self._found and not reasons:
-                    self._skip(str(path), SKIP_EMPTY)
+                    self._skip(printable(path), SKIP_EMPTY)
                 self._file, self._record, self._found = part.file + 1, 0, 0
         self._write(encoded)
         self.tokens += len(encoded.ids)

@@ -2,7 +2,6 @@
 
 """Load the fast tokenizer of a Hugging Face folder with the `tokenizers` package alone."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,9 @@ from megatron.gpt_oss.data.byte_tokenizer import (
     TOKENIZER_NAME,
 )
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief, read_json
+
+_LARGEST_ID = 2**31 - 1  # the files of token ids are int32 at most
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,33 @@ class TextTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def read_tokenizer(
+    file: Path, error: type[UsageError] = UsageError, hint: str = "Fetch the file again."
+) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, tried on a few characters.
+
+    Raises:
+        UsageError: of the class `error`; names the file and what is wrong with it.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(Path(file).read_text(encoding="utf-8"))
+        tokenizer.encode("a B\n\u00e9\u65e5", add_special_tokens=False)
+        ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    except BaseException as cause:  # the Rust code raises plain Exception, and panics
+        if isinstance(cause, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = cause.strerror if isinstance(cause, OSError) else " ".join(str(cause).split())
+        if isinstance(cause, UnicodeDecodeError):
+            reason = f"not UTF-8 at byte {cause.start}"
+        raise error(
+            f"{file} is not a tokenizer of the tokenizers package ({reason[:200]}). {hint}"
+        ) from cause
+    if not ids or max(ids) > _LARGEST_ID:
+        found = f"the id {max(ids)}" if ids else "no token"
+        raise error(f"{file} has {found}. {hint}")
+    return tokenizer
+
+
 def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextTokenizer:
     """Load tokenizer.json (and tokenizer_config.json beside it).
 
@@ -52,12 +81,7 @@ def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextT
     file = path / TOKENIZER_NAME if path.is_dir() else path
     if not file.is_file():
         raise UsageError(f"No tokenizer at {path}. Give a folder with {TOKENIZER_NAME}.")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the Rust code raises plain Exception
-        raise UsageError(
-            f"{file} is not a tokenizer of the tokenizers package ({error})."
-        ) from error
+    tokenizer = read_tokenizer(file)
     if end_token is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
         end_token = END_OF_TEXT
     end_token = end_token or eos_token_of(file.parent)
@@ -77,5 +101,8 @@ def eos_token_of(folder: Path) -> str | None:
     file = folder / TOKENIZER_CONFIG_NAME
     if not file.is_file():
         return None
-    token = json.loads(file.read_text(encoding="utf-8")).get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+    token = read_json(file, hint="Fetch it again.").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"{file} has eos_token = {brief(token)}, which is no text of a token.")
+    return text

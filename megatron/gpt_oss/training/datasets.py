@@ -107,7 +107,13 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
     wanted = list(num_samples)
     if each_its_own:
         wanted[Split.valid.value] = None  # one epoch of each
-    builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, dataset_config(args))
+    config = dataset_config(args)
+    if config.split_matrix is not None:
+        # Of a set that nobody draws from not even an empty one is needed.
+        config.split_matrix = [
+            None if number == 0 else part for number, part in zip(num_samples, config.split_matrix)
+        ]
+    builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, config)
     train, valid, test = builder.build()
     if valid is None and args.eval_iters and is_built():
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Iterator
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.core.dist_checkpointing.restricted_pickle import RestrictedPickleError
 from megatron.gpt_oss.errors import RunError, as_os_sentence
 from megatron.training import checkpoint_integrity
 from megatron.training.non_finite import NonFiniteError
@@ -45,6 +46,9 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
     if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError, ScheduleError)):
         return RunError(str(error), everywhere=True)
     chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, RestrictedPickleError):
+            return RunError(str(cause))
     for cause in map(_written_error, chain):
         if isinstance(cause, OSError) and cause.errno in _DISK and _is_of_checkpoint(cause, args):
             where = f" ({cause.filename})" if cause.filename else ""

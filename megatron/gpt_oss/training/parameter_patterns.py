@@ -5,8 +5,8 @@ Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
 `decoder.layers.3.mlp.router.weight`; patterns as the shell's: '*.router.*', 'embedding.*'.
 """
 
-import json
 import re
+import sys
 from argparse import Namespace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import read_json
 from megatron.training.non_finite import global_names
 
 Hook = Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
@@ -78,7 +79,12 @@ def check_same_parameters(args: Namespace, earlier_arguments: Path) -> None:
     """
     if args.no_load_optim or args.finetune or not earlier_arguments.is_file():
         return
-    then = json.loads(earlier_arguments.read_text(encoding="utf-8")).get("freeze", args.freeze)
+    try:
+        then = read_json(earlier_arguments).get("freeze", args.freeze)
+    except UsageError as error:  # a kill may have cut it; the checkpoints are what counts
+        if args.rank == 0:
+            print(f"note: {error} --freeze is not compared.", file=sys.stderr)
+        return
     if args.freeze != then:
         raise UsageError(
             f"--freeze was {then or 'not given'} when this run was last started, and is "

@@ -20,6 +20,8 @@ from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explicit_arguments, parse
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
+from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_NAME
+from megatron.gpt_oss.data.tokenizer_files import eos_token_of, read_tokenizer
 from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.layer_specs import model_config_from_args
 from megatron.gpt_oss.outputs import naming, write_file
@@ -101,13 +103,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = as_run_error(error, args)
             _end_checkpoint(every_rank_ends=known is not None and known.everywhere)
             if known is None and not trains.is_set():
-                known = as_refusal(error)
+                known = as_refusal(error) or _tokenizer_problem(args)
             if known is None:
                 raise
             print_traceback(error)
             raise known from error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _tokenizer_problem(args: Namespace) -> UsageError | None:
+    """What is wrong with the files of --tokenizer-model, of which transformers says too little."""
+    folder = Path(args.tokenizer_model or "")
+    if not (folder / TOKENIZER_NAME).is_file():
+        return None
+    try:
+        read_tokenizer(folder / TOKENIZER_NAME)
+        eos_token_of(folder)
+    except UsageError as problem:
+        return problem
+    return None
 
 
 def _end_checkpoint(every_rank_ends: bool) -> None:

@@ -49,12 +49,12 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
                 f'No {name} in {tokenizer_path}. Give a local folder that has one: names of the '
                 'Hugging Face hub need the transformers package.'
             )
-        self.tokenizer = Tokenizer.from_file(file)
+        self.tokenizer = _read_tokenizer(file)
         config = _read_json(os.path.join(folder, 'tokenizer_config.json'))
         self.chat_template = chat_template or config.get('chat_template')
         self.include_special_tokens = include_special_tokens
         self._special = {
-            role: _token_text(config.get(f'{role}_token'))
+            role: _token_text(config.get(f'{role}_token'), f'{role}_token')
             for role in ('bos', 'eos', 'pad', 'unk', 'sep', 'cls', 'mask')
         }
         self._additional_special_tokens = list(additional_special_tokens or [])
@@ -166,13 +166,36 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
         return self._id('mask')
 
 
+def _read_tokenizer(path: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(path)
+    except BaseException as error:  # The Rust code raises plain Exception, and panics.
+        if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
+            raise
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'{path} is not a tokenizer of the tokenizers package ({reason}).') from (
+            error
+        )
+
+
 def _read_json(path: str) -> dict:
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    try:
+        with open(path, encoding='utf-8') as file:
+            config = json.load(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 at byte {error.start}.') from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is not valid JSON ({error}).') from None
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} is not a JSON object.')
+    return config
 
 
-def _token_text(token: Union[str, dict, None]) -> Optional[str]:
+def _token_text(token: Union[str, dict, None], role: str) -> Optional[str]:
     """transformers writes a token as its text, or as an object with the text in 'content'."""
-    return token.get('content') if isinstance(token, dict) else token
+    text = token.get('content') if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f'tokenizer_config.json: {role} has no text of a token.')
+    return text
