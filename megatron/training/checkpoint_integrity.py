@@ -282,7 +282,18 @@ def _compare_with_manifest(folder: str) -> List[str]:
             complaint = f'{name} has other contents than when it was saved (SHA-256)'
         if complaint:
             wrong.append(complaint)
+    if not wrong and '.metadata' in manifest['files']:
+        wrong += _check_metadata(folder)
     return wrong
+
+
+def _check_metadata(folder: str) -> List[str]:
+    """What the manifest does not say: whether the metadata is what a save writes."""
+    try:
+        restricted_pickle.read_metadata(folder)
+    except restricted_pickle.RestrictedPickleError as error:
+        return [f'.metadata is damaged ({error})']
+    return []
 
 
 def _check_without_manifest(folder: str) -> List[str]:

@@ -108,11 +108,7 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
     if each_its_own:
         wanted[Split.valid.value] = None  # one epoch of each
     config = dataset_config(args)
-    if config.split_matrix is not None:
-        # Of a set that nobody draws from not even an empty one is needed.
-        config.split_matrix = [
-            None if number == 0 else part for number, part in zip(num_samples, config.split_matrix)
-        ]
+    leave_out_undrawn(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, config)
     train, valid, test = builder.build()
     if valid is None and args.eval_iters and is_built():
@@ -127,6 +123,19 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
             for dataset in (valid if isinstance(valid, list) else [valid])
         ]
     return train, valid, test
+
+
+def leave_out_undrawn(config: GPTDatasetConfig, num_samples: list[int | None]) -> None:
+    """Build no set of which no sample is wanted: it may have no document, and needs none.
+
+    Args:
+        config: whose split of the documents is changed.
+        num_samples: of the training, validation and test set; None is a whole epoch.
+    """
+    if config.split_matrix is not None:
+        config.split_matrix = [
+            None if wanted == 0 else part for wanted, part in zip(num_samples, config.split_matrix)
+        ]
 
 
 def _samples_per_evaluation(args: Namespace) -> int:

@@ -25,6 +25,7 @@ _LOST = re.compile(
     "[Ss]ocket[ A-Za-z]*(closed|Timeout)|remote process exited|NCCL error|heartbeat|"
     "failed to recv, got 0 bytes|[Cc]onnection (was )?(refused|likely broken)|Application timeout"
 )
+_UNREAD_METADATA = re.compile(r"global metadata read failed: (.*?); rank local")
 _DISK = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of the disk is used up",
@@ -47,8 +48,10 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
         return RunError(str(error), everywhere=True)
     chain = list(_chain(error))
     for cause in chain:
-        if isinstance(cause, RestrictedPickleError):
-            return RunError(str(cause))
+        # PyTorch hands on the text alone of what kept it from reading .metadata.
+        unread = _UNREAD_METADATA.search(" ".join(str(cause).split()))
+        if unread or isinstance(cause, RestrictedPickleError):
+            return RunError(unread[1] if unread else str(cause))
     for cause in map(_written_error, chain):
         if isinstance(cause, OSError) and cause.errno in _DISK and _is_of_checkpoint(cause, args):
             where = f" ({cause.filename})" if cause.filename else ""

@@ -65,3 +65,19 @@ def test_split_with_tokens_repeats_them(tmp_path):
     dataset = dataset_of(tmp_path, [1], 9)
     assert len(dataset) >= 9
     assert dataset[0]["tokens"].max() < 40
+
+
+@pytest.mark.usefixtures("ends")
+def test_a_split_that_nobody_draws_from_needs_no_document(tmp_path):
+    """--eval-iters 0 with three documents, of which a split of 98,1,1 has none to hold out."""
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.gpt_oss.training.datasets import leave_out_undrawn
+
+    config = dataset_of(tmp_path, [0], 1).config
+    with pytest.raises(ValueError, match="0 samples are wanted"):
+        BlendedMegatronDatasetBuilder(GPTDataset, [4, 0, 0], lambda: True, config).build()
+    leave_out_undrawn(config, [4, 0, 0])
+    built = BlendedMegatronDatasetBuilder(GPTDataset, [4, 0, 0], lambda: True, config).build()
+    assert len(built[0]) >= 4 and built[1:] == [None, None]
