@@ -293,6 +293,12 @@ def _check_metadata(folder: str) -> List[str]:
         restricted_pickle.read_metadata(folder)
     except restricted_pickle.RestrictedPickleError as error:
         return [f'.metadata is damaged ({error})']
+    path = os.path.join(folder, 'metadata.json')
+    try:
+        if os.path.isfile(path) and not isinstance(_read_json(path), dict):
+            return ['metadata.json is damaged (it is no JSON object)']
+    except ValueError as error:
+        return [f'metadata.json is damaged ({error})']
     return []
 
 

@@ -41,7 +41,7 @@ def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
     model_type = config.get("model_type")
     if model_type != "gpt_oss":
         raise CheckpointError(
-            f"{path} describes a model of type {brief(model_type)}, not 'gpt_oss'. Give the folder of a "
+            f"{path} describes a model of type '{str(model_type)[:60]}', not 'gpt_oss'. Give the folder of a "
             "gpt-oss checkpoint, e.g. openai/gpt-oss-20b."
         )
     read_fields(config, str(path))

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron.core.dist_checkpointing.restricted_pickle import (
     RestrictedPickleError,
     load_saved,
-    read_metadata,
 )
 from megatron.gpt_oss.checkpoint.runs import is_one_run, read_run, run_offset
 from megatron.gpt_oss.checkpoint.torch_save_record import find_tensor

@@ -141,7 +141,7 @@ def _check_corpus(place: str, corpus: object) -> None:
         )
     numbers = {
         "weight": corpus.get("weight"),
-        **{f"upsample {brief(k)}": v for k, v in upsample.items()},
+        **{f"upsample {str(k)[:60]}": v for k, v in upsample.items()},
     }
     for what, number in numbers.items():
         is_number = isinstance(number, (int, float)) and not isinstance(number, bool)

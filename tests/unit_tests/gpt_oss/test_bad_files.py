@@ -173,7 +173,7 @@ BAD = {
     'config-factor-huge': ('config', _rope(factor=1e30), 'rope_scaling has factor = 1e+30'),
     'config-factor-word': ('config', _rope(factor='8'), "rope_scaling has factor = '8'"),
     'config-beta': ('config', _rope(beta_fast=1e300), 'rope_scaling has beta_fast = 1e+300'),
-    'config-type': ('config', _config(model_type=['x'] * 10**5), "describes a model of type ['x'"),
+    'config-type': ('config', _config(model_type=['x'] * 10**5), "describes a model of type '['x'"),
     'tokenizer-text': ('tokenizer', b'hello', 'tokenizer.json is not a tokenizer'),
     'tokenizer-binary': ('tokenizer', b'\xff' * 9999, 'tokenizer.json is not a tokenizer'),
     'tokenizer-deep': ('tokenizer', DEEP.encode(), 'tokenizer.json is not a tokenizer'),
