@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron.gpt_oss.checkpoint.hf_fields import alternating_layers, read_fields
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.json_file import brief, read_json
+from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.presets import Preset, extended
 
 CONFIG_NAME = "config.json"
