@@ -231,6 +231,7 @@ def test_no_code_of_a_checkpoint_runs(folder, tmp_path, command, place, capsys):
 
     ran, copy = tmp_path / 'ran', _copy(folder, tmp_path)
     release = copy / 'ckpt' / 'release'
+    (release / 'manifest.json').unlink()  # whoever altered the files would write a fitting one
     if place == '.metadata':
         metadata = pickle.loads((release / place).read_bytes())
         metadata.planner_data = Command(ran)
