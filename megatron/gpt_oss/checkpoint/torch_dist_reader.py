@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader
 from megatron.core.dist_checkpointing.restricted_pickle import (
     RestrictedPickleError,
     load_saved,
@@ -90,8 +91,6 @@ class TorchDistReader:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader
-
         try:
             self._storage = CheckedFileSystemReader(self.folder)
             self._metadata = self._storage.read_metadata()
