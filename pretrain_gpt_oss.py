@@ -4,15 +4,20 @@
     torchrun --nproc-per-node 8 pretrain_gpt_oss.py --preset 20b --load-hf /models/gpt-oss-20b \\
         --data-path /data/corpus --run-dir runs/20b --expert-model-parallel-size 8 ...
 
-Every Megatron-LM flag works and overrides the preset; --help lists them.
+Megatron-LM's flags override the preset; --help lists ours and those that most runs need.
 """
 
+import sys
+
+from megatron.gpt_oss import flag_help
 from megatron.gpt_oss.errors import run_main
 from megatron.gpt_oss.quiet import silence_import_notices
 
 
 def main() -> None:
     """Import, which takes seconds, and train."""
+    if flag_help.asked_for(sys.argv[1:]):  # without those seconds
+        return flag_help.show_help()
     silence_import_notices()
     from megatron.gpt_oss.training.run import main as train
 

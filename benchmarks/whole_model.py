@@ -290,10 +290,10 @@ def layout_from_flags(flags: list[str], gpus: int) -> Layout:
 
 def _layout_from_flags(flags: list[str], gpus: int) -> Layout:
     warnings.simplefilter("ignore")
+    from megatron.gpt_oss.arguments import read
     from megatron.gpt_oss.plan.dry_run import layout_of, validated
-    from megatron.gpt_oss.training.run_arguments import add_run_arguments
 
-    return layout_of(validated(flags, add_run_arguments, gpus))
+    return layout_of(validated(read(flags), gpus))
 
 
 def planned_gib(layout: Layout, load: float = 1.0) -> float:

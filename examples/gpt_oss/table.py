@@ -6,8 +6,6 @@ python examples/gpt_oss/table.py            print it
 python examples/gpt_oss/table.py --write    write it into README.md
 """
 
-import contextlib
-import io
 import os
 import re
 import sys
@@ -21,13 +19,10 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 from report import markdown, write_section  # noqa: E402
 
-from megatron.gpt_oss.arguments import preset_args_provider  # noqa: E402
-from megatron.gpt_oss.plan.dry_run import layout_of  # noqa: E402
+from megatron.gpt_oss.arguments import read  # noqa: E402
+from megatron.gpt_oss.plan.dry_run import layout_of, validated  # noqa: E402
 from megatron.gpt_oss.plan.memory import GB  # noqa: E402
 from megatron.gpt_oss.plan.search import Plan, Wanted, plan_of, shown  # noqa: E402
-from megatron.gpt_oss.training.run import expanded  # noqa: E402
-from megatron.gpt_oss.training.run_arguments import add_run_arguments  # noqa: E402
-from megatron.training.arguments import parse_args, validate_args  # noqa: E402
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"
@@ -55,16 +50,10 @@ def sizes(file: Path) -> tuple[int, int, int]:
 
 def arguments(file: Path, *more: str, gpus: int | None = None) -> Namespace:
     """A recipe through Megatron's own parser and validation, as on so many GPUs (its own)."""
-    argv = [*expanded(["--recipe", str(file), *more]), *NO_DATA]
-    world = {"WORLD_SIZE": str(gpus or sizes(file)[2]), "RANK": "0", "LOCAL_RANK": "0"}
-    with (
-        mock.patch.dict(os.environ, world),  # given back as it was, CUDA's variables too
-        mock.patch.object(sys, "argv", [sys.argv[0], *argv]),
-        contextlib.redirect_stdout(io.StringIO()),  # Megatron prints every argument
-    ):
-        args = parse_args(preset_args_provider(argv, add_run_arguments))
-        validate_args(args)
-    return args
+    world = {"RANK": "0", "LOCAL_RANK": "0"}
+    with mock.patch.dict(os.environ, world):  # given back as it was, CUDA's variables too
+        spec = read(["--recipe", str(file), *more, *NO_DATA])
+        return validated(spec, gpus or sizes(file)[2])
 
 
 def plan(args: Namespace, expert_load: float = 1.0) -> Plan:

@@ -2,12 +2,15 @@
 
 """The command line of the entry script: a preset's values under Megatron's own flags.
 
-A preset's values become argparse defaults of Megatron's parser, so that --help shows them and any
-flag overrides them; a flag that contradicts the preset's architecture, an unknown flag and a
-missing file are refused in one sentence before torch.distributed is touched.
+A preset's values become argparse defaults of Megatron's parser, so that any flag overrides them; a
+flag that contradicts the preset's architecture, an unknown flag and a missing file are refused in
+one sentence before torch.distributed is touched. A command line is parsed once, with its recipes'
+flags in it; every check takes what came of that.
 """
 
 import argparse
+import collections
+import contextlib
 import difflib
 import glob
 import importlib.util
@@ -16,16 +19,27 @@ import os
 import re
 import sys
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, NoReturn, Sequence
 
+from megatron.core import device_utils
+from megatron.gpt_oss import flag_help
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
-from megatron.gpt_oss.data.blend_arguments import add_blend_arguments, blend_defaults
+from megatron.gpt_oss.data.blend_arguments import blend_defaults
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError, as_refusal
 from megatron.gpt_oss.expert_overlap import check_expert_overlap
-from megatron.gpt_oss.memory_policy import POLICIES, policy_flags
+from megatron.gpt_oss.flag_check import check_flags
+from megatron.gpt_oss.foreign_names import advice, foreign_name
+from megatron.gpt_oss.memory_policy import policy_flags
+from megatron.gpt_oss.our_flags import (
+    HELP_ALL,
+    LM_LOSS_CHUNK_SIZE,
+    NO_PRESET,
+    add_our_arguments,
+)
 from megatron.gpt_oss.presets import (
     MOST_LAYERS,
     PRESETS,
@@ -35,14 +49,16 @@ from megatron.gpt_oss.presets import (
     get_preset,
     preset_flags,
 )
+from megatron.gpt_oss.recipe import with_recipes
+from megatron.gpt_oss.run_spec import RunSpec
 from megatron.gpt_oss.sequence_arguments import check_sequence
-from megatron.gpt_oss.transformer_engine import (
-    SINK_ATTENTION,
-    check_installed,
-    check_transformer_engine,
+from megatron.gpt_oss.training.run_arguments import (
+    check_async_save,
+    check_batch_size_schedule,
+    check_run_arguments,
 )
-
-NO_PRESET = "none"
+from megatron.gpt_oss.training.writers import check_writers
+from megatron.gpt_oss.transformer_engine import check_installed, check_transformer_engine
 
 # Arguments that no preset sets and that would make another model of it: the parser's own default
 # is the only value that fits.
@@ -66,120 +82,106 @@ _FOREIGN_ARCHITECTURE = (
     "encoder_num_layers",
 )
 
-# Tokens whose logits live at a time: 1.6 GB in bf16, large enough for the products' full rate.
-LM_LOSS_CHUNK_SIZE = 4096
 # What the chunked loss leaves out.
 _UNCHUNKED_ONLY = ("use_mup", "defer_embedding_wgrad_compute")
 
 
-def add_gpt_oss_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add our own flags to Megatron's parser (an `extra_args_provider`)."""
-    group = parser.add_argument_group(title="gpt-oss")
-    group.add_argument(
-        "--preset",
-        metavar="NAME",
-        default=None,
-        help=f"The model: {', '.join(PRESETS)}, or '{NO_PRESET}' to describe it with Megatron's "
-        "own flags. Supplies the defaults of all other flags.",
-    )
-    group.add_argument(
-        "--preset-layers",
-        type=int,
-        metavar="N",
-        default=None,
-        help="Another number of layers than the preset's: a shallower model of the same shape, "
-        "for tests and benchmarks.",
-    )
-    group.add_argument(
-        "--yarn-factor",
-        type=float,
-        metavar="F",
-        default=None,
-        help="Extend the context: positions up to F times 4,096 instead of the published 32 times "
-        "(131,072), by YaRN. Training has to follow; convert to-hf writes it to config.json.",
-    )
-    group.add_argument(
-        "--load-hf",
-        metavar="FOLDER",
-        default=None,
-        help="Start from the weights of this Hugging Face gpt-oss checkpoint, at any parallel "
-        "layout.",
-    )
-    group.add_argument(
-        "--lm-loss-chunk-size",
-        type=int,
-        metavar="TOKENS",
-        default=0,
-        help="Compute head and loss over this many tokens at a time, so that the logits of all "
-        "tokens (0.8 MB a token in fp32) never exist. 0: all at once. A preset takes "
-        f"{LM_LOSS_CHUNK_SIZE}.",
-    )
-    group.add_argument(
-        "--no-moe-grouped-gemm",
-        dest="moe_grouped_gemm",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="Run the experts of a layer one after the other. A preset runs them as two grouped "
-        "products.",
-    )
-    group.add_argument(
-        "--sink-attention",
-        choices=SINK_ATTENTION,
-        default="megatron",
-        help="Whose attention runs among TransformerEngine's layers: Megatron-Core's own with "
-        "sinks, for every layout and cuDNN, or TransformerEngine's (te), which needs more of both "
-        "(docs/transformer_engine.md).",
-    )
-    add_blend_arguments(group)
-    group.add_argument(
-        "--memory",
-        choices=list(POLICIES),
-        default=None,
-        help="How much is computed again to keep less: fast keeps all, balanced makes the cheap "
-        "part again, experts their whole part, lean keeps a layer's input alone. --recompute-* and "
-        "--lm-loss-chunk-size win.",
-    )
-    return parser
+Provider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse(
-    argv: Sequence[str] | None = None,
-    extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
-) -> Namespace:
-    """Parse and validate a command line through Megatron's own `parse_and_validate_args`.
+def read(argv: Sequence[str] | None = None, extra_args_provider: Provider | None = None) -> RunSpec:
+    """Parse a command line, once, and check it; Megatron's own validation is `validate`.
 
     Args:
         argv: the words after the script's name; sys.argv by default.
         extra_args_provider: more flags of the entry script.
-    Returns:
-        Megatron's validated arguments (its global variables are set as well).
     Raises:
-        UsageError: the command line is wrong. No process group has been made.
+        UsageError: the command line is wrong. Nothing has been made.
+        SystemExit: --help or --help-all, which is printed.
     """
-    from megatron.training.arguments import parse_and_validate_args
-    from megatron.training.global_vars import get_tokenizer
+    from megatron.training.arguments import parse_args
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    provider = preset_args_provider(argv, extra_args_provider)
-    program = sys.argv
-    sys.argv = [program[0], *argv]  # upstream's parser reads nothing else
+    words = list(sys.argv[1:] if argv is None else argv)
+    if flag_help.asked_for(words):
+        flag_help.show_help()
+        raise SystemExit(0)
+    reader = _Reader(words, extra_args_provider)
     try:
-        args = parse_and_validate_args(extra_args_provider=provider)
-        check_installed(args.transformer_impl)
+        with contextlib.nullcontext() if HELP_ALL in words else _without_help_texts():
+            parse_args(reader)
     except (AssertionError, ValueError) as error:
         if (refusal := as_refusal(error)) is None:
             raise
         raise refusal from error
-    finally:
-        sys.argv = program
+    return reader.spec
+
+
+def parse(
+    argv: Sequence[str] | None = None, extra_args_provider: Provider | None = None
+) -> Namespace:
+    """`read` and `validate` in one."""
+    return validate(read(argv, extra_args_provider))
+
+
+def validate(spec: RunSpec) -> Namespace:
+    """Megatron's validation of a run's arguments, which sets its global variables as well.
+
+    Returns:
+        `spec.args`, as the validation leaves them.
+    Raises:
+        UsageError: Megatron refuses them. No process group has been made.
+    """
+    from megatron.training.global_vars import get_tokenizer, set_global_variables
+
+    def finish(args: Namespace):
+        check_installed(args.transformer_impl)
+        set_global_variables(args)
+        return get_tokenizer()
+
+    return _validate(spec.args, finish)
+
+
+def validate_for_plan(spec: RunSpec) -> Namespace:
+    """`validate` for a run that is only looked at, perhaps on another machine.
+
+    No global variable is set, no writer opened.
+    """
+    from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+
+    def finish(args: Namespace):
+        _build_num_microbatches_calculator(  # which checks how the batches divide
+            rank=args.rank,
+            global_batch_size=args.global_batch_size,
+            micro_batch_size=args.micro_batch_size,
+            data_parallel_size=args.data_parallel_size * args.gtp_weight_remat_size,
+            decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+            step_batch_size_schedule=args.step_batch_size_schedule,
+            seq_length=args.seq_length,
+        )
+        return build_tokenizer(args)
+
+    return _validate(spec.args, finish)
+
+
+def _validate(args: Namespace, finish: Callable[[Namespace], object]) -> Namespace:
+    from megatron.training.arguments import validate_args
+
+    try:
+        validate_args(args)
+        tokens = finish(args).vocab_size
+    except (AssertionError, ValueError) as error:
+        if (refusal := as_refusal(error)) is None:
+            raise
+        raise refusal from error
     _check_expert_ranks(args)
-    tokens = get_tokenizer().vocab_size
     args.tokenizer_vocab_size = tokens  # kept in checkpoints: rows beyond it may be padding
     if args.padded_vocab_size is not None and tokens > args.padded_vocab_size:
         raise UsageError(
             f"The tokenizer has {tokens} tokens, the model {args.padded_vocab_size} rows of "
             "vocabulary. Give the model's own tokenizer with --tokenizer-model."
         )
+    check_run_arguments(args)
     return args
 
 
@@ -200,23 +202,81 @@ def _check_expert_ranks(args: Namespace) -> None:
         )
 
 
-def preset_args_provider(
-    argv: Sequence[str],
-    extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
-) -> Callable[[ArgumentParser], ArgumentParser]:
-    """Check a command line and return the `extra_args_provider` that puts the preset under it.
+@contextlib.contextmanager
+def _without_help_texts() -> Iterator[None]:
+    """Megatron's parser reads the source of 26 classes for them: half a second of every start."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
 
-    Raises:
-        UsageError: see `parse`.
+    read_them = ArgumentGroupFactory._get_field_docstrings
+    ArgumentGroupFactory._get_field_docstrings = lambda self, cls: collections.defaultdict(str)
+    try:
+        yield
+    finally:
+        ArgumentGroupFactory._get_field_docstrings = read_them
+
+
+class _Reader:
+    """Megatron's `extra_args_provider`, which reads and checks the command line with its parser.
+
+    Megatron's `parse_args` builds the parser, asks what it is given back for the arguments, and
+    adds the rank's environment to them: this object is both the provider and what it gives back.
     """
 
-    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_gpt_oss_arguments(parser)
-        return extra_args_provider(parser) if extra_args_provider else parser
+    def __init__(self, argv: Sequence[str], extra_args_provider: Provider | None):
+        self._argv, self._extra = argv, extra_args_provider
+        self.spec: RunSpec | None = None
 
-    if {"-h", "--help"} & set(argv):
-        return add_arguments
-    given, parser = explicit_arguments(argv, add_arguments)
+    def __call__(self, parser: ArgumentParser) -> "_Reader":
+        parser = add_our_arguments(parser)
+        if self._extra is not None:
+            parser = self._extra(parser)
+        parser.error = _refuse  # upstream's usage text is several hundred lines long
+        if HELP_ALL in self._argv:
+            flag_help.show_all(parser)
+            raise SystemExit(0)
+
+        def given_by(words: Sequence[str]) -> Namespace:
+            return _explicit(words, parser)
+
+        words = with_recipes(self._argv, given_by)
+        self.spec = _checked(words, given_by(words), parser)
+        return self
+
+    def parse_args(self) -> Namespace:
+        return self.spec.args
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(f"{message[:1].upper()}{message[1:]}. --help-all lists every flag.")
+
+
+def _explicit(words: Sequence[str], parser: ArgumentParser) -> Namespace:
+    """What a command line itself says: a namespace without any default.
+
+    Raises:
+        UsageError: a value does not parse, or a flag is unknown (with the nearest known one).
+    """
+    kept = {action: action.default for action in parser._actions}
+    defaults, parser._defaults = parser._defaults, {}
+    for action in kept:
+        action.default = argparse.SUPPRESS
+    try:
+        given, unknown = parser.parse_known_args(list(words))
+    finally:
+        parser._defaults = defaults
+        for action, default in kept.items():
+            action.default = default
+    if unknown:
+        raise UsageError(_unknown_message(unknown[0], parser))
+    return given
+
+
+def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> RunSpec:
+    """Put the preset, and what single flags bring, under what is given; then every check.
+
+    Raises:
+        UsageError: see `read`.
+    """
     preset = _chosen_preset(given)
     if preset is not None:
         check_architecture(given, preset, parser)
@@ -227,65 +287,42 @@ def preset_args_provider(
         defaults["lm_loss_chunk_size"] = LM_LOSS_CHUNK_SIZE
     defaults.update(_tokenizer_defaults(given))
     defaults.update(blend_defaults(given))
+    if getattr(given, "run_dir", None) is not None:
+        defaults["save"] = defaults["load"] = str(Path(given.run_dir) / "checkpoints")
     if getattr(given, "sink_attention", "megatron") == "te":
         defaults["cp_comm_type"] = ["a2a"]  # the one that TransformerEngine has for sinks
-    by_default = {action.dest: action.default for action in parser._actions} | defaults
-
-    def value(dest: str) -> object:
-        return getattr(given, dest, by_default[dest])
-
+    parser.set_defaults(**defaults)
+    # Fills in what is not given: argparse leaves alone what a namespace has.
+    args = parser.parse_args([], Namespace(**vars(given)))
+    value = partial(getattr, args)
     check_sequence(value)
     check_transformer_engine(value)
     set_device_connections(value)
-    policy = policy_flags(given, value)
-    defaults.update(policy)
-    by_default.update(policy)
+    for more in (policy_flags(given, value), check_writers(args)):
+        parser.set_defaults(**more)
+        for dest, default in more.items():
+            if not hasattr(given, dest):
+                setattr(args, dest, default)
     check_expert_overlap(value)
-
-    def provider(parser: ArgumentParser) -> ArgumentParser:
-        parser = add_arguments(parser)
-        parser.set_defaults(**defaults)
-        return parser
-
-    return provider
-
-
-class _Parser(ArgumentParser):
-    """Reports a mistake as an exception: upstream's usage text is several hundred lines long."""
-
-    def error(self, message: str):
-        raise UsageError(f"{message[:1].upper()}{message[1:]}. --help lists every flag.")
-
-
-def explicit_arguments(
-    argv: Sequence[str], add_arguments: Callable[[ArgumentParser], ArgumentParser]
-) -> tuple[Namespace, ArgumentParser]:
-    """What the command line itself says: a namespace without any default.
-
-    Raises:
-        UsageError: a value does not parse, or a flag is unknown (with the nearest known one).
-    """
-    from megatron.training.arguments import add_megatron_arguments
-
-    parser = add_arguments(add_megatron_arguments(_Parser(allow_abbrev=False)))
-    kept = {action: action.default for action in parser._actions}
-    for action in kept:
-        action.default = argparse.SUPPRESS
-    given, unknown = parser.parse_known_args(list(argv))
-    for action, default in kept.items():
-        action.default = default
-    if unknown:
-        raise UsageError(_unknown_message(unknown[0], parser))
-    return given, parser
+    # A dry run may be made on another machine than the run.
+    check_async_save(args, device_utils.is_cuda() or args.dry_run is not None)
+    check_batch_size_schedule(args)
+    untested = check_flags(words, given, parser)
+    return RunSpec(tuple(words), given, args, preset, untested)
 
 
 def _unknown_message(word: str, parser: ArgumentParser) -> str:
+    name = foreign_name(word.split("=")[0])
+    if not word.startswith("-") and "=" in word and name is not None:
+        return f"'{word}' is no flag. {advice(name)}"
     if not word.startswith("-"):
         return f"'{word}' belongs to no flag. Was a '--' or a quotation mark left out before it?"
     flag = word.split("=")[0]
+    if name is not None:
+        return f"Unknown flag {flag}. {advice(name)} --help-all lists every flag."
     near = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    return f"Unknown flag {flag}.{hint} --help lists every flag."
+    return f"Unknown flag {flag}.{hint} --help-all lists every flag."
 
 
 def _chosen_preset(given: Namespace) -> Preset | None:
@@ -397,6 +434,13 @@ def _tokenizer_defaults(given: Namespace) -> dict:
     if hasattr(given, "tokenizer_type"):
         return {}
     model = getattr(given, "tokenizer_model", None) or getattr(given, "load_hf", None)
+    if model is None and hasattr(given, "dry_run") and given.preset in PRESETS:
+        # Its size is known. One id less than rows: the null tokenizer adds an end of a document.
+        rows = PRESETS[given.preset].vocab_size
+        return {
+            "tokenizer_type": "NullTokenizer",
+            "vocab_size": getattr(given, "vocab_size", rows - 1),
+        }
     if model is None:
         raise UsageError(
             "No tokenizer. Give --tokenizer-model FOLDER with the tokenizer.json that the data was "

@@ -12,68 +12,53 @@ before those of the command line, of which the last one counts.
 """
 
 import shlex
-from argparse import ArgumentParser
+from argparse import Namespace
 from pathlib import Path
 from typing import Callable, Sequence
 
 from megatron.gpt_oss.errors import UsageError
-
-FLAG = "--recipe"
-
-
-def add_recipe_argument(group) -> None:
-    """The flag, so that --help has it."""
-    group.add_argument(
-        FLAG,
-        metavar="FILE",
-        action="append",
-        default=None,
-        help="Flags from a file (examples/gpt_oss/recipes); those of the command line win.",
-    )
+from megatron.gpt_oss.our_flags import RECIPE
 
 
-def with_recipe(argv: Sequence[str], check: Callable[[list[str]], object]) -> list[str]:
+def with_recipes(words: Sequence[str], read: Callable[[Sequence[str]], Namespace]) -> list[str]:
     """A command line with the flags of its recipes before its own.
 
     Args:
-        argv: words of the command line; --recipe itself stays among them.
-        check: raises UsageError for words that are no command line.
+        words: of the command line; --recipe itself stays among them.
+        read: what words say as a command line, `recipe` among it; raises UsageError.
     Raises:
         UsageError: names the file (and the line) and what is wrong there.
     """
-    argv = list(argv)
-    return [*_flags_of([Path(name) for name in _named(argv)], check, ()), *argv]
-
-
-def _named(words: Sequence[str]) -> list[str]:
-    """The files of --recipe; one without a value is left to the parser's own complaint."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(FLAG, action="append", nargs="?", default=[])
-    return [name for name in finder.parse_known_args(list(words))[0].recipe if name]
+    named = getattr(read(words), "recipe", ())
+    return [*_flags_of([Path(name) for name in named], read, ()), *words]
 
 
 def _flags_of(
-    files: Sequence[Path], check: Callable[[list[str]], object], within: tuple[Path, ...]
+    files: Sequence[Path], read: Callable[[Sequence[str]], Namespace], within: tuple[Path, ...]
 ) -> list[str]:
     flags = []
     for file in files:
         if file.resolve() in within:
-            raise UsageError(f"{FLAG} {file} names itself, through {within[-1]}. Drop one line.")
+            raise UsageError(f"{RECIPE} {file} names itself, through {within[-1]}. Drop one line.")
         words = read_recipe(file)
         try:
-            check(words)
+            named = getattr(read(words), "recipe", ())
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
-        named = [file.parent / name for name in _named(words)]
-        flags += _flags_of(named, check, (*within, file.resolve()))
+        beside = [file.parent / name for name in named]
+        flags += _flags_of(beside, read, (*within, file.resolve()))
         flags += _without_recipes(words)
     return flags
 
 
-def _without_recipes(words: list[str]) -> list[str]:
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument(FLAG, action="append")
-    return finder.parse_known_args(words)[1]
+def _without_recipes(words: Sequence[str]) -> list[str]:
+    """Of words that are a command line: --recipe has one value."""
+    rest, after = [], False
+    for word in words:
+        if not after and word != RECIPE and not word.startswith(f"{RECIPE}="):
+            rest.append(word)
+        after = word == RECIPE and not after
+    return rest
 
 
 def read_recipe(file: str | Path) -> list[str]:
@@ -86,9 +71,9 @@ def read_recipe(file: str | Path) -> list[str]:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UsageError(f"{FLAG} {file}: {reason}. examples/gpt_oss/README.md has a list.") from (
-            error
-        )
+        raise UsageError(
+            f"{RECIPE} {file}: {reason}. examples/gpt_oss/README.md has a list."
+        ) from (error)
     words = []
     for number, line in enumerate(lines, 1):
         try:

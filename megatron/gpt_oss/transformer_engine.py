@@ -18,8 +18,6 @@ import torch
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.errors import UsageError
 
-SINK_ATTENTION = ("megatron", "te")
-
 # What a feature needs, as version numbers.
 SOFTMAX_TYPE_TE = (2, 8, 0)
 LEARNABLE_CUDNN = (9, 13, 1)

@@ -2,7 +2,6 @@
 
 """One run of pretrain_gpt_oss.py in this rank, and all that it reported."""
 
-import collections
 import contextlib
 import hashlib
 import io
@@ -49,7 +48,6 @@ def train(argv: list[str], preset: Preset, keep_batches: bool = False) -> RankRe
     from megatron.training import step_callbacks
     from megatron.training.training import set_startup_timestamps
 
-    _without_help_texts()
     record = RankRecord()
     PRESETS[preset.name] = preset
     step_callbacks.clear()
@@ -107,10 +105,3 @@ class _Reader:
         if self._keep:
             self._record.batches.append({k: v for k, v in batch.items() if v is not None})
         return batch
-
-
-def _without_help_texts() -> None:
-    """Megatron's parser reads the source of 26 classes for them each time: half a second a run."""
-    from megatron.training.argument_utils import ArgumentGroupFactory
-
-    ArgumentGroupFactory._get_field_docstrings = lambda self, cls: collections.defaultdict(str)

@@ -22,25 +22,6 @@ _OTHER_WAYS = (
 )
 
 
-def add_blend_arguments(group) -> None:
-    """--data-blend and --document-positions."""
-    group.add_argument(
-        "--data-blend",
-        metavar="FILE",
-        default=None,
-        help="The corpora, their weights and validation sets, in one YAML file "
-        "(docs/continual_pretraining.md).",
-    )
-    group.add_argument(
-        "--document-positions",
-        choices=("restart", "run-on"),
-        default=None,
-        help="Whether each document of a packed sequence begins at position 0 (the default) or "
-        "positions run on. Attention stays within documents and sees differences of positions "
-        "alone, so that both are the same function up to rounding.",
-    )
-
-
 def blend_defaults(given: Namespace) -> dict:
     """Megatron's arguments that say what the data file says; {} without one.
 

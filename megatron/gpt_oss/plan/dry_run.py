@@ -5,29 +5,27 @@
 The flags go through Megatron's own validation; no process group is made, no model, no folder.
 """
 
-import argparse
 import contextlib
 import io
 import logging
 import os
-import re
-from argparse import ArgumentParser, Namespace
-from typing import Callable, Sequence
+from argparse import Namespace
 
 import torch
 
 from megatron.core.transformer.sink_attention import available_backends
-from megatron.gpt_oss.arguments import parse
+from megatron.gpt_oss.arguments import validate_for_plan
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.our_flags import DRY_RUN
 from megatron.gpt_oss.plan.layout import Layout, Recompute
-from megatron.gpt_oss.plan.machines import Machines, memory_of_this_machine
+from megatron.gpt_oss.plan.machines import TORCHRUN, Machines, memory_of_this_machine
 from megatron.gpt_oss.plan.memory import GB
 from megatron.gpt_oss.plan.parameters import layer_parameters, stage_layers
 from megatron.gpt_oss.plan.search import Wanted, plan_of
 from megatron.gpt_oss.plan.table import breakdown, sources
-from megatron.gpt_oss.presets import PRESETS, Preset
+from megatron.gpt_oss.presets import Preset
+from megatron.gpt_oss.run_spec import RunSpec
 
-FLAG = "--dry-run"
 # What two layers of 20b and head took of TransformerEngine's 2.20.2 over the local route, by
 # --fp8-recipe: peak memory without AdamW's state, time of forward and backward in the faster and the
 # slower of two runs (benchmarks/results/te_layers_forward_backward_h100x2.json, te_layers_h100x2.json).
@@ -38,109 +36,45 @@ TE_OVER_LOCAL = {
 }
 
 
-def add_dry_run_argument(parser: ArgumentParser) -> None:
-    """The flag; its value says on which GPUs, by default those of torchrun."""
-    parser.add_argument(
-        FLAG,
-        type=as_machines,
-        nargs="?",
-        const=_TORCHRUN,
-        default=None,
-        metavar="GPUS",
-        help="Print memory and time of a step with these flags, and stop before anything is made. "
-        "GPUS: as if on so many, or MACHINESxGPUS; by default as many as torchrun started, one "
-        "without it.",
-    )
-
-
-# The flag without a value.
-_TORCHRUN = Machines(0, 0)
-
-
-def as_machines(word: str) -> Machines:
-    """The value of --dry-run: GPUs, or machines and the GPUs of each.
-
-    Raises:
-        ArgumentTypeError: it is neither.
-    """
-    found = re.fullmatch(r"(?:([1-9][0-9]{0,5})x)?([1-9][0-9]{0,5})", word)
-    if found is None:
-        raise argparse.ArgumentTypeError(
-            f"'{word}': wanted a number of GPUs (16), machines and the GPUs of each (2x8), or "
-            "nothing for torchrun's"
-        )
-    machines, gpus = found.groups()
-    return Machines(int(machines), int(gpus)) if machines else Machines.guessed(int(gpus))
-
-
-def asked_for(argv: Sequence[str]) -> bool:
-    """Whether --dry-run stands on the command line, which is not --help."""
-    words = {word.split("=")[0] for word in argv}
-    return FLAG in words and not {"-h", "--help"} & words
-
-
-def dry_run(
-    argv: Sequence[str], extra_args_provider: Callable[[ArgumentParser], ArgumentParser]
-) -> None:
-    """Print on rank 0 what the command line needs.
+def dry_run(spec: RunSpec) -> None:
+    """Print on rank 0 what a run needs.
 
     Raises:
         UsageError: the command line cannot be run, or the planner does not know the model.
     """
-    machines = _machines(argv)
-    args = validated([*_tokenizer(argv), *argv], extra_args_provider, machines.ranks)
-    if int(os.environ["RANK"]) == 0:
+    machines = _machines(spec)
+    args = validated(spec, machines.ranks)
+    if args.rank == 0:
         print(report(args, machines), flush=True)
+        if (line := spec.untested_line()) is not None:
+            print(line, flush=True)
 
 
-def _machines(argv: Sequence[str]) -> Machines:
+def _machines(spec: RunSpec) -> Machines:
     """Those that --dry-run asks for, or torchrun's."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument(FLAG, type=as_machines, nargs="?", const=_TORCHRUN, default=_TORCHRUN)
-    try:
-        found = finder.parse_known_args(list(argv))[0].dry_run
-    except argparse.ArgumentError as error:
-        raise UsageError(f"{FLAG} {error.message}.") from error
-    if found != _TORCHRUN:
-        return found
+    if spec.dry_run != TORCHRUN:
+        return spec.dry_run
     ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if "LOCAL_WORLD_SIZE" in os.environ and ranks % local == 0:
         return Machines(ranks // local, local)
     return Machines.guessed(ranks)
 
 
-def _tokenizer(argv: Sequence[str]) -> list[str]:
-    """What stands for a tokenizer where a preset is given and none is named: its size is known."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    flags = ("--preset", "--load-hf", "--tokenizer-model", "--tokenizer-type")
-    for flag in flags:
-        finder.add_argument(flag, nargs="?", const="")
-    given = finder.parse_known_args(list(argv))[0]
-    if given.preset not in PRESETS or any((given.load_hf, given.tokenizer_model)):
-        return []
-    if given.tokenizer_type is not None:
-        return []
-    # One id less than rows: the null tokenizer adds its own end of a document.
-    rows = PRESETS[given.preset].vocab_size
-    return ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(rows - 1)]
-
-
-def validated(
-    argv: Sequence[str], extra_args_provider: Callable[[ArgumentParser], ArgumentParser], gpus: int
-) -> Namespace:
-    """The arguments of a command line as a run on so many GPUs has them, and nothing printed.
+def validated(spec: RunSpec, gpus: int) -> Namespace:
+    """The arguments of a run as on so many GPUs, and nothing printed.
 
     Raises:
-        UsageError: the command line cannot be run.
+        UsageError: they cannot be run.
     """
-    # Megatron's validation reads its world from here.
+    # Megatron's validation reads its world from here, too.
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ["WORLD_SIZE"] = str(gpus)
+    spec.args.rank, spec.args.world_size = int(os.environ["RANK"]), gpus
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
         logging.disable(logging.WARNING)
         try:
-            return parse(argv, extra_args_provider)
+            return validate_for_plan(spec)
         finally:
             logging.disable(logging.NOTSET)
 
@@ -155,7 +89,7 @@ def report(args: Namespace, machines: Machines | None = None) -> str:
     machines = machines or Machines.guessed(args.world_size)
     layout = layout_of(args)
     if (problem := layout.problem()) is not None:
-        raise UsageError(f"{FLAG}: {problem}")
+        raise UsageError(f"{DRY_RUN}: {problem}")
     memory = machine_memory = None
     if torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
@@ -191,7 +125,9 @@ def layout_of(args: Namespace) -> Layout:
         UsageError: the model has no experts.
     """
     if not args.num_experts:
-        raise UsageError(f"{FLAG} knows models with experts alone. Give --preset or --num-experts.")
+        raise UsageError(
+            f"{DRY_RUN} knows models with experts alone. Give --preset or --num-experts."
+        )
     preset = Preset(
         name=args.preset,
         num_layers=args.num_layers,

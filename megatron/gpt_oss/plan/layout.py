@@ -6,16 +6,13 @@ import math
 from dataclasses import dataclass
 
 from megatron.gpt_oss.memory_policy import POLICIES
+from megatron.gpt_oss.our_flags import LM_LOSS_CHUNK_SIZE
 from megatron.gpt_oss.presets import PRESETS, Preset
-
-# What a preset takes where --memory says nothing of it (LM_LOSS_CHUNK_SIZE of arguments.py, whose
-# import takes seconds).
-DEFAULT_LOSS_CHUNK = 4096
 
 
 def loss_chunk_of(policy: str) -> int:
     """Tokens whose logits live at a time with a word of --memory."""
-    return POLICIES[policy].get("lm_loss_chunk_size", DEFAULT_LOSS_CHUNK)
+    return POLICIES[policy].get("lm_loss_chunk_size", LM_LOSS_CHUNK_SIZE)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 """GPUs as machines: how torchrun is started on them, and what memory a machine has."""
 
+import argparse
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +123,23 @@ def memory_of_this_machine() -> int:
 def has_gpu() -> bool:
     """Whether this is a machine of the kind that trains, without importing torch."""
     return os.path.exists("/dev/nvidia0")
+
+
+# --dry-run without a value.
+TORCHRUN = Machines(0, 0)
+
+
+def as_machines(word: str) -> Machines:
+    """The value of --dry-run: GPUs, or machines and the GPUs of each.
+
+    Raises:
+        ArgumentTypeError: it is neither.
+    """
+    found = re.fullmatch(r"(?:([1-9][0-9]{0,5})x)?([1-9][0-9]{0,5})", word)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"'{word}': wanted a number of GPUs (16), machines and the GPUs of each (2x8), or "
+            "nothing for torchrun's"
+        )
+    machines, gpus = found.groups()
+    return Machines(int(machines), int(gpus)) if machines else Machines.guessed(int(gpus))

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from typing import Iterator, Sequence, TextIO
@@ -18,15 +18,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.core import device_utils
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-from megatron.gpt_oss.arguments import NO_PRESET, add_gpt_oss_arguments, explicit_arguments, parse
+from megatron.gpt_oss.arguments import read, validate
 from megatron.gpt_oss.checkpoint.load import load_hf_hook
 from megatron.gpt_oss.data.byte_tokenizer import TOKENIZER_NAME
 from megatron.gpt_oss.data.tokenizer_files import eos_token_of, read_tokenizer
 from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.layer_specs import model_config_from_args
+from megatron.gpt_oss.our_flags import NO_PRESET
 from megatron.gpt_oss.outputs import naming, write_file
-from megatron.gpt_oss.plan.dry_run import asked_for, dry_run
-from megatron.gpt_oss.recipe import with_recipe
+from megatron.gpt_oss.plan.dry_run import dry_run
 from megatron.gpt_oss.training import signals
 from megatron.gpt_oss.training.data_report import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
@@ -40,14 +40,9 @@ from megatron.gpt_oss.training.parameter_patterns import (
     parse_multipliers,
     pattern_hook,
 )
-from megatron.gpt_oss.training.run_arguments import (
-    add_run_arguments,
-    check_async_save,
-    check_batch_size_schedule,
-    check_run_arguments,
-)
+from megatron.gpt_oss.training.run_arguments import check_schedule
 from megatron.gpt_oss.training.step import forward_step
-from megatron.gpt_oss.training.writers import Writers, check_writers
+from megatron.gpt_oss.training.writers import Writers
 from megatron.training import (
     async_checkpoint,
     checkpoint_integrity,
@@ -66,23 +61,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: the command line cannot be run.
         RunError: the run was ended by something that has a name.
     """
-    argv = expanded(sys.argv[1:] if argv is None else argv)
-    run_dir = _run_dir(argv)
-    if asked_for(argv):
-        return dry_run(argv, lambda parser: add_run_arguments(parser, run_dir))
+    spec = read(argv)
+    if spec.dry_run is not None:
+        return dry_run(spec)
+    run_dir = spec.run_dir
     _single_process_environment()
-    writer_defaults = check_writers(argv, run_dir)
-    check_async_save(argv, device_utils.is_cuda())
-    check_batch_size_schedule(argv)
     with _upstream_output(run_dir) as console:
-
-        def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-            parser = add_run_arguments(parser, run_dir)
-            parser.set_defaults(**writer_defaults)
-            return parser
-
-        args = parse(argv, add_arguments)
-        check_run_arguments(args)
+        args = validate(spec)
+        check_schedule(args)
+        if args.rank == 0 and (line := spec.untested_line()) is not None:
+            print(line, file=console, flush=True)
         args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
         if run_dir is not None and _goes_on(args.load):
             check_same_parameters(args, run_dir / "arguments.json")
@@ -135,19 +123,6 @@ def _end_checkpoint(every_rank_ends: bool) -> None:
         print_traceback(error)
 
 
-def expanded(argv: Sequence[str]) -> list[str]:
-    """A command line with the flags of its --recipe.
-
-    Raises:
-        UsageError: names the recipe and what is wrong with it.
-    """
-
-    def add_arguments(parser: ArgumentParser) -> ArgumentParser:
-        return add_run_arguments(add_gpt_oss_arguments(parser))
-
-    return with_recipe(argv, lambda words: explicit_arguments(words, add_arguments))
-
-
 def _model_config(args: Namespace, monitor: Monitor) -> GPTModelConfig:
     """The model, and the weights to start from where the run has no checkpoint of its own yet."""
     config = model_config_from_args(args)
@@ -162,14 +137,6 @@ def _goes_on(load_dir: str | None) -> bool:
         return False
     tracker = Path(load_dir) / "latest_checkpointed_iteration.txt"
     return tracker.is_file() or checkpoint_integrity.holds_checkpoint(load_dir)
-
-
-def _run_dir(argv: Sequence[str]) -> Path | None:
-    """--run-dir, needed before Megatron's parser runs: its output goes there."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--run-dir", type=Path, nargs="?")
-    given, _ = parser.parse_known_args(list(argv))
-    return None if {"-h", "--help"} & set(argv) else given.run_dir
 
 
 def _check_run_dir(run_dir: Path | None) -> None:

@@ -1,120 +1,27 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Flags of a run that Megatron does not have, and the defaults of its own that suit one."""
+"""How long a run trains, in what batches, what it saves: refused here where Megatron says it late."""
 
-from argparse import ArgumentParser, Namespace
-from pathlib import Path
-from typing import Sequence
+from argparse import Namespace
 
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.plan.dry_run import add_dry_run_argument
-from megatron.gpt_oss.recipe import add_recipe_argument
 from megatron.gpt_oss.training.parameter_patterns import check_patterns
 
-# Megatron's own writer; its default, nvrx, is nvidia-resiliency-ext's.
-ASYNC_STRATEGY = "mcore"
 
-
-def add_run_arguments(parser: ArgumentParser, run_dir: Path | None = None) -> ArgumentParser:
-    """--run-dir and what is logged, kept and trained."""
-    group = parser.add_argument_group(title="run")
-    group.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        default=None,
-        help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
-        "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
-    )
-    add_recipe_argument(group)
-    add_dry_run_argument(group)
-    group.add_argument(
-        "--monitor-interval",
-        type=int,
-        metavar="STEPS",
-        default=100,
-        help="Every so many steps: load of the experts and entropy of the router in each layer, "
-        "norms of weights and gradients by kind of module, range of the sinks. 0: never.",
-    )
-    group.add_argument(
-        "--sample-interval",
-        type=int,
-        metavar="STEPS",
-        default=0,
-        help="Every so many steps the model writes a text. 0: never.",
-    )
-    group.add_argument("--sample-prompt", default="", help="The text that a sample goes on from.")
-    group.add_argument(
-        "--sample-tokens", type=int, default=64, metavar="N", help="Length of a sample, at most."
-    )
-    group.add_argument(
-        "--sample-temperature", type=float, default=0.8, help="0 takes the likeliest token."
-    )
-    group.add_argument(
-        "--keep-checkpoints",
-        type=int,
-        metavar="K",
-        default=0,
-        help="Delete checkpoints older than the K newest whole ones once a new one is complete. "
-        "0: keep all.",
-    )
-    group.add_argument(
-        "--freeze",
-        nargs="+",
-        metavar="PATTERN",
-        default=[],
-        help="Do not train the parameters whose names fit, for example '*.router.*' 'embedding.*': "
-        "no gradient, no optimizer state.",
-    )
-    group.add_argument(
-        "--lr-multiplier",
-        nargs="+",
-        metavar="PATTERN=FACTOR",
-        default=[],
-        help="Learning rates of the parameters whose names fit, as multiples of --lr and --min-lr, "
-        "for example '*.softmax_offset=0.1'. The last pattern that fits counts. 0 holds them where "
-        "they are.",
-    )
-    parser.set_defaults(
-        micro_batch_size=1,
-        log_interval=1,
-        save_interval=500,
-        eval_interval=500,
-        eval_iters=10,
-        # SIGTERM and SIGUSR1 save and end the run.
-        exit_signal_handler=True,
-        # Attention is causal in every layer, and its kernels know it.
-        create_attention_mask_in_dataloader=False,
-        # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
-        dist_ckpt_optim_fully_reshardable=True,
-        # What --async-save writes with.
-        async_strategy=ASYNC_STRATEGY,
-    )
-    if run_dir is not None:
-        checkpoints = str(run_dir / "checkpoints")
-        parser.set_defaults(save=checkpoints, load=checkpoints)
-    return parser
-
-
-def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
+def check_async_save(args: Namespace, is_cuda: bool) -> None:
     """Refuse the writers of --async-save that would hang, write old tensors or in the foreground.
 
     Raises:
         UsageError: what to give instead.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--async-save", action="store_true")
-    parser.add_argument("--async-strategy", nargs="?", default=ASYNC_STRATEGY)
-    parser.add_argument("--use-persistent-ckpt-worker", action="store_true")
-    parser.add_argument("--ckpt-assume-constant-structure", action="store_true")
-    given, _ = parser.parse_known_args(list(argv))
-    if not given.async_save:
+    if not args.async_save:
         return
-    if given.use_persistent_ckpt_worker and not is_cuda:
+    if args.use_persistent_ckpt_worker and not is_cuda:
         raise UsageError(
             "--use-persistent-ckpt-worker: that process of Megatron's does not run on a CPU. Drop "
             "the flag: --async-save alone writes checkpoints in a thread."
         )
-    if given.async_strategy == "nvrx" and not given.use_persistent_ckpt_worker:
+    if args.async_strategy == "nvrx" and not args.use_persistent_ckpt_worker:
         raise UsageError(
             "--async-strategy nvrx without --use-persistent-ckpt-worker: Megatron ignores "
             "--async-save then. Drop --async-strategy: --async-save alone writes checkpoints in a "
@@ -122,13 +29,13 @@ def check_async_save(argv: Sequence[str], is_cuda: bool) -> None:
         )
     # The worker process keeps the tensors of the first save and writes those again (NeMo-RL 3312):
     # whatever a save gathers anew, as fully_reshardable does all optimizer state, would be old.
-    if given.async_strategy == "nvrx" and given.ckpt_assume_constant_structure:
+    if args.async_strategy == "nvrx" and args.ckpt_assume_constant_structure:
         raise UsageError(
             "--ckpt-assume-constant-structure with --async-strategy nvrx: every checkpoint would "
             "hold the optimizer state of the first one. Drop --ckpt-assume-constant-structure, or "
             "--async-strategy: the thread of --async-save alone looks up the tensors at every save."
         )
-    if given.async_strategy == "nvrx":
+    if args.async_strategy == "nvrx" and args.dry_run is None:
         _check_nvrx()
 
 
@@ -146,15 +53,21 @@ def _check_nvrx() -> None:
         )
 
 
-def check_batch_size_schedule(argv: Sequence[str]) -> None:
-    """Refuse a --step-batch-size-schedule that Megatron's parser would end at.
+def check_batch_size_schedule(args: Namespace) -> None:
+    """Refuse a --step-batch-size-schedule that Megatron's parser would end at, and a ramp.
 
     Raises:
         UsageError: what to give instead.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--step-batch-size-schedule", nargs="?")
-    schedule = parser.parse_known_args(list(argv))[0].step_batch_size_schedule
+    if args.rampup_batch_size is not None:
+        first, by, samples = args.rampup_batch_size
+        raise UsageError(
+            f"--rampup-batch-size {first} {by} {samples}: Megatron ignores it. Give "
+            f'--step-batch-size-schedule "{_as_steps(args, first, by, samples)}" in place of it and '
+            "of --global-batch-size: pairs of the tokens from which on a batch size holds, and the "
+            "batch size."
+        )
+    schedule = args.step_batch_size_schedule
     if schedule is None:
         return
     try:
@@ -178,7 +91,6 @@ def check_run_arguments(args: Namespace) -> None:
     Raises:
         UsageError: names the flag, the value and what to do.
     """
-    _check_schedule(args)
     _check_batch_schedule(args)
     check_patterns(args)
     for name in ("monitor_interval", "sample_interval", "keep_checkpoints", "sample_tokens"):
@@ -190,6 +102,12 @@ def check_run_arguments(args: Namespace) -> None:
         raise UsageError(
             f"--keep-checkpoints {args.keep_checkpoints} and --save-retain-interval "
             f"{args.save_retain_interval} both delete old checkpoints. Drop one of them."
+        )
+    if args.multiple_validation_sets and args.test_data_path:
+        raise UsageError(
+            "--test-data-path does not go with --multiple-validation-sets: Megatron would fail at "
+            "the evaluation after the last step. Drop one of them, or name the test set as one more "
+            "validation set."
         )
     if args.sample_interval and args.tokenizer_type != "HuggingFaceTokenizer":
         raise UsageError(
@@ -204,7 +122,12 @@ def check_run_arguments(args: Namespace) -> None:
             )
 
 
-def _check_schedule(args: Namespace) -> None:
+def check_schedule(args: Namespace) -> None:
+    """Refuse a run that does not say how long it trains and at which rate; a dry run need not.
+
+    Raises:
+        UsageError: names the flag, the value and what to do.
+    """
     if not args.train_iters and not args.train_samples:
         raise UsageError("Nothing says how long to train. Give --train-iters or --train-samples.")
     if args.lr is None:
@@ -244,14 +167,6 @@ def _check_schedule(args: Namespace) -> None:
 
 def _check_batch_schedule(args: Namespace) -> None:
     """Batch sizes that change within a run."""
-    if args.rampup_batch_size is not None:
-        first, by, samples = map(int, args.rampup_batch_size)
-        raise UsageError(
-            f"--rampup-batch-size {first} {by} {samples}: Megatron ignores it. Give "
-            f'--step-batch-size-schedule "{_as_steps(args, first, by, samples)}" in place of it and '
-            "of --global-batch-size: pairs of the tokens from which on a batch size holds, and the "
-            "batch size."
-        )
     if args.step_batch_size_schedule is None:
         return
     flag = f'--step-batch-size-schedule "{args.step_batch_size_schedule}"'
@@ -274,9 +189,9 @@ def _check_batch_schedule(args: Namespace) -> None:
 
 def _as_steps(args: Namespace, first: int, by: int, samples: int) -> str:
     """A ramp as Megatron defined it: even stretches of samples, `by` more in each."""
-    last = args.global_batch_size
+    last = args.global_batch_size or first
     stretches = max(1, (last - first) // by) if by > 0 else 1
     return " ".join(
-        f"{index * samples // stretches * args.seq_length}:{min(first + index * by, last)}"
+        f"{index * samples // stretches * (args.seq_length or 1)}:{min(first + index * by, last)}"
         for index in range(stretches + 1)
     )

@@ -2,14 +2,14 @@
 """The run's metrics in TensorBoard and Weights & Biases, through the writers that Megatron opens."""
 
 import importlib.util
-from argparse import ArgumentParser
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from megatron.gpt_oss.errors import UsageError
 
 
-def check_writers(argv: Sequence[str], run_dir: Path | None) -> dict[str, str]:
+def check_writers(args: Namespace) -> dict[str, str]:
     """Refuse a writer whose package is not installed, before Megatron opens it.
 
     Returns:
@@ -17,29 +17,29 @@ def check_writers(argv: Sequence[str], run_dir: Path | None) -> dict[str, str]:
     Raises:
         UsageError: names the flag and what to install or to give.
     """
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--tensorboard-dir", "--wandb-project", "--wandb-exp-name", "--wandb-save-dir"):
-        parser.add_argument(flag, nargs="?")
-    given, _ = parser.parse_known_args(list(argv))
-    if given.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+    here = args.dry_run is None  # a dry run may be made on another machine than the run
+    if here and args.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
-            f"--tensorboard-dir {given.tensorboard_dir} needs TensorBoard, which is not installed: "
+            f"--tensorboard-dir {args.tensorboard_dir} needs TensorBoard, which is not installed: "
             "pip install tensorboard, or leave the flag out (metrics.jsonl has the same numbers)."
         )
-    if not given.wandb_project:
+    if not args.wandb_project:
         return {}
-    if importlib.util.find_spec("wandb") is None:
+    if here and importlib.util.find_spec("wandb") is None:
         raise UsageError(
-            f"--wandb-project {given.wandb_project} needs Weights & Biases, which is not installed: "
+            f"--wandb-project {args.wandb_project} needs Weights & Biases, which is not installed: "
             "pip install wandb, or leave the flag out (metrics.jsonl has the same numbers)."
         )
-    if run_dir is None:
+    if args.run_dir is None:
         for name in ("wandb_exp_name", "wandb_save_dir"):
-            if not getattr(given, name):
+            if not getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 raise UsageError(f"--wandb-project needs {flag}, or --run-dir to take it from.")
         return {}
-    return {"wandb_exp_name": run_dir.resolve().name, "wandb_save_dir": str(run_dir / "wandb")}
+    return {
+        "wandb_exp_name": Path(args.run_dir).resolve().name,
+        "wandb_save_dir": str(Path(args.run_dir) / "wandb"),
+    }
 
 
 class Writers:

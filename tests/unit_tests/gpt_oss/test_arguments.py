@@ -2,6 +2,7 @@
 
 """The command line: overrides, contradictions, missing files; one sentence and exit code 2."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import pytest
 from megatron.gpt_oss import arguments
 from megatron.gpt_oss.data.index_file import write_index
 from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
+from megatron.gpt_oss.plan.dry_run import validated
 from megatron.gpt_oss.presets import PRESETS
 from megatron.gpt_oss.tiny import write_tiny_hf
-from megatron.training.arguments import parse_args
+from megatron.training import arguments as megatron_arguments
 
 
 @pytest.fixture(scope='module')
@@ -26,21 +28,19 @@ NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
 
 
 def _check(*argv):
-    return arguments.preset_args_provider([*map(str, argv), *NULL])
+    return arguments.read([*map(str, argv), *NULL])
 
 
-def _parse(monkeypatch, *argv):
+def _parse(*argv):
     """Checked and parsed, not validated."""
-    argv = [*argv, *NULL]
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
-    return parse_args(arguments.preset_args_provider(argv))
+    return arguments.read([*argv, *NULL]).args
 
 
-def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
-    args = _parse(monkeypatch, '--preset', 'tiny')
+def test_preset_supplies_defaults_and_flags_override_them():
+    args = _parse('--preset', 'tiny')
     assert (args.num_layers, args.seq_length, args.hidden_dropout) == (4, 512, 0.0)
     argv = '--preset tiny --seq-length 256 --hidden-dropout 0.5 --moe-router-dtype fp64'.split()
-    args = _parse(monkeypatch, *argv)
+    args = _parse(*argv)
     assert (args.seq_length, args.hidden_dropout, args.moe_router_dtype) == (256, 0.5, 'fp64')
     assert args.moe_token_dispatcher_type == 'alltoall'
 
@@ -54,14 +54,14 @@ def test_preset_supplies_defaults_and_flags_override_them(monkeypatch):
         ('--preset tiny --transformer-impl transformer_engine --no-moe-grouped-gemm', False),
     ],
 )
-def test_grouped_experts(monkeypatch, flags, grouped):
+def test_grouped_experts(flags, grouped):
     """On by default, in plain PyTorch and on TransformerEngine, with a way back."""
-    assert _parse(monkeypatch, *flags.split()).moe_grouped_gemm is grouped
+    assert _parse(*flags.split()).moe_grouped_gemm is grouped
 
 
-def test_same_value_as_the_preset_is_no_contradiction(monkeypatch):
+def test_same_value_as_the_preset_is_no_contradiction():
     argv = '--preset 20b --num-layers 24 --window-size 127,0 --quick-geglu --norm-epsilon 1e-5'
-    assert _parse(monkeypatch, *argv.split()).num_layers == 24
+    assert _parse(*argv.split()).num_layers == 24
 
 
 @pytest.mark.parametrize(
@@ -80,28 +80,28 @@ def test_same_value_as_the_preset_is_no_contradiction(monkeypatch):
 )
 def test_contradiction(flags, words):
     with pytest.raises(PresetError) as error:
-        arguments.preset_args_provider(['--preset', '20b', *flags.split()])
+        arguments.read(['--preset', '20b', *flags.split()])
     message = str(error.value)
     assert '\n' not in message
     for word in words:
         assert word in message
 
 
-def test_depth_of_the_same_shape(monkeypatch):
-    args = _parse(monkeypatch, '--preset', '120b', '--preset-layers', '2')
+def test_depth_of_the_same_shape():
+    args = _parse('--preset', '120b', '--preset-layers', '2')
     assert (args.num_layers, args.num_experts) == (2, 128)
     with pytest.raises(PresetError, match='num_layers = 2'):
         _check(*'--preset 120b --preset-layers 2 --num-layers 4'.split())
 
 
-def test_no_preset(monkeypatch):
-    args = _parse(monkeypatch, '--preset', 'none', '--num-layers', '3', '--swiglu')
+def test_no_preset():
+    args = _parse('--preset', 'none', '--num-layers', '3', '--swiglu')
     assert (args.num_layers, args.swiglu, args.num_experts) == (3, True, None)
     with pytest.raises(PresetError, match='--num-layers'):
-        arguments.preset_args_provider(['--preset', 'none', '--preset-layers', '3'])
+        arguments.read(['--preset', 'none', '--preset-layers', '3'])
     for argv, word in (([], 'No --preset'), (['--preset', '21b'], "'21b'")):
         with pytest.raises(PresetError) as error:
-            arguments.preset_args_provider(argv)
+            arguments.read(argv)
         assert all(name in str(error.value) for name in (word, *PRESETS))
 
 
@@ -117,21 +117,20 @@ def test_no_preset(monkeypatch):
 def test_mistyped_flags(argv, words):
     """Upstream prints several hundred lines of usage."""
     with pytest.raises(UsageError) as error:
-        arguments.preset_args_provider(argv)
+        arguments.read(argv)
     assert all(word in str(error.value) for word in words)
     assert '\n' not in str(error.value)
 
 
-def test_extra_flags_of_the_entry_script(monkeypatch):
+def test_extra_flags_of_the_entry_script():
     def add(parser):
         parser.add_argument('--run-name', default='x')
         return parser
 
     argv = ['--preset', 'tiny', '--run-name', 'y', *NULL]
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
-    assert parse_args(arguments.preset_args_provider(argv, add)).run_name == 'y'
+    assert arguments.read(argv, add).args.run_name == 'y'
     with pytest.raises(UsageError, match='--run-name'):
-        arguments.preset_args_provider(argv)
+        arguments.read(argv)
 
 
 def test_missing_files(tmp_path, tiny_hf):
@@ -171,22 +170,21 @@ def test_missing_files(tmp_path, tiny_hf):
         assert '\n' not in str(error.value)
     check('--load-hf', tiny_hf, '--tokenizer-model', tiny_hf)
     with pytest.raises(UsageError, match='No tokenizer.*--tokenizer-model FOLDER'):
-        arguments.preset_args_provider(['--preset', 'tiny'])
+        arguments.read(['--preset', 'tiny'])
     with pytest.raises(PresetError, match='num_layers = 4, the preset 2'):
         check('--load-hf', tiny_hf, '--preset-layers', 2)
     with pytest.raises(PresetError, match='another model than --preset 20b'):
-        arguments.preset_args_provider(['--preset', '20b', '--load-hf', str(tiny_hf)])
+        arguments.read(['--preset', '20b', '--load-hf', str(tiny_hf)])
 
 
-def test_tokenizer_comes_with_the_checkpoint(monkeypatch, tiny_hf, tmp_path):
+def test_tokenizer_comes_with_the_checkpoint(tiny_hf, tmp_path):
     argv = ['--preset', 'tiny', '--load-hf', str(tiny_hf)]
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
-    args = parse_args(arguments.preset_args_provider(argv))
+    args = arguments.read(argv).args
     assert (args.tokenizer_type, args.tokenizer_model) == ('HuggingFaceTokenizer', str(tiny_hf))
     write_tiny_hf(tmp_path)
     (tmp_path / 'tokenizer.json').unlink()
     with pytest.raises(UsageError, match='tokenizer.json'):
-        arguments.preset_args_provider(['--preset', 'tiny', '--load-hf', str(tmp_path)])
+        arguments.read(['--preset', 'tiny', '--load-hf', str(tmp_path)])
 
 
 def test_refusals_of_megatron_are_one_sentence():
@@ -196,9 +194,43 @@ def test_refusals_of_megatron_are_one_sentence():
     before = list(sys.argv)
     with pytest.raises(UsageError, match='world size .1. is not divisible'):
         arguments.parse(argv)
-    with pytest.raises(UsageError, match='args.micro_batch_size is not None'):
-        arguments.parse(['--preset', 'tiny', *NULL])
+    with pytest.raises(UsageError, match='args.micro_batch_size > 0 .--micro-batch-size is 0.'):
+        arguments.parse(['--preset', 'tiny', '--micro-batch-size', '0', *NULL])
     assert sys.argv == before
+
+
+def test_one_parser_reads_a_command_line_once(monkeypatch, tmp_path):
+    """Recipes, a dry run and Megatron's validation included."""
+    built, read_words = [], []
+    build, parse = (
+        megatron_arguments.add_megatron_arguments,
+        argparse.ArgumentParser.parse_known_args,
+    )
+
+    def counted(parser):
+        built.append(parser)
+        return build(parser)
+
+    def noted(self, args=None, namespace=None):
+        read_words.append(tuple(args))
+        return parse(self, args, namespace)
+
+    monkeypatch.setattr(megatron_arguments, 'add_megatron_arguments', counted)
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_known_args', noted)
+    monkeypatch.setenv('WORLD_SIZE', '1')
+    (tmp_path / 'recipe.txt').write_text('--lr 1e-5')
+    own = ['--preset', 'tiny', '--recipe', str(tmp_path / 'recipe.txt'), *NULL]
+    spec = arguments.read([*own, '--dry-run', '1'])
+    validated(spec, 1)
+    assert len(built) == 1
+    assert spec.words == ('--lr', '1e-5', *own, '--dry-run', '1') and spec.dry_run.ranks == 1
+    assert spec.args.lr == spec.given.lr == 1e-5 and not hasattr(spec.given, 'num_layers')
+    assert read_words.count(spec.words) == 1  # beside each part of it, and () for the defaults
+    assert sum(map(len, read_words)) == 2 * len(spec.words)
+    # Nothing is left behind: another one in the same process, and no writer was opened.
+    own += ['--tensorboard-dir', str(tmp_path / 'tensorboard')]
+    assert validated(arguments.read([*own, '--dry-run']), 1).world_size == 1
+    assert not (tmp_path / 'tensorboard').exists()
 
 
 def test_exit_code_and_rank(capsys, monkeypatch):
@@ -250,7 +282,7 @@ assert not torch.distributed.is_initialized()
             'error: Sequence length 510 is not a multiple of 2 * context_parallel_size = 8. Give '
             '--seq-length 512.',
         ),
-        ('--help', 0, '--tensor-model-parallel-size', ''),
+        ('--help-all', 0, '--tensor-model-parallel-size', ''),
     ],
 )
 def test_entry_script(tiny_hf, argv, code, out, err):
@@ -266,6 +298,8 @@ def test_entry_script(tiny_hf, argv, code, out, err):
     if code == 2:
         assert len([line for line in done.stderr.splitlines() if 'error:' in line]) == 1
         assert 'Traceback' not in done.stderr
-    if argv == '--help':
-        for flag in ('--preset', '--preset-layers', '--load-hf', '--num-experts'):
-            assert flag in done.stdout
+    if argv == '--help-all':  # ours first
+        at = [
+            done.stdout.index(f'\n  {flag} ') for flag in ('--preset', '--load-hf', '--num-experts')
+        ]
+        assert at == sorted(at) and at[0] < 2000

@@ -17,6 +17,7 @@ from megatron.gpt_oss.training.run_arguments import check_async_save
 from megatron.training import checkpoint_integrity, step_callbacks
 from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.gpt_oss import runs
+from tests.unit_tests.gpt_oss.command_lines import flags
 from tests.unit_tests.training.held_writer import Gate, HeldWriter
 
 FLAGS = '--async-save --save-interval 1 --eval-interval 1000'
@@ -127,21 +128,25 @@ def test_lines_and_metrics(ranks, inputs, tmp_path):
     assert whole(run_dir) == 4
 
 
+def saving(words):
+    return flags(f'--async-save {words}')
+
+
 def test_refused_flags():
     """What Megatron would drop in silence, or hang in."""
     with pytest.raises(UsageError, match='does not run on a CPU. Drop the flag'):
-        check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=False)
+        check_async_save(saving('--use-persistent-ckpt-worker'), is_cuda=False)
     with pytest.raises(UsageError, match='Drop --async-strategy'):
-        check_async_save(['--async-save', '--async-strategy=nvrx'], is_cuda=True)
-    nvrx = ['--async-save', '--async-strategy=nvrx', '--use-persistent-ckpt-worker']
+        check_async_save(saving('--async-strategy=nvrx'), is_cuda=True)
+    nvrx = '--async-strategy=nvrx --use-persistent-ckpt-worker'
     with pytest.raises(UsageError, match='Drop --ckpt-assume-constant-structure'):
-        check_async_save([*nvrx, '--ckpt-assume-constant-structure'], is_cuda=True)
+        check_async_save(saving(f'{nvrx} --ckpt-assume-constant-structure'), is_cuda=True)
     with pytest.raises(UsageError, match='no nvidia-resiliency-ext that Megatron can use'):
-        check_async_save(nvrx, is_cuda=True)
-    check_async_save(['--async-save', '--ckpt-assume-constant-structure'], is_cuda=False)
-    check_async_save(['--async-save', '--use-persistent-ckpt-worker'], is_cuda=True)
-    check_async_save(['--async-save'], is_cuda=False)
-    check_async_save(['--use-persistent-ckpt-worker'], is_cuda=False)
+        check_async_save(saving(nvrx), is_cuda=True)
+    check_async_save(saving('--ckpt-assume-constant-structure'), is_cuda=False)
+    check_async_save(saving('--use-persistent-ckpt-worker'), is_cuda=True)
+    check_async_save(saving(''), is_cuda=False)
+    check_async_save(flags('--use-persistent-ckpt-worker'), is_cuda=False)
 
 
 # ---------------------------------------------------------------------------------------------

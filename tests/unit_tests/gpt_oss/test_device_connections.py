@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.device_connections import VARIABLE
 
 BASE = [
@@ -18,6 +18,7 @@ BASE = [
     "--tokenizer-type",
     "NullTokenizer",
 ]
+FSDP = ["--use-torch-fsdp2", "--allow-untested-flags"]
 
 
 def variable_after(monkeypatch, *flags, before=None):
@@ -25,7 +26,7 @@ def variable_after(monkeypatch, *flags, before=None):
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != VARIABLE})
     if before is not None:
         os.environ[VARIABLE] = before
-    preset_args_provider([*BASE, *flags])
+    read([*BASE, *flags])
     return os.environ.get(VARIABLE)
 
 
@@ -36,7 +37,7 @@ def variable_after(monkeypatch, *flags, before=None):
         (["--tensor-model-parallel-size", "2"], None, "1"),
         (["--expert-model-parallel-size", "2"], None, None),
         (["--context-parallel-size", "2"], "8", "8"),
-        (["--tensor-model-parallel-size", "2", "--use-torch-fsdp2"], None, None),
+        (["--tensor-model-parallel-size", "2", *FSDP], None, None),
     ],
 )
 def test_set_where_megatron_demands_it(monkeypatch, flags, before, after):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.training import step_callbacks
 from tests.unit_tests.distributed import RankPool
@@ -182,7 +182,7 @@ REFUSED = {
 def test_refused_before_a_process_group(flags):
     words = f'{ARGUMENTS} --bf16 {OVERLAP} --expert-model-parallel-size 2 {flags}'.split()
     with pytest.raises(UsageError, match=re.escape(REFUSED[flags])):
-        preset_args_provider(words)
+        read(words)
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,14 @@ def test_refused_before_a_process_group(flags):
     ],
 )
 def test_accepted(flags):
-    preset_args_provider(f'{ARGUMENTS} {OVERLAP} --expert-model-parallel-size 2 {flags}'.split())
+    read(f'{ARGUMENTS} {OVERLAP} --expert-model-parallel-size 2 {flags}'.split())
 
 
 def test_needs_bf16_and_stands_before_delayed_gradients():
     with pytest.raises(UsageError, match='Give --bf16'):
-        preset_args_provider(f'{ARGUMENTS} {OVERLAP} --expert-model-parallel-size 2'.split())
+        read(f'{ARGUMENTS} {OVERLAP} --expert-model-parallel-size 2'.split())
     with pytest.raises(UsageError, match='--delay-wgrad-compute is a part of'):
-        preset_args_provider(f'{ARGUMENTS} --delay-wgrad-compute'.split())
+        read(f'{ARGUMENTS} --delay-wgrad-compute'.split())
 
 
 def test_failed_process_ends():

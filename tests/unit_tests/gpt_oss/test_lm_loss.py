@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
 from tests.unit_tests.gpt_oss.builders import ODD
@@ -46,4 +46,4 @@ def test_whole_model(make_model, tied):
 )
 def test_refused(flags, message):
     with pytest.raises(UsageError, match=message):
-        preset_args_provider(["--preset", "tiny", *flags.split()])
+        read(["--preset", "tiny", *flags.split()])

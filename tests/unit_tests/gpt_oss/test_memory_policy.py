@@ -8,11 +8,10 @@ import sys
 import pytest
 import torch
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.memory_policy import POLICIES
 from megatron.gpt_oss.training.lm_loss import chunked_loss_processor
-from megatron.training.arguments import parse_args
 from tests.unit_tests.gpt_oss.builders import ODD
 
 NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
@@ -21,7 +20,7 @@ NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
 def _parsed(monkeypatch, flags):
     argv = ['--preset', 'tiny', *NULL, *flags.split()]
     monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
-    args = parse_args(preset_args_provider(argv))
+    args = read(argv).args
     return (
         args.recompute_granularity,
         args.recompute_modules,
@@ -41,7 +40,7 @@ def _parsed(monkeypatch, flags):
         ('--memory lean', ('full', None, 'uniform', 1, 2048)),
         # The command line wins; a recompute flag replaces all that is said of recomputation.
         ('--memory lean --lm-loss-chunk-size 0', ('full', None, 'uniform', 1, 0)),
-        ('--memory lean --use-mup', ('full', None, 'uniform', 1, 0)),
+        ('--memory lean --use-mup --allow-untested-flags', ('full', None, 'uniform', 1, 0)),
         ('--memory lean --recompute-granularity selective', ('selective', None, None, None, 2048)),
         ('--memory fast --lm-loss-chunk-size 64', (None, None, None, None, 64)),
         (
@@ -69,7 +68,7 @@ def test_flags(monkeypatch, flags, expected):
 def test_refused(flags, message):
     argv = ['--preset', 'tiny', *NULL, *flags.split()]
     with pytest.raises(UsageError, match=message):
-        preset_args_provider(argv)
+        read(argv)
 
 
 def test_same_losses_and_gradients(make_model):

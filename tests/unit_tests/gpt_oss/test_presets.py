@@ -2,18 +2,16 @@
 
 """Presets against the published config.json, and the TransformerConfig that their flags make."""
 
-import sys
-
 import pytest
 import torch
 
 from megatron.core.transformer.utils import is_layer_window_attention
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset, preset_from_hf_config
 from megatron.gpt_oss.errors import PresetError
 from megatron.gpt_oss.layer_specs import gpt_oss_block_spec, model_config_from_args
 from megatron.gpt_oss.presets import PRESETS, architecture_flags, get_preset
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import validate_args
 
 # config.json of openai/gpt-oss-20b and -120b, August 2025, less quantisation and token ids.
 PUBLISHED = {
@@ -95,9 +93,8 @@ def test_preset_survives_its_hf_config(name):
 def _model_config(monkeypatch, *argv):
     """Through the parser and validation of Megatron, as the entry script goes."""
     argv = [*argv, '--micro-batch-size', '1', '--tokenizer-type', 'NullTokenizer']
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
     monkeypatch.setenv('WORLD_SIZE', '1')
-    args = parse_args(preset_args_provider(argv))
+    args = read(argv).args
     validate_args(args)
     return model_config_from_args(args)
 

@@ -4,8 +4,9 @@
 
 import pytest
 
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.training.run import expanded, main
+from megatron.gpt_oss.training.run import main
 
 
 def test_words_of_a_recipe(tmp_path):
@@ -14,14 +15,17 @@ def test_words_of_a_recipe(tmp_path):
     file.write_text(
         "# title\n--preset tiny\n--recipe base.txt\n\n--lr 2e-5\n--freeze '*.r o.*' b\n"
     )
-    given = ['--lr', '3e-5', '--recipe', str(file), '--recipe', str(tmp_path / 'base.txt')]
-    assert expanded(given) == [
+    null = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
+    given = [*null, '--lr', '3e-5', '--recipe', str(file), '--recipe', str(tmp_path / 'base.txt')]
+    spec = read(given)
+    assert list(spec.words) == [
         *('--lr', '1e-5', '--clip-grad', '0.5'),
         *('--preset', 'tiny', '--lr', '2e-5', '--freeze', '*.r o.*', 'b'),
         *('--lr', '1e-5', '--clip-grad', '0.5'),
         *given,
     ]
-    assert expanded(['--preset', 'tiny']) == ['--preset', 'tiny']
+    assert (spec.args.lr, spec.args.clip_grad) == (3e-5, 0.5)
+    assert list(read(['--preset', 'tiny', *null]).words) == ['--preset', 'tiny', *null]
 
 
 @pytest.mark.parametrize(

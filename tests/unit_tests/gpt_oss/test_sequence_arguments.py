@@ -2,13 +2,10 @@
 
 """How a sequence is split and packed: what cannot run is refused before any process group."""
 
-import sys
-
 import pytest
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.errors import UsageError
-from megatron.training.arguments import parse_args
 
 NULL = '--tokenizer-type NullTokenizer --vocab-size 256 --micro-batch-size 1'
 TINY = '--preset tiny --context-parallel-size'  # 4 heads, 4 layers, 512 tokens
@@ -55,30 +52,28 @@ ACCEPTED = {
 }
 
 
-def parse(monkeypatch, words):
-    argv = [*NULL.split(), *words.split()]
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
-    return parse_args(preset_args_provider(argv))
+def parse(words):
+    return read([*NULL.split(), *words.split()]).args
 
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_refused(monkeypatch, name):
+def test_refused(name):
     words, message = REFUSED[name]
     with pytest.raises(UsageError, match=message) as error:
-        parse(monkeypatch, words)
+        parse(words)
     assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('name', ACCEPTED)
-def test_accepted(monkeypatch, name):
-    parse(monkeypatch, ACCEPTED[name])
+def test_accepted(name):
+    parse(ACCEPTED[name])
 
 
-def test_way_to_exchange(monkeypatch):
+def test_way_to_exchange():
     """By measurement; TransformerEngine has one way for sinks."""
-    assert parse(monkeypatch, f'{TINY} 2').cp_comm_type == ['auto']
+    assert parse(f'{TINY} 2').cp_comm_type == ['auto']
     other = f'{TINY} 2 --transformer-impl transformer_engine'
-    assert parse(monkeypatch, other).cp_comm_type == ['auto']
-    assert parse(monkeypatch, f'{other} --cp-comm-type p2p').cp_comm_type == ['p2p']
-    theirs = parse(monkeypatch, f'{other} --bf16 --sink-attention te')
+    assert parse(other).cp_comm_type == ['auto']
+    assert parse(f'{other} --cp-comm-type p2p').cp_comm_type == ['p2p']
+    theirs = parse(f'{other} --bf16 --sink-attention te')
     assert theirs.cp_comm_type == ['a2a']

@@ -10,6 +10,7 @@ import pytest
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.writers import check_writers, flatten
 from tests.unit_tests.gpt_oss import runs
+from tests.unit_tests.gpt_oss.command_lines import flags
 
 # A stand-in for the wandb package: it writes down what it is given.
 FAKE_WANDB = '''
@@ -57,16 +58,16 @@ def test_missing_package(monkeypatch, argv, package, words):
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(UsageError, match=words):
-        check_writers(argv.split(), None)
-    assert check_writers(['--lr', '1'], None) == {}
+        check_writers(flags(argv))
+    assert check_writers(flags('--preset tiny')) == {}
 
 
 def test_name_of_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: name)
-    found = check_writers(['--wandb-project', 'p'], tmp_path / 'first')
+    found = check_writers(flags(f'--wandb-project p --run-dir {tmp_path}/first'))
     assert found == {'wandb_exp_name': 'first', 'wandb_save_dir': str(tmp_path / 'first/wandb')}
     with pytest.raises(UsageError, match='--wandb-exp-name, or --run-dir'):
-        check_writers(['--wandb-project', 'p'], None)
+        check_writers(flags('--wandb-project p'))
 
 
 def main_with_wandb(argv, folder):

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.checkpoint.export import export_hf
 from megatron.gpt_oss.errors import CheckpointError, PresetError
 from megatron.gpt_oss.presets import extended, get_preset
@@ -84,7 +84,7 @@ def test_export_of_a_checkpoint_that_was_moved(run, inputs, tmp_path):
 )
 def test_refused(words, message):
     with pytest.raises(PresetError, match=message):
-        preset_args_provider(words.split())
+        read(words.split())
 
 
 def test_extended():

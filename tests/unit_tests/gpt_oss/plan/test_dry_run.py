@@ -11,20 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from megatron.gpt_oss.arguments import preset_args_provider
+from megatron.gpt_oss.arguments import read
 from megatron.gpt_oss.plan.dry_run import (
     TE_OVER_LOCAL,
-    asked_for,
     fp8_copies,
     layout_of,
     not_counted,
+    validated,
 )
 from megatron.gpt_oss.plan.layout import Layout
+from megatron.gpt_oss.plan.machines import TORCHRUN, Machines
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.plan.search import Wanted, all_plans
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.training.run import add_run_arguments
-from megatron.training.arguments import parse_args, validate_args
 from tests.unit_tests.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -73,25 +72,21 @@ def test_mistake():
 @pytest.mark.parametrize(
     'argv, expected',
     [
-        ('--dry-run', True),
-        ('--preset 20b --dry-run=8', True),
-        ('--preset 20b', False),
-        ('--help --dry-run', False),
+        ('--preset 20b --dry-run', TORCHRUN),
+        ('--preset 20b --dry-run=2x4', Machines(2, 4)),
+        ('--preset 20b', None),
     ],
 )
 def test_asked_for(argv, expected):
-    assert asked_for(argv.split()) is expected
+    assert read([*argv.split(), *NULL]).dry_run == expected
 
 
 def _validated(monkeypatch, gpus, flags):
     argv = [*flags, *NULL]
-    monkeypatch.setattr(sys, 'argv', ['pretrain_gpt_oss.py', *argv])
     monkeypatch.setenv('WORLD_SIZE', str(gpus))
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('CUDA_DEVICE_MAX_CONNECTIONS', '1')
-    args = parse_args(preset_args_provider(argv, add_run_arguments))
-    validate_args(args)
-    return args
+    return validated(read(argv), gpus)
 
 
 def test_printed_flags_are_accepted(monkeypatch):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss import cli
-from megatron.gpt_oss.arguments import LM_LOSS_CHUNK_SIZE
+from megatron.gpt_oss.our_flags import LM_LOSS_CHUNK_SIZE
 from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.plan.parameters import rank_parameters
