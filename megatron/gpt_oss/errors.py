@@ -5,6 +5,7 @@
 import atexit
 import contextlib
 import errno
+import multiprocessing
 import os
 import re
 import signal
@@ -17,9 +18,8 @@ EXIT_FAULT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 SECONDS_FOR_RANK_0 = 3.0
-# For what a failed process still does after its message; a communicator that nobody took down can
-# wait for ever in its destructor, and torchrun for the process.
-SECONDS_TO_EXIT = 30
+# For what a failed process still does after its message.
+SECONDS_TO_EXIT = 10
 
 
 class UsageError(ValueError):
@@ -168,6 +168,8 @@ def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool =
     there after that met it alone, and prints it.
     """
     if everywhere and int(os.environ.get("RANK", "0")) != 0:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has left
         time.sleep(SECONDS_FOR_RANK_0)
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(code)
@@ -178,12 +180,26 @@ def run_main(main: Callable[[], object]) -> None:
 
     So is what the operating system refuses (a full disk, a read-only file system), with path and
     cause, Ctrl-C (exit code 130) and a lack of memory. Whoever reads our output may go, as `head`
-    does: then there is nobody to tell. What no terminal can show, such as a file
-    name that is not UTF-8, is written with backslashes.
+    does: then there is nobody to tell. What no terminal can show, such as a file name that is not
+    UTF-8, is written with backslashes.
 
-    A process that failed ends, whatever its process groups wait for: by SIGALRM, SECONDS_TO_EXIT
-    after the interpreter began to.
+    A process that failed ends SECONDS_TO_EXIT after its message at the latest.
     """
+    try:
+        _run(main)
+    except SystemExit as end:
+        if end.code:
+            _leave(end.code)
+        raise
+    except BaseException:
+        if _has_process_groups():
+            traceback.print_exc()
+            _leave(EXIT_FAULT)
+        atexit.register(_end_in_time)
+        raise
+
+
+def _run(main: Callable[[], object]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -192,29 +208,49 @@ def run_main(main: Callable[[], object]) -> None:
         with _standard_output():
             sys.stdout.flush()
     except KeyboardInterrupt:
-        atexit.register(_exit_in_time)
         exit_with("interrupted (SIGINT)", EXIT_INTERRUPTED)
     except MemoryError as error:
-        atexit.register(_exit_in_time)
         reason = " ".join(str(error).split())[:200] or "an allocation failed"
         exit_with(f"out of memory: {reason}", EXIT_FAULT, everywhere=False)
     except BrokenPipeError:
         _drop_output()
         raise SystemExit(EXIT_FAULT)
     except UsageError as error:
-        atexit.register(_exit_in_time)
         exit_with(error)
     except RunError as error:
-        atexit.register(_exit_in_time)
         exit_with(error, EXIT_FAULT, error.everywhere)
     except Exception as error:
-        atexit.register(_exit_in_time)
         line = (traceback.extract_tb(error.__traceback__) or [None])[-1]
         full = _drop_output_if_full() or (line and (line.line or "").startswith("print("))
         sentence = as_os_sentence(error, "The standard output" if full else None)
         if sentence is None:
             raise
         exit_with(UsageError(sentence))
+
+
+def _leave(code: int | str) -> None:
+    """End a failed process that has process groups; let any other end as Python does.
+
+    Data workers wait for a reader, and a communicator in its destructor for ranks that are gone:
+    torchrun would wait for the process, which even SIGTERM does not end then.
+    """
+    _end_in_time()
+    if not _has_process_groups():
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a data worker dies
+    for child in multiprocessing.active_children():
+        child.kill()
+    with contextlib.suppress(BaseException):  # writers of logs have something to bring to disk
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else EXIT_FAULT)
+
+
+def _has_process_groups() -> bool:
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 @contextlib.contextmanager
@@ -244,8 +280,8 @@ def _drop_output_if_full() -> bool:
     return False
 
 
-def _exit_in_time() -> None:
-    """Not a thread: the interpreter stops those before C++ takes down what may wait."""
+def _end_in_time() -> None:
+    """By SIGALRM, for a thread does not live until C++ takes down what may wait."""
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS_TO_EXIT)

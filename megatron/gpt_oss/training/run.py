@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return dry_run(spec)
     run_dir = spec.run_dir
     _single_process_environment()
+    signals.end_with_launcher()
     with _upstream_output(run_dir) as console:
         args = validate(spec)
         check_schedule(args)
@@ -163,9 +164,8 @@ def _upstream_output(run_dir: Path | None) -> Iterator[TextIO]:
 
     What it prints, logs and warns of is moved; tracebacks stay on stderr.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Megatron prints on its first and its last rank.
-    if run_dir is None or rank not in (0, world_size - 1):
+    rank = int(os.environ["RANK"])
+    if run_dir is None:
         yield sys.stdout
         return
     _check_run_dir(run_dir)

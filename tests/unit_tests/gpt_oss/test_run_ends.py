@@ -131,6 +131,66 @@ def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
     assert max(runs.steps(records)) == saved + 1
 
 
+@pytest.fixture
+def torchrun(inputs, tmp_path):
+    """Starts two ranks under torchrun: (torchrun, a function that gives what is left of the run)."""
+    run_dir = tmp_path / 'run'
+    started = []
+
+    def start(flags):
+        command = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run']
+        command += ['--nproc-per-node', '2', '--master-port', str(free_port())]
+        command += [str(ROOT / 'pretrain_gpt_oss.py'), *runs.command(inputs, run_dir, flags)]
+        environ = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+        started.append(
+            subprocess.Popen(
+                command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+        return started[0]
+
+    def left():
+        words = [process.info['cmdline'] or [] for process in psutil.process_iter(['cmdline'])]
+        return [line for line in words if str(run_dir) in line]
+
+    yield start, left
+    for process in started:
+        process.kill()
+
+
+def _gone_within(seconds, left):
+    deadline = time.monotonic() + seconds
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not left()
+
+
+def test_failed_run_leaves_no_process(torchrun):
+    """A loss that overflows, with data workers: one message, and ranks and torchrun are gone."""
+    start, left = torchrun
+    process = start('--train-iters 20 --num-workers 1 --lr 1e30 --lr-warmup-iters 0')
+    printed, _ = process.communicate(timeout=180)
+    assert process.returncode != 0 and _gone_within(20, left)
+    assert printed.count('error: Step 2: the loss or a gradient is not finite') == 1
+    ours, _, _ = printed.partition('error: Step 2')
+    assert len([line for line in ours.splitlines() if line.startswith(('gpt-oss', 'step'))]) == 2
+    assert 'rank0]: Traceback' not in printed and 'rank1]: Traceback' not in printed
+
+
+def test_ranks_end_with_their_launcher(torchrun, tmp_path):
+    """SIGKILL of torchrun: nothing trains on."""
+    start, left = torchrun
+    process = start('--train-iters 100000 --num-workers 1')
+    metrics = tmp_path / 'run' / 'metrics.jsonl'
+    deadline = time.monotonic() + 180
+    while not (metrics.is_file() and '"step": 2,' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(left()) >= 3
+    process.kill()
+    assert _gone_within(20, left), left()
+
+
 # ---------------------------------------------------------------------------------------------
 # In the ranks of a pool, with a hand in the loop
 # ---------------------------------------------------------------------------------------------
