@@ -234,9 +234,10 @@ def _leave(code: int | str) -> None:
     Data workers wait for a reader, and a communicator in its destructor for ranks that are gone:
     torchrun would wait for the process, which even SIGTERM does not end then.
     """
-    _end_in_time()
     if not _has_process_groups():
+        atexit.register(_end_in_time)
         return
+    _end_in_time()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a data worker dies
     for child in multiprocessing.active_children():
         child.kill()

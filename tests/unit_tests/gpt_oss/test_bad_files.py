@@ -351,8 +351,13 @@ def test_launch_evaluates_nothing(tmp_path, name, word):
 
 def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(errors, 'SECONDS_FOR_RANK_0', 0)
-    with pytest.raises(SystemExit) as stop:
-        errors.run_main(lambda: signal.raise_signal(signal.SIGINT))
+    # A shell's background job ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            errors.run_main(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
     assert capsys.readouterr().err == 'error: interrupted (SIGINT)\n'
 
@@ -361,8 +366,7 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     'flags', ['--preset-layers 1000000000', '--preset none --num-layers 999999']
 )
 def test_a_depth_that_no_model_has(flags):
-    from megatron.gpt_oss.arguments import parse
-    from megatron.gpt_oss.training.run_arguments import add_run_arguments
+    from megatron.gpt_oss.arguments import read
 
     with pytest.raises(errors.UsageError, match='is not a depth'):
-        parse(('--preset tiny ' + flags).split(), add_run_arguments)
+        read(f'--preset tiny --mock-data {flags}'.split())

@@ -154,7 +154,7 @@ def test_reserve():
 
 @pytest.mark.parametrize('word', ['0', '-2', '2x', 'x4', '2x0', '1e3', '2x4x2'])
 def test_dry_run_refuses(word):
-    with pytest.raises(UsageError, match='--dry-run .*wanted a number of GPUs'):
+    with pytest.raises(UsageError, match=r'--dry-run.*wanted a number of GPUs'):
         dry_run(['--preset', 'tiny', '--dry-run', word])
 
 
