@@ -1,13 +1,15 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What every rank of a `RankPool` needs, imported once by the server that the ranks are forked from.
+"""What every rank of a `RankPool` needs, done once by the server that the ranks are forked from.
 
 Nothing here may fail: on the releases that the patches are proved on, some of it does not exist.
 """
 
 import contextlib
+import functools
 import gc
 import warnings
+from argparse import ArgumentParser
 
 with warnings.catch_warnings(), contextlib.suppress(Exception):
     warnings.simplefilter('ignore')
@@ -15,6 +17,15 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
 
     import megatron.training.training  # noqa: F401
     from megatron.gpt_oss.training import run  # noqa: F401
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import add_megatron_arguments
+
+    # Megatron's parser reads the source of 26 classes for its help, each time, and pretrain() makes
+    # another parser: a second a run.
+    factory = object.__new__(ArgumentGroupFactory)
+    read_once = functools.cache(factory._get_field_docstrings)
+    ArgumentGroupFactory._get_field_docstrings = lambda self, cls: dict(read_once(cls))
+    add_megatron_arguments(ArgumentParser())
 
 # The ranks collect what a call left; these objects stay, and are not looked through each time.
 gc.freeze()
