@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron.core.dist_checkpointing.block_hashes import SUFFIX, HashingFileSystem
 from megatron.gpt_oss.checkpoint.companions import (
     check_tokenizer,
     companion_files,
@@ -147,10 +148,12 @@ class Job:
 
     def names(self) -> set[str]:
         """The files that are written, from the output directory."""
-        release = [".metadata", "metadata.json", MANIFEST, f"{_COMMON_PREFIX}0.distcp"]
+        release = [".metadata", "metadata.json", MANIFEST]
         companions = {path.name for path in companion_files(self.hf)} | {CONFIG_NAME, INDEX_NAME}
+        shards = [*map(_name, self.files), f"{RELEASE}/{_COMMON_PREFIX}0.distcp"]
         return {
-            *map(_name, self.files),
+            *shards,
+            *(shard + SUFFIX for shard in shards),
             *(f"{RELEASE}/{name}" for name in release),
             *(f"{COMPANIONS_NAME}/{name}" for name in companions),
             TRACKER_NAME,
@@ -183,7 +186,7 @@ class Job:
             overwrite=True,
             sync_files=False,
         )
-        writer.fs = _hashing_file_system()
+        writer.fs = HashingFileSystem()
         parts = [part for file in self.files if _name(file) not in work.done for part in file.parts]
         tensors = read_ahead(self.read, parts)
         count, results = 0, []
@@ -204,7 +207,7 @@ class Job:
     def write_metadata(self, folder: Path, results: list[WriteResult]) -> None:
         """Write what is known of the whole: where each piece lies, and the arguments."""
         writer = dcp.FileSystemWriter(folder, thread_count=1, overwrite=True)
-        writer.fs = _hashing_file_system()
+        writer.fs = HashingFileSystem()
         common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
         plan = SavePlan([common], storage_data=_StoragePrefix(_COMMON_PREFIX))
         planner = _BytesPlanner({_COMMON_STATE: _saved([self._common_state()])})
@@ -327,12 +330,6 @@ def _without_checksums() -> Iterator[None]:
         yield
     finally:
         torch.serialization.set_crc32_options(before)
-
-
-def _hashing_file_system():
-    from megatron.core.dist_checkpointing.block_hashes import HashingFileSystem
-
-    return HashingFileSystem()
 
 
 def _import_megatron() -> Future:
