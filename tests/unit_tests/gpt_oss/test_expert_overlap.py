@@ -67,6 +67,9 @@ CASES = {
     'frozen': (2, f'{CHUNKS} --freeze embedding.* *.self_attention.* *layernorm* *.router.*'),
 }
 
+# Half a minute each, of what other cases have too.
+SLOW = ('sequential-all-logits-mbs2', 'fp16-one-microbatch', 'cp2-packed-router-losses')
+
 
 @pytest.fixture(scope='module')
 def ranks():
@@ -221,7 +224,10 @@ def test_failed_process_ends():
     assert 'TypeError: no such keyword' in ended.stderr
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case',
+    [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES],
+)
 def test_equals_the_run_without(ranks, inputs, tmp_path, case):
     world_size, flags = CASES[case]
     expected = train(ranks, inputs, tmp_path / 'without', world_size, flags)
