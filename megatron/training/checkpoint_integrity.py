@@ -21,7 +21,7 @@ import os
 import re
 import zipfile
 from functools import wraps
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -195,7 +195,7 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
 
 
 def pass_over_damaged(load: Callable) -> Callable:
-    """A load that finds a damaged shard begins again, with the newest whole checkpoint before it.
+    """A load that finds a damaged shard begins again, with the newest complete one before it.
 
     Every rank learns of a damage that one rank reads, so that all begin again.
     """
@@ -206,7 +206,7 @@ def pass_over_damaged(load: Callable) -> Callable:
             try:
                 return load(*args, **kwargs)
             except CheckpointException as error:
-                found = [cause for cause in _causes(error) if isinstance(cause, DamagedShard)]
+                found = [cause for cause in causes(error) if isinstance(cause, DamagedShard)]
                 if not found:
                     raise
                 for damage in found:
@@ -215,14 +215,19 @@ def pass_over_damaged(load: Callable) -> Callable:
     return load_whole
 
 
-def _causes(error: Optional[BaseException]) -> Iterator[BaseException]:
-    """An error, what caused it, and what it tells of other ranks."""
-    while error is not None:
-        yield error
-        if isinstance(error, CheckpointException):
-            for failure, _ in error.failures.values():
-                yield from _causes(failure)
-        error = error.__cause__ or error.__context__
+def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
+    """An error, what caused it, and what other ranks of a save or a load reported."""
+    seen: Set[int] = set()
+    stack = [error]
+    while stack:
+        current = stack.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        if isinstance(current, CheckpointException):
+            stack += [failure[0] for failure in current.failures.values()]
+        stack += [current.__cause__, current.__context__]
 
 
 def find_problem(folder: str) -> Optional[str]:

@@ -8,7 +8,6 @@ import sys
 import traceback
 from argparse import Namespace
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -46,7 +45,7 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
     """
     if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError, ScheduleError)):
         return RunError(str(error), everywhere=True)
-    chain = list(_chain(error))
+    chain = list(checkpoint_integrity.causes(error))
     for cause in chain:
         # PyTorch hands on the text alone of what kept it from reading .metadata.
         unread = _UNREAD_METADATA.search(" ".join(str(cause).split()))
@@ -114,18 +113,3 @@ def _what_is_saved(args: Namespace) -> str:
         return f"No checkpoint was complete yet in {args.save}."
     folder = Path(args.save) / f"iter_{choice.iteration:07d}"
     return f"The last whole checkpoint is {folder}."
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what caused it, and what ranks of a checkpoint's save reported."""
-    seen: set[int] = set()
-    stack = [error]
-    while stack:
-        current = stack.pop(0)
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        if isinstance(current, CheckpointException):
-            stack += [failure[0] for failure in current.failures.values()]
-        stack += [current.__cause__, current.__context__]
