@@ -6,7 +6,6 @@ Nothing here may fail: on the releases that the patches are proved on, some of i
 """
 
 import contextlib
-import functools
 import gc
 import warnings
 from argparse import ArgumentParser
@@ -17,14 +16,12 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
 
     import megatron.training.training  # noqa: F401
     from megatron.gpt_oss.training import run  # noqa: F401
-    from megatron.training.argument_utils import ArgumentGroupFactory
     from megatron.training.arguments import add_megatron_arguments
+    from tests.unit_tests.command_lines import docstrings_read_once
 
     # Megatron's parser reads the source of 26 classes for its help, each time, and pretrain() makes
     # another parser: a second a run.
-    factory = object.__new__(ArgumentGroupFactory)
-    read_once = functools.cache(factory._get_field_docstrings)
-    ArgumentGroupFactory._get_field_docstrings = lambda self, cls: dict(read_once(cls))
+    docstrings_read_once().start()
     add_megatron_arguments(ArgumentParser())
 
 # The ranks collect what a call left; these objects stay, and are not looked through each time.
