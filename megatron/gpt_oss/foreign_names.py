@@ -43,7 +43,7 @@ FOREIGN_NAMES: dict[str, tuple[str | None, str]] = {
     "gbs": ("--global-batch-size", ""),
     "activations_checkpoint_granularity": ("--memory", "or --recompute-granularity"),
     "gradient_accumulation_fusion": (None, "needs Apex; off, and nothing to turn on"),
-    "resume_if_exists": ("--run-dir", "a second start goes on from its newest whole checkpoint"),
+    "resume_if_exists": ("--run-dir", "a second start resumes from its newest complete checkpoint"),
     "resume_from_directory": ("--load", ""),
     "resume_from_checkpoint": ("--load", ""),
     "restore_from_path": ("--load-hf", "or --pretrained-checkpoint for Megatron's format"),
