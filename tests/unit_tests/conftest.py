@@ -24,6 +24,24 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+# What a launcher sets: a process that finds one of them believes that it is a rank.
+_LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher_left():
+    """A test that leaves a launcher's variables fails, not the later one that starts a process."""
+    before = {name: os.environ.get(name) for name in _LAUNCHER}
+    yield
+    after = {name: os.environ.get(name) for name in _LAUNCHER}
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    assert after == before
+
+
 @pytest.fixture(scope='module')
 def ranks():
     with RankPool(2) as pool:

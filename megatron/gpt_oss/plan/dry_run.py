@@ -10,6 +10,7 @@ import io
 import logging
 import os
 from argparse import Namespace
+from collections.abc import Iterator
 
 import torch
 
@@ -66,17 +67,30 @@ def validated(spec: RunSpec, gpus: int) -> Namespace:
     Raises:
         UsageError: they cannot be run.
     """
-    # Megatron's validation reads its world from here, too.
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ["WORLD_SIZE"] = str(gpus)
-    spec.args.rank, spec.args.world_size = int(os.environ["RANK"]), gpus
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument
+    with contextlib.redirect_stdout(io.StringIO()), _world_of(gpus):  # it prints every argument
+        spec.args.rank, spec.args.world_size = int(os.environ["RANK"]), gpus
         logging.disable(logging.WARNING)
         try:
             return validate_for_plan(spec)
         finally:
             logging.disable(logging.NOTSET)
+
+
+@contextlib.contextmanager
+def _world_of(gpus: int) -> Iterator[None]:
+    """The variables of a launcher of so many ranks, which Megatron's validation reads, too."""
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    os.environ["WORLD_SIZE"] = str(gpus)
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def report(args: Namespace, machines: Machines | None = None) -> str:
