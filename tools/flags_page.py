@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron.gpt_oss.flag_ledger import INERT, SUPPORTED, UNTESTED, WRONG
 from megatron.gpt_oss.foreign_names import FOREIGN_NAMES
 from megatron.gpt_oss.our_flags import ALLOW_UNTESTED
+from megatron.gpt_oss.training.resume_rules import AT_LOAD, FREE, MODEL, OPTIMIZER
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
@@ -27,6 +28,10 @@ lets it through; the log of the run then names it. A flag with the value that th
 is never refused. `--flag=value` below is one value of a flag.
 """
 
+RESUMING = """Arguments that differ from those in `run.json`, by Megatron's names. Any other one may change, and one
+line tells that it did ([docs](continual_pretraining.md#what-else-may-change)).
+"""
+
 
 def page() -> str:
     """The whole text."""
@@ -36,7 +41,18 @@ def page() -> str:
     parts += ["## Without effect on a gpt-oss run\n", _table("they are", INERT)]
     parts += ["## Not tested here\n", _table("what is known", UNTESTED)]
     parts += ["## Refused always\n", _table("why", WRONG)]
+    parts += ["## When a run resumes\n", RESUMING, _table("class", _resume_classes())]
     return "\n".join(parts)
+
+
+def _resume_classes() -> dict[str, str]:
+    classes = {
+        "free": FREE,
+        "told with what it changes, once the checkpoint is loaded": AT_LOAD,
+        "refused: the checkpoints hold another model": MODEL,
+        "refused unless `--no-load-optim` is given": OPTIMIZER,
+    }
+    return {note: " ".join(sorted(names)) for note, names in classes.items()}
 
 
 def _names() -> str:

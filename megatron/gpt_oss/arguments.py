@@ -26,7 +26,7 @@ from typing import Callable, Iterator, NoReturn, Sequence
 from megatron.core import device_utils
 from megatron.gpt_oss import flag_help
 from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
-from megatron.gpt_oss.data.blend_arguments import blend_defaults
+from megatron.gpt_oss.data.blend_arguments import blend_defaults, read_prefixes
 from megatron.gpt_oss.data.index_file import check_dataset
 from megatron.gpt_oss.device_connections import set_device_connections
 from megatron.gpt_oss.errors import PresetError, UsageError, as_refusal
@@ -308,7 +308,7 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
     check_async_save(args, device_utils.is_cuda() or args.dry_run is not None)
     check_batch_size_schedule(args)
     untested = check_flags(words, given, parser)
-    return RunSpec(tuple(words), given, args, preset, untested)
+    return RunSpec(tuple(words), given, args, preset, untested, tuple(vars(args)))
 
 
 def _unknown_message(word: str, parser: ArgumentParser) -> str:
@@ -415,12 +415,8 @@ def check_files(given: Namespace, preset: Preset | None) -> None:
         UsageError: names the flag, the path and what is missing there.
     """
     for dest in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        weight = None
-        for word in getattr(given, dest, None) or ():
-            if _is_weight(word):
-                weight = float(word)
-            elif weight != 0:  # what is never read need not be there
-                _check_dataset("--" + dest.replace("_", "-"), word)
+        for word in read_prefixes(getattr(given, dest, None)):
+            _check_dataset("--" + dest.replace("_", "-"), word)
     if getattr(given, "tokenizer_model", None) is not None:
         _check_tokenizer(given.tokenizer_model)
     if getattr(given, "load_hf", None) is not None:
@@ -447,11 +443,6 @@ def _tokenizer_defaults(given: Namespace) -> dict:
             "made with (--load-hf FOLDER brings its own)."
         )
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model}
-
-
-def _is_weight(word: str) -> bool:
-    """Whether a word of a blend is the weight of the prefix that follows."""
-    return re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", word) is not None
 
 
 def _check_dataset(flag: str, prefix: str) -> None:

@@ -122,7 +122,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         "--run-dir",
         metavar="DIR",
         default=None,
-        help="Everything of the run in one folder: metrics.jsonl, arguments.json, Megatron's own "
+        help="Everything of the run in one folder: metrics.jsonl, run.json, Megatron's own "
         "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
     )
     group.add_argument(

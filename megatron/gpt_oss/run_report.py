@@ -7,9 +7,10 @@ from pathlib import Path
 
 from megatron.gpt_oss.data.documents import printable
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.json_file import brief, read_json
+from megatron.gpt_oss.json_file import brief
 from megatron.gpt_oss.metrics import read_metrics
 from megatron.gpt_oss.outputs import check_file, write_file
+from megatron.gpt_oss.run_file import RUN_FILE, find_run_file, recorded_arguments
 from megatron.gpt_oss.svg_chart import line_chart
 
 REPORT = "gptoss report"
@@ -35,13 +36,14 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write report.html of a run.
 
     Args:
-        run_dir: --run-dir of the run, with metrics.jsonl and arguments.json.
+        run_dir: --run-dir of the run, with metrics.jsonl and run.json.
         out: the page; RUN/report.html by default. One of an earlier call is replaced.
     Raises:
         UsageError: no metrics.jsonl there, no step in it yet, or `out` is another file.
     """
     run_dir = Path(run_dir)
-    inputs = [run_dir / "metrics.jsonl", run_dir / "arguments.json"]
+    run_file = find_run_file(run_dir) or run_dir / RUN_FILE
+    inputs = [run_dir / "metrics.jsonl", run_file]
     records = read_metrics(inputs[0])
     out = Path(out) if out is not None else run_dir / "report.html"
     check_file(out, REPORT, "--out", inputs)
@@ -52,7 +54,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     for title, keys in _STEP_CURVES:
         sections.append(_section(title, line_chart({k: _curve(steps, k) for k in keys}, title)))
     sections += [_layer_charts(records), _norm_charts(records), _samples(records)]
-    sections.append(_configuration(run_dir / "arguments.json"))
+    sections.append(_configuration(run_file))
     name = _text(printable(run_dir.resolve().name))
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -154,7 +156,7 @@ def _configuration(path: Path) -> str:
     if not path.is_file():
         return _section("Configuration", f"<p>No {_text(path.name)} in the run's folder.</p>")
     try:
-        values = read_json(path)
+        values = recorded_arguments(path)
     except UsageError as error:  # the curves are there all the same
         return _section("Configuration", f"<p>{_text(error)}</p>")
     rows = "".join(

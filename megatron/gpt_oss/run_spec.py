@@ -24,6 +24,7 @@ class RunSpec:
             own validation makes of them.
         preset: the model; None with --preset none.
         untested: flags that --allow-untested-flags let through.
+        names: of the arguments that a command line has; validation adds what it derives.
     """
 
     words: tuple[str, ...]
@@ -31,6 +32,7 @@ class RunSpec:
     args: Namespace
     preset: Preset | None
     untested: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def run_dir(self) -> Path | None:

@@ -241,7 +241,7 @@ def seed(tmp_path_factory):
             numbers = {'loss': 2.0, 'learning_rate': 1e-3, 'grad_norm': 1.0}
             records = [{'step': step, **numbers, 'tokens': step * 64} for step in (1, 2)]
             (out / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, records)))
-            (out / 'arguments.json').write_text('{"lr": 0.001}')
+            (out / 'run.json').write_text('{"arguments": {"lr": 0.001}}')
     page = next(b for b in blocks('docs/continual_pretraining.md') if b.language == 'yaml')
     (folder / 'data.yaml').write_text(page.text)
     shutil.copytree(folder / 'data', folder / 'corpora')  # $CORPORA

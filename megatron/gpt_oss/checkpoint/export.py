@@ -44,8 +44,8 @@ from megatron.gpt_oss.checkpoint.torch_dist_reader import (
 )
 from megatron.gpt_oss.checkpoint.unfinished import TO_HF, fingerprint, unfinished
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.run_file import find_run_file, recorded_arguments
 
 
 def export_hf(
@@ -75,7 +75,7 @@ def export_hf(
         max_shard_bytes: size of one file.
         progress: show a line on stderr.
         yarn_factor: with which the model was trained, where that extends the context of `like`; by
-            default what the checkpoint, or arguments.json in the run's folder, says.
+            default what the checkpoint, or run.json in the run's folder, says.
         vocab_size: rows of the vocabulary to write; by default all that are not padding, see
             `vocabulary_of`.
     Returns:
@@ -164,8 +164,9 @@ class ExportJob:
 
 def _trained_factor(iteration: Path) -> float | None:
     """YaRN's factor of the run that wrote RUN/checkpoints/iter_*, if it gave one."""
+    path = find_run_file(iteration.parent.parent)
     try:
-        factor = read_json(iteration.parent.parent / "arguments.json").get("yarn_factor")
+        factor = recorded_arguments(path).get("yarn_factor") if path is not None else None
     except UsageError:
         return None
     return factor if is_number(factor) else None

@@ -2,7 +2,9 @@
 
 """--data-blend, in terms of Megatron's own flags."""
 
+import re
 from argparse import Namespace
+from typing import Iterator, Sequence
 
 from megatron.gpt_oss.data.blend import read_blend
 from megatron.gpt_oss.errors import UsageError
@@ -45,3 +47,17 @@ def blend_defaults(given: Namespace) -> dict:
     else:
         defaults["eval_iters"] = 0
     return defaults
+
+
+def read_prefixes(words: Sequence[str] | None) -> Iterator[str]:
+    """The prefixes of a blend's words that are read: those whose weight is not 0.
+
+    Args:
+        words: of --data-path and its like, prefixes with or without a weight before each.
+    """
+    weight = None
+    for word in words or ():
+        if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", word) is not None:
+            weight = float(word)
+        elif weight != 0:
+            yield word

@@ -6,17 +6,14 @@ Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
 """
 
 import re
-import sys
 from argparse import Namespace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Callable, Sequence
 
 import torch
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.json_file import read_json
 from megatron.training.non_finite import global_names
 
 Hook = Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
@@ -67,30 +64,6 @@ def check_patterns(args: Namespace) -> None:
             raise UsageError(
                 f"--freeze and --lr-multiplier do not go with --{flag.replace('_', '-')}."
             )
-
-
-def check_same_parameters(args: Namespace, earlier_arguments: Path) -> None:
-    """A run that goes on needs the optimizer state of the parameters that it trains.
-
-    Args:
-        earlier_arguments: arguments.json of the start before, if there was one.
-    Raises:
-        UsageError: --freeze is another than then.
-    """
-    if args.no_load_optim or args.finetune or not earlier_arguments.is_file():
-        return
-    try:
-        then = read_json(earlier_arguments).get("freeze", args.freeze)
-    except UsageError as error:  # a kill may have cut it; the checkpoints are what counts
-        if args.rank == 0:
-            print(f"note: {error} --freeze is not compared.", file=sys.stderr)
-        return
-    if args.freeze != then:
-        raise UsageError(
-            f"--freeze was {then or 'not given'} when this run was last started, and is "
-            f"{args.freeze or 'not given'} now: its checkpoints hold optimizer state for other "
-            "parameters. Give the same, or begin with fresh optimizer state: --no-load-optim."
-        )
 
 
 def pattern_hook(args: Namespace) -> Hook:

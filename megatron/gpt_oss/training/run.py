@@ -2,7 +2,6 @@
 """A run from the command line: arguments, model, weights to start from, log, Megatron's loop."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ from megatron.gpt_oss.data.tokenizer_files import eos_token_of, read_tokenizer
 from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.layer_specs import model_config_from_args
 from megatron.gpt_oss.our_flags import NO_PRESET
-from megatron.gpt_oss.outputs import naming, write_file
+from megatron.gpt_oss.outputs import naming
 from megatron.gpt_oss.plan.dry_run import dry_run
 from megatron.gpt_oss.training import signals
 from megatron.gpt_oss.training.data_report import corpus_uses
@@ -35,12 +34,10 @@ from megatron.gpt_oss.training.flops import model_flops, peak_tflops
 from megatron.gpt_oss.training.keep import CheckpointKeeper
 from megatron.gpt_oss.training.log import TrainingLog
 from megatron.gpt_oss.training.monitor import Monitor
-from megatron.gpt_oss.training.parameter_patterns import (
-    check_same_parameters,
-    parse_multipliers,
-    pattern_hook,
-)
+from megatron.gpt_oss.training.parameter_patterns import parse_multipliers, pattern_hook
 from megatron.gpt_oss.training.run_arguments import check_schedule
+from megatron.gpt_oss.training.run_lock import RunLock
+from megatron.gpt_oss.training.run_record import RunRecord, check_foreign, home
 from megatron.gpt_oss.training.step import forward_step
 from megatron.gpt_oss.training.writers import Writers
 from megatron.training import (
@@ -67,24 +64,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir = spec.run_dir
     _single_process_environment()
     signals.end_with_launcher()
-    with _upstream_output(run_dir) as console:
+    with _locked(spec.args), _upstream_output(run_dir) as console:
         args = validate(spec)
         check_schedule(args)
-        if args.rank == 0 and (line := spec.untested_line()) is not None:
-            print(line, file=console, flush=True)
         args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
-        if run_dir is not None and _goes_on(args.load):
-            check_same_parameters(args, run_dir / "arguments.json")
+        _check_save(args)
+        record = RunRecord(spec)
+        changes = record.compare(args) if _resumes(args) else None
+        for line in (spec.untested_line(), changes):
+            if args.rank == 0 and line is not None:
+                print(line, file=console, flush=True)
         signals.forward_usr1(args)
         log = _register_log(args, console, run_dir)
         monitor = Monitor(args, log)
-        _write_arguments(args, run_dir)
         trains = threading.Event()
         step_callbacks.on_step_ended(lambda values: trains.set())
         try:
             pretrain(
                 pretrain_cfg_container_from_args(args, _model_config(args, monitor)),
-                _announced(provide_datasets, args, console),
+                _announced(provide_datasets, args, console, record),
                 ModelType.encoder_or_decoder,
                 forward_step,
             )
@@ -140,14 +138,50 @@ def _goes_on(load_dir: str | None) -> bool:
     return tracker.is_file() or checkpoint_integrity.holds_checkpoint(load_dir)
 
 
-def _check_run_dir(run_dir: Path | None) -> None:
-    if run_dir is None:
+def _resumes(args: Namespace) -> bool:
+    """Whether the run takes up step and optimizer of a checkpoint, not its weights alone."""
+    return _goes_on(args.load) and not args.finetune
+
+
+def _check_save(args: Namespace) -> None:
+    """Refuse to write over the checkpoints of a run that this one does not resume.
+
+    Raises:
+        UsageError: names the folder and what to give.
+    """
+    if args.skip_train or not _goes_on(args.save):
         return
+    if _resumes(args) and os.path.realpath(args.load) == os.path.realpath(args.save):
+        return
+    other = f"--load {args.load} --finetune" if args.finetune else f"--load {args.load}"
+    remedy = f"Give --load {args.save} to resume from them"
+    if args.load is not None and _goes_on(args.load):
+        remedy = f"To resume from them, give --pretrained-checkpoint {args.load} for {other}"
+    raise UsageError(
+        f"--save {args.save} holds checkpoints that this run would not resume from, and would "
+        f"write over. {remedy}; or save in another folder."
+    )
+
+
+@contextlib.contextmanager
+def _locked(args: Namespace) -> Iterator[None]:
+    """Rank 0 holds the folder of the run, where there is one."""
+    folder = home(args)
+    if folder is None or os.environ["RANK"] != "0":
+        yield
+        return
+    _make_folder(folder, "--run-dir" if args.run_dir else "--save")
+    check_foreign(folder)
+    with RunLock(folder, lambda line: print(line, flush=True)):
+        yield
+
+
+def _make_folder(folder: Path, flag: str) -> None:
     try:
-        with naming(run_dir):
-            run_dir.mkdir(parents=True, exist_ok=True)
+        with naming(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}.") from error
+        raise UsageError(f"{flag} {folder} cannot be made: {error.strerror}.") from error
 
 
 def _single_process_environment() -> None:
@@ -168,7 +202,7 @@ def _upstream_output(run_dir: Path | None) -> Iterator[TextIO]:
     if run_dir is None:
         yield sys.stdout
         return
-    _check_run_dir(run_dir)
+    _make_folder(run_dir, "--run-dir")
     console = sys.stdout
     path = run_dir / f"megatron-rank{rank}.log"
     with open(path, "a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
@@ -223,17 +257,12 @@ def _largest(number: int | float) -> int | float:
     return value.item()
 
 
-def _write_arguments(args: Namespace, run_dir: Path | None) -> None:
-    if args.rank == 0 and run_dir is not None:
-        arguments = json.dumps(vars(args), indent=1, default=str, sort_keys=True)
-        write_file(run_dir / "arguments.json", arguments)
-
-
-def _announced(provider, args: Namespace, console: TextIO):
+def _announced(provider, args: Namespace, console: TextIO, record: RunRecord):
     """The dataset provider, which Megatron calls once model and checkpoint are loaded."""
 
     def provide(num_samples, vp_stage=None):
         if args.rank == 0 and not vp_stage:
+            record.write(args.iteration)
             print(_summary(args), file=console, flush=True)
         try:
             datasets = provider(num_samples, vp_stage)

@@ -36,6 +36,8 @@ from megatron.gpt_oss.metrics import drop_from, read_metrics
 from megatron.gpt_oss.recipe import read_recipe
 from megatron.gpt_oss.run_report import write_report
 from megatron.gpt_oss.tiny import write_tiny_hf
+from megatron.gpt_oss.training.resume_rules import told
+from megatron.gpt_oss.training.run_record import RUN, check_foreign, compare_records, read_record
 from megatron.training import checkpoint_integrity
 
 
@@ -97,6 +99,8 @@ def _write_small_files(folder: Path) -> None:
     ]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
     (run / 'arguments.json').write_text(json.dumps({'lr': 1e-3, 'data_path': ['<&>']}, indent=1))
+    (folder / 'recorded').mkdir()
+    (folder / 'recorded' / 'run.json').write_text(json.dumps(RECORD, indent=1))
     output = PartialOutput(folder / 'made', [''], 'uint16', {'a': 1}, False)
     output.save({'file': 0, 'record': 0, 'skipped': [['a', 'b']]})
     output.close()
@@ -180,6 +184,25 @@ def _resume(folder):
     read_metrics(copy)
 
 
+_DATA = {'path': '/d', 'idx_bytes': 50, 'idx_sha256': 'ab', 'bin_bytes': 9}
+RECORD = {
+    'made_by': RUN,
+    'version': 1,
+    'arguments': {'lr': 1e-3, 'data_path': ['0.5', 'd'], 'load_hf': 'h', 'freeze': []},
+    'data': {'d': _DATA},
+    'tokenizer': {'path': 't', 'sha256': 'cd'},
+    'weights': {'path': 'h', 'sha256': {'config.json': 'ef'}, 'bytes': {'x': 3}},
+    'changes': [{'step': 2, 'arguments': {'seed': [1, 2]}}],
+}
+
+
+def _compare(folder):
+    check_foreign(folder / 'recorded')
+    then = read_record(folder / 'recorded' / 'run.json')
+    if then is not None:
+        told(compare_records(then, RECORD))
+
+
 def _documents(name):
     def read(folder):
         for record in read_records(folder / name, 'text'):
@@ -225,6 +248,7 @@ READERS = {
     'metrics': Reader('run/metrics.jsonl', _report),
     'metrics_of_a_resume': Reader('run/metrics.jsonl', _resume),
     'arguments': Reader('run/arguments.json', _report),
+    'run_record': Reader('recorded/run.json', _compare),
     'blend': Reader('blend.yaml', lambda f: read_blend(f / 'blend.yaml')),
     'recipe': Reader('recipe.txt', lambda f: read_recipe(f / 'recipe.txt')),
     'journal': Reader('.made.partial/journal.json', _journal),

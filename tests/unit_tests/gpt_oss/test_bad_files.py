@@ -308,7 +308,7 @@ def test_names_that_are_not_utf8(tmp_path, capsys):
 
 
 def test_nothing_of_a_run_is_markup(tmp_path):
-    """Whatever text stands in metrics and arguments; a cut arguments.json costs its table alone."""
+    """Whatever text stands in metrics and arguments; a cut run.json costs its table alone."""
     run = tmp_path / '<b>run'
     run.mkdir()
     evil = '<script>alert(1)</script>\ud800\x00"&'
@@ -321,11 +321,11 @@ def test_nothing_of_a_run_is_markup(tmp_path):
         {'step': 3, 'sample': {'text': evil}, 'norms': {}},
     ]
     (run / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
-    (run / 'arguments.json').write_text(json.dumps({evil: [evil]}))
+    (run / 'run.json').write_text(json.dumps({'arguments': {evil: [evil]}}))
     page = write_report(run).read_text()
     assert '<script' not in page and '<b>' not in page and page.count('&lt;script') >= 4
-    (run / 'arguments.json').write_text('{"a": ')
-    assert 'arguments.json is not valid JSON' in write_report(run).read_text()
+    (run / 'run.json').write_text('{"a": ')
+    assert 'run.json is not valid JSON' in write_report(run).read_text()
 
 
 def test_a_bad_line_does_not_keep_a_run_from_being_resumed(tmp_path, capsys):

@@ -52,7 +52,7 @@ def made(tmp_path_factory):
     (folder / 'text.json').write_text('[{"text": "hello"}, {"text": "world"}]')
     (folder / 'run').mkdir()
     (folder / 'run' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
-    (folder / 'run' / 'arguments.json').write_text('{"preset": "tiny"}')
+    (folder / 'run' / 'run.json').write_text('{"arguments": {"preset": "tiny"}}')
     gptoss('tokenize', folder / 'text.json', '--output', folder / 'data')
     gptoss('init-tiny', folder / 'hf')
     gptoss('convert', 'to-megatron', '--hf', folder / 'hf', '--out', folder / 'm')
@@ -241,7 +241,7 @@ FOREIGN = {
         'plot run/metrics.jsonl x.png',
         'x.png exists, and gptoss plot did not make it',
     ),
-    'report-input': (lambda f: None, 'report run --out run/arguments.json', 'an input'),
+    'report-input': (lambda f: None, 'report run --out run/run.json', 'an input'),
     'report-foreign': (_write('run/report.html', PAGE), 'report run', 'did not make it'),
     'report-directory': (lambda f: None, 'report run --out hf', 'is a directory'),
     'report-empty-name': (lambda f: None, ['report', 'run', '--out', ''], 'is a directory'),

@@ -1,0 +1,172 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""run.lock: one run at a time in a folder, wherever the other one was started.
+
+Rank 0 holds a POSIX record lock on the file, which Linux releases when the process ends, however it
+ends, and which children do not inherit. Not every network file system shows a lock to other
+machines: run.lock.json beside it says who holds it, and the holder counts a number up in it every
+BEAT seconds. A lock of another machine whose number stands still for PATIENCE seconds is of a dead
+run. (Two files, for closing any handle of the first would release the lock.)
+"""
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Callable
+
+from megatron.gpt_oss.errors import EXIT_FAULT, UsageError
+from megatron.gpt_oss.json_file import read_json
+from megatron.gpt_oss.outputs import NO_LOCKS, naming, write_file
+
+LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
+BEAT = 10.0
+PATIENCE = 40.0
+# A run that was killed may take so long to be gone.
+GRACE = 10.0
+
+
+class RunLock:
+    """Holds the lock of a folder while a `with` lasts.
+
+    Args:
+        folder: exists.
+        tell: called with a line on what was found.
+    Raises:
+        UsageError: another run holds it; names machine, process and since when.
+    """
+
+    def __init__(self, folder: Path, tell: Callable[[str], None]):
+        self._path, self._holder_path = folder / LOCK_FILE, folder / HOLDER_FILE
+        self._tell = tell
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "RunLock":
+        with naming(self._path):
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            self._take()
+            self._holder = _this_process()
+            self._write(self._holder)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._beats = threading.Thread(target=self._beat, name="run.lock", daemon=True)
+        self._beats.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._ended.set()
+        self._beats.join()
+        if self._read().get("token") == self._holder["token"]:
+            self._holder_path.unlink(missing_ok=True)
+        os.close(self._file)  # which releases it
+
+    def _take(self) -> None:
+        deadline = time.monotonic() + GRACE
+        while not self._lock():
+            if time.monotonic() > deadline:
+                raise UsageError(self._in_use(self._read()))
+            time.sleep(0.2)
+        holder = self._read()
+        if not holder:
+            return
+        if holder.get("boot") != _boot() or not self._locks:
+            self._wait_for_beat(holder)
+        self._tell(
+            f"the run before in {self._path.parent} ended without a word: {_named(holder)}. This one "
+            "takes over."
+        )
+
+    def _lock(self) -> bool:
+        self._locks = True
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                self._locks = False
+                return True
+            if isinstance(error, (BlockingIOError, PermissionError)):
+                return False
+            raise
+        return True
+
+    def _wait_for_beat(self, holder: dict) -> None:
+        """Of another machine: see whether its number moves."""
+        self._tell(
+            f"{self._path} is of {_named(holder)}: {PATIENCE:.0f} seconds show whether it is alive"
+        )
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, PATIENCE / 10))
+            found = self._read()
+            if found and found != holder:  # counted up, or somebody else took over
+                raise UsageError(self._in_use(found))
+
+    def _in_use(self, holder: dict) -> str:
+        return (
+            f"{self._path.parent} is in use by another run: {_named(holder)}. Wait for its end, or "
+            "give another folder."
+        )
+
+    def _beat(self) -> None:
+        writes = True
+        while not self._ended.wait(BEAT):
+            found = self._read()
+            if found and found.get("token") != self._holder["token"]:
+                # After a pause so long that another machine took it for dead.
+                print(
+                    f"error: {_named(found)} took over {self._path.parent} while this process stood "
+                    "still. It ends, for two runs would write the same checkpoints.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(EXIT_FAULT)
+            self._holder["count"] += 1
+            try:
+                self._write(self._holder)
+                writes = True
+            except OSError as error:
+                if writes:
+                    self._tell(f"{self._holder_path} cannot be written: {error.strerror}")
+                writes = False
+
+    def _write(self, holder: dict) -> None:
+        write_file(self._holder_path, json.dumps(holder) + "\n")
+
+    def _read(self) -> dict:
+        """Who holds it; {} for nobody."""
+        try:
+            holder = read_json(self._holder_path)
+        except UsageError:
+            return {}
+        return holder
+
+
+def _this_process() -> dict:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "boot": _boot(),
+        "token": os.urandom(8).hex(),
+        "count": 0,
+    }
+
+
+def _named(holder: dict) -> str:
+    if not holder:
+        return f"{HOLDER_FILE} does not say which"
+    return f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('since')}"
+
+
+def _boot() -> str:
+    """The running kernel, which containers share whatever their names: its locks are exact."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return socket.gethostname()
