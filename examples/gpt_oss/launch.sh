@@ -36,19 +36,15 @@ if [[ $recipe =~ -([0-9]+)gpus\.txt$ ]] && [ "${BASH_REMATCH[1]}" != $((nodes * 
         "$((nodes * gpus)); --dry-run $((nodes * gpus)) shows what they need" >&2
 fi
 
-command=(torchrun --nproc-per-node "$gpus")
+command=(gptoss launch --nproc-per-node "$gpus")
 if [ "$nodes" -gt 1 ]; then
     : "${RENDEZVOUS:?HOST:PORT of one of the machines}" "${JOB:?a word that only this run has}"
     command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB")
 else
     command+=(--standalone)
 fi
-# SIGUSR1 and SIGTERM reach the ranks, which save and end; torchrun knows the former by flag alone.
-command+=(--signals-to-handle SIGTERM,SIGINT,SIGUSR1)
 command+=("$(dirname "$(dirname "$here")")/pretrain_gpt_oss.py" --recipe "$recipe" "$@")
 
-# The time that torchrun leaves them (PyTorch 2.13; before, it is 30 s).
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 if [ -n "${DRY:-}" ]; then
     printf '%q ' "${command[@]}"

@@ -26,7 +26,7 @@ stdlib=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
     --exclude '*/site-packages/*' --tokenizer "$run/init" --output "$run/data/stdlib"
 
 # 3. Continue its pre-training; checkpoints every 40 steps.
-torchrun --nproc-per-node 1 --standalone "$here/pretrain_gpt_oss.py" --preset tiny \
+gptoss launch --nproc-per-node 1 --standalone "$here/pretrain_gpt_oss.py" --preset tiny \
     --load-hf "$run/init" --data-path "$run/data/stdlib" --split 98,1,1 --run-dir "$run" \
     --micro-batch-size 4 --global-batch-size 8 --train-iters "$steps" \
     --lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0.1 \

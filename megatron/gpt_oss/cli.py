@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, a function of its arguments."""
     parser = argparse.ArgumentParser(prog="gptoss", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_launch(commands)
     _add_tokenize(commands)
     _add_verify_data(commands)
     _add_init_tiny(commands)
@@ -43,6 +44,24 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_plan(commands)
     return parser
+
+
+def _add_launch(commands) -> None:
+    # No character begins an option of this parser: all words are torchrun's.
+    parser = commands.add_parser(
+        "launch",
+        help="torchrun, with the exit status of the rank that failed",
+        prefix_chars="\0",
+        add_help=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="[OPTION ...] SCRIPT [FLAG ...]")
+    parser.set_defaults(run=_run_launch)
+
+
+def _run_launch(args: argparse.Namespace) -> None:
+    from megatron.gpt_oss.launch import launch
+
+    launch(args.words)
 
 
 def _add_tokenize(commands) -> None:

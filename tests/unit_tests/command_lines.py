@@ -25,11 +25,15 @@ def joined_lines(text: str) -> list[str]:
 
 
 def torchrun_parts(words: list[str]) -> tuple[int, int, str, list[str]]:
-    """(machines, ranks of each, script, its words) of a torchrun command, by torchrun's own parser."""
+    """(machines, ranks of each, script, its words) of a torchrun command, by torchrun's own parser.
+
+    `gptoss launch` takes the same words.
+    """
     from torch.distributed.run import get_args_parser
 
-    assert words[0] == 'torchrun', words
-    args = get_args_parser().parse_args(words[1:])
+    first = 2 if words[:2] == ['gptoss', 'launch'] else 1
+    assert first == 2 or words[0] == 'torchrun', words
+    args = get_args_parser().parse_args(words[first:])
     if args.standalone:
         assert args.nnodes in ('1', '1:1')
     else:

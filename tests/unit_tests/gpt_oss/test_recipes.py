@@ -161,11 +161,11 @@ def test_launcher():
     """DRY=1 prints what would be started."""
     launch = FOLDER / 'launch.sh'
     recipe = FOLDER / 'recipes' / '20b-32k-16gpus.txt'
-    tail = f'--signals-to-handle SIGTERM,SIGINT,SIGUSR1 {ROOT}/pretrain_gpt_oss.py --recipe'
+    tail = f'{ROOT}/pretrain_gpt_oss.py --recipe'
     code, out, error = _run(launch, '20b-32k-8gpus', '--run-dir', 'a b', DRY='1', GPUS='8')
     assert (code, error) == (0, '')
     assert shlex.split(out) == [
-        *('torchrun --nproc-per-node 8 --standalone ' + tail).split(),
+        *('gptoss launch --nproc-per-node 8 --standalone ' + tail).split(),
         str(FOLDER / 'recipes' / '20b-32k-8gpus.txt'),
         *('--run-dir', 'a b'),
     ]
@@ -173,7 +173,7 @@ def test_launcher():
     code, out, error = _run(launch, recipe, **two)
     assert (code, error) == (0, '')
     rendezvous = '--nnodes 2 --rdzv-backend c10d --rdzv-endpoint host:29500 --rdzv-id 7'
-    expected = f'torchrun --nproc-per-node 8 {rendezvous} {tail} {recipe}'
+    expected = f'gptoss launch --nproc-per-node 8 {rendezvous} {tail} {recipe}'
     assert shlex.split(out) == expected.split()
     code, out, error = _run(launch, '20b-32k-16gpus.txt', DRY='1', GPUS='4')
     assert code == 0 and 'planned for 16 GPUs, these are 4' in error

@@ -1,0 +1,95 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""gptoss launch: torchrun's words, the ranks' own status and messages."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPT = """
+import os, signal, sys, time
+what, rank, ready = sys.argv[1], int(os.environ['RANK']), sys.argv[2]
+signal.signal(signal.SIGUSR1, lambda *_: (open(f'{ready}-saved{rank}', 'w'), sys.exit(0)))
+open(f'{ready}{rank}', 'w').close()
+if what == 'wait' or (rank == 0 and what != 'usage'):
+    time.sleep(600)
+if what == 'killed':
+    os.kill(os.getpid(), signal.SIGKILL)
+if what == 'usage':
+    time.sleep(rank)
+    print('error: no such thing', file=sys.stderr)
+sys.exit({'usage': 2, 'fault': 1, 'seven': 7}[what])
+"""
+
+
+def start(tmp_path, *words):
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    command = [
+        sys.executable,
+        '-W',
+        'ignore',
+        '-c',
+        'from megatron.gpt_oss.cli import main; main()',
+    ]
+    environ = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    environ.pop('OMP_NUM_THREADS', None)
+    return subprocess.Popen(
+        [*command, 'launch', *words], stderr=subprocess.PIPE, text=True, env=environ
+    )
+
+
+def ranks(tmp_path, what):
+    words = ('--standalone', '--nproc-per-node', '2', str(tmp_path / 'script.py'))
+    return start(tmp_path, *words, what, str(tmp_path / 'ready'))
+
+
+@pytest.mark.parametrize(
+    'what, code, error',
+    [
+        ('usage', 2, 'error: no such thing\n'),
+        ('seven', 7, ''),
+        ('killed', 128 + signal.SIGKILL, 'was ended by SIGKILL. Start again'),
+    ],
+)
+def test_status(tmp_path, what, code, error):
+    """The status of the rank that failed; of one that could say nothing, which and why."""
+    process = ranks(tmp_path, what)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (error in printed) if what == 'killed' else printed == error
+    assert printed.count('\n') <= 1
+
+
+def test_usr1_reaches_the_ranks(tmp_path):
+    process = ranks(tmp_path, 'wait')
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f'ready{rank}').exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1 and printed == ''
+    assert all((tmp_path / f'ready-saved{rank}').exists() for rank in (0, 1))
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        ((), 'training_script'),
+        (('--nproc-per-nod',), 'expected one argument'),
+        (('--nproc-per-node', 'many', 'x.py'), "torchrun refuses these options: .*'?many"),
+        (('--nnodes', '0:x', 'x.py'), 'refuses these options'),
+    ],
+)
+def test_mistakes(tmp_path, words, message):
+    process = start(tmp_path, *words)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 2 and printed.startswith('error: ')
+    assert re.search(message, printed) and printed.count('\n') == 1
