@@ -52,6 +52,9 @@ test-all: test-install
 fuzz: test-install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(N) $(if $(SEED),--seed $(SEED)) --shrink
 
+soak: test-install
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.soak --faults $(N) $(if $(SEED),--seed $(SEED))
+
 fuzz-readers: test-install
 	READER_EXAMPLES=$(if $(filter file,$(origin N)),2000,$(N)) $(PYTEST) tests/unit_tests/gpt_oss/test_readers.py
 
