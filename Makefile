@@ -11,7 +11,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 N ?= 100
 SEED ?=
 
-.PHONY: help install test-install train test test-all test-gpu fuzz fuzz-readers lint fix patch-check clean
+.PHONY: help install test-install train test test-all test-gpu fuzz soak fuzz-readers lint fix patch-check clean
 
 help:
 	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=120)"

@@ -29,7 +29,7 @@ from tests.soak.disk import Disk
 from tests.unit_tests.gpt_oss import runs
 
 SAVE_INTERVAL = 5
-STEPS_A_FAULT = 40
+STEPS_A_FAULT = 12
 # Some faults come before a start has made its first step.
 AT_ONCE = 0.15
 _SIZES = "--expert-model-parallel-size 2 --use-distributed-optimizer --num-workers 1"

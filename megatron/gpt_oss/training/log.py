@@ -124,10 +124,15 @@ class TrainingLog:
         if "test set" in values["prefix"]:
             key, name = ("test_loss", "test")
         name += f" {values['name']}" if values["name"] else ""
-        perplexity = math.exp(min(loss, 20.0)) if loss is not None else None
+        text = f"{name} at step {values['iteration']}: "
+        if loss is not None and math.isnan(loss):
+            loss = None  # JSON has no such number
+            text += "loss nan: no token of it counts, or the weights are not finite"
+        else:
+            perplexity = math.exp(min(loss, 20.0)) if loss is not None else None
+            text += f"loss {_number(loss, '.4f')}, perplexity {_number(perplexity, '.3f')}"
         self._write(
-            f"{name} at step {values['iteration']}: loss {_number(loss, '.4f')}, "
-            f"perplexity {_number(perplexity, '.3f')}",
+            text,
             {"step": values["iteration"], "set": name, key: loss},
             name,
             remade_from=values["iteration"] + 1,

@@ -95,6 +95,16 @@ def test_a_run_with_nothing_left_to_train_keeps_every_step(tmp_path):
     assert ["valid_loss" in record for record in read_metrics(path)] == [False, True]
 
 
+def test_evaluation_of_which_no_token_counts(tmp_path):
+    """NaN is no number of JSON's, and of a run's not one to pass over."""
+    console, path = io.StringIO(), tmp_path / "metrics.jsonl"
+    values = evaluation_values(4)
+    values["losses"] = {"lm loss": float("nan")}
+    TrainingLog(console, path, 512).evaluation(values)
+    assert "loss nan: no token of it counts" in console.getvalue()
+    assert read_metrics(path)[0]["valid_loss"] is None and "NaN" not in path.read_text()
+
+
 def test_short_count():
     assert [short_count(n) for n in (7, 1234, 2.5e6, 3e9, 4e12)] == [
         "7",
