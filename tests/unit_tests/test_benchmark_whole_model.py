@@ -24,6 +24,7 @@ def inputs(tmp_path_factory):
     return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
 
 
+@pytest.mark.slow
 def test_runs(inputs, tmp_path):
     """Two ranks of the tiny preset at the layouts of 4k and 32k."""
     out = tmp_path / 'out.json'

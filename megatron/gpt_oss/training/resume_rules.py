@@ -146,7 +146,7 @@ def check_changes(
     return {
         name: values
         for name, values in differing.items()
-        if name not in FREE and name not in AT_LOAD and name not in OPTIMIZER
+        if name not in FREE and name not in AT_LOAD
     }
 
 

@@ -103,10 +103,10 @@ def compare_records(
     changes = check_changes(before, arguments, loads_optimizer)
     _check_same_data(then["data"], now["data"])
     for name in _TRAINING_DATA:
-        if _by_content(before.get(name), then["data"]) != _by_content(
-            arguments.get(name), now["data"]
-        ):
-            changes[name] = (before.get(name), arguments.get(name))
+        words = before.get(name), arguments.get(name)
+        contents = _by_content(words[0], then["data"]), _by_content(words[1], now["data"])
+        if words[0] != words[1] and contents[0] != contents[1]:
+            changes[name] = words
     old, new = then["tokenizer"], now["tokenizer"]
     if not _same_file(old, new):
         raise UsageError(

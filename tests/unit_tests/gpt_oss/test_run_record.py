@@ -132,7 +132,7 @@ def test_other_layers_of_a_preset(ranks, inputs, run_dir):
 
 def test_frozen_with_fresh_optimizer_state(ranks, inputs, run_dir):
     printed = start(ranks, inputs, run_dir, '--freeze *.router.* --no-load-optim')
-    assert 'step 3/3' in printed
+    assert 'step 3/3' in printed and '--freeze was not given and is *.router.*' in printed
 
 
 # ---------------------------------------------------------------------------------------------
@@ -225,7 +225,8 @@ def test_record_of_an_older_version(ranks, inputs, run_dir):
     (run_dir / 'arguments.json').write_text(json.dumps(arguments))
     with pytest.raises(Exception, match='--freeze was not given'):
         start(ranks, inputs, run_dir, '--freeze *.router.*')
-    assert '--seed was 1234 and is 5' in start(ranks, inputs, run_dir, '--seed 5')
+    printed = start(ranks, inputs, run_dir, '--seed 5')
+    assert '--seed was 1234 and is 5' in printed and '--data-path' not in printed
 
 
 def test_somebody_elses_run_json(ranks, inputs, tmp_path):
