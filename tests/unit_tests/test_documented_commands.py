@@ -54,6 +54,7 @@ NOT_COMMANDS = {
     'validation english': 'what a run prints',
     'learning rate at step': 'what a run prints',
     'saved runs/': 'what a run prints',
+    'changed since this run': 'what a run prints',
 }
 # Commands that are parsed by their own parser and not run, by their first words.
 PARSED = {
@@ -607,6 +608,8 @@ def check_named(command: str, prose: bool) -> None:
     words = command.replace("'", '').replace('"', '').split()
     while re.match(r'[A-Z_]+=', words[0]):
         words = words[1:]
+    if words[:2] == ['gptoss', 'launch']:  # which takes torchrun's words
+        words = ['torchrun', *words[2:]]
     flags = [word.split('=')[0] for word in words if re.match(r'--[a-z]', word)]
     if words[0] == 'gptoss' or words[:2] == ['python', 'tools/patches.py']:
         if words[0] == 'gptoss':
