@@ -14,9 +14,6 @@ from tests.unit_tests.distributed import RankFailure, RankPool
 from tests.unit_tests.training.watched_pretrain import read_checkpoint
 
 SECONDS_A_RUN = 240.0
-# Each run with the distributed optimizer leaves process groups, and gloo's threads with them, in
-# reference cycles through autograd: a few dozen runs slow all ranks down.
-RUNS_A_POOL = 12
 
 
 @dataclass
@@ -52,7 +49,6 @@ class Runner:
     def __init__(self, size: int, folder: Path | None = None):
         self._folder = folder or Path(tempfile.mkdtemp(prefix="fuzz"))
         self._pool = RankPool(size)
-        self._runs = 0
         self._problem: Problem | None = None
         self._reference: compare.Run | Verdict | None = None
 
@@ -140,9 +136,6 @@ class Runner:
         argv = [*problem.flags(), *layout.flags(problem), "--run-dir", str(run_dir)]
         argv += ["--load-hf", str(self._folder / "hf")]
         argv += ["--data-path", str(self._folder / "corpus" / "data"), *words.split()]
-        self._runs += 1
-        if self._runs % RUNS_A_POOL == 0:
-            self._pool.close()  # the next call starts new ranks
         records = self._pool.run(
             rank.train,
             argv,

@@ -289,6 +289,13 @@ def _tear_down() -> None:
         random.initialize_rng_tracker(force_reset=True)
     if 'megatron.core.transformer.moe.moe_logging' in sys.modules:  # sized for this model's layers
         sys.modules['megatron.core.transformer.moe.moe_logging'].destroy_moe_metrics_tracker()
+    if 'megatron.core.optimizer.optimizer' in sys.modules:
+        # Its views of parameters are in cycles through C++ that are never collected, and with them
+        # the model and every process group with its threads.
+        optimizer = sys.modules['megatron.core.optimizer.optimizer'].MegatronOptimizer
+        for found in gc.get_objects():
+            if issubclass(type(found), optimizer):
+                vars(found).clear()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     # Models in reference cycles hold process groups, and a group whose peers are gone keeps a
