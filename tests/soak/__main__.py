@@ -24,7 +24,7 @@ from benchmarks.report import machine
 from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.metrics import read_metrics
 from tests.soak import faults
-from tests.soak.attempt import Attempt, SoakError
+from tests.soak.attempt import Attempt, SoakError, kill_all
 from tests.soak.disk import Disk
 from tests.unit_tests.gpt_oss import runs
 
@@ -55,6 +55,8 @@ def main() -> int:
     except SoakError as error:
         print(f"FAULT: {error}\nkept: {folder}", flush=True)
         return 1
+    finally:
+        kill_all(folder)
     disk.close()
     shutil.rmtree(folder)
     for name, value in figures.items():

@@ -149,3 +149,11 @@ def _words(process: psutil.Process) -> list[str]:
     with contextlib.suppress(psutil.AccessDenied, psutil.ZombieProcess):
         return process.cmdline()
     return []
+
+
+def kill_all(folder: Path) -> None:
+    """End whatever still runs in a folder, also where the soak was interrupted."""
+    for process in psutil.process_iter():
+        if process.pid != os.getpid() and any(str(folder) in word for word in _words(process)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
