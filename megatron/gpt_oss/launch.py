@@ -60,22 +60,18 @@ def _threads(processes: str) -> int:
 
 def _status(failed) -> int:
     """Exit status of the rank that failed first; one that a signal ended said nothing itself."""
-    _, first = failed.get_first_failure()
+    rank, first = failed.get_first_failure()
     if first.exitcode > 0:
         return first.exitcode
     number = -first.exitcode
     print(
-        f"error: rank {_global_rank(failed, first)}, process {first.pid} on {socket.gethostname()}, "
+        f"error: rank {rank}, process {first.pid} on {socket.gethostname()}, "
         f"was ended by {first.signal_name()}. Start again with the same command: the run resumes "
         "from its last checkpoint.",
         file=sys.stderr,
         flush=True,
     )
     return 128 + number if number else EXIT_FAULT
-
-
-def _global_rank(failed, first) -> int:
-    return next((rank for rank, failure in failed.failures.items() if failure is first), -1)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -44,13 +44,11 @@ class Attempt:
         command += ["from megatron.gpt_oss.cli import main; main()", "launch", "--standalone"]
         command += ["--nproc-per-node", "2", str(ROOT / "pretrain_gpt_oss.py"), *words]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self._before = self.logged()
         with open(printed, "w", encoding="utf-8") as out:
             self._process = subprocess.Popen(
                 command, env=environ, stdout=out, stderr=subprocess.STDOUT
             )
         self.launcher = self._process.pid
-        self.resumed_at: int | None = None
 
     def ranks(self) -> list[int]:
         """Processes of the ranks, once there are two."""

@@ -3,9 +3,9 @@
 """Which arguments may change when a run resumes from its checkpoint.
 
 Each argument of the command line is of one class. FREE ones change no number of the training, or
-say how long and how often. AT_LOAD ones are told by Megatron's loader with what they change
+say how long and how often. AT_LOAD ones are reported by Megatron's loader with what they change
 (`megatron.training.run_position`). MODEL and OPTIMIZER ones are refused: the checkpoints hold another
-model, or optimizer state that does not fit. All others may change, and one line tells which did.
+model, or optimizer state that does not fit. All others may change, and one line reports which did.
 """
 
 from typing import Any, Mapping

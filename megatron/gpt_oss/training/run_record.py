@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -51,11 +52,19 @@ class RunRecord:
             "version": VERSION,
             "command": list(spec.words),
             "arguments": json.loads(json.dumps(values, default=str)),
+        }
+        self._args = args
+        self._changes: list[dict] = []
+
+    @cached_property
+    def _whole(self) -> dict[str, Any]:
+        """With the files, which are read by rank 0 and, where a run resumes, by every rank."""
+        args = self._args
+        return self._record | {
             "data": {prefix: _dataset(prefix) for prefix in training_data(args)},
             "tokenizer": _tokenizer(args),
             "weights": _weights(args),
         }
-        self._changes: list[dict] = []
 
     def compare(self, args: Namespace) -> str | None:
         """Compare with the start before, for a run that resumes from `args.load`.
@@ -71,7 +80,7 @@ class RunRecord:
         if not then:
             return None
         self._changes = [item for item in then.get("changes", ()) if isinstance(item, dict)]
-        changes = compare_records(then, self._record, not args.no_load_optim)
+        changes = compare_records(then, self._whole, not args.no_load_optim)
         self._changes += [{"arguments": changes}] if changes else []
         return told(changes) if changes else None
 
@@ -82,7 +91,7 @@ class RunRecord:
         if self._changes and "step" not in self._changes[-1]:
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self._changes[-1] = {"step": iteration, "time": when, **self._changes[-1]}
-        text = json.dumps(self._record | {"changes": self._changes}, indent=1)
+        text = json.dumps(self._whole | {"changes": self._changes}, indent=1)
         write_file(self._folder / RUN_FILE, text + "\n")
 
 
@@ -162,7 +171,7 @@ def training_data(args: Namespace) -> Iterator[str]:
 
 
 def read_record(path: Path, rank: int = 0) -> dict[str, Any] | None:
-    """The record of the start before; None: it cannot be compared with, which is told."""
+    """The record of the start before; None where it cannot be compared, which is reported."""
     try:
         arguments = recorded_arguments(path)
         record = {} if path.name == OLD_RUN_FILE else read_json(path)
