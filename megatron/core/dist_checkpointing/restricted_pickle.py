@@ -360,8 +360,23 @@ def _register_safe_globals() -> None:
         from types import SimpleNamespace
 
         SAFE_GLOBALS = [Namespace, SimpleNamespace, io.BytesIO]
-    torch.serialization.add_safe_globals(list(SAFE_GLOBALS))
+    torch.serialization.add_safe_globals([*SAFE_GLOBALS, *_optimizer_classes()])
     _registered = True
+
+
+def _optimizer_classes() -> list:
+    """The classes that HybridDeviceOptimizer (--optimizer-cpu-offload) keeps in its param_groups.
+
+    Nothing uses those of a checkpoint. For the ones of TransformerEngine and Apex, which may be
+    missing where it is read, PyTorch's stand in.
+    """
+    adam, sgd = torch.optim.AdamW, torch.optim.SGD
+    packages = ('transformer_engine.pytorch.optimizers', 'apex.optimizers')
+    return [torch.optim.Adam, adam, sgd] + [
+        (stand_in, f'{package}.fused_{name.lower()}.Fused{name}')
+        for package in packages
+        for name, stand_in in (('Adam', adam), ('SGD', sgd))
+    ]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import io
 import os
 import pickle
 import pickletools
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -49,6 +51,25 @@ def test_no_code_of_a_checkpoint_runs(saved, tmp_path):
     with pytest.raises(Exception, match='posix.system'):
         dcp.FileSystemReader(saved).read_metadata()
     assert not ran.exists()
+
+
+def test_param_groups_of_an_optimizer_on_the_host(tmp_path, monkeypatch):
+    """HybridDeviceOptimizer keeps its optimizers' classes there, of a package that may be absent."""
+    fused = type('FusedAdam', (torch.optim.AdamW,), {})
+    fused.__module__ = 'transformer_engine.pytorch.optimizers.fused_adam'
+    names = fused.__module__.split('.')
+    for end in range(1, len(names) + 1):
+        package = ModuleType('.'.join(names[:end]))
+        monkeypatch.setitem(sys.modules, package.__name__, package)
+    package.FusedAdam = fused
+    group = {'cpu_optimizer_cls': torch.optim.AdamW, 'gpu_optimizer_cls': fused, 'lr': 0.5}
+    with pytest.warns(UserWarning):
+        dcp.save({'groups': [group]}, checkpoint_id=tmp_path / 'ckpt', no_dist=True)
+    monkeypatch.undo()
+    state = {'groups': [dict.fromkeys(group)]}
+    dcp.load(state, checkpoint_id=tmp_path / 'ckpt', no_dist=True)
+    assert state['groups'][0]['lr'] == 0.5
+    assert state['groups'][0]['gpu_optimizer_cls'] is torch.optim.AdamW
 
 
 def test_bombs_and_altered_classes(saved):
