@@ -3,6 +3,7 @@
 """metrics.jsonl: one JSON object a line, in the order in which a run logged them."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Iterator
@@ -95,9 +96,22 @@ def _is_number(value: Any) -> bool:
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Add one record."""
+    """Add one record; numbers that are not finite become null."""
     with naming(path), open(path, "a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record) + "\n")
+        stream.write(_line(record))
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as JSON, which has neither NaN nor infinity."""
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
@@ -119,4 +133,4 @@ def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
                 print(f"note: {path}, line {number}: {record}; left out", file=sys.stderr)
         elif record.get("step", 0) < step or (evaluations_only and "set" not in record):
             kept.append(record)
-    write_file(path, "".join(json.dumps(record) + "\n" for record in kept))
+    write_file(path, "".join(map(_line, kept)))

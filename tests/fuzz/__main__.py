@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100, help="Cases to draw.")
     parser.add_argument("--seed", default=None, help="Of the draws; a random one by default.")
     parser.add_argument("--ranks", type=int, default=8, help="World size at most.")
+    parser.add_argument("--fewest-ranks", type=int, default=1, help="World size at least.")
     parser.add_argument("--workers", type=int, default=1, help="Cases that run at once.")
     parser.add_argument("--seconds", type=float, default=None, help="Draw no more after these.")
     parser.add_argument("--case", default=None, help="Run this one, as a fault prints it.")

@@ -48,8 +48,8 @@ def _fill(queue, options, seed: str, problems) -> None:
 
 def in_this_process(options, seed: str, problems) -> Iterator[Result]:
     runner = Runner(options.ranks)
-    sizes = [size for size in WORLD_SIZES if size <= options.ranks]
-    sizes += [size for size in (2, 2, 4) if size <= options.ranks]  # small ones show as much
+    sizes = [*WORLD_SIZES, 2, 2, 4]  # small ones show as much
+    sizes = [size for size in sizes if options.fewest_ranks <= size <= options.ranks]
     ends = None if options.seconds is None else time.monotonic() + options.seconds
     try:
         for case, verdict, seconds in judged(runner, seed, problems, sizes, ends):

@@ -10,6 +10,7 @@ from megatron.gpt_oss.metrics import append_metrics, drop_from
 from megatron.gpt_oss.training.writers import Writers
 
 LOSS = "lm loss"
+NO_LOSS = "no token counts, or the weights are not finite"
 GIB = 2**30
 
 
@@ -105,6 +106,8 @@ class TrainingLog:
         ]
         if record["skipped_steps"]:
             fields.append(f"{record['skipped_steps']} skipped")
+        if _is_nan(record["loss"]):
+            fields.append(NO_LOSS)
         self._write(" | ".join(fields), record, "train", remade_from=step)
 
     def _tflops(self, values: dict[str, Any], elapsed: float) -> float | None:
@@ -125,9 +128,8 @@ class TrainingLog:
             key, name = ("test_loss", "test")
         name += f" {values['name']}" if values["name"] else ""
         text = f"{name} at step {values['iteration']}: "
-        if loss is not None and math.isnan(loss):
-            loss = None  # JSON has no such number
-            text += "loss nan: no token of it counts, or the weights are not finite"
+        if _is_nan(loss):
+            text += f"loss nan, {NO_LOSS}"
         else:
             perplexity = math.exp(min(loss, 20.0)) if loss is not None else None
             text += f"loss {_number(loss, '.4f')}, perplexity {_number(perplexity, '.3f')}"
@@ -226,6 +228,10 @@ class TrainingLog:
             drop_from(self._metrics, record["step"], evaluations_only=True)
             self._evaluations_trimmed = True
         append_metrics(self._metrics, record)
+
+
+def _is_nan(loss: float | None) -> bool:
+    return loss is not None and math.isnan(loss)
 
 
 def _number(value: float | None, form: str) -> str:
