@@ -204,7 +204,8 @@ def pass_over_damaged(load: Callable) -> Callable:
     def load_whole(*args, **kwargs):
         while True:
             try:
-                return load(*args, **kwargs)
+                with block_hashes.reading_together():
+                    return load(*args, **kwargs)
             except CheckpointException as error:
                 found = [cause for cause in causes(error) if isinstance(cause, DamagedShard)]
                 if not found:

@@ -7,13 +7,15 @@ not tensors: a rank of another layout, and a conversion, read parts of tensors, 
 than the blocks that these touch. The file of hashes is small, and manifest.json has its SHA-256.
 """
 
+import contextlib
 import json
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Dict, List, Optional, Set, Tuple
+from typing import IO, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -220,19 +222,50 @@ class CheckedFileSystemReader(FileSystemReader):
                 threads.submit(self.hashes.check, place.relative_path, place.offset, place.length)
                 for place in places
             ]
+            found, failure = None, None
             try:
                 found = super().read_data(plan, planner)
-            except Exception:
-                _raise_damage(checks)  # it says more than what torch.load makes of such bytes
-                raise
-            _raise_damage(checks)
+            except Exception as error:
+                failure = error
+            # What is wrong with the bytes says more than what torch.load makes of them.
+            failure = next(filter(None, (check.exception() for check in checks)), failure)
+        failure = failure if _agree is None else _agree(failure)
+        if failure is not None:
+            raise failure
         return found
 
 
-def _raise_damage(checks) -> None:
-    for check in checks:
-        if (error := check.exception()) is not None:
-            raise error
+_agree: Optional[Callable[[Optional[Exception]], Optional[Exception]]] = None
+
+
+@contextlib.contextmanager
+def reading_together() -> Iterator[None]:
+    """Within it every rank makes the same reads, and a read that fails on one fails on all.
+
+    Megatron reads without collectives (no_dist=True): a rank whose bytes are well would go on to
+    the next collective and wait there for the one that begins again.
+    """
+    global _agree
+    before, _agree = _agree, _failure_of_any_rank
+    try:
+        yield
+    finally:
+        _agree = before
+
+
+def _failure_of_any_rank(failure: Optional[Exception]) -> Optional[Exception]:
+    """This rank's failure or another's; a damage before any other, so that all do the same."""
+    if not torch.distributed.is_initialized():
+        return failure
+    mine = failure
+    if not isinstance(failure, (DamagedShard, type(None))):
+        mine = ' '.join(f'{type(failure).__name__}: {failure}'.split())[:500]
+    everyones: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, mine)
+    if damages := [found for found in everyones if isinstance(found, DamagedShard)]:
+        return damages[0]
+    others = [f'rank {rank}: {found}' for rank, found in enumerate(everyones) if found]
+    return failure or (RuntimeError('; '.join(others[:4])) if others else None)
 
 
 def _cuts(length: int, first: int) -> List[Tuple[int, int]]:

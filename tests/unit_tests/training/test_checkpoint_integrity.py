@@ -11,8 +11,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
+from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader, HashingFileSystem
 from megatron.training import checkpoint_integrity
+from megatron.training.checkpoint_integrity import find_problem
 from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
@@ -154,6 +158,40 @@ def test_flipped_bit_is_passed_over(ranks, saved, folder):
     # The broken one was written anew.
     again, _ = train(ranks, data, folder, STEPS)
     assert not again['steps'] and checkpoint_integrity.choose(str(folder)).iteration == STEPS
+
+
+def resume_where_one_rank_reads_damage(folders):
+    """Each rank reads a file of its own, without collectives, as Megatron does, then meets all."""
+    rank = torch.distributed.get_rank()
+
+    @checkpoint_integrity.pass_over_damaged
+    def load():
+        parts = {folder: [str(folder / str(r)) for r in range(2)] for folder in folders}
+        folder = next(f for f in folders if not any(map(find_problem, parts[f])))
+        state = {'weight': torch.zeros(300)}
+        reader = CheckedFileSystemReader(folder / str(rank))
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        torch.distributed.barrier()
+        return folder.name, state['weight'].sum().item()
+
+    return load()
+
+
+@pytest.mark.parametrize('damaged', [0, 1])
+def test_damage_that_one_rank_reads(ranks, tmp_path, damaged):
+    """All ranks begin again: the others do not wait for it in the barrier at the load's end."""
+    folders = [tmp_path / 'newest', tmp_path / 'before']
+    for folder in folders:
+        for rank in range(2):
+            writer = dcp.FileSystemWriter(folder / str(rank), thread_count=1)
+            writer.fs = HashingFileSystem()
+            dcp.save({'weight': torch.ones(300)}, storage_writer=writer, no_dist=True)
+    (path,) = (folders[0] / str(damaged)).glob('*.distcp')
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    found = ranks.run(resume_where_one_rank_reads_damage, folders, world_size=2, timeout=40)
+    assert found == [('before', 300.0)] * 2
 
 
 def test_flipped_bit_of_the_step_that_is_wanted(ranks, saved, folder):
