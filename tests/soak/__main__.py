@@ -21,12 +21,13 @@ from random import SystemRandom
 import torch
 
 from benchmarks.report import machine
-from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
+from megatron.gpt_oss.checkpoint.torch_dist_reader import find_iteration
 from megatron.gpt_oss.metrics import read_metrics
 from tests.soak import faults
 from tests.soak.attempt import Attempt, SoakError, kill_all
 from tests.soak.disk import Disk
 from tests.unit_tests.gpt_oss import runs
+from tests.unit_tests.training.watched_pretrain import read_checkpoint
 
 SAVE_INTERVAL = 5
 STEPS_A_FAULT = 12
@@ -202,13 +203,19 @@ class Soak:
                 f"losses of steps {differing[:9]} differ from the undisturbed run's, or steps are "
                 f"missing: {len(losses[1])} of {self._steps} are logged"
             )
-        readers = [TorchDistReader(find_iteration(run / "checkpoints")) for run in (whole, hurt)]
-        names = [sorted(reader.tensor_shapes()) for reader in readers]
-        if names[0] != names[1] or len(names[0]) < 20:
+        checkpoints = [find_iteration(run / "checkpoints") for run in (whole, hurt)]
+        undisturbed, resumed = map(_tensors, checkpoints)
+        if undisturbed.keys() != resumed.keys() or len(undisturbed) < 20:
             raise SoakError("the last checkpoints hold different tensors")
-        for name in names[0]:
-            if not torch.equal(*(reader.whole(name) for reader in readers)):
+        for name, tensor in undisturbed.items():
+            if not torch.equal(tensor, resumed[name]):
                 raise SoakError(f"{name} differs from the undisturbed run's")
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    entries = read_checkpoint(str(folder)).items()
+    return {name: value for name, value in entries if isinstance(value, torch.Tensor)}
 
 
 if __name__ == "__main__":
