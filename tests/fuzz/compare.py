@@ -81,7 +81,7 @@ def differences(run: Run, reference: Run, problem: Problem, first: int = 1) -> I
             yield f"other samples in step {step}"
     for found, wanted in zip(run.steps, expected):
         at = f"at step {found['iteration']}"
-        yield from _number(f"loss {at}", found["losses"], wanted["losses"], tolerance.loss)
+        yield from _losses(f"loss {at}", found["losses"], wanted["losses"], tolerance.loss)
         yield from _number(
             f"gradient norm {at}",
             {"norm": found["grad_norm"] or 0.0},
@@ -91,17 +91,23 @@ def differences(run: Run, reference: Run, problem: Problem, first: int = 1) -> I
         for key in ("learning_rate", "consumed_samples", "skipped_iterations"):
             if found[key] != wanted[key]:
                 yield f"{key} {at}: {found[key]}, not {wanted[key]}"
-    yield from _number("evaluation", run.evaluation, reference.evaluation, tolerance.loss)
+    yield from _losses("evaluation", run.evaluation, reference.evaluation, tolerance.loss)
     yield from _tensors(run.tensors, reference.tensors, problem, tolerance.tensor)
+
+
+def _losses(what: str, found: dict, wanted: dict, limit: float) -> Iterator[str]:
+    # Where no token counts, as with documents of a single one and --eod-mask-loss, both are NaN.
+    counted = [
+        {name: value for name, value in losses.items() if not math.isnan(value)}
+        for losses in (found, wanted)
+    ]
+    yield from _number(what, *counted, limit)
 
 
 def _number(what: str, found: dict, wanted: dict, limit: float) -> Iterator[str]:
     if found.keys() != wanted.keys():
         yield f"{what}: {sorted(found)}, not {sorted(wanted)}"
     for name in found.keys() & wanted.keys():
-        # Where no token counts, as with documents of a single one and --eod-mask-loss.
-        if math.isnan(found[name]) and math.isnan(wanted[name]):
-            continue
         error = abs(found[name] - wanted[name]) / max(abs(wanted[name]), 1e-6)
         if not error <= limit:
             yield f"{what}: {name} {found[name]:.7g}, not {wanted[name]:.7g} ({error:.1e})"

@@ -13,7 +13,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import IO, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -229,13 +229,14 @@ class CheckedFileSystemReader(FileSystemReader):
                 failure = error
             # What is wrong with the bytes says more than what torch.load makes of them.
             failure = next(filter(None, (check.exception() for check in checks)), failure)
-        failure = failure if _agree is None else _agree(failure)
+        if _together:
+            failure = _failure_of_any_rank(failure)
         if failure is not None:
             raise failure
         return found
 
 
-_agree: Optional[Callable[[Optional[Exception]], Optional[Exception]]] = None
+_together = False
 
 
 @contextlib.contextmanager
@@ -245,12 +246,12 @@ def reading_together() -> Iterator[None]:
     Megatron reads without collectives (no_dist=True): a rank whose bytes are well would go on to
     the next collective and wait there for the one that begins again.
     """
-    global _agree
-    before, _agree = _agree, _failure_of_any_rank
+    global _together
+    before, _together = _together, True
     try:
         yield
     finally:
-        _agree = before
+        _together = before
 
 
 def _failure_of_any_rank(failure: Optional[Exception]) -> Optional[Exception]:

@@ -130,6 +130,7 @@ class TrainingLog:
         text = f"{name} at step {values['iteration']}: "
         if _is_nan(loss):
             text += f"loss nan, {NO_LOSS}"
+            loss = None  # no point of a curve
         else:
             perplexity = math.exp(min(loss, 20.0)) if loss is not None else None
             text += f"loss {_number(loss, '.4f')}, perplexity {_number(perplexity, '.3f')}"
