@@ -26,8 +26,8 @@ from megatron.gpt_oss.metrics import read_metrics
 from tests.soak import faults
 from tests.soak.attempt import Attempt, SoakError, kill_all
 from tests.soak.disk import Disk
+from tests.unit_tests.checkpoint_entries import read_checkpoint
 from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.training.watched_pretrain import read_checkpoint
 
 SAVE_INTERVAL = 5
 STEPS_A_FAULT = 12

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.unit_tests.checkpoint_entries import read_checkpoint
+from tests.unit_tests.distributed import RankFailure, RankPool
 from tests.unit_tests.optimizer import odd_model
 from tests.unit_tests.optimizer.odd_model import Case
-from tests.unit_tests.training.watched_pretrain import read_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -95,3 +95,14 @@ def test_dp_reshardable(ranks, tmp_path, name):
             assert value.isfinite().all(), key  # uninitialised memory is NaN while it is saved
     shards = ranks.run(odd_model.load, case, str(tmp_path), 1, world_size=load_size)
     assert equal(case, odd_model.assemble(case, shards), odd_model.STEPS + 1) == []
+
+
+def test_flipped_bit_is_refused(ranks, tmp_path):
+    """Megatron's own writer records hashes of the shards, and its own reader checks them."""
+    ranks.run(odd_model.save, Case(), str(tmp_path), world_size=1)
+    shard = max(tmp_path.glob('*.distcp'), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RankFailure, match=f'{shard.name} are not those that were saved'):
+        ranks.run(odd_model.load, Case(), str(tmp_path), world_size=1)

@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.strategies.async_thread import Abandoned, 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpoint_integrity, step_callbacks
+from tests.unit_tests.checkpoint_entries import read_checkpoint
 from tests.unit_tests.training import watched_pretrain
 from tests.unit_tests.training.held_writer import SECONDS, Gate, HeldWriter
 
@@ -136,14 +137,14 @@ def test_equals_a_synchronous_one(pairs, layout):
         assert seen['gc']  # upstream's writer turns it off, here for the whole training
     for step in (2, 4):
         expected, got = (
-            watched_pretrain.read_checkpoint(str(folder / f'iter_{step:07d}'))
+            read_checkpoint(str(folder / f'iter_{step:07d}'))
             for folder in (sync, async_)
         )
         assert expected.keys() == got.keys()
         assert len([value for value in got.values() if isinstance(value, torch.Tensor)]) > 20
         assert [name for name in expected if not same(expected[name], got[name])] == []
     two, four = (
-        watched_pretrain.read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4)
+        read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4)
     )
     assert len([name for name in two if not same(two[name], four[name])]) > 20
 
@@ -170,7 +171,7 @@ def test_constant_structure(ranks, data, tmp_path, name):
     before = {}
     for step in (1, 2, 3, 4):
         expected, got = (
-            watched_pretrain.read_checkpoint(str(tmp_path / folder / f'iter_{step:07d}'))
+            read_checkpoint(str(tmp_path / folder / f'iter_{step:07d}'))
             for folder in ('sync', 'async')
         )
         assert expected.keys() == got.keys()

@@ -17,6 +17,7 @@ from megatron.training.optimizer_state_check import (
     MisplacedOptimizerState,
     refuse_unloadable_state,
 )
+from tests.unit_tests.checkpoint_entries import read_checkpoint
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 STEPS = 4
@@ -90,7 +91,7 @@ def run_refused(flags, data):
 
 
 def tensors(directory, step):
-    entries = watched_pretrain.read_checkpoint(str(directory / f'iter_{step:07d}'))
+    entries = read_checkpoint(str(directory / f'iter_{step:07d}'))
     return {
         name.removeprefix('optimizer.state.'): value
         for name, value in entries.items()

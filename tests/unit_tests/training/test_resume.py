@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from tests.unit_tests.checkpoint_entries import read_checkpoint
 from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
@@ -66,8 +67,8 @@ def test_sigkill_between_checkpoints(ranks, tmp_path, layout):
     assert len({step['grad_norm'] for step in whole[0]['steps']}) == STEPS
 
     last = f'iter_{STEPS:07d}'
-    expected = watched_pretrain.read_checkpoint(str(tmp_path / 'whole' / last))
-    entries = watched_pretrain.read_checkpoint(str(tmp_path / 'killed' / last))
+    expected = read_checkpoint(str(tmp_path / 'whole' / last))
+    entries = read_checkpoint(str(tmp_path / 'killed' / last))
     assert entries.keys() == expected.keys()
     num_tensors = 0
     for name, value in expected.items():

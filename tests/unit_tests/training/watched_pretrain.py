@@ -9,9 +9,6 @@ import time
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron.core.enums import ModelType
 from megatron.gpt_oss.training.datasets import provide_datasets
@@ -73,15 +70,3 @@ class _Recorded:
         sample = next(self.iterator)
         self.samples.append(hashlib.sha256(sample['tokens'].numpy().tobytes()).hexdigest())
         return sample
-
-
-def read_checkpoint(folder: str) -> Dict[str, Any]:
-    """Every entry of a torch_dist checkpoint: global tensors, and objects as they were pickled."""
-    entries: Dict[str, Any] = {}
-    _load_state_dict(
-        entries,
-        storage_reader=FileSystemReader(folder),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    return entries
