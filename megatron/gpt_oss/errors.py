@@ -17,9 +17,9 @@ from typing import Callable, Iterator, NoReturn
 EXIT_FAULT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
-SECONDS_FOR_RANK_0 = 3.0
+SECONDS_FOR_RANK_0 = 6.0
 # For what a failed process still does after its message.
-SECONDS_TO_EXIT = 10
+SECONDS_TO_EXIT = 12
 
 
 class UsageError(ValueError):
