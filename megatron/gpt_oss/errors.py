@@ -22,8 +22,19 @@ SECONDS_FOR_RANK_0 = 6.0
 SECONDS_TO_EXIT = 12
 
 
+# Longer than any path: a name from a damaged file, which would hide the sentence around it.
+_LONG_WORD = re.compile(r"\S{400,}")
+
+
+def _shortened(message: object) -> str:
+    return _LONG_WORD.sub(lambda word: f"{word[0][:200]}...{word[0][-60:]}", str(message))
+
+
 class UsageError(ValueError):
     """A mistake in what the user asked for: says what is wrong, the value found, what to do."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(_shortened(message))
 
 
 class PresetError(UsageError):
@@ -43,7 +54,7 @@ class RunError(RuntimeError):
     """
 
     def __init__(self, message: str, everywhere: bool = False):
-        super().__init__(message)
+        super().__init__(_shortened(message))
         self.everywhere = everywhere
 
 

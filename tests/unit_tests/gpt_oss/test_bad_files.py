@@ -349,6 +349,15 @@ def test_launch_evaluates_nothing(tmp_path, name, word):
     assert done.stderr.startswith(f'error: {name}=') and done.stderr.count('\n') == 1
 
 
+@pytest.mark.parametrize('error', [errors.UsageError, errors.CheckpointError, errors.RunError])
+def test_a_name_that_hides_the_sentence(error):
+    """A damaged data file named a path of 5,000 characters; every refusal cuts such words."""
+    long, path = '[' * 5000, '/data/' + 'a' * 300
+    text = str(error(f'{path}: no file {long}.idx. Make it.'))
+    assert text.startswith(f'{path}: no file [[[') and text.endswith('[[.idx. Make it.')
+    assert len(text) < 700
+
+
 def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(errors, 'SECONDS_FOR_RANK_0', 0)
     # A shell's background job ignores SIGINT.
