@@ -24,9 +24,6 @@ SUPPORTED: dict[str, str] = {
     "gpt_oss/test_async_save.py::test_lines_and_metrics": """
         --async-save
     """,
-    "gpt_oss/test_async_save.py::test_refused_flags": """
-        --async-strategy --use-persistent-ckpt-worker
-    """,
     "gpt_oss/test_expert_overlap.py::test_accepted": """
         --delay-wgrad-compute
     """,
@@ -88,9 +85,6 @@ SUPPORTED: dict[str, str] = {
     """,
     "gpt_oss/test_flags_run.py::test_start_of_a_run": """
         --pretrained-checkpoint --exit-on-missing-checkpoint --start-eval-at-iter --skip-train
-    """,
-    "gpt_oss/test_flags_run.py::test_torch_format": """
-        --ckpt-format=torch
     """,
     "gpt_oss/test_monitor.py::test_kinds": """
         --moe-grouped-gemm
@@ -556,8 +550,14 @@ UNTESTED: dict[str, str] = {
     ): """
         --optimizer
     """,
-    "no test saves and loads this format here": """
+    "its files have no hashes, so that a damaged one trains on; torch_dist has them": """
         --ckpt-format --auto-detect-ckpt-format
+    """,
+    (
+        "no test runs nvidia-resiliency-ext here, and its files have no hashes; --async-save alone "
+        "writes in the background"
+    ): """
+        --async-strategy --use-persistent-ckpt-worker
     """,
     "it needs --ckpt-format fsdp_dtensor, which gptoss convert does not read, and a GPU": """
         --use-megatron-fsdp

@@ -105,6 +105,8 @@ def test_supported_flags_are_in_their_test(test):
         ('--img-h=3', '--img-h 3 has no effect on a gpt-oss run: it is for vision models'),
         ('--yaml-cfg x.yaml', 'Give --recipe FILE'),
         ('--use-checkpoint-args', 'is refused'),
+        ('--ckpt-format torch', 'its files have no hashes'),
+        ('--async-strategy nvrx', 'no test runs nvidia-resiliency-ext'),
         ('--preset none --mtp-num-layers 1', 'one token'),
     ],
 )
@@ -148,6 +150,8 @@ NAMED_ONLY = {
     '--verify-integrity',
     '--spec',
     '--log-device-memory-used',
+    '--async-strategy',
+    '--use-persistent-ckpt-worker',
 }
 
 

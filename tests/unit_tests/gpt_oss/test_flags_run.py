@@ -75,13 +75,6 @@ def test_same_numbers_with_checks(ranks, inputs, plain, tmp_path):
     same(ranks, inputs, plain, tmp_path, flags)
 
 
-def test_torch_format(ranks, inputs, plain, tmp_path):
-    """Megatron's older checkpoints, at one layout: saved and gone on from."""
-    run_dir = same(ranks, inputs, plain, tmp_path, '--ckpt-format torch')
-    runs.start(ranks, inputs, run_dir, f'{STEPS} --ckpt-format torch --train-iters 3')
-    assert sorted(runs.steps(read_metrics(run_dir / 'metrics.jsonl'))) == [1, 2, 3]
-
-
 def test_logging(ranks, inputs, plain, tmp_path):
     pytest.importorskip('tensorboard')
     flags = (

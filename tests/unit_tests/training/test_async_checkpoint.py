@@ -137,15 +137,12 @@ def test_equals_a_synchronous_one(pairs, layout):
         assert seen['gc']  # upstream's writer turns it off, here for the whole training
     for step in (2, 4):
         expected, got = (
-            read_checkpoint(str(folder / f'iter_{step:07d}'))
-            for folder in (sync, async_)
+            read_checkpoint(str(folder / f'iter_{step:07d}')) for folder in (sync, async_)
         )
         assert expected.keys() == got.keys()
         assert len([value for value in got.values() if isinstance(value, torch.Tensor)]) > 20
         assert [name for name in expected if not same(expected[name], got[name])] == []
-    two, four = (
-        read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4)
-    )
+    two, four = (read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4))
     assert len([name for name in two if not same(two[name], four[name])]) > 20
 
 
