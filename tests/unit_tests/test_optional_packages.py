@@ -77,7 +77,7 @@ for folder in sys.argv[2:]:
             try:
                 for module in modules:
                     importlib.import_module(module)
-                from megatron.core.dist_checkpointing.strategies import nvrx
+                nvrx = importlib.import_module('megatron.core.dist_checkpointing.strategies.nvrx')
                 said['nvrx'] = nvrx.has_nvrx_async_support()
             except ModuleNotFoundError as error:
                 if error.name != 'megatron.core.dist_checkpointing.strategies.nvrx':

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 METADATA_NAME = '.metadata'
 _ALTERED = 'The file is damaged, or was not written by a save; use another checkpoint.'
 
+_OWN_CLASSES = 'megatron.core.dist_checkpointing.strategies.torch'
 _METADATA_CLASSES = {
     'torch': ('Size',),
     'torch.serialization': ('_get_layout',),
@@ -57,6 +58,8 @@ _METADATA_CLASSES = {
         'BytesIOWriteData',
     ),
     'torch.distributed.checkpoint.filesystem': ('_StorageInfo', '_StoragePrefix'),
+    # What Megatron-Core up to 0.15 saved in their place; later releases keep the names to read it.
+    _OWN_CLASSES: ('MCoreMetadata', 'MCoreSavePlan'),
     # Before PyTorch 2.3.
     'torch.distributed._shard.sharded_tensor.metadata': ('TensorProperties', 'MEM_FORMAT_ENCODING'),
     'collections': ('OrderedDict',),
@@ -243,7 +246,7 @@ def read_metadata(folder) -> Metadata:
 def _check_metadata(metadata: Any) -> None:
     """Refuse metadata whose fields are not of their kind, or point out of the folder."""
     tensors = getattr(metadata, 'state_dict_metadata', None)
-    if type(metadata) is not Metadata or not isinstance(tensors, dict):
+    if not _is_metadata(metadata) or not isinstance(tensors, dict):
         raise RestrictedPickleError('it holds no metadata of a checkpoint')
     for key, entry in tensors.items():
         if not isinstance(key, str):
@@ -252,6 +255,7 @@ def _check_metadata(metadata: Any) -> None:
             _check_tensor(key, vars(entry))
         elif not isinstance(entry, BytesStorageMetadata):
             raise RestrictedPickleError(f'{key!r:.80} is a {type(entry).__name__}')
+    _check_shapes_before_flattening(getattr(metadata, 'mcore_data', None))
     places = getattr(metadata, 'storage_data', None)
     if places is None:
         return
@@ -271,6 +275,22 @@ def _check_metadata(metadata: Any) -> None:
         if isinstance(chunk, TensorStorageMetadata) and vars(index).get('offset') is not None:
             if not _is_shape(index.offset, len(chunk.size)):
                 raise RestrictedPickleError(f'{index.fqn!r:.80} has a damaged offset')
+
+
+def _is_metadata(value: Any) -> bool:
+    kind = type(value)
+    return kind is Metadata or (kind.__module__, kind.__name__) == (_OWN_CLASSES, 'MCoreMetadata')
+
+
+def _check_shapes_before_flattening(data: Any) -> None:
+    """What Megatron-Core up to 0.15 kept of each tensor: its shape, where it was saved flat."""
+    if data is None:
+        return
+    if not isinstance(data, dict):
+        raise RestrictedPickleError(f'mcore_data is {_short(data)}')
+    for key, entry in data.items():
+        if not isinstance(entry, dict) or not all(map(_is_shape, entry.values())):
+            raise RestrictedPickleError(f'mcore_data has {_short(entry)} for {key!r:.80}')
 
 
 def _check_relative(key: str, path: Any) -> None:

@@ -128,6 +128,33 @@ def test_fields_of_metadata(saved, change, words):
     assert str(error.value).startswith('/ckpt/.metadata: ') and words in str(error.value)
 
 
+def of_megatron_015(saved, mcore_data):
+    """`.metadata` as Megatron-Core 0.15 wrote it, classes of its own around PyTorch's fields."""
+    from megatron.core.dist_checkpointing.strategies import torch as strategy
+
+    metadata = pickle.loads((saved / '.metadata').read_bytes())
+    own, plan = strategy.MCoreMetadata.__new__(strategy.MCoreMetadata), strategy.MCoreSavePlan
+    vars(own).update(vars(metadata), mcore_data=mcore_data, all_local_plans=[plan.__new__(plan)])
+    return pickle.dumps(own)
+
+
+def test_metadata_of_megatron_015(saved):
+    """Refused at first: 0.19 keeps the names of its classes to read them."""
+    shapes = {'weight': {'nd_reformulated_orig_global_shape': (2, 3)}, 'object': {}}
+    (saved / '.metadata').write_bytes(of_megatron_015(saved, shapes))
+    state = {'weight': torch.zeros(2, 3), 'object': None}
+    dcp.load(state, checkpoint_id=saved, no_dist=True)
+    assert state['weight'].eq(1).all() and state['object'] == 3
+
+
+@pytest.mark.parametrize('shapes', [7, {'weight': 3}, {'weight': {'shape': (-1, 3)}}])
+def test_damaged_metadata_of_megatron_015(saved, shapes):
+    with pytest.raises(
+        dist_checkpointing.restricted_pickle.RestrictedPickleError, match='mcore_data'
+    ):
+        dist_checkpointing.restricted_pickle.metadata_of(of_megatron_015(saved, shapes), 'x')
+
+
 def test_every_opcode_is_known():
     """A new protocol of Python's would otherwise be walked through wrongly."""
     sizes = dist_checkpointing.restricted_pickle._ARGUMENT_SIZES
