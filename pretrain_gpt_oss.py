@@ -12,12 +12,14 @@ import sys
 from megatron.gpt_oss import flag_help
 from megatron.gpt_oss.errors import run_main
 from megatron.gpt_oss.quiet import silence_import_notices
+from megatron.gpt_oss.training.signals import end_with_launcher
 
 
 def main() -> None:
     """Import, which takes seconds, and train."""
     if flag_help.asked_for(sys.argv[1:]):  # without those seconds
         return flag_help.show_help()
+    end_with_launcher()  # before the imports: it may be killed while they last
     silence_import_notices()
     from megatron.gpt_oss.training.run import main as train
 

@@ -112,6 +112,7 @@ def write_tracker(path: str, text: str) -> None:
 def resolve(load_dir: str, ckpt_step: Optional[int] = None) -> Tuple[int, bool]:
     """The checkpoint of `load_dir` to load: the newest whole one, but none after the tracker's.
 
+    A tracker that names a folder which is not there says nothing about newer ones.
     Collective where torch.distributed is initialised.
 
     Args:
@@ -161,6 +162,12 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
         return Choice(0, True, [])
 
     found = _iterations(load_dir)
+    if isinstance(tracker, int) and tracker not in found and any(i > tracker for i in found):
+        # Nobody goes back to what is not there: a number that lost its end, or a deleted folder.
+        messages.append(
+            f'{os.path.join(load_dir, TRACKER)} names {tracker}, of which there is no folder.'
+        )
+        tracker = ''
     if isinstance(tracker, int):
         for iteration in [iteration for iteration in found if iteration > tracker]:
             messages.append(_describe_newer(load_dir, iteration, tracker))

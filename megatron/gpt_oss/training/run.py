@@ -63,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         return dry_run(spec)
     run_dir = spec.run_dir
     _single_process_environment()
-    signals.end_with_launcher()
     with _locked(spec.args), _upstream_output(run_dir) as console:
         args = validate(spec)
         check_schedule(args)

@@ -19,7 +19,8 @@ def end_with_launcher() -> None:
     """Under torchrun, let Linux end this rank when torchrun is gone, killed or not.
 
     Nobody would end it otherwise, or start it again: it trains on, and its next start beside it.
-    Without torchrun the parent may be a shell, which a run may well outlive.
+    Without torchrun the parent may be a shell, which a run may well outlive. Call it first of all:
+    of a launcher that is gone already, Linux says nothing.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

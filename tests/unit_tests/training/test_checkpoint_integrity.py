@@ -342,7 +342,7 @@ def test_whole_folders_of_upstream(folder):
         checkpoint_integrity.choose(str(folder))
 
 
-@pytest.mark.parametrize('text', ['', 'four', None], ids=['empty', 'damaged', 'missing'])
+@pytest.mark.parametrize('text', ['', 'four', '0', None], ids='empty damaged cut missing'.split())
 def test_damaged_tracker(folder, text):
     """The newest sealed checkpoint is used, rather than random weights."""
     if text is None:
