@@ -7,6 +7,7 @@ Nothing here may fail: on the releases that the patches are proved on, some of i
 
 import contextlib
 import gc
+import importlib
 import warnings
 from argparse import ArgumentParser
 
@@ -23,6 +24,22 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
     # another parser: a second a run.
     docstrings_read_once().start()
     add_megatron_arguments(ArgumentParser())
+
+# What pretrain() imports only when it gets there: two seconds of the first call of each rank.
+for name in (
+    'megatron.core.tokenizers.text',
+    'megatron.core.datasets.helpers',
+    'megatron.core.dist_checkpointing.gpt_checkpoint_interop',
+    'megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader',
+    'megatron.core.models.mimo',
+    'megatron.training.optimizer_state_check',
+    'torch.profiler._cupti_monitor',
+    'torch.utils.serialization',
+    'transformers.models.auto.tokenization_auto',
+):
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter('ignore')
+        importlib.import_module(name)
 
 # The ranks collect what a call left; these objects stay, and are not looked through each time.
 gc.freeze()
