@@ -7,7 +7,6 @@ sequence crosses, YaRN, grouped heads, experts with biases. After finalize_model
 compares the gradient of each of its parameters with its slice of Hugging Face's gradient.
 """
 
-import datetime
 import inspect
 import re
 import traceback
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
+from tests.unit_tests.distributed import RankPool
 
 WORLD_SIZE = 4
 NUM_EXPERTS = 4
@@ -259,17 +260,9 @@ def attempt(*args, **kwargs):
         return {traceback.format_exc(): float("inf")}
 
 
-def worker(rank, folder):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", WORLD_SIZE)
-    torch.distributed.init_process_group(
-        "gloo",
-        store=store,
-        rank=rank,
-        world_size=WORLD_SIZE,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    case = torch.load(f"{folder}/case.pt")
+def run_layouts(path):
+    """{layout: {what: largest relative error over the ranks}}, in one call for all layouts."""
+    case = torch.load(path)
     results = {}
     with torch.compiler.set_stance("force_eager"):  # the maths is asked for, not the compiler
         for name, layout in LAYOUTS.items():
@@ -290,9 +283,7 @@ def worker(rank, folder):
                 mine = traceback.format_exc()
             torch.distributed.all_gather_object(everyone, mine)
             results["sinks", tp, use_cpu_initialization] = everyone
-    if rank == 0:
-        torch.save(results, f"{folder}/results.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -322,8 +313,8 @@ def results(tmp_path_factory):
         "yarn": YARN,
     }
     torch.save(case, folder / "case.pt")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD_SIZE)
-    return torch.load(folder / "results.pt", weights_only=False)
+    with RankPool(WORLD_SIZE) as pool:
+        return pool.run(run_layouts, folder / "case.pt", world_size=WORLD_SIZE)[0]
 
 
 def table(errors):
