@@ -2,6 +2,7 @@
 
 """--freeze and --lr-multiplier: what the weights do, what the optimizer holds, resuming."""
 
+import shutil
 from argparse import Namespace
 from fnmatch import fnmatchcase
 
@@ -22,6 +23,7 @@ CONSTANT = '--lr-warmup-iters 0 --lr-decay-style constant --weight-decay 0.1'
 DISTOPT = '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
 EP2 = f'--expert-model-parallel-size 2 {DISTOPT}'
 PP2 = '--pipeline-model-parallel-size 2'
+SMALL = '--global-batch-size 2 --eval-iters 0'
 
 
 def weights(run_dir, step):
@@ -41,6 +43,23 @@ def states(run_dir, step):
     return {name.removeprefix(start) for name in entries if name.startswith(start)}
 
 
+def resume(ranks, inputs, source, run_dir, step, flags, world_size):
+    """The steps of a run that has the checkpoint of `step` of another one and nothing else of it."""
+    name = f'iter_{step:07d}'
+    shutil.copytree(source / 'checkpoints' / name, run_dir / 'checkpoints' / name)
+    (run_dir / 'checkpoints' / 'latest_checkpointed_iteration.txt').write_text(str(step))
+    return runs.steps(runs.start(ranks, inputs, run_dir, flags, world_size))
+
+
+@pytest.fixture(scope='module')
+def start_weights(ranks, inputs, tmp_path_factory):
+    """The model's tensors before the first step, the same in each layout."""
+    run_dir = tmp_path_factory.mktemp('start')
+    zero = f'{CONSTANT} {SMALL} --train-iters 1 --freeze embedding.* --lr 1e-30 --min-lr 0'
+    runs.start(ranks, inputs, run_dir, zero)
+    return weights(run_dir, 1)
+
+
 def test_words():
     assert parse_multipliers(['*.a=0.1', 'b=c=2', '*.a=3']) == {'*.a': 3.0, 'b=c': 2.0}
     for word in ('*.a', '*.a=', '=2', '*.a=-1', '*.a=nan', '*.a=inf'):
@@ -54,7 +73,7 @@ def test_frozen(ranks, inputs, tmp_path, layout):
     world_size = 2 if layout else 1
     patterns = ('*.router.*', 'embedding.*')
     held = 'decoder.layers.1.self_attention.linear_qkv.*'
-    flags = f'{CONSTANT} --train-iters 4 --save-interval 2 --monitor-interval 4 {layout}'
+    flags = f'{CONSTANT} --train-iters 4 --save-interval 2 --monitor-interval 4 {SMALL} {layout}'
     frozen = f'{flags} --freeze {" ".join(patterns)} --lr-multiplier {held}=0'
     records = runs.start(ranks, inputs, tmp_path / 'run', frozen, world_size)
     before, after = weights(tmp_path / 'run', 2), weights(tmp_path / 'run', 4)
@@ -76,11 +95,11 @@ def test_frozen(ranks, inputs, tmp_path, layout):
     norms = runs.only(records, 'norms')[4]['grad_norm']
     assert 'router' not in norms and 'embedding' not in norms and norms['experts'] > 0
 
-    runs.start(ranks, inputs, tmp_path / 'two', f'{frozen} --exit-interval 2', world_size)
-    resumed = runs.start(ranks, inputs, tmp_path / 'two', frozen, world_size)
+    resumed = resume(ranks, inputs, tmp_path / 'run', tmp_path / 'two', 2, frozen, world_size)
+    assert sorted(resumed) == [3, 4]
     for step in (3, 4):
         for key in ('loss', 'grad_norm'):
-            assert runs.steps(resumed)[step][key] == runs.steps(records)[step][key]
+            assert resumed[step][key] == runs.steps(records)[step][key]
 
 
 def test_frozen_embedding_with_recomputation(ranks, inputs, tmp_path):
@@ -93,22 +112,19 @@ def test_frozen_embedding_with_recomputation(ranks, inputs, tmp_path):
 
 
 @pytest.mark.parametrize('layout', ['', EP2, PP2], ids=['one-rank', 'ep2-distopt', 'pp2'])
-def test_learning_rates(ranks, inputs, tmp_path, layout):
+def test_learning_rates(ranks, inputs, tmp_path, start_weights, layout):
     """AdamW's first update, weight decay included, is proportional to the learning rate."""
     world_size = 2 if layout else 1
-    flags = f'{CONSTANT} --train-iters 3 --save-interval 1 {layout}'
+    flags = f'{CONSTANT} {SMALL} --train-iters 3 --save-interval 1 {layout}'
     factors = {'*': 1.0, '*.softmax_offset': 0.1, '*.experts.*': 2.0, 'output_layer.*': 0.5}
     words = ' '.join(f'{pattern}={factor}' for pattern, factor in factors.items())
     runs.start(ranks, inputs, tmp_path / 'one', f'{flags} --exit-interval 1', world_size)
     records = runs.start(
         ranks, inputs, tmp_path / 'run', f'{flags} --lr-multiplier {words}', world_size
     )
-    zero = f'{flags} --freeze embedding.* --exit-interval 1 --lr 1e-30 --min-lr 0'
-    runs.start(ranks, inputs, tmp_path / 'zero', zero, world_size)
-    start = weights(tmp_path / 'zero', 1)
     plain, scaled = weights(tmp_path / 'one', 1), weights(tmp_path / 'run', 1)
     seen = set()
-    for name, tensor in start.items():
+    for name, tensor in start_weights.items():
         factor = [f for pattern, f in factors.items() if fnmatchcase(name, pattern)][-1]
         seen.add(factor)
         limit = 1e-5 * float(tensor.abs().max()) + 1e-6
@@ -118,11 +134,11 @@ def test_learning_rates(ranks, inputs, tmp_path, layout):
     assert seen == set(factors.values())
     assert runs.steps(records)[1]['learning_rate'] == pytest.approx(1e-3)
 
-    twice = f'{flags} --lr-multiplier {words}'
-    runs.start(ranks, inputs, tmp_path / 'two', f'{twice} --exit-interval 2', world_size)
-    resumed = runs.start(ranks, inputs, tmp_path / 'two', twice, world_size)
-    assert runs.steps(resumed)[3]['loss'] == runs.steps(records)[3]['loss']
-    assert runs.steps(resumed)[3]['grad_norm'] == runs.steps(records)[3]['grad_norm']
+    flags += f' --lr-multiplier {words}'
+    resumed = resume(ranks, inputs, tmp_path / 'run', tmp_path / 'two', 2, flags, world_size)
+    assert sorted(resumed) == [3]
+    for key in ('loss', 'grad_norm'):
+        assert resumed[3][key] == runs.steps(records)[3][key]
 
 
 def arguments(**changes):
