@@ -47,6 +47,10 @@ MODEL_FLAGS = (
     f"--vocab-size {VOCAB_SIZE} --make-vocab-size-divisible-by 8 --tokenizer-type NullTokenizer"
 ).split()
 
+# Two layers are one of each kind of attention, and four experts are two on each of two ranks: enough
+# for all but virtual pipeline stages, at a quarter of the kernels, collectives and saved tensors.
+SMALL = '--num-layers 2 --num-experts 4 --moe-router-topk 2'
+
 RUN_FLAGS = (
     "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion "
     "--no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-bias-gelu-fusion "
