@@ -21,12 +21,12 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpoint_integrity, step_callbacks
 from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.training import watched_pretrain
+from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 from tests.unit_tests.training.held_writer import SECONDS, Gate, HeldWriter
 
 TRACKER = 'latest_checkpointed_iteration.txt'
 ASYNC = '--async-save --async-strategy mcore'
-SCHEDULE = ' --lr-decay-iters 4'
+SCHEDULE = f' --lr-decay-iters 4 {tiny_pretrain.SMALL}'
 EXPERTS = '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable'
 LAYOUTS = {
     'one': (1, ''),
@@ -83,7 +83,13 @@ def run_held(flags, data, held_rank):
 
 
 # Arguments of the runs, saved with the state, that differ on purpose.
-OTHERWISE = ('save', 'load', 'async_save', 'ckpt_assume_constant_structure')
+OTHERWISE = (
+    'save',
+    'load',
+    'async_save',
+    'ckpt_assume_constant_structure',
+    'ckpt_fully_parallel_save',
+)
 
 
 def same(one, other):
@@ -155,21 +161,35 @@ CONSTANT = {
 }
 
 
+@pytest.fixture(scope='module')
+def synchronous(ranks, data, tmp_path_factory):
+    """Directory of a synchronous run of the format, written by all ranks, whoever writes later."""
+    made = {}
+
+    def get(flags):
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp('sync')
+            train(ranks, data, made[flags], flags, None, 2)
+        return made[flags]
+
+    return get
+
+
 @pytest.mark.parametrize('name', CONSTANT)
-def test_constant_structure(ranks, data, tmp_path, name):
+def test_constant_structure(ranks, data, tmp_path, synchronous, name):
     """Plans are taken from earlier saves (from the third on without a look), tensors are not."""
     flags = (
         f'--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}'
     )
     flags += ' --save-interval 1'
-    train(ranks, data, tmp_path / 'sync', flags, None, 2)
+    sync = synchronous(flags.replace('--no-ckpt-fully-parallel-save', ''))
     flags += f' --ckpt-assume-constant-structure {ASYNC}'
     train(ranks, data, tmp_path / 'async', flags, None, 2)
     before = {}
     for step in (1, 2, 3, 4):
         expected, got = (
-            read_checkpoint(str(tmp_path / folder / f'iter_{step:07d}'))
-            for folder in ('sync', 'async')
+            read_checkpoint(str(folder / f'iter_{step:07d}'))
+            for folder in (sync, tmp_path / 'async')
         )
         assert expected.keys() == got.keys()
         assert [name for name in expected if not same(expected[name], got[name])] == []
