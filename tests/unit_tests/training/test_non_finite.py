@@ -2,7 +2,7 @@
 
 """A loss or gradient that is not finite stops the run, and the message says where it began.
 
-Two ranks, each with four of the eight experts of a layer, checkpoints after every step. The trouble
+Two ranks, each with two of the four experts of a layer, checkpoints after every step. The trouble
 is planted at step 3, so that the checkpoint of step 2 must stay as it was and be resumed from.
 """
 
@@ -18,7 +18,7 @@ from tests.unit_tests.distributed import RankFailure
 from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 
 STEPS, PLANTED_AT = 4, 3
-EP2 = '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall'
+EP2 = f'{tiny_pretrain.SMALL} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall'
 DISTOPT = f'{EP2} --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
 
 
@@ -60,7 +60,7 @@ def run_hurt(hurt, flags, data):
 def nan_in_weight(flags, data):
     def hurt(model):
         with torch.no_grad():
-            expert(model, 2, 1).linear_fc2.weight[3, 5] = math.nan
+            expert(model, 1, 1).linear_fc2.weight[3, 5] = math.nan
 
     return run_hurt(hurt, flags, data)
 
@@ -69,7 +69,7 @@ def inf_in_gradient(flags, data):
     """The gradient of one expert overflows on rank 1, whose loss is as finite as ever."""
 
     def hurt(model):
-        expert(model, 1, 2).linear_fc1.weight.register_hook(lambda gradient: gradient * 1e38 * 1e38)
+        expert(model, 0, 1).linear_fc1.weight.register_hook(lambda gradient: gradient * 1e38 * 1e38)
 
     return run_hurt(hurt, flags, data)
 
@@ -88,7 +88,7 @@ def transient_nan(flags, data):
     """NaN in one gradient, once: not when the step is repeated."""
 
     def hurt(model):
-        weight = expert(model, 1, 2).linear_fc1.weight
+        weight = expert(model, 0, 1).linear_fc1.weight
         handles = []
 
         def hook(gradient):
@@ -133,17 +133,17 @@ def nan_after_update(flags, data):
     return watched_pretrain.run(flags, data, before_forward=before_forward)
 
 
-# Rank 1's experts 0 to 3 are the model's 4 to 7.
+# Rank 1's experts 0 and 1 are the model's 2 and 3.
 CASES = {
     'nan-in-weight': (
         nan_in_weight,
         DISTOPT,
         [
             'Step 3: the loss or a gradient is not finite (norm of the gradients: nan). Rank 1: the '
-            'parameter decoder.layers.2.mlp.experts.local_experts.5.linear_fc2.weight holds 1 NaN '
+            'parameter decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight holds 1 NaN '
             'among 1920 values.',
             'In the forward pass: rank 1: the output of '
-            'decoder.layers.2.mlp.experts.local_experts.5.linear_fc2 holds',
+            'decoder.layers.1.mlp.experts.local_experts.3.linear_fc2 holds',
         ],
     ),
     'inf-in-gradient': (
@@ -151,7 +151,7 @@ CASES = {
         DISTOPT,
         [
             'Step 3: the loss or a gradient is not finite',
-            'Rank 1: the gradient of decoder.layers.1.mlp.experts.local_experts.6.linear_fc1.weight '
+            'Rank 1: the gradient of decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight '
             'holds',
             'micro-batch 0; the forward pass was finite.',
         ],
@@ -175,7 +175,7 @@ CASES = {
         EP2,
         [
             'Step 3: weights are not finite after the update. Rank 1: '
-            'decoder.layers.0.mlp.experts.local_experts.4.linear_fc1.weight holds 1 inf among'
+            'decoder.layers.0.mlp.experts.local_experts.2.linear_fc1.weight holds 1 inf among'
         ],
     ),
 }
