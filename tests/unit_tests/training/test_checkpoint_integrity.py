@@ -44,7 +44,7 @@ def train(ranks, data, folder, train_iters, flags='', function=None):
     """Train on one rank, loading and saving in `folder`: (what it logged, what it printed)."""
     flags = (
         f'--save {folder} --load {folder} --save-interval 1 --train-iters {train_iters} '
-        f'--lr-decay-iters {STEPS} {flags}'
+        f'--lr-decay-iters {STEPS} {tiny_pretrain.SMALL} {flags}'
     )
     return ranks.run(
         function or printing_run, flags.split(), data, world_size=1, init_process_group=False
@@ -199,7 +199,8 @@ def test_flipped_bit_of_the_step_that_is_wanted(ranks, saved, folder):
     (shard(folder, 2)).write_bytes(shard(folder, 2).read_bytes()[:-9] + b'x' * 9)
     message = ranks.run(
         refused_run,
-        f'--save {folder} --load {folder} --ckpt-step 2 --save-interval 1 --train-iters {STEPS}'.split(),
+        f'--save {folder} --load {folder} --ckpt-step 2 --save-interval 1 --train-iters {STEPS} '
+        f'{tiny_pretrain.SMALL}'.split(),
         data,
         world_size=1,
         init_process_group=False,
@@ -257,7 +258,8 @@ def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
     before = contents(folder)
     messages = ranks.run(
         refused_run,
-        f'--save {folder} --load {folder} --train-iters 6 --save-interval 1'.split(),
+        f'--save {folder} --load {folder} --train-iters 6 --save-interval 1 '
+        f'{tiny_pretrain.SMALL}'.split(),
         data,
         world_size=2,
         init_process_group=False,
