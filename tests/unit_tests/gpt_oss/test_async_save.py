@@ -20,7 +20,7 @@ from tests.unit_tests.gpt_oss import runs
 from tests.unit_tests.gpt_oss.command_lines import flags
 from tests.unit_tests.training.held_writer import Gate, HeldWriter
 
-FLAGS = '--async-save --save-interval 1 --eval-interval 1000'
+FLAGS = '--async-save --save-interval 1 --eval-interval 1000 --eval-iters 0 --global-batch-size 2'
 EXPERTS = '--expert-model-parallel-size 2 --use-distributed-optimizer'
 
 
