@@ -23,8 +23,9 @@ from tests.unit_tests.training import tiny_pretrain, watched_pretrain
 STEPS = 4
 COMMON = (
     f'--train-iters {STEPS} --lr-decay-iters {STEPS} --save-interval 2 '
-    '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable'
+    f'--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable {tiny_pretrain.SMALL}'
 )
+FOUR_LAYERS = f'{tiny_pretrain.SMALL} --num-layers 4'
 BUCKETS = '--overlap-grad-reduce --ddp-num-buckets 3'
 
 
@@ -116,10 +117,13 @@ def close(one, other):
 @pytest.fixture(scope='module')
 def initial(ranks, data, tmp_path_factory):
     """Weights to begin with, for random ones depend on the layout."""
-    directory = tmp_path_factory.mktemp('initial')
+    return write_initial(ranks, data, tmp_path_factory.mktemp('initial'), tiny_pretrain.SMALL)
+
+
+def write_initial(ranks, data, directory, model):
     ranks.run(
         tiny_pretrain.write_initial_checkpoint,
-        [],
+        model.split(),
         data,
         str(directory),
         world_size=1,
@@ -136,6 +140,16 @@ def one_process(ranks, data, initial, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
+def four_layers(ranks, data, tmp_path_factory):
+    """(directory of the initial weights, directory of one process that ended after its save)."""
+    initial = write_initial(ranks, data, tmp_path_factory.mktemp('initial_four'), FOUR_LAYERS)
+    directory = tmp_path_factory.mktemp('one_four')
+    flags = f'{FOUR_LAYERS} --finetune --train-iters 2'
+    train(ranks, data, directory, flags, 1, load=initial)
+    return initial, directory
+
+
+@pytest.fixture(scope='module')
 def misplaced(ranks, data, initial, tmp_path_factory):
     """Directory of a run that wrote what Megatron-Core 0.19 writes."""
     directory = tmp_path_factory.mktemp('misplaced')
@@ -146,15 +160,19 @@ def misplaced(ranks, data, initial, tmp_path_factory):
 LAYOUTS = {
     'overlap-grad-reduce': BUCKETS,
     'expert-parallel': f'{BUCKETS} --overlap-param-gather --expert-model-parallel-size 2',
-    'virtual-stages': '--overlap-grad-reduce --ddp-bucket-size 3000 '
+    'virtual-stages': f'{FOUR_LAYERS} --overlap-grad-reduce --ddp-bucket-size 3000 '
     '--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1',
 }
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_several_buckets(ranks, data, tmp_path, initial, one_process, layout):
+def test_several_buckets(ranks, data, tmp_path, request, layout):
     """All optimizer tensors are those of one process, and a resumed run goes on as if never ended."""
-    reference, _ = one_process
+    if layout == 'virtual-stages':
+        initial, reference = request.getfixturevalue('four_layers')
+    else:
+        initial = request.getfixturevalue('initial')
+        reference, _ = request.getfixturevalue('one_process')
     flags = f'{LAYOUTS[layout]} --finetune'
     whole = train(ranks, data, tmp_path / 'whole', flags, 2, load=initial)
     expected, found = tensors(reference, 2), tensors(tmp_path / 'whole', 2)
@@ -192,7 +210,7 @@ def test_misplaced_state_is_refused(ranks, data, misplaced, world_size, flags):
 def test_weights_of_misplaced_state_are_right(ranks, data, tmp_path, misplaced, one_process, flags):
     """The first loss after the resume is that of the model's weights in one process."""
     reference, expected = one_process
-    flags = f'{flags} --ckpt-step 2 --override-opt-param-scheduler'
+    flags = f'{flags} --ckpt-step 2 --override-opt-param-scheduler --train-iters 3'
     records = train(ranks, data, tmp_path / 'of', f'{BUCKETS} {flags}', 2, load=misplaced)
     fresh = train(ranks, data, tmp_path / 'reference', flags, 1, load=reference)
     assert close(steps(records, 0)[:1], steps(fresh, 0)[:1])
