@@ -22,13 +22,14 @@ from megatron.gpt_oss.errors import UsageError
 from megatron.training import step_callbacks
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss import runs
+from tests.unit_tests.training.tiny_pretrain import write_random_dataset
 
 OVERLAP = '--overlap-moe-expert-parallel-comm'
 STEPS = 2
-# The flag needs bf16. Four layers: two virtual stages of two pipeline stages.
+# The flag needs bf16. Two micro-batches a rank: the second's forward meets the first's backward.
 COMMON = (
-    f'--bf16 --preset-layers 4 --train-iters {STEPS} --clip-grad 0.5 --lr-warmup-iters 0 '
-    '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --global-batch-size 8'
+    f'--bf16 --train-iters {STEPS} --clip-grad 0.5 --lr-warmup-iters 0 --eval-iters 0 '
+    '--expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall --global-batch-size 4'
 )
 ARGUMENTS = '--preset tiny --tokenizer-type NullTokenizer --vocab-size 100'
 CHUNKS, ALL_LOGITS = '--lm-loss-chunk-size 16', '--lm-loss-chunk-size 0'
@@ -40,7 +41,7 @@ CASES = {
     'ep4-buckets': (
         4,
         f'{CHUNKS} --expert-model-parallel-size 4 --use-distributed-optimizer '
-        '--overlap-grad-reduce --overlap-param-gather --ddp-num-buckets 3',
+        '--overlap-grad-reduce --overlap-param-gather --ddp-num-buckets 3 --global-batch-size 8',
     ),
     'fp16-one-microbatch': (2, f'{CHUNKS} --fp16 --initial-loss-scale 1024 --global-batch-size 2'),
     'tp2-without-sp': (
@@ -51,13 +52,13 @@ CASES = {
         4,
         f'{CHUNKS} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 '
         '--dataloader-inter-document-masking --use-distributed-optimizer --overlap-grad-reduce '
-        '--overlap-param-gather --seq-length 1024',
+        '--overlap-param-gather --global-batch-size 8',
     ),
     'cp2-packed-router-losses': (
         4,
         f'{ALL_LOGITS} --context-parallel-size 2 --dataloader-inter-document-masking '
         '--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.1 '
-        '--moe-z-loss-coeff 0.01 --seq-length 1024',
+        '--moe-z-loss-coeff 0.01',
     ),
     'per-token-router-losses-balanced': (
         2,
@@ -67,7 +68,7 @@ CASES = {
     'frozen': (2, f'{CHUNKS} --freeze embedding.* *.self_attention.* *layernorm* *.router.*'),
 }
 
-# Half a minute each, of what other cases have too.
+# What other cases have too.
 SLOW = ('sequential-all-logits-mbs2', 'fp16-one-microbatch', 'cp2-packed-router-losses')
 
 
@@ -79,7 +80,19 @@ def ranks():
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('expert_overlap'), num_layers=4)
+    return runs.write_inputs(tmp_path_factory.mktemp('expert_overlap'))
+
+
+@pytest.fixture(scope='module')
+def four_layers(tmp_path_factory):
+    """For two virtual stages of each of two pipeline stages."""
+    return runs.write_inputs(tmp_path_factory.mktemp('four_layers'), num_layers=4)
+
+
+@pytest.fixture(scope='module')
+def documents(tmp_path_factory):
+    """Prefix of documents of 20 to 200 tokens: several begin in most samples of 64."""
+    return write_random_dataset(str(tmp_path_factory.mktemp('documents') / 'data'))
 
 
 def digests(model, of) -> dict:
@@ -228,8 +241,13 @@ def test_failed_process_ends():
     'case',
     [pytest.param(case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES],
 )
-def test_equals_the_run_without(ranks, inputs, tmp_path, case):
+def test_equals_the_run_without(ranks, request, documents, tmp_path, case):
     world_size, flags = CASES[case]
+    inputs = request.getfixturevalue('four_layers' if 'vpp' in case else 'inputs')
+    if 'vpp' in case:
+        flags += ' --preset-layers 4'
+    if 'packed' in case:
+        flags += f' --data-path {documents}'
     expected = train(ranks, inputs, tmp_path / 'without', world_size, flags)
     found = train(ranks, inputs, tmp_path / 'with', world_size, f'{flags} {OVERLAP}')
     assert len(expected[0]) == STEPS
