@@ -296,8 +296,17 @@ def _tear_down() -> None:
         for found in gc.get_objects():
             if issubclass(type(found), optimizer):
                 vars(found).clear()
+    groups = []
     if torch.distributed.is_initialized():
+        groups.extend(torch.distributed.distributed_c10d._world.pg_map)
         torch.distributed.destroy_process_group()
     # Models in reference cycles hold process groups, and a group whose peers are gone keeps a
     # thread of gloo's busy.
     gc.collect()
+    # The last reference to a group waits for its thread, which looks up every 10 ms: dozens of
+    # groups end together, not one after another.
+    threads = [threading.Thread(target=groups.pop) for _ in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
