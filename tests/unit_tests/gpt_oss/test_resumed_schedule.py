@@ -30,7 +30,9 @@ def inputs(tmp_path_factory):
 
 def start(ranks, inputs, run_dir, flags, world_size=1):
     """What the first rank printed, and the records of the steps."""
-    argv = runs.command(inputs, run_dir, f'{BASE} {flags}')
+    # The schedule does not ask how a step's samples are split, unless one has a single sample.
+    micro = 1 if '--step-batch-size-schedule' in flags else 2
+    argv = runs.command(inputs, run_dir, f'{BASE} --micro-batch-size {micro} {flags}')
     if '--step-batch-size-schedule' in argv:
         index = argv.index('--global-batch-size')
         del argv[index : index + 2]
@@ -53,8 +55,6 @@ def expect(records, flags, steps, samples=None):
         assert found == pytest.approx(rate(f'{BASE} {flags}', at), rel=1e-6), (step, flags)
 
 
-# The schedule does not ask how a step's samples are split.
-TWO_SAMPLES = '--micro-batch-size 2'
 DISTOPT = '--use-distributed-optimizer'
 CHANGES = {
     'another-lr': ('--lr 5e-4', 'lr 5e-4, 0.001 in the checkpoint'),
@@ -86,7 +86,7 @@ def stopped(ranks, inputs, tmp_path_factory):
     folders = {}
     for name, flags in (('plain', ''), ('distopt', DISTOPT)):
         folders[name] = tmp_path_factory.mktemp(name)
-        flags = f'--train-iters 8 --exit-interval 4 {TWO_SAMPLES} {flags}'
+        flags = f'--train-iters 8 --exit-interval 4 {flags}'
         _, records = start(ranks, inputs, folders[name], flags)
         expect(records, '--train-iters 8', range(1, 5))
     return folders
@@ -111,7 +111,7 @@ def test_change(ranks, inputs, stopped, tmp_path, change, optimizer):
     flags, words = CHANGES[change]
     flags = f'--train-iters 8 {flags} {DISTOPT if optimizer == "distopt" else ""}'
     run_dir = copied(stopped[optimizer], tmp_path / 'run')
-    printed, records = start(ranks, inputs, run_dir, f'{flags} {TWO_SAMPLES}')
+    printed, records = start(ranks, inputs, run_dir, flags)
     last = parsed(flags).train_iters
     assert sorted(records) == list(range(1, last + 1))
     expect(records, '--train-iters 8', range(1, 5))
