@@ -135,10 +135,11 @@ def test_learning_rates(ranks, inputs, tmp_path, start_weights, layout):
     assert runs.steps(records)[1]['learning_rate'] == pytest.approx(1e-3)
 
     flags += f' --lr-multiplier {words}'
-    resumed = resume(ranks, inputs, tmp_path / 'run', tmp_path / 'two', 2, flags, world_size)
-    assert sorted(resumed) == [3]
-    for key in ('loss', 'grad_norm'):
-        assert resumed[3][key] == runs.steps(records)[3][key]
+    resumed = resume(ranks, inputs, tmp_path / 'run', tmp_path / 'two', 1, flags, world_size)
+    assert sorted(resumed) == [2, 3]
+    for step in (2, 3):
+        for key in ('loss', 'grad_norm'):
+            assert resumed[step][key] == runs.steps(records)[step][key]
 
 
 def arguments(**changes):
