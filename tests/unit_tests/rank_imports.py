@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What every rank of a `RankPool` needs, done once by the server that the ranks are forked from.
+"""What ranks of a `RankPool` and `commands` need, done once by the server that they are forked from.
 
 Nothing here may fail: on the releases that the patches are proved on, some of it does not exist.
 """
@@ -10,6 +10,10 @@ import gc
 import importlib
 import warnings
 from argparse import ArgumentParser
+
+import pytest  # noqa: F401
+
+from tests.unit_tests import commands  # noqa: F401
 
 with warnings.catch_warnings(), contextlib.suppress(Exception):
     warnings.simplefilter('ignore')

@@ -1,0 +1,360 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Commands of Python as processes of their own, without the seconds that importing torch takes.
+
+    done = commands.run([sys.executable, 'pretrain_gpt_oss.py', *words], capture_output=True)
+    with commands.Popen([sys.executable, '-m', 'megatron.gpt_oss.cli', ...]) as process:
+
+The arguments are those of subprocess. The process is forked from the server of `RankPool`, which
+has imported torch and Megatron; its session, argv, environment, directory, streams, `__main__` and
+exit status are its own, as are the functions of atexit and the traceback of what it raises.
+
+Two things it cannot show, so that their tests start a Python: what an import does or prints, for
+torch and Megatron are imported already; and what Python, torch or Triton read of the environment
+when they start, which is refused where it is noticed (`_READ_AT_START`).
+"""
+
+import atexit
+import contextlib
+import ctypes
+import gc
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import types
+import warnings
+from multiprocessing import forkserver, process, reduction
+from typing import Callable, Dict, List, Optional, Sequence
+
+from tests.unit_tests.distributed import _context, free_port
+
+# `rank_imports` imports this module, so that these are what a Python has that has just started.
+_MAIN_PROCESS = type(process.current_process())
+_PATH = list(sys.path)
+_PYTHONPATH = os.environ.get('PYTHONPATH', '')
+# Variables that have been read by the time that a command gets them.
+_READ_AT_START = ('PYTHON', 'LD_', 'TRITON_INTERPRET')
+_TAKEN = {'PYTHONPATH', 'PYTHONUNBUFFERED'}
+_OPTIONS = {'-W'}
+_FLUSH_FAILED = 120  # the status that Python ends with
+
+
+class Popen(subprocess.Popen):
+    """subprocess.Popen of a command that begins with sys.executable.
+
+    `close()` and the end of a `with` block end the command and all that it has started; so does the
+    end of the tests.
+
+    Raises:
+        ValueError: for what only a process that starts Python can show.
+    """
+
+    def _execute_child(
+        self,
+        args,
+        executable,
+        preexec_fn,
+        close_fds,
+        pass_fds,
+        cwd,
+        env,
+        *startup_and_shell_and_fds,
+    ) -> None:
+        # startupinfo, creationflags, shell; then the pipes' two ends, -1 where there is none.
+        _, _, shell, stdin, _, _, stdout, _, stderr, *_ = startup_and_shell_and_fds
+        if shell or executable or preexec_fn or pass_fds:
+            raise ValueError("shell, executable, preexec_fn, pass_fds: not for a forked command.")
+        args = [os.fsdecode(word) for word in args]
+        environ = dict(os.environ if env is None else env)
+        _check(args, environ)
+        fds = [own if fd == -1 else fd for own, fd in enumerate((stdin, stdout, stderr))]
+        folder = os.path.abspath(cwd or os.curdir)
+        os.stat(folder)  # raises as subprocess does
+        self._process = _context().Process(
+            target=_become, args=(args, environ, folder, [_Handle(fd) for fd in fds]), daemon=True
+        )
+        self._process.start()
+        self.pid = self._process.pid
+        self._child_created = True
+        self._close_pipe_fds(*startup_and_shell_and_fds[3:9])
+
+    def _internal_poll(self, *args, **kwargs) -> Optional[int]:
+        # Without a process while Popen itself fails.
+        if self.returncode is None and hasattr(self, '_process'):
+            self.returncode = self._process.exitcode
+        return self.returncode
+
+    def _wait(self, timeout: Optional[float]) -> int:
+        if self.returncode is None:
+            self._process.join(timeout)
+            if self._internal_poll() is None:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def close(self) -> None:
+        """End the command with all that it has started, and give its pipes back."""
+        self.end_group()
+        self.kill()  # should it not have made its session yet
+        self.wait()
+        for pipe in filter(None, (self.stdin, self.stdout, self.stderr)):
+            pipe.close()
+
+    def end_group(self) -> None:
+        """End what runs in its session, as what it started may when it has ended itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def run(
+    command: Sequence,
+    *,
+    input: Optional[str] = None,
+    capture_output: bool = False,
+    timeout: Optional[float] = None,
+    check: bool = False,
+    **options,
+) -> subprocess.CompletedProcess:
+    """subprocess.run for a command that begins with sys.executable.
+
+    Raises:
+        subprocess.TimeoutExpired: after `timeout` seconds, when the command has been ended with all
+            that it started.
+    """
+    if capture_output:
+        options |= {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+    if input is not None:
+        options['stdin'] = subprocess.PIPE
+    with Popen(command, **options) as started:
+        try:
+            out, err = started.communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            started.end_group()
+            raise
+    done = subprocess.CompletedProcess(command, started.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **options) -> List:
+    """What `run` gives for each rank, started together with the variables that torchrun sets."""
+    timeout = options.pop('timeout', None)
+    port, started = str(free_port()), []
+    try:
+        for rank in range(world_size):
+            variables = rank_variables(rank, world_size, port)
+            environ = {**(os.environ if env is None else env), **variables}
+            files = [open(os.memfd_create('printed'), 'w+') for _ in range(2)]
+            files = dict(zip(('stdout', 'stderr'), files))
+            started.append((Popen(command, env=environ, **files, **options), *files.values()))
+        done = []
+        for process, *files in started:
+            process.wait(timeout)
+            for file in files:
+                file.seek(0)
+            texts = [file.read() for file in files]
+            done.append(subprocess.CompletedProcess(command, process.returncode, *texts))
+        return done
+    finally:
+        for process, *files in started:
+            process.close()
+            for file in files:
+                file.close()
+
+
+def rank_variables(rank: int, world_size: int, port: str) -> Dict[str, str]:
+    """Of one machine, as torchrun sets them."""
+    return {
+        'RANK': str(rank),
+        'LOCAL_RANK': str(rank),
+        'WORLD_SIZE': str(world_size),
+        'LOCAL_WORLD_SIZE': str(world_size),
+        'MASTER_ADDR': '127.0.0.1',
+        'MASTER_PORT': port,
+    }
+
+
+def _check(command: List[str], environ: Dict[str, str]) -> None:
+    if command[0] != sys.executable or len(command) < 2:
+        raise ValueError(f"{command[0]} is not this Python: start it with subprocess.")
+    if _context().get_start_method() != 'forkserver':
+        raise ValueError("Processes are not forked where CUDA is: use subprocess.")
+    for name in environ.keys() | os.environ.keys():
+        if name.startswith(_READ_AT_START) and name not in _TAKEN:
+            if environ.get(name) != os.environ.get(name):
+                raise ValueError(f"{name} is read when Python starts: use subprocess.")
+    _parts(command)
+
+
+def _parts(command: List[str]) -> tuple:
+    """(warning filters, '-c' or '-m' or a script, the words from there on)."""
+    words, filters = list(command[1:]), []
+    while words and words[0] == '-W':
+        filters.append(words[1])
+        del words[:2]
+    if not words or (words[0].startswith('-') and (words[0] not in ('-c', '-m') or not words[1:])):
+        raise ValueError(f"{words[:1]}: only -W, -c, -m and a script are known here.")
+    return filters, words
+
+
+class _Handle:
+    """A file descriptor on its way to another process, where it becomes a number there."""
+
+    def __init__(self, fd: int):
+        self._fd = fd
+
+    def __reduce__(self):
+        return _detached, (reduction.DupFd(self._fd),)
+
+
+def _detached(duplicate) -> int:
+    return duplicate.detach()
+
+
+# ---------------------------------------------------------------------------------------------
+# In the new process
+# ---------------------------------------------------------------------------------------------
+
+
+def _become(command: List[str], environ: Dict[str, str], folder: str, fds: List[int]) -> None:
+    """Be the process of a command, to its end."""
+    os.setsid()
+    _end_with_the_server()
+    for own, fd in enumerate(fds):
+        os.dup2(fd, own)
+        os.close(fd)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environ)
+    filters, words = _parts(command)
+    _look_started(environ, filters)
+    sys.orig_argv = list(command)
+    status = _status_of(lambda: _run_main(words))
+    _finish(status)
+
+
+def _end_with_the_server() -> None:
+    """The server goes with the tests, once nobody holds the pipe that keeps it."""
+    server = forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _look_started(environ: Dict[str, str], filters: List[str]) -> None:
+    """What a Python that starts makes of its environment and streams; nobody's child."""
+    process._current_process, process._parent_process = _MAIN_PROCESS(), None
+    sys.modules.pop('__mp_main__', None)
+    sys.stdin = sys.__stdin__ = open(0, closefd=False)
+    unbuffered = bool(environ.get('PYTHONUNBUFFERED'))
+    for name, fd in (('stdout', 1), ('stderr', 2)):
+        servers = getattr(sys, f'__{name}__')
+        stream = io.TextIOWrapper(
+            open(fd, 'wb', buffering=0 if unbuffered else -1, closefd=False),
+            encoding=servers.encoding,
+            errors=servers.errors,
+            line_buffering=fd == 2 or os.isatty(fd),
+            write_through=unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f'__{name}__', stream)
+    sys.path[:] = _folders(environ.get('PYTHONPATH', ''))
+    sys.path += [path for path in _PATH[1:] if path not in _folders(_PYTHONPATH)]
+    for text in filters:
+        warnings._setoption(text)
+        sys.warnoptions.append(text)
+    if 'numpy' in sys.modules:  # its generator is the server's
+        sys.modules['numpy'].random.seed()
+    if 'torch' in sys.modules and environ.get('OMP_NUM_THREADS'):
+        sys.modules['torch'].set_num_threads(int(environ['OMP_NUM_THREADS']))
+
+
+def _folders(python_path: str) -> List[str]:
+    return [os.path.abspath(path) for path in python_path.split(os.pathsep) if path]
+
+
+def _run_main(words: List[str]) -> None:
+    """The words after Python's own options, as `__main__`."""
+    kind = words[0]
+    main = sys.modules['__main__'] = types.ModuleType('__main__')
+    main.__dict__.update(__builtins__=__builtins__, __annotations__={})
+    if kind == '-m':
+        sys.argv = words[1:]  # its first word becomes the module's file
+        sys.path.insert(0, os.getcwd())
+        runpy._run_module_as_main(words[1])
+        return
+    if kind == '-c':
+        sys.argv = ['-c', *words[2:]]
+        sys.path.insert(0, '')
+        code = compile(words[1], '<string>', 'exec')
+    else:
+        sys.argv = list(words)
+        sys.path.insert(0, os.path.dirname(os.path.realpath(kind)))
+        main.__file__ = kind
+        try:
+            with open(kind, 'rb') as file:
+                text = file.read()
+        except OSError as error:
+            path, reason = os.path.abspath(kind), f"[Errno {error.errno}] {error.strerror}"
+            print(f"{sys.executable}: can't open file {path!r}: {reason}", file=sys.stderr)
+            raise SystemExit(2)
+        code = compile(text, kind, 'exec')
+    exec(code, main.__dict__)
+
+
+def _status_of(call: Callable) -> int:
+    """The status that Python ends with, SIGINT's as a negative number."""
+    try:
+        call()
+    except SystemExit as stop:
+        if stop.code is None:
+            return 0
+        if isinstance(stop.code, int):
+            return stop.code & 0xFF
+        sys.stdout.flush()
+        print(stop.code, file=sys.stderr)
+    except BaseException as error:
+        frames = error.__traceback__
+        while frames and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        sys.excepthook(type(error), error.with_traceback(frames), frames)
+        if isinstance(error, KeyboardInterrupt):
+            return -signal.SIGINT
+    else:
+        return 0
+    return 1
+
+
+def _finish(status: int) -> None:
+    """As the interpreter does: wait for threads, call what atexit knows, flush, leave."""
+    try:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        for found in gc.get_objects():
+            if issubclass(type(found), (io.TextIOWrapper, io.BufferedWriter)) and not found.closed:
+                if found not in (sys.stdout, sys.stderr) and found.writable():
+                    found.flush()
+    except BaseException:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None and not stream.closed:
+                stream.flush()
+        except OSError as error:
+            status = _FLUSH_FAILED
+            said = f"Exception ignored in: {stream!r}\n{type(error).__name__}: {error}"
+            with contextlib.suppress(OSError):
+                print(said, file=sys.stderr)
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(status)
