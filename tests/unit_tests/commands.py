@@ -10,26 +10,33 @@ has imported torch and Megatron; its session, argv, environment, directory, stre
 exit status are its own, as are the functions of atexit and the traceback of what it raises.
 
 Two things it cannot show, so that their tests start a Python: what an import does or prints, for
-torch and Megatron are imported already; and what Python, torch or Triton read of the environment
-when they start, which is refused where it is noticed (`_READ_AT_START`).
+torch and Megatron are imported already; and what Python reads of the environment when it starts,
+which is refused (`_READ_AT_START`). TRITON_INTERPRET has a server of its own.
 """
 
 import atexit
 import contextlib
 import ctypes
+import functools
 import gc
 import io
+import json
+import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
-from multiprocessing import forkserver, process, reduction
+from multiprocessing import connection, forkserver, process, reduction
+from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
+from unittest import mock
 
 from tests.unit_tests.distributed import _context, free_port
 
@@ -38,9 +45,8 @@ _MAIN_PROCESS = type(process.current_process())
 _PATH = list(sys.path)
 _PYTHONPATH = os.environ.get('PYTHONPATH', '')
 # Variables that have been read by the time that a command gets them.
-_READ_AT_START = ('PYTHON', 'LD_', 'TRITON_INTERPRET')
+_READ_AT_START = ('PYTHON', 'LD_')
 _TAKEN = {'PYTHONPATH', 'PYTHONUNBUFFERED'}
-_OPTIONS = {'-W'}
 _FLUSH_FAILED = 120  # the status that Python ends with
 
 
@@ -78,7 +84,8 @@ class Popen(subprocess.Popen):
         self._process = _context().Process(
             target=_become, args=(args, environ, folder, [_Handle(fd) for fd in fds]), daemon=True
         )
-        self._process.start()
+        with _server_of(environ):
+            self._process.start()
         self.pid = self._process.pid
         self._child_created = True
         self._close_pipe_fds(*startup_and_shell_and_fds[3:9])
@@ -95,6 +102,11 @@ class Popen(subprocess.Popen):
             if self._internal_poll() is None:
                 raise subprocess.TimeoutExpired(self.args, timeout)
         return self.returncode
+
+    @property
+    def sentinel(self) -> int:
+        """Readable once the command has ended, for multiprocessing.connection.wait."""
+        return self._process.sentinel
 
     def close(self) -> None:
         """End the command with all that it has started, and give its pipes back."""
@@ -145,19 +157,31 @@ def run(
 
 
 def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **options) -> List:
-    """What `run` gives for each rank, started together with the variables that torchrun sets."""
+    """What `run` gives for each rank, started together with the variables that torchrun sets.
+
+    A rank that fails ends the others, as under torchrun.
+    """
     timeout = options.pop('timeout', None)
     port, started = str(free_port()), []
+    deadline = None if timeout is None else time.monotonic() + timeout
     try:
         for rank in range(world_size):
             variables = rank_variables(rank, world_size, port)
             environ = {**(os.environ if env is None else env), **variables}
             files = [open(os.memfd_create('printed'), 'w+') for _ in range(2)]
-            files = dict(zip(('stdout', 'stderr'), files))
-            started.append((Popen(command, env=environ, **files, **options), *files.values()))
+            streams = dict(zip(('stdout', 'stderr'), files))
+            started.append((Popen(command, env=environ, **streams, **options), *files))
+        running = [process for process, *_ in started]
+        while running:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(command, timeout)
+            connection.wait([process.sentinel for process in running], timeout=1)
+            if any(process.poll() for process in running):
+                for process in running:
+                    process.terminate()
+            running = [process for process in running if process.poll() is None]
         done = []
         for process, *files in started:
-            process.wait(timeout)
             for file in files:
                 file.seek(0)
             texts = [file.read() for file in files]
@@ -182,6 +206,59 @@ def rank_variables(rank: int, world_size: int, port: str) -> Dict[str, str]:
     }
 
 
+_CLIENT = """#!{python} -SE
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+server.connect({address!r})
+asked = json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]).encode()
+socket.send_fds(server, [asked], [0, 1, 2])
+status = int(server.recv(64) or 1)
+if status < 0:
+    os.kill(os.getpid(), -status)
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def stand_in(script: Path, folder: Path):
+    """Write a program into `folder` that runs the Python script of the same name as `run` does.
+
+    For shell scripts that start it: put the folder first on their PATH. Signals are not passed on.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+        address = str(folder / 'socket')
+        server.bind(address)
+        server.listen()
+        started: List[Popen] = []
+
+        def answer(asker):
+            message, fds, *_ = socket.recv_fds(asker, 1 << 20, 3)
+            words, environ, cwd = json.loads(message)
+            command = [sys.executable, str(script), *words]
+            streams = dict(zip(('stdin', 'stdout', 'stderr'), fds))
+            started.append(Popen(command, env=environ, cwd=cwd, **streams))
+            for fd in fds:
+                os.close(fd)
+            asker.send(str(started[-1].wait()).encode())
+
+        def serve():
+            with contextlib.suppress(OSError):  # closed
+                while True:
+                    with server.accept()[0] as asker:
+                        answer(asker)
+
+        threading.Thread(target=serve, daemon=True).start()
+        program = folder / script.name
+        program.write_text(_CLIENT.format(python=sys.executable, address=address))
+        program.chmod(0o755)
+        try:
+            yield
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            for process in started:
+                process.close()
+
+
 def _check(command: List[str], environ: Dict[str, str]) -> None:
     if command[0] != sys.executable or len(command) < 2:
         raise ValueError(f"{command[0]} is not this Python: start it with subprocess.")
@@ -203,6 +280,29 @@ def _parts(command: List[str]) -> tuple:
     if not words or (words[0].startswith('-') and (words[0] not in ('-c', '-m') or not words[1:])):
         raise ValueError(f"{words[:1]}: only -W, -c, -m and a script are known here.")
     return filters, words
+
+
+_INTERPRET = 'TRITON_INTERPRET'
+
+
+@contextlib.contextmanager
+def _server_of(environ: Dict[str, str]):
+    """Where processes start from another server, if Triton is to be imported otherwise."""
+    if environ.get(_INTERPRET) == os.environ.get(_INTERPRET):
+        yield
+        return
+    start = _interpreting().connect_to_new_process
+    changed = {_INTERPRET: environ.get(_INTERPRET, '')}
+    with mock.patch.object(forkserver, 'connect_to_new_process', start):
+        with mock.patch.dict(os.environ, changed):
+            yield
+
+
+@functools.cache
+def _interpreting() -> forkserver.ForkServer:
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(['tests.unit_tests.rank_imports'])
+    return server
 
 
 class _Handle:
@@ -253,6 +353,7 @@ def _end_with_the_server() -> None:
 def _look_started(environ: Dict[str, str], filters: List[str]) -> None:
     """What a Python that starts makes of its environment and streams; nobody's child."""
     process._current_process, process._parent_process = _MAIN_PROCESS(), None
+    multiprocessing.set_start_method(None, force=True)  # until the command asks or says
     sys.modules.pop('__mp_main__', None)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
     unbuffered = bool(environ.get('PYTHONUNBUFFERED'))

@@ -26,7 +26,7 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
 
     # Megatron's parser reads the source of 26 classes for its help, each time, and pretrain() makes
     # another parser: a second a run.
-    docstrings_read_once().start()
+    docstrings_read_once(for_good=True)
     add_megatron_arguments(ArgumentParser())
 
 # What pretrain() imports only when it gets there: two seconds of the first call of each rank.

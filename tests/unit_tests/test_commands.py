@@ -19,6 +19,7 @@ import multiprocessing, os, sys
 print(__name__, sys.argv, os.getcwd(), os.environ.get('INVENTED'), 'TMPDIR' in os.environ)
 print(sys.path[0], globals().get('__file__'), sys.modules['__main__'].__dict__ is globals())
 print(multiprocessing.current_process().name, multiprocessing.parent_process(), os.getsid(0) > 0)
+print(multiprocessing.get_start_method(allow_none=True), multiprocessing.get_start_method())
 print(sys.stdin.read(), sys.stdout.isatty(), sys.stdout.encoding, sys.stderr.errors)
 """
 CASES = {
@@ -238,13 +239,57 @@ def test_ranks():
     assert [rank.returncode for rank in done] == [0, 0]
 
 
+def test_triton_in_its_interpreter(tmp_path):
+    """It is imported with the variable; the next command is forked from the usual server."""
+    pytest.importorskip('triton')
+    (tmp_path / 'script.py').write_text(
+        'import sys, triton\n@triton.jit\ndef kernel(x): pass\n'
+        "print(type(kernel).__name__, 'megatron.training.training' in sys.modules)"
+    )
+    for value, name in (('1', 'InterpretedFunction'), (None, 'JITFunction')):
+        environ = {**os.environ, **({'TRITON_INTERPRET': value} if value else {})}
+        command = [sys.executable, tmp_path / 'script.py']
+        done = commands.run(command, env=environ, capture_output=True, text=True)
+        assert done.stdout == f'{name} True\n', done.stderr
+
+
+def test_a_rank_that_fails_ends_the_others():
+    program = (
+        'import os, sys, time\n'
+        'if os.environ["RANK"] == "1": sys.exit("error: rank 1")\n'
+        'time.sleep(600)'
+    )
+    done = commands.run_ranks([sys.executable, '-c', program], 3, text=True, timeout=60)
+    assert [rank.returncode for rank in done] == [-signal.SIGTERM, 1, -signal.SIGTERM]
+    assert done[1].stderr == 'error: rank 1\n'
+    waits = [sys.executable, '-c', WAITS]
+    with pytest.raises(subprocess.TimeoutExpired):
+        commands.run_ranks(waits, 2, text=True, timeout=0.5)
+
+
+def test_stand_in_of_a_program_in_a_shell_script(tmp_path):
+    """Words, streams, directory, variables and status reach the script's Python and its shell."""
+    (tmp_path / 'bin').mkdir()
+    program = (
+        "import os, sys\nprint('torch' in sys.modules, sys.argv[1:], os.getcwd(), sys.stdin.read())\n"
+        "print(os.environ['GIVEN'], file=sys.stderr)\nsys.exit(int(sys.argv[1]))\n"
+    )
+    (tmp_path / 'invented').write_text(program)
+    text = 'cd /; GIVEN=a invented 0 "b  c" <<< in && GIVEN=d invented 3 </dev/null; echo status $?'
+    environ = {**os.environ, 'PATH': f"{tmp_path}/bin:{os.environ['PATH']}"}
+    with commands.stand_in(tmp_path / 'invented', tmp_path / 'bin'):
+        done = subprocess.run(['bash', '-c', text], env=environ, capture_output=True, text=True)
+    first, second = "True ['0', 'b  c'] / in\n\n", "True ['3'] / \n"
+    assert done.stdout == f'{first}{second}status 3\n' and done.stderr == 'a\nd\n'
+
+
 @pytest.mark.parametrize(
     'command, options, words',
     [
         (['git', 'log'], {}, 'git is not this Python'),
         ([sys.executable, '-X', 'dev', 'x.py'], {}, 'only -W, -c, -m and a script'),
         ([sys.executable, '-c'], {}, 'only -W, -c, -m and a script'),
-        ([sys.executable, 'x.py'], {'env': {'TRITON_INTERPRET': '1'}}, 'TRITON_INTERPRET is read'),
+        ([sys.executable, 'x.py'], {'env': {'LD_PRELOAD': 'x.so'}}, 'LD_PRELOAD is read'),
         ([sys.executable, 'x.py'], {'env': {'PYTHONHASHSEED': '1'}}, 'PYTHONHASHSEED is read'),
         ([sys.executable, 'x.py'], {'shell': True}, 'not for a forked command'),
     ],
