@@ -65,9 +65,15 @@ def _docstrings():
     return ArgumentGroupFactory, read
 
 
-def docstrings_read_once():
-    """A context in which building Megatron's parser again is quick."""
+def docstrings_read_once(for_good: bool = False):
+    """A context in which building Megatron's parser again is quick.
+
+    Args:
+        for_good: all else in this process is in it from now on.
+    """
     factory, read = _docstrings()
+    if for_good:
+        factory._get_field_docstrings = read
     return mock.patch.object(factory, '_get_field_docstrings', read)
 
 

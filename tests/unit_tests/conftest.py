@@ -2,7 +2,9 @@
 
 """Two ranks for a test module (one that needs more has a `ranks` of its own), poisoned memory."""
 
+import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -40,6 +42,17 @@ def _no_launcher_left():
         else:
             os.environ[name] = value
     assert after == before
+
+
+@pytest.fixture(autouse=True)
+def _parser_is_built_quickly():
+    """Megatron's parser, from which every model's config comes, reads each source once in a run."""
+    if 'megatron.training.argument_utils' in sys.modules:
+        # Not in each of the releases that the patches are proved on.
+        with contextlib.suppress(ImportError, AttributeError):
+            from tests.unit_tests.command_lines import docstrings_read_once
+
+            docstrings_read_once(for_good=True)
 
 
 @pytest.fixture(scope='module')
