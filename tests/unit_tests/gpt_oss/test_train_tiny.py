@@ -7,19 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def train(folder, steps, corpus):
+# The installed program; what it writes at the end, nobody reads here.
+GPTOSS = f"""
+import runpy, sys
+if sys.argv[1] == "sample":
+    sys.argv += ["--max-new-tokens", "5"]
+runpy.run_path({str(Path(sys.executable).with_name("gptoss"))!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def programs(tmp_path_factory):
+    """A folder whose `gptoss` does not import torch each time; the ranks that it launches do."""
+    folder, script = tmp_path_factory.mktemp("bin"), tmp_path_factory.mktemp("script") / "gptoss"
+    script.write_text(GPTOSS)
+    with commands.stand_in(script, folder):
+        yield folder
+
+
+def train(folder, steps, corpus, programs):
     """The script as a user runs it, on a smaller corpus."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
     environ = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     command = ["bash", "examples/gpt_oss/train_tiny.sh", str(folder), str(steps)]
     command += ["--data-path", str(corpus), "--save-interval", "2", "--eval-iters", "1"]
     command += ["--split", "80,10,10", "--global-batch-size", "4"]
+    command += ["--seq-length", "128"]
     result = subprocess.run(
         command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=600
     )
@@ -31,17 +53,24 @@ def corpus_of(folder):
     """Some files of the standard library in the place where the script looks for its corpus."""
     from megatron.gpt_oss.cli import main
 
-    names = sorted(Path(json.__file__).parents[1].glob("[a-d]*.py"))
+    names = sorted(Path(json.__file__).parents[1].glob("[a-b]*.py"))
     main(["tokenize", *map(str, names), "--output", str(folder / "data" / "stdlib")])
     return folder / "data" / "stdlib"
 
 
-def test_train_tiny_and_resume(tmp_path):
+def test_program_starts():
+    """What pip has written, in a process of its own."""
+    gptoss = Path(sys.executable).with_name("gptoss")
+    done = subprocess.run([gptoss, "presets"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tiny", "20b", "120b"]
+
+
+def test_train_tiny_and_resume(tmp_path, programs):
     (tmp_path / "data").mkdir()
     corpus = corpus_of(tmp_path)
-    first = train(tmp_path, 4, corpus)
+    first = train(tmp_path, 4, corpus, programs)
     assert f"starts from {tmp_path}/init" in first and "step 4/4" in first
-    second = train(tmp_path, 6, corpus)
+    second = train(tmp_path, 6, corpus, programs)
     assert "resumed at step 4" in second and "step 5/6" in second and "step 4/6" not in second
 
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
