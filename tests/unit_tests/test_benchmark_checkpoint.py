@@ -3,13 +3,13 @@
 """The benchmark of checkpoints runs, and tells a step that a write goes on beside from the others."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.checkpoint import row
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,7 @@ def test_smoke(tmp_path):
     path = tmp_path / 'checkpoint.json'
     command = [sys.executable, 'benchmarks/checkpoint.py', '--smoke', '--json', str(path)]
     command += ['--folder', str(tmp_path / 'bench')]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = {row['case']: row for row in json.loads(path.read_text())['rows']}
     assert rows['synchronous']['write_s'] == 0 < rows['asynchronous']['write_s']

@@ -3,13 +3,14 @@
 """benchmarks/elementwise.py in the size that a CPU does in a second."""
 
 import json
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,7 @@ def test_tiny(tmp_path):
     """Upstream's paths are checked and timed; what needs a device is named with the reason."""
     out = tmp_path / 'elementwise.json'
     command = [sys.executable, 'benchmarks/elementwise.py', '--cases', 'tiny', '--seconds', '0.1']
-    done = subprocess.run(
+    done = commands.run(
         [*command, '--json', str(out)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -3,9 +3,10 @@
 """benchmarks/experts.py in the size that a CPU does in a second."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,7 +15,7 @@ def test_tiny(tmp_path):
     """Every implementation is checked and timed; the JSON holds the table."""
     out = tmp_path / 'experts.json'
     command = [sys.executable, 'benchmarks/experts.py', '--cases', 'tiny', '--seconds', '0.1']
-    done = subprocess.run(
+    done = commands.run(
         [*command, '--json', str(out)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,34 +4,32 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks import attention
-from tests.unit_tests.distributed import free_port
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ["benchmarks/te_layers.py", "--smoke", "--seconds", "0.1"]
 
 
-def run(path, *command):
-    done = subprocess.run(
-        [sys.executable, *command, "--json", str(path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def run(path, ranks=1):
+    command = [sys.executable, *SCRIPT, "--json", str(path)]
+    options = dict(cwd=ROOT, text=True, timeout=200)
+    if ranks > 1:
+        done = commands.run_ranks(command, ranks, **options)
+    else:
+        done = [commands.run(command, capture_output=True, **options)]
+    assert not any(rank.returncode for rank in done), done[0].stderr[-2000:]
     report = json.loads(path.read_text())
     assert report["left_out"] == []
-    return report["rows"], done.stdout
+    return report["rows"], done[0].stdout
 
 
 def test_smoke(tmp_path):
     """Attention has the columns of benchmarks/attention.py; a step has its optimizer."""
-    rows, printed = run(tmp_path / "te.json", *SCRIPT)
+    rows, printed = run(tmp_path / "te.json")
     assert [row["case"] for row in rows] == ["tiny", "tiny-window", "two layers, 128"]
     columns = {field.name for field in dataclasses.fields(attention.Row)}
     for row in rows[:2]:
@@ -46,9 +44,7 @@ def test_smoke(tmp_path):
 
 def test_split(tmp_path):
     """Over two ranks, as it starts itself on two GPUs."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(free_port())]
-    rows, _ = run(tmp_path / "two.json", *torchrun, *SCRIPT)
+    rows, _ = run(tmp_path / "two.json", ranks=2)
     assert [(row["case"], row["ranks"]) for row in rows] == [("tiny", 2), ("tiny-window", 2)]
     for row in rows:
         assert 0 < max(row["errors"].values()) < 1e-2

@@ -3,7 +3,6 @@
 """The step benchmark runs and extrapolates from its three models."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from benchmarks.activation_offload import ActivationOffload
 from benchmarks.work import num_parameters
 from megatron.gpt_oss.presets import get_preset
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ def test_smoke(tmp_path):
     path = tmp_path / "step.json"
     command = [sys.executable, "benchmarks/train_step.py", "--smoke", "--json", str(path)]
     command += ["--cases", "4k", "4k-skewed", "32k-offload", "--growing", "lean"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(path.read_text())
     assert [row["case"] for row in found["rows"]] == ["4k", "4k-skewed", "32k-offload"]

@@ -3,12 +3,12 @@
 """A test that is skipped for a missing package fails CI."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.unit_tests import commands
 from tests.unit_tests.missing_packages import complaints
 
 CONFTEST = Path(__file__).parent / 'conftest.py'
@@ -38,6 +38,6 @@ def test_run(tmp_path, ci, code):
     )
     environment = {**os.environ, 'CI': ci, 'PYTHONPATH': str(CONFTEST.parents[2])}
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(tmp_path)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = commands.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
     assert ('skipped for want of no_such_package' in done.stdout) is bool(code)

@@ -4,7 +4,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 
 import numpy
@@ -17,6 +16,7 @@ from megatron.gpt_oss.plan.dry_run import validated
 from megatron.gpt_oss.presets import PRESETS
 from megatron.gpt_oss.tiny import write_tiny_hf
 from megatron.training import arguments as megatron_arguments
+from tests.unit_tests import commands
 
 
 @pytest.fixture(scope='module')
@@ -287,7 +287,7 @@ assert not torch.distributed.is_initialized()
 )
 def test_entry_script(tiny_hf, argv, code, out, err):
     argv = argv.replace('HF', str(tiny_hf))
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, '-W', 'ignore', '-c', SCRIPT, *argv.split(' ')],
         capture_output=True,
         text=True,

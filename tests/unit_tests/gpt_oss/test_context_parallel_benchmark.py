@@ -4,13 +4,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from tests.unit_tests.distributed import free_port
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -18,18 +17,12 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_smoke(tmp_path):
     """Split over ranks and chunked logits, against the whole sequence and whole logits on one."""
     out = tmp_path / 'out.json'
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2']
-    command += ['--master-port', str(free_port()), 'benchmarks/context_parallel_model.py']
+    command = [sys.executable, 'benchmarks/context_parallel_model.py', '--smoke']
     environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run(
-        [*command, '--smoke', '--json', str(out)],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = commands.run_ranks(
+        [*command, '--json', str(out)], 2, cwd=ROOT, env=environ, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert not any(rank.returncode for rank in done), done[0].stderr[-3000:]
     data = json.loads(out.read_text())
     (check,) = data['check']
     assert check['equal'] and check['loss_error'] < 1e-6 and check['grad_norm_error'] < 1e-5

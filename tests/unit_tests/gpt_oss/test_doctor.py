@@ -4,7 +4,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from megatron.core.transformer.sink_attention import measure
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.gpt_oss import cli, doctor
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).parents[3]
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason='describes a box without a GPU')
@@ -95,7 +95,7 @@ def test_benchmark_script(tmp_path):
     command = [sys.executable, '-W', 'ignore', str(ROOT / 'benchmarks' / 'attention.py')]
     words = ['--cases', 'tiny', 'tiny-packed', '--seconds', '0', '--json', str(tmp_path / 'x.json')]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    run = subprocess.run(command + words, capture_output=True, text=True, env=environment)
+    run = commands.run(command + words, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / 'x.json').read_text())
     assert [(r['case'], r['backend']) for r in report['rows']] == [
@@ -103,7 +103,5 @@ def test_benchmark_script(tmp_path):
     ]  # fmt: skip
     assert all(row['ms'] > 0 and row['errors']['dsink'] < 1e-2 for row in report['rows'])
     assert len(report['left_out']) == 2 * (len(BACKENDS) - 1)
-    run = subprocess.run(
-        command + ['--write-table'], capture_output=True, text=True, env=environment
-    )
+    run = commands.run(command + ['--write-table'], capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and 'there is no GPU to measure' in run.stderr

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit_tests import commands
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """
 import os, signal, sys, time
@@ -29,7 +31,7 @@ sys.exit({'usage': 2, 'fault': 1, 'seven': 7}[what])
 """
 
 
-def start(tmp_path, *words):
+def start(tmp_path, *words, popen=commands.Popen):
     (tmp_path / 'script.py').write_text(SCRIPT)
     command = [
         sys.executable,
@@ -40,14 +42,12 @@ def start(tmp_path, *words):
     ]
     environ = {**os.environ, 'PYTHONPATH': str(ROOT)}
     environ.pop('OMP_NUM_THREADS', None)
-    return subprocess.Popen(
-        [*command, 'launch', *words], stderr=subprocess.PIPE, text=True, env=environ
-    )
+    return popen([*command, 'launch', *words], stderr=subprocess.PIPE, text=True, env=environ)
 
 
-def ranks(tmp_path, what):
+def ranks(tmp_path, what, **options):
     words = ('--standalone', '--nproc-per-node', '2', str(tmp_path / 'script.py'))
-    return start(tmp_path, *words, what, str(tmp_path / 'ready'))
+    return start(tmp_path, *words, what, str(tmp_path / 'ready'), **options)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,8 @@ def ranks(tmp_path, what):
 )
 def test_status(tmp_path, what, code, error):
     """The status of the rank that failed; of one that could say nothing, which and why."""
-    process = ranks(tmp_path, what)
+    # One in a Python of its own: what an import says would be printed too.
+    process = ranks(tmp_path, what, popen=subprocess.Popen if what == 'usage' else commands.Popen)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == code
     assert (error in printed) if what == 'killed' else printed == error

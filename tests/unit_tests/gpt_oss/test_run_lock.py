@@ -15,6 +15,7 @@ import pytest
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training import run_lock
 from megatron.gpt_oss.training.run_lock import RunLock
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 # Holds the lock of argv[1] until it is killed; argv[2] may say that locks are not known here.
@@ -52,14 +53,13 @@ def holder(tmp_path):
     def start(*words):
         command = [sys.executable, '-c', HOLD, str(tmp_path), *words]
         environ = {**os.environ, 'PYTHONPATH': str(ROOT)}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ))
+        started.append(commands.Popen(command, stdout=subprocess.PIPE, text=True, env=environ))
         assert started[-1].stdout.readline() == 'held\n'
         return started[-1]
 
     yield start
     for process in started:
-        process.kill()
-        process.wait()
+        process.close()
 
 
 def kept(tmp_path):

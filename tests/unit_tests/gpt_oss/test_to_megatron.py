@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from megatron.gpt_oss.checkpoint.to_megatron import Job, convert_to_megatron
 from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.training import checkpoint_integrity
+from tests.unit_tests import commands
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.builders import (
     TINY,
@@ -249,7 +249,7 @@ def test_training_starts_from_it(tmp_path):
     from megatron.gpt_oss.tiny import write_tiny_hf
 
     source = write_tiny_hf(tmp_path / 'hf', seed=3)
-    words = ['tokenize', str(Path(__file__).parent), '--pattern', '*.py']
+    words = ['tokenize', str(Path(__file__).parent), '--pattern', 'test_p*.py']
     cli.main([*words, '--output', str(tmp_path / 'data')])
     convert_to_megatron(source, tmp_path / 'start', Layout(tp=2, ep=2))
     losses = []
@@ -258,10 +258,10 @@ def test_training_starts_from_it(tmp_path):
         words = ['--preset', 'tiny', '--tokenizer-model', source, '--data-path', tmp_path / 'data']
         words += ['--run-dir', run, '--train-iters', 2, '--lr', 1e-3, '--global-batch-size', 2]
         words += ['--seq-length', 64, '--save-interval', 2, '--eval-iters', 0, '--split', '1,0,0']
-        words += ['--bf16', *flags]
+        words += ['--bf16', '--num-workers', 0, *flags]
         environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
         command = [sys.executable, '-c', TRAIN, *map(str, words)]
-        result = subprocess.run(
+        result = commands.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=300
         )
         assert result.returncode == 0, result.stderr[-3000:]
@@ -303,9 +303,7 @@ def run_until_killed(direction, source, out, calls):
     """Convert in a process of its own that is killed after some tensors; how many it read."""
     environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     command = [sys.executable, '-c', KILLED, direction, str(source), str(out), str(calls)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120
-    )
+    return commands.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=120)
 
 
 def test_a_killed_conversion_goes_on(hf, tmp_path):

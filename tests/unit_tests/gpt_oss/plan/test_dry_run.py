@@ -4,7 +4,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from megatron.gpt_oss.plan.machines import TORCHRUN, Machines
 from megatron.gpt_oss.plan.memory import fullest_rank
 from megatron.gpt_oss.plan.search import Wanted, all_plans
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.distributed import free_port
+from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[4]
 NULL = '--tokenizer-type NullTokenizer --vocab-size 200000'.split()
@@ -32,31 +31,24 @@ FLAGS = '--preset 20b --bf16 --global-batch-size 64 --expert-model-parallel-size
 SPLIT = f'{FLAGS} --use-distributed-optimizer --memory lean'
 
 
-def _run(*command):
+def _run(*flags, ranks=1):
     environ = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        environ.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', *command, *NULL],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout, done.stderr
+    command = [sys.executable, '-W', 'ignore', 'pretrain_gpt_oss.py', *flags, *NULL]
+    options = dict(cwd=ROOT, env=environ, text=True, timeout=200)
+    if ranks > 1:
+        return commands.run_ranks(command, ranks, **options)
+    return commands.run(command, capture_output=True, **options)
 
 
-def test_alone_and_under_torchrun(tmp_path):
+def test_alone_and_as_ranks(tmp_path):
     """The same breakdown, once; nothing is made."""
-    flags = ['pretrain_gpt_oss.py', *SPLIT.split(), '--run-dir', str(tmp_path / 'run')]
-    code, alone, error = _run(*flags, '--dry-run', '2')
-    assert code == 0, error
-    torchrun = ['-m', 'torch.distributed.run', '--nproc-per-node', '2']
-    torchrun += ['--master-port', str(free_port())]
-    code, together, error = _run(*torchrun, *flags, '--dry-run')
-    assert code == 0, error
-    assert alone == together
+    flags = [*SPLIT.split(), '--run-dir', str(tmp_path / 'run')]
+    done = _run(*flags, '--dry-run', '2')
+    alone = done.stdout
+    assert done.returncode == 0, done.stderr
+    together = _run(*flags, '--dry-run', ranks=2)
+    assert [rank.returncode for rank in together] == [0, 0], together[0].stderr
+    assert [rank.stdout for rank in together] == [alone, '']
     assert '20b, 24 layers, 2 GPUs' in alone and 'EP 2 DP 2, lean' in alone
     # 20.915e9 parameters, of which 19.117e9 are the experts', on two ranks; 2 bytes each
     assert 'parameters   22.71 GB' in alone
@@ -65,8 +57,10 @@ def test_alone_and_under_torchrun(tmp_path):
 
 def test_mistake():
     """One sentence and exit code 2, as without --dry-run."""
-    code, _, error = _run('pretrain_gpt_oss.py', *FLAGS.split(), '--dry-run', '3')
-    assert code == 2 and error.startswith('error: Megatron refuses these arguments')
+    done = _run(*FLAGS.split(), '--dry-run', '3')
+    assert done.returncode == 2 and done.stderr.startswith(
+        'error: Megatron refuses these arguments'
+    )
 
 
 @pytest.mark.parametrize(
