@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss.arguments import read
-from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.presets import architecture_flags, get_preset
 from megatron.gpt_oss.training import resume_rules
+from tests.unit_tests import commands
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss import runs
 from tests.unit_tests.gpt_oss.test_run_lock import HOLD, ROOT
@@ -44,7 +45,18 @@ def run_dir(first, tmp_path):
 def start(ranks, inputs, run_dir, flags, words=None):
     """What the second start prints for people."""
     argv = words or runs.command(inputs, run_dir, f'{LONGER} {flags}')
-    return ranks.run(runs.main_in_rank, argv, world_size=1, init_process_group=False)[0]
+    printed, error = ranks.run(told, argv, world_size=1, init_process_group=False)[0]
+    if error:
+        raise UsageError(error)
+    return printed
+
+
+def told(argv):
+    """(what a run prints, '') or ('', the sentence that refuses it): the rank is used again."""
+    try:
+        return runs.main_in_rank(argv), ''
+    except (UsageError, RunError) as error:
+        return '', str(error)
 
 
 def record_of(run_dir):
@@ -63,33 +75,38 @@ def test_what_is_recorded(first, inputs):
     assert not (first / 'run.lock.json').exists()
 
 
-@pytest.mark.parametrize(
-    'flags, line',
-    [
-        ('', None),
-        (
-            '--micro-batch-size 2 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 --log-throughput',
-            None,
-        ),
-        ('--seed 5', '--seed was 1234 and is 5: the data is shuffled anew'),
-        ('--split 80,20,0', '--split was 90,10,0 and is 80,20,0: other documents'),
-        (
-            '--clip-grad 0.5 --moe-z-loss-coeff 0.1',
-            '--clip-grad was 1.0 and is 0.5; --moe-z-loss-coeff was not given and is 0.1',
-        ),
-    ],
-)
-def test_goes_on(ranks, inputs, run_dir, flags, line):
-    printed = start(ranks, inputs, run_dir, flags)
-    assert 'resumed at step 2' in printed and 'step 3/3' in printed
-    told = [text for text in printed.splitlines() if text.startswith('changed since')]
-    assert len(told) == (line is not None), told
-    assert line is None or line in told[0]
-    changes = record_of(run_dir)['changes']
-    assert len(changes) == len(told) and all(item['step'] == 2 for item in changes)
-    # Told once: the next start compares with this one.
-    again = start(ranks, inputs, run_dir, f'{flags} --train-iters 4')
-    assert 'changed since' not in again and record_of(run_dir)['changes'] == changes
+def test_goes_on(ranks, inputs, run_dir):
+    """One start after the other, each with what the one before it had, and more."""
+    flags, changes = '', []
+    for step, (more, line) in enumerate(
+        [
+            ('', None),
+            (
+                '--micro-batch-size 2 --recompute-granularity full --recompute-method uniform '
+                '--recompute-num-layers 1 --log-throughput',
+                None,
+            ),
+            ('--seed 5', '--seed was 1234 and is 5: the data is shuffled anew'),
+            ('--split 80,20,0', '--split was 90,10,0 and is 80,20,0: other documents'),
+            (
+                '--clip-grad 0.5 --moe-z-loss-coeff 0.1',
+                '--clip-grad was 1.0 and is 0.5; --moe-z-loss-coeff was not given and is 0.1',
+            ),
+            ('', None),
+        ],
+        start=2,
+    ):
+        flags = f'{flags} {more}'
+        printed = start(ranks, inputs, run_dir, f'{flags} --train-iters {step + 1}')
+        assert f'resumed at step {step}' in printed and f'step {step + 1}/{step + 1}' in printed
+        told = [text for text in printed.splitlines() if text.startswith('changed since')]
+        assert len(told) == (line is not None), told
+        # Once: the next start compares with this one. And only what is new.
+        assert line is None or told[0].partition(': ')[2].startswith(line)
+        found = record_of(run_dir)['changes']
+        assert found[: len(changes)] == changes and len(found) == len(changes) + len(told)
+        assert all(item['step'] == step for item in found[len(changes) :])
+        changes = found
 
 
 @pytest.mark.parametrize('flags', ['--seq-length 32', '--global-batch-size 2', '--lr 5e-4'])
@@ -99,9 +116,9 @@ def test_told_by_the_loader_alone(ranks, inputs, run_dir, flags):
     assert 'changed since' not in printed and 'in the checkpoint' in printed
 
 
-@pytest.mark.parametrize(
-    'flags, message',
-    [
+def test_refused(ranks, inputs, run_dir):
+    before = {path: path.read_bytes() for path in run_dir.rglob('*.json')}
+    for flags, message in (
         (
             '--yarn-factor 64',
             r'--yarn-factor was not given and is 64.* \(rotary_scaling_factor was',
@@ -111,13 +128,10 @@ def test_told_by_the_loader_alone(ranks, inputs, run_dir, flags):
             '--optimizer sgd',
             '--optimizer was adam and is sgd: .* another optimizer.*--no-load-optim',
         ),
-    ],
-)
-def test_refused(ranks, inputs, run_dir, flags, message):
-    before = {path: path.read_bytes() for path in run_dir.rglob('*.json')}
-    with pytest.raises(Exception, match=message):
-        start(ranks, inputs, run_dir, flags)
-    assert {path: path.read_bytes() for path in run_dir.rglob('*.json')} == before
+    ):
+        with pytest.raises(Exception, match=message):
+            start(ranks, inputs, run_dir, flags)
+        assert {path: path.read_bytes() for path in run_dir.rglob('*.json')} == before
     assert 'step 3/3' in start(ranks, inputs, run_dir, '')
 
 
@@ -264,7 +278,7 @@ def test_folder_in_use(ranks, inputs, tmp_path, monkeypatch):
     """Nothing is made there; a run that fails gives the folder back."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     command = [sys.executable, '-c', HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+    with commands.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == 'held\n'
         with pytest.raises(Exception, match='is in use by another run'):
             start(ranks, inputs, tmp_path, '')
