@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,17 +52,27 @@ def checkout(tmp_path_factory):
 def python(tmp_path_factory):
     """A fresh environment that holds a stand-in for an installed upstream wheel."""
     folder = tmp_path_factory.mktemp("env")
-    run(sys.executable, "-m", "venv", str(folder / "venv"), cwd=folder)
-    stand_in = folder / "upstream"
-    (stand_in / "megatron" / "core").mkdir(parents=True)
-    (stand_in / "megatron" / "core" / "old.py").write_text("")
-    (stand_in / "setup.py").write_text(
-        "from setuptools import setup\n"
-        "setup(name='megatron-core', version='0.19.2', packages=['megatron.core'])\n"
-    )
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder / "venv"), cwd=folder)
     python = str(folder / "venv" / "bin" / "python")
-    run(python, "-m", "pip", "install", "-q", str(stand_in), cwd=folder)
+    wheel = folder / "megatron_core-0.19.2-py3-none-any.whl"
+    info = "megatron_core-0.19.2.dist-info"
+    files = {
+        "megatron/core/old.py": "",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.19.2\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    files[f"{info}/RECORD"] = "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    install(python, str(wheel), cwd=folder)
     return python
+
+
+def install(python, *words, cwd):
+    """By the pip of the tests, and without compiling every file, which takes longer than the rest."""
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    run(*pip, "install", "-q", "--no-deps", "--no-compile", *words, cwd=cwd)
 
 
 def test_wheel_then_editable(checkout, python, tmp_path):
@@ -71,12 +82,12 @@ def test_wheel_then_editable(checkout, python, tmp_path):
     (wheel,) = wheels.glob("*.whl")
     (sdist,) = wheels.glob("*.tar.gz")
     assert wheel.name.startswith("megatron_core-0.19.2+gptoss.")
-    run(python, "-m", "pip", "install", "-q", "--no-deps", str(wheel), cwd=tmp_path)
+    install(python, str(wheel), cwd=tmp_path)
     count, place, patched, helpers = look(python, tmp_path)
     assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
     assert "site-packages" in place and not (Path(place) / "core" / "old.py").exists()
 
-    run(python, "-m", "pip", "install", "-q", "--no-deps", "-e", ".", cwd=checkout)
+    install(python, "-e", ".", cwd=checkout)
     count, place, patched, helpers = look(python, tmp_path)
     assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
     assert place == str(checkout / "megatron")
