@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -22,6 +21,7 @@ from megatron.gpt_oss.data.lengths import Histogram, bucket_names, parse_lengths
 from megatron.gpt_oss.data.tokenize import tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
 from megatron.gpt_oss.errors import UsageError
+from tests.unit_tests import commands
 
 END = 256
 
@@ -242,7 +242,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, workers):
 
     def start(out):
         words = [sys.executable, script, tmp_path / 'corpus', out / 'data', tmp_path / 'tokenizer']
-        return subprocess.Popen([*map(str, words), str(workers)], env=environ)
+        return commands.Popen([*map(str, words), str(workers)], env=environ)
 
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     assert start(whole).wait(120) == 0
