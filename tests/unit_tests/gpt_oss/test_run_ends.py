@@ -16,6 +16,7 @@ import torch
 
 from megatron.gpt_oss.errors import RunError
 from megatron.training import checkpoint_integrity, step_callbacks
+from tests.unit_tests import commands
 from tests.unit_tests.distributed import free_port
 from tests.unit_tests.gpt_oss import runs
 
@@ -32,32 +33,28 @@ class Processes:
         for rank in range(world_size):
             environ = {
                 **os.environ,
-                'PYTHONPATH': str(ROOT),
                 'OMP_NUM_THREADS': '1',
-                'RANK': str(rank),
-                'LOCAL_RANK': str(rank),
-                'WORLD_SIZE': str(world_size),
-                'MASTER_ADDR': '127.0.0.1',
-                'MASTER_PORT': port,
+                **commands.rank_variables(rank, world_size, port),
             }
             with open(self.printed / f'{rank}.out', 'w') as out:
                 with open(self.printed / f'{rank}.err', 'w') as err:
                     command = [sys.executable, str(ROOT / 'pretrain_gpt_oss.py')]
                     command += runs.command(inputs, run_dir, flags)
                     self.processes.append(
-                        subprocess.Popen(command, env=environ, stdout=out, stderr=err)
+                        commands.Popen(command, env=environ, stdout=out, stderr=err)
                     )
 
     def wait_for_step(self, step):
         """Until a step is logged."""
-        deadline = time.monotonic() + 180
         metrics = self.run_dir / 'metrics.jsonl'
-        while time.monotonic() < deadline:
-            if metrics.is_file() and f'"step": {step},' in metrics.read_text():
-                return
+        self.wait_until(lambda: metrics.is_file() and f'"step": {step},' in metrics.read_text())
+
+    def wait_until(self, seen):
+        deadline = time.monotonic() + 180
+        while not seen():
             assert all(process.poll() is None for process in self.processes), self.errors(0)
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        raise AssertionError(f'no step {step}')
 
     def wait(self):
         """Exit codes."""
@@ -65,7 +62,7 @@ class Processes:
             return [process.wait(timeout=120) for process in self.processes]
         finally:
             for process in self.processes:
-                process.kill()
+                process.close()
 
     def errors(self, rank):
         return (self.printed / f'{rank}.err').read_text()
@@ -115,6 +112,8 @@ def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
     flags = f'--train-iters 100000 --save-interval 2 --context-parallel-size 2 {mode}'
     running = Processes(inputs, tmp_path / 'run', flags)
     running.wait_for_step(3)
+    # Written beside the training, the checkpoint of step 2 may come later.
+    running.wait_until((tmp_path / 'run/checkpoints/latest_checkpointed_iteration.txt').is_file)
     running.processes[0].kill()
     started = time.monotonic()
     codes = running.wait()
