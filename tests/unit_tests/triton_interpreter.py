@@ -4,12 +4,13 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.unit_tests import commands
 
 
 def run_in_interpreter(tests: Path) -> None:
@@ -23,7 +24,7 @@ def run_in_interpreter(tests: Path) -> None:
         pytest.skip("the kernels are tested on the device")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", str(tests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip("this Triton's interpreter does not know this NumPy (3.6 and 2.4)")
     assert done.returncode == 0, done.stdout[-4000:]

@@ -4,7 +4,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
 from megatron.core.transformer.moe.row_permutation import add_rows, rows_of_tokens, take_rows
+from tests.unit_tests import commands
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, HIDDEN, EXPERTS, TOPK = 37, 24, 8, 4
@@ -116,7 +116,7 @@ def test_kernel_in_interpreter():
     """In a process of its own: TRITON_INTERPRET counts when triton is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", KERNEL]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = commands.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if "only 0-dimensional arrays can be converted" in done.stderr:
         pytest.skip("this Triton's interpreter does not know this NumPy (3.6 and 2.4)")
     assert done.returncode == 0, done.stderr[-4000:]
