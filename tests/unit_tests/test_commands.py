@@ -16,7 +16,7 @@ from tests.unit_tests import commands
 # What both ways have to do alike: (name, program, words, environment, standard input).
 LOOK = """
 import multiprocessing, os, sys
-print(__name__, sys.argv, os.getcwd(), os.environ.get('INVENTED'), 'TMPDIR' in os.environ)
+print(__name__, sys.argv, os.getcwd(), os.environ.get('INVENTED'), 'HOME' in os.environ)
 print(sys.path[0], globals().get('__file__'), sys.modules['__main__'].__dict__ is globals())
 print(multiprocessing.current_process().name, multiprocessing.parent_process(), os.getsid(0) > 0)
 print(multiprocessing.get_start_method(allow_none=True), multiprocessing.get_start_method())
@@ -69,7 +69,8 @@ def both(command, **options):
 def test_as_a_process_of_its_own(tmp_path, program):
     """Streams, status, traceback."""
     (tmp_path / 'script.py').write_text(program)
-    environ = {**os.environ, 'INVENTED': 'a', 'TMPDIR': ''}
+    environ = {**os.environ, 'INVENTED': 'a'}
+    environ.pop('HOME', None)  # which the server has
     options = dict(cwd=tmp_path, env=environ, input='given', capture_output=True, text=True)
     forked, own = both([tmp_path / 'script.py', 'a', '--b c'], **options)
     assert forked.returncode == own.returncode
