@@ -4,8 +4,11 @@ VENV := .venv
 # Steps of `make train`; a larger number later goes on from the last checkpoint.
 STEPS ?= 120
 BIN := $(VENV)/bin
-# One thread a rank: the tests start several ranks on few cores.
+# One thread a rank: the tests start several ranks on few cores. Ranks wait for each other, so that
+# two processes of tests keep two cores busy; more only make them wait longer.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 # Cases of `make fuzz`, and the seed of their draws.
 N ?= 100
@@ -44,10 +47,10 @@ train: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/gpt_oss/train_tiny.sh runs/tiny $(STEPS)
 
 test: test-install
-	$(PYTEST) -m "not gpu and not slow" --durations=10
+	$(PYTEST) $(PARALLEL) -m "not gpu and not slow" --durations=10
 
 test-all: test-install
-	$(PYTEST) -m "not gpu" --durations=20
+	$(PYTEST) $(PARALLEL) -m "not gpu" --durations=20
 
 fuzz: test-install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --count $(N) $(if $(SEED),--seed $(SEED)) --shrink
