@@ -9,9 +9,9 @@ Megatron-LM's flags override the preset; --help lists ours and those that most r
 
 import sys
 
-from megatron.gpt_oss import flag_help
+from megatron.gpt_oss.arguments import help as flag_help
 from megatron.gpt_oss.errors import run_main
-from megatron.gpt_oss.quiet import silence_import_notices
+from megatron.gpt_oss.import_warnings import silence_import_notices
 from megatron.gpt_oss.training.signals import end_with_launcher
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         return flag_help.show_help()
     end_with_launcher()  # before the imports: it may be killed while they last
     silence_import_notices()
-    from megatron.gpt_oss.training.run import main as train
+    from megatron.gpt_oss.training.pretrain import main as train
 
     train()
 

@@ -46,10 +46,10 @@ from benchmarks.trainer import Trainer, make_batch
 from benchmarks.work import model_flops
 from megatron.core import device_utils
 from megatron.core.transformer.moe.router import TopKRouter
-from megatron.gpt_oss.plan.layout import Layout, Recompute
-from megatron.gpt_oss.plan.memory import fullest_rank
+from megatron.gpt_oss.planner.layout import Layout, Recompute
+from megatron.gpt_oss.planner.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.training.router_load import busiest_rank
+from megatron.gpt_oss.training.metrics.router_load import busiest_rank
 
 GB = 1e9
 # bf16 has 3 digits; the mean over thousands of tokens is far better than one of them.

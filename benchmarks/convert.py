@@ -37,15 +37,15 @@ import psutil
 import report
 import torch
 
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
-from megatron.gpt_oss.checkpoint.hf_writer import (
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf.mxfp4 import dequantize, quantize
+from megatron.gpt_oss.checkpoint.hf.safetensors_file import SafetensorsWriter
+from megatron.gpt_oss.checkpoint.hf.writer import (
     MAX_SHARD_BYTES,
     MXFP4,
     QUANTIZATION_CONFIG,
     FilePlan,
 )
-from megatron.gpt_oss.checkpoint.mxfp4 import dequantize, quantize
-from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsWriter
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.presets import Preset, get_preset
 

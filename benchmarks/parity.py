@@ -26,9 +26,9 @@ TESTS = (
     "tests/unit_tests/gpt_oss/test_parity.py",
     "tests/unit_tests/gpt_oss/test_parity_parallel.py",
     "tests/unit_tests/gpt_oss/test_parity_bf16.py",
-    "tests/unit_tests/gpt_oss/test_export.py",
-    "tests/unit_tests/gpt_oss/test_to_megatron.py",
-    "tests/unit_tests/gpt_oss/test_mxfp4.py",
+    "tests/unit_tests/gpt_oss/checkpoint/test_export_hf.py",
+    "tests/unit_tests/gpt_oss/checkpoint/test_import_hf.py",
+    "tests/unit_tests/gpt_oss/checkpoint/test_mxfp4.py",
     "tests/unit_tests/models/common/embeddings/test_yarn_rotary_pos_embedding.py",
 )
 

@@ -48,8 +48,8 @@ from megatron.core.transformer.sink_attention.measure import (
     run_once,
     time_interleaved,
 )
+from megatron.gpt_oss.arguments.te_requirements import installed_versions
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.transformer_engine import installed_versions
 
 K = 1024
 CASES = [

@@ -53,8 +53,8 @@ from benchmarks.activation_offload import MINIMUM_BYTES, ActivationOffload
 from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
-from megatron.gpt_oss.plan.layout import Layout, Recompute
-from megatron.gpt_oss.plan.memory import fullest_rank
+from megatron.gpt_oss.planner.layout import Layout, Recompute
+from megatron.gpt_oss.planner.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
 
 K = 1024

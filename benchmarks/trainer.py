@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.training.step import losses_and_loss_func
+from megatron.gpt_oss.training.forward_step import losses_and_loss_func
 
 
 def start_alone(backend: str | None = None) -> None:

@@ -50,10 +50,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
-from megatron.gpt_oss.memory_policy import POLICIES
-from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.memory import BESIDE_TENSORS, GB, fullest_rank
-from megatron.gpt_oss.plan.time import step_time
+from megatron.gpt_oss.arguments.recompute import POLICIES
+from megatron.gpt_oss.planner.layout import Layout
+from megatron.gpt_oss.planner.memory import BESIDE_TENSORS, GB, fullest_rank
+from megatron.gpt_oss.planner.time import step_time
 from megatron.gpt_oss.presets import get_preset
 
 GIB = 2**30
@@ -290,8 +290,8 @@ def layout_from_flags(flags: list[str], gpus: int) -> Layout:
 
 def _layout_from_flags(flags: list[str], gpus: int) -> Layout:
     warnings.simplefilter("ignore")
-    from megatron.gpt_oss.arguments import read
-    from megatron.gpt_oss.plan.dry_run import layout_of, validated
+    from megatron.gpt_oss.arguments.parse import read
+    from megatron.gpt_oss.planner.dry_run import layout_of, validated
 
     return layout_of(validated(read(flags), gpus))
 

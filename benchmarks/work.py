@@ -6,10 +6,10 @@ Forward and backward: 6 a parameter and token outside attention, 12 x seen query
 head dim in it. What is computed twice counts once.
 """
 
-from megatron.gpt_oss.plan.layout import Layout
-from megatron.gpt_oss.plan.parameters import layer_parameters, rank_parameters
+from megatron.gpt_oss.planner.layout import Layout
+from megatron.gpt_oss.planner.parameters import layer_parameters, rank_parameters
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.training.flops import visible_pairs
+from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
 
 def is_windowed(layer: int) -> bool:

@@ -9,16 +9,16 @@ python tools/flags_page.py --write    write it
 import sys
 from pathlib import Path
 
-from megatron.gpt_oss.flag_ledger import INERT, SUPPORTED, UNTESTED, WRONG
-from megatron.gpt_oss.foreign_names import FOREIGN_NAMES
-from megatron.gpt_oss.our_flags import ALLOW_UNTESTED
+from megatron.gpt_oss.arguments.flags import ALLOW_UNTESTED
+from megatron.gpt_oss.arguments.foreign_names import FOREIGN_NAMES
+from megatron.gpt_oss.arguments.ledger import INERT, SUPPORTED, UNTESTED, WRONG
 from megatron.gpt_oss.training.resume_rules import AT_LOAD, FREE, MODEL, OPTIMIZER
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
 
 HEAD = f"""# Flags
 
-Written by `tools/flags_page.py` from `megatron/gpt_oss/flag_ledger.py`; a test compares the ledger
+Written by `tools/flags_page.py` from `megatron/gpt_oss/arguments/ledger.py`; a test compares the ledger
 with the flags that Megatron's parser has. `--help` shows this project's own flags and those that
 most runs need, `--help-all` every one.
 

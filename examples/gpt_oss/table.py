@@ -19,10 +19,10 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 
 from report import markdown, write_section  # noqa: E402
 
-from megatron.gpt_oss.arguments import read  # noqa: E402
-from megatron.gpt_oss.plan.dry_run import layout_of, validated  # noqa: E402
-from megatron.gpt_oss.plan.memory import GB  # noqa: E402
-from megatron.gpt_oss.plan.search import Plan, Wanted, plan_of, shown  # noqa: E402
+from megatron.gpt_oss.arguments.parse import read  # noqa: E402
+from megatron.gpt_oss.planner.dry_run import layout_of, validated  # noqa: E402
+from megatron.gpt_oss.planner.memory import GB  # noqa: E402
+from megatron.gpt_oss.planner.search import Plan, Wanted, plan_of, shown  # noqa: E402
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"

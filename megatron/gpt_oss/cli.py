@@ -9,10 +9,10 @@ import argparse
 import logging
 from typing import Sequence
 
-from megatron.gpt_oss.data.tokenize_arguments import add_tokenize_arguments
+from megatron.gpt_oss.data.tokenize.arguments import add_tokenize_arguments
 from megatron.gpt_oss.errors import run_main
+from megatron.gpt_oss.import_warnings import silence_import_notices
 from megatron.gpt_oss.presets import PRESETS
-from megatron.gpt_oss.quiet import silence_import_notices
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +71,7 @@ def _add_tokenize(commands) -> None:
 
 
 def _run_tokenize(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.data.tokenize_command import run_tokenize
+    from megatron.gpt_oss.data.tokenize.command import run_tokenize
 
     run_tokenize(args)
 
@@ -99,7 +99,7 @@ def _add_init_tiny(commands) -> None:
 
 
 def _run_init_tiny(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.tiny import write_tiny_hf
+    from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 
     print(f"{write_tiny_hf(args.folder, args.seed)}: tiny gpt-oss, seed {args.seed}")
 
@@ -158,8 +158,8 @@ def _add_convert(commands) -> None:
 def _run_to_megatron(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from megatron.gpt_oss.checkpoint.layout import Layout
-    from megatron.gpt_oss.checkpoint.to_megatron import Job
+    from megatron.gpt_oss.checkpoint.import_hf import Job
+    from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
 
     _settle_in()
     job = Job(Path(args.hf), Layout(args.tp, args.pp, args.ep, args.etp, args.vpp))
@@ -170,7 +170,7 @@ def _run_to_megatron(args: argparse.Namespace) -> None:
 def _run_to_hf(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from megatron.gpt_oss.checkpoint.export import ExportJob
+    from megatron.gpt_oss.checkpoint.export_hf import ExportJob
 
     _settle_in()
     job = ExportJob(
@@ -200,7 +200,7 @@ def _settle_in() -> None:
 
 def _announce(source: str, out: str, needed: int) -> None:
     """Say what a conversion takes before it begins."""
-    from megatron.gpt_oss.checkpoint.unfinished import free_space, gigabytes
+    from megatron.gpt_oss.checkpoint.resumable_output import free_space, gigabytes
 
     free = gigabytes(free_space(out))
     print(f"{source} -> {out}: writes {gigabytes(needed)}, {free} are free there", flush=True)
@@ -240,7 +240,7 @@ def _add_sample(commands) -> None:
 
 
 def _run_sample(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.sample import sample_hf
+    from megatron.gpt_oss.diagnostics.sample import sample_hf
 
     print(sample_hf(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.seed))
 
@@ -254,7 +254,7 @@ def _add_plot(commands) -> None:
 
 
 def _run_plot(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.plot import plot_loss
+    from megatron.gpt_oss.training.metrics.plot import plot_loss
 
     print(f"{plot_loss(args.metrics, args.out, args.title)}: written")
 
@@ -267,7 +267,7 @@ def _add_report(commands) -> None:
 
 
 def _run_report(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.run_report import write_report
+    from megatron.gpt_oss.training.metrics.report import write_report
 
     print(f"{write_report(args.run_dir, args.out)}: written")
 
@@ -303,14 +303,14 @@ def _add_doctor(commands) -> None:
 
 
 def _run_doctor(args: argparse.Namespace) -> None:
-    from megatron.gpt_oss.doctor import run_doctor
+    from megatron.gpt_oss.diagnostics.doctor import run_doctor
 
     run_doctor(args.preset, args.seqlen, not args.no_measure, args.flex, args.json)
 
 
 def _add_plan(commands) -> None:
     parser = commands.add_parser("plan", help="layouts that fit some GPUs: memory, time, flags")
-    from megatron.gpt_oss.plan.command import add_arguments
+    from megatron.gpt_oss.planner.command import add_arguments
 
     add_arguments(parser)
 

@@ -32,7 +32,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from megatron.gpt_oss.device_connections import set_device_connections
+from megatron.gpt_oss.arguments.device_connections import set_device_connections
 from megatron.gpt_oss.presets import Preset, preset_flags
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.models.gpt import GPTModelConfig

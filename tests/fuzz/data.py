@@ -8,8 +8,8 @@ import numpy
 import torch
 
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.tiny import random_hf_tensors
 from tests.fuzz.case import Problem
 from tests.unit_tests.gpt_oss.builders import write_hf
 

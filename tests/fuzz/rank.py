@@ -44,7 +44,7 @@ def train(argv: list[str], preset: Preset, keep_batches: bool = False) -> RankRe
     Args:
         preset: known to the command line as --preset fuzz.
     """
-    from megatron.gpt_oss.training import run
+    from megatron.gpt_oss.training import pretrain as run
     from megatron.training import step_callbacks
     from megatron.training.training import set_startup_timestamps
 

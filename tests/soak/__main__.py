@@ -21,8 +21,8 @@ from random import SystemRandom
 import torch
 
 from benchmarks.report import machine
-from megatron.gpt_oss.checkpoint.torch_dist_reader import find_iteration
-from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
+from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from tests.soak import faults
 from tests.soak.attempt import Attempt, SoakError, kill_all
 from tests.soak.disk import Disk

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from megatron.gpt_oss.plan.machines import JOB, RENDEZVOUS
+from megatron.gpt_oss.planner.machines import JOB, RENDEZVOUS
 
 ROOT = Path(__file__).resolve().parents[2]
 _RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')
@@ -85,7 +85,7 @@ def dry_run(argv: list[str], machines: str | None = None) -> str:
     Raises:
         UsageError: as the command does.
     """
-    from megatron.gpt_oss.training.run import main
+    from megatron.gpt_oss.training.pretrain import main
     from megatron.training.training import destroy_global_state
 
     words = [*argv, '--dry-run', machines] if machines else list(argv)

@@ -20,7 +20,7 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
     import torch  # noqa: F401
 
     import megatron.training.training  # noqa: F401
-    from megatron.gpt_oss.training import run  # noqa: F401
+    from megatron.gpt_oss.training import pretrain as run  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
     from tests.unit_tests.command_lines import docstrings_read_once
 

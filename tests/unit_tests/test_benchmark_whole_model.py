@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import whole_model
-from megatron.gpt_oss.plan.layout import Layout, Recompute, loss_chunk_of
+from megatron.gpt_oss.planner.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.presets import get_preset
 from tests.unit_tests.gpt_oss import runs
 

@@ -208,10 +208,10 @@ def seed(tmp_path_factory):
     from safetensors.torch import save_file
 
     from megatron.gpt_oss import cli
-    from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
+    from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
     from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
+    from megatron.gpt_oss.diagnostics.random_checkpoint import write_json, write_tiny_hf
     from megatron.gpt_oss.presets import get_preset
-    from megatron.gpt_oss.tiny import write_json, write_tiny_hf
 
     folder = tmp_path_factory.mktemp('commands')
     for name in ('20b', '120b'):
@@ -306,7 +306,7 @@ def parse_script(words, module=False):
 
 def run_pretrain(words, machines):
     """A dry run of the words, which may ask for one themselves; as if TransformerEngine were there."""
-    from megatron.gpt_oss import transformer_engine
+    from megatron.gpt_oss.arguments import te_requirements as transformer_engine
 
     versions = transformer_engine.Versions((2, 20, 2), (9, 19, 0))
     with mock.patch.object(transformer_engine, 'installed_versions', lambda: versions):

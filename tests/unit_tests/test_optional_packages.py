@@ -106,7 +106,7 @@ def imported(tmp_path_factory):
     modules += ["megatron.core.optimizer", "megatron.core.models.gpt"]
     builders = ROOT / "megatron/training/argument_utils.py"  # our loop needs those of 0.19
     if builders.is_file() and "def gpt_config_from_args" in builders.read_text():
-        modules += ["megatron.gpt_oss.training.run"]
+        modules += ["megatron.gpt_oss.training.pretrain"]
     folders = {
         str(write(tmp_path_factory.mktemp("packages"), files)): name
         for name, files in CASES.items()

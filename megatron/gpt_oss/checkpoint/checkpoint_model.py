@@ -14,14 +14,14 @@ from typing import Any, Mapping
 import torch
 
 from megatron.gpt_oss.checkpoint.architecture import comparable, first_difference, windowed_layers
-from megatron.gpt_oss.checkpoint.hf_config import check_hf_config, hf_config_from_preset
-from megatron.gpt_oss.checkpoint.hf_fields import (
+from megatron.gpt_oss.checkpoint.hf.config import check_hf_config, hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf.fields import (
     MOST_EXPERTS,
     alternating_layers,
 )
-from megatron.gpt_oss.checkpoint.layout import Layout, checkpoint_files
 from megatron.gpt_oss.checkpoint.mapping import FC1, GLOBAL_NAMES, LAYER_NAMES, QKV
-from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader
+from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, checkpoint_files
+from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
 from megatron.gpt_oss.presets import MOST_LAYERS, Preset

@@ -4,7 +4,7 @@
 
 import torch
 
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
+from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.checkpoint.mapping import locate
 
 

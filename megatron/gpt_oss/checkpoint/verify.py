@@ -23,9 +23,9 @@ from megatron.gpt_oss.checkpoint.checkpoint_model import (
     preset_of_checkpoint,
     vocabulary_of,
 )
-from megatron.gpt_oss.checkpoint.hf_check import check_tensors
-from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
-from megatron.gpt_oss.checkpoint.hf_reader import HFReader
+from megatron.gpt_oss.checkpoint.hf.check import check_tensors
+from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.mapping import (
     MegatronSource,
     hf_names,
@@ -34,7 +34,7 @@ from megatron.gpt_oss.checkpoint.mapping import (
     is_vocabulary_matrix,
     megatron_to_hf,
 )
-from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
+from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.gpt_oss.presets import Preset
 from megatron.gpt_oss.progress import Progress
@@ -277,8 +277,8 @@ def _run_transformers(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _run_megatron_hf(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
-    from megatron.gpt_oss.checkpoint.load import load_hf
-    from megatron.gpt_oss.single_rank import single_rank_model
+    from megatron.gpt_oss.checkpoint.load_hf import load_hf
+    from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
 
     preset = preset_from_hf_config(read_hf_config(folder))
     with single_rank_model(preset) as model:
@@ -288,7 +288,7 @@ def _run_megatron_hf(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def _run_megatron(iteration: Path, preset: Preset, ids: torch.Tensor) -> list[torch.Tensor]:
     from megatron.core import dist_checkpointing
-    from megatron.gpt_oss.single_rank import single_rank_model
+    from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
 
     with single_rank_model(preset) as model:
         metadata = dist_checkpointing.load_content_metadata(str(iteration))

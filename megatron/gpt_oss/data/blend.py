@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy
 import yaml
 
-from megatron.gpt_oss.data.index_file import check_dataset
+from megatron.gpt_oss.data.indexed_dataset import check_dataset
 from megatron.gpt_oss.data.lengths import VALIDATION
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import brief

@@ -86,7 +86,7 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
         UsageError: matplotlib is not installed.
     """
     from megatron.gpt_oss.data.corpus_record import TOKENIZE
-    from megatron.gpt_oss.plot import import_pyplot, save_picture
+    from megatron.gpt_oss.training.metrics.plot import import_pyplot, save_picture
 
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(

@@ -23,7 +23,7 @@ from megatron.gpt_oss.data.corpus_record import (
     output_of,
     owner_of,
 )
-from megatron.gpt_oss.data.index_file import check_dataset
+from megatron.gpt_oss.data.indexed_dataset import check_dataset
 from megatron.gpt_oss.errors import UsageError, as_os_sentence
 from megatron.gpt_oss.outputs import naming, sha256
 from megatron.gpt_oss.progress import Progress

@@ -12,7 +12,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.gpt_oss.data.blend import without_unread
-from megatron.gpt_oss.data.document_end import DatasetTokenizer, document_end_of
+from megatron.gpt_oss.data.eod import DatasetTokenizer, document_end_of
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 

@@ -16,18 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
-from megatron.gpt_oss.data.blend_arguments import read_prefixes
+from megatron.gpt_oss.arguments.run_spec import RunSpec
+from megatron.gpt_oss.arguments.validate_data import read_prefixes
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.outputs import MADE_BY, sha256, write_file
-from megatron.gpt_oss.run_file import (
+from megatron.gpt_oss.training.resume_rules import check_changes, told
+from megatron.gpt_oss.training.run_file import (
     OLD_RUN_FILE,
     RUN_FILE,
     find_run_file,
     recorded_arguments,
 )
-from megatron.gpt_oss.run_spec import RunSpec
-from megatron.gpt_oss.training.resume_rules import check_changes, told
 
 RUN = "pretrain_gpt_oss.py"
 VERSION = 1

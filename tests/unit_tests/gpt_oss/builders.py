@@ -8,14 +8,14 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
-from megatron.gpt_oss.checkpoint.hf_reader import HFReader
-from megatron.gpt_oss.checkpoint.hf_writer import QUANTIZATION_CONFIG
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf.reader import HFReader
+from megatron.gpt_oss.checkpoint.hf.writer import QUANTIZATION_CONFIG
 from megatron.gpt_oss.checkpoint.mapping import is_expert_matrix
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
+from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.tiny import random_hf_tensors
 
 TINY = get_preset('tiny')
 # No two sizes alike, 3 groups, an odd depth, a window and a YaRN length that short tests cross.

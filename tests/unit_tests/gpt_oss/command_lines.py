@@ -5,7 +5,7 @@
 import functools
 from argparse import ArgumentParser, Namespace
 
-from megatron.gpt_oss.our_flags import add_our_arguments
+from megatron.gpt_oss.arguments.flags import add_our_arguments
 from megatron.training.arguments import add_megatron_arguments
 
 

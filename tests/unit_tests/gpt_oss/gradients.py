@@ -2,7 +2,7 @@
 
 """Gradients of a model that is split over ranks, against those of transformers' model."""
 
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
+from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.checkpoint.mapping import hf_to_megatron, locate
 
 

@@ -8,8 +8,8 @@ import random
 import torch
 from safetensors.torch import save_file
 
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset, read_hf_config
-from megatron.gpt_oss.checkpoint.load import load_hf
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset, read_hf_config
+from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from tests.unit_tests.gpt_oss.builders import ODD, build_model
 
 ABSENT = object()
@@ -82,7 +82,7 @@ def our_logits(folder, ids: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: the folder is refused.
     """
-    from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config
+    from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config
 
     preset = preset_from_hf_config(read_hf_config(folder))
     model = build_model(preset).eval()

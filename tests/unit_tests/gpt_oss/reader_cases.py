@@ -16,26 +16,26 @@ from safetensors.torch import save_file
 from megatron.core.dist_checkpointing import restricted_pickle
 from megatron.core.tokenizers.text.libraries.fast_tokenizer import FastTokenizer
 from megatron.gpt_oss import errors
+from megatron.gpt_oss.arguments.recipe import read_recipe
 from megatron.gpt_oss.checkpoint.checkpoint_model import preset_of_checkpoint
-from megatron.gpt_oss.checkpoint.companions import check_tokenizer
-from megatron.gpt_oss.checkpoint.hf_check import check_tensors
-from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
-from megatron.gpt_oss.checkpoint.hf_reader import HFReader
-from megatron.gpt_oss.checkpoint.safetensors_file import SafetensorsFile
-from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
-from megatron.gpt_oss.checkpoint.torch_dist_reader import TorchDistReader, find_iteration
-from megatron.gpt_oss.checkpoint.unfinished import Unfinished
+from megatron.gpt_oss.checkpoint.hf.auxiliary_files import check_tokenizer
+from megatron.gpt_oss.checkpoint.hf.check import check_tensors
+from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf.reader import HFReader
+from megatron.gpt_oss.checkpoint.hf.safetensors_file import SafetensorsFile
+from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
+from megatron.gpt_oss.checkpoint.resumable_output import Unfinished
+from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.data.blend import num_tokens, read_blend
-from megatron.gpt_oss.data.document_end import document_end_of
-from megatron.gpt_oss.data.documents import BadDocument, read_records, text_of
-from megatron.gpt_oss.data.index_file import read_lengths, write_index
-from megatron.gpt_oss.data.partial_output import PartialOutput
+from megatron.gpt_oss.data.eod import document_end_of
+from megatron.gpt_oss.data.indexed_dataset import read_lengths, write_index
+from megatron.gpt_oss.data.tokenize.documents import BadDocument, read_records, text_of
+from megatron.gpt_oss.data.tokenize.output import PartialOutput
 from megatron.gpt_oss.data.tokenizer_files import eos_token_of, load_text_tokenizer
+from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.metrics import drop_from, read_metrics
-from megatron.gpt_oss.recipe import read_recipe
-from megatron.gpt_oss.run_report import write_report
-from megatron.gpt_oss.tiny import write_tiny_hf
+from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
+from megatron.gpt_oss.training.metrics.report import write_report
 from megatron.gpt_oss.training.resume_rules import told
 from megatron.gpt_oss.training.run_record import RUN, check_foreign, compare_records, read_record
 from megatron.training import checkpoint_integrity

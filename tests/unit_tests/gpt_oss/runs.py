@@ -8,7 +8,7 @@ import signal
 import time
 from pathlib import Path
 
-from megatron.gpt_oss.metrics import read_metrics
+from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 
 COMMON = (
     '--preset tiny --preset-layers 2 --split 90,10,0 --seq-length 64 --micro-batch-size 1 '
@@ -22,7 +22,7 @@ def write_inputs(folder: Path, num_layers: int = 2) -> Path:
     import dataclasses
 
     from megatron.gpt_oss.data.byte_tokenizer import build_byte_tokenizer, write_byte_tokenizer
-    from megatron.gpt_oss.data.tokenize import tokenize_files
+    from megatron.gpt_oss.data.tokenize.files import tokenize_files
     from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
     from megatron.gpt_oss.presets import get_preset
     from tests.unit_tests.gpt_oss.builders import trained_tensors, write_hf
@@ -30,7 +30,7 @@ def write_inputs(folder: Path, num_layers: int = 2) -> Path:
     preset = dataclasses.replace(get_preset('tiny'), num_layers=num_layers)
     write_hf(folder / 'hf', preset, trained_tensors(preset))
     write_byte_tokenizer(folder / 'hf')
-    files = sorted(str(path) for path in Path(__file__).parent.glob('test_*.py'))
+    files = sorted(str(path) for path in Path(__file__).parent.rglob('test_*.py'))
     tokenizer = load_text_tokenizer(folder / 'hf')
     tokenize_files(files[:12], str(folder / 'data'), tokenizer)
     assert build_byte_tokenizer().get_vocab_size() <= preset.vocab_size
@@ -55,7 +55,7 @@ def main_in_rank(argv: list[str], prepare=None) -> str:
 
     `prepare()` may register callbacks of its own before.
     """
-    from megatron.gpt_oss.training.run import main
+    from megatron.gpt_oss.training.pretrain import main
     from megatron.training import step_callbacks
     from megatron.training.training import set_startup_timestamps
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss import cli, errors
-from megatron.gpt_oss.data.documents import BadDocument, read_records, text_of
-from megatron.gpt_oss.metrics import drop_from, read_metrics
-from megatron.gpt_oss.run_report import write_report
+from megatron.gpt_oss.data.tokenize.documents import BadDocument, read_records, text_of
+from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
+from megatron.gpt_oss.training.metrics.report import write_report
 from tests.unit_tests.gpt_oss.reader_cases import READERS, good_files, read_damaged
 
 DEEP = '[' * 100_000
@@ -375,7 +375,7 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     'flags', ['--preset-layers 1000000000', '--preset none --num-layers 999999']
 )
 def test_a_depth_that_no_model_has(flags):
-    from megatron.gpt_oss.arguments import read
+    from megatron.gpt_oss.arguments.parse import read
 
     with pytest.raises(errors.UsageError, match='is not a depth'):
         read(f'--preset tiny --mock-data {flags}'.split())

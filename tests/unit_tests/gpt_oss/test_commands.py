@@ -10,10 +10,10 @@ import torch
 from megatron.gpt_oss import cli
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
+from megatron.gpt_oss.diagnostics.sample import generate, sample_hf
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.metrics import read_metrics
-from megatron.gpt_oss.plot import plot_loss
-from megatron.gpt_oss.sample import generate, sample_hf
+from megatron.gpt_oss.training.metrics.jsonl import read_metrics
+from megatron.gpt_oss.training.metrics.plot import plot_loss
 
 
 def _gptoss(*argv):

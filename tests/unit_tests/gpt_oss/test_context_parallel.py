@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core.transformer.sink_attention.packed import PackedSequence
-from megatron.gpt_oss.checkpoint.load import load_hf
-from megatron.gpt_oss.training.step import losses_and_loss_func
+from megatron.gpt_oss.checkpoint.load_hf import load_hf
+from megatron.gpt_oss.training.forward_step import losses_and_loss_func
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
 from tests.unit_tests.gpt_oss.gradients import gradient_errors

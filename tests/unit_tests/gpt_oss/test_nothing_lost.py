@@ -16,11 +16,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.gpt_oss import cli
 from megatron.gpt_oss.checkpoint import verify as verify_module
-from megatron.gpt_oss.checkpoint.export import export_hf
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
-from megatron.gpt_oss.checkpoint.hf_reader import HFReader
-from megatron.gpt_oss.checkpoint.load import load_hf
-from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
+from megatron.gpt_oss.checkpoint.export_hf import export_hf
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf.reader import HFReader
+from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
+from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.presets import preset_flags
 from tests.unit_tests.gpt_oss.builders import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.gpt_oss import cli, outputs
-from megatron.gpt_oss.checkpoint import unfinished as unfinished_module
+from megatron.gpt_oss.checkpoint import resumable_output as unfinished_module
 from megatron.gpt_oss.errors import as_os_sentence, run_main
 
 PAGE = '<!doctype html><html lang="en"><head><title>mine</title></head></html>'
@@ -331,7 +331,7 @@ def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
         gptoss(*f'{TO_HF} out'.split())
     assert os.path.exists('out/.gptoss.partial/.gptoss.json')
     monkeypatch.setattr(unfinished_module, 'move_file', move_file)
-    monkeypatch.setattr('megatron.gpt_oss.checkpoint.export.write_weights', None)
+    monkeypatch.setattr('megatron.gpt_oss.checkpoint.export_hf.write_weights', None)
     gptoss(*f'{TO_HF} out'.split())
     assert tree('out') == tree('back')
 
@@ -339,8 +339,8 @@ def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
 def test_what_is_done_is_kept_from_a_late_guest(work, monkeypatch, capsys):
     """Somebody writes into the directory during the work: he keeps his file, the work its own."""
     os.mkdir('out')
-    write_config = 'megatron.gpt_oss.checkpoint.export.write_config'
-    from megatron.gpt_oss.checkpoint.hf_writer import write_config as original
+    write_config = 'megatron.gpt_oss.checkpoint.export_hf.write_config'
+    from megatron.gpt_oss.checkpoint.hf.writer import write_config as original
 
     def write_and_visit(*args):
         original(*args)
@@ -351,7 +351,7 @@ def test_what_is_done_is_kept_from_a_late_guest(work, monkeypatch, capsys):
     assert 'out exists and is not empty' in error and 'the same command goes on' in error
     assert open('out/mine').read() == 'mine'
     os.unlink('out/mine')
-    monkeypatch.setattr('megatron.gpt_oss.checkpoint.export.write_weights', None)
+    monkeypatch.setattr('megatron.gpt_oss.checkpoint.export_hf.write_weights', None)
     gptoss(*f'{TO_HF} out'.split())
     assert tree('out') == tree('back')
 

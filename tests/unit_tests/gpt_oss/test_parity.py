@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron.gpt_oss.checkpoint.load import load_hf
+from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.checkpoint.mapping import hf_names, megatron_to_hf
 from megatron.gpt_oss.checkpoint.model_source import ModelSource
 from tests.unit_tests.gpt_oss.builders import ODD, TINY, trained_tensors, write_hf
@@ -105,7 +105,7 @@ def _close(name, value, expected, limit):
 def test_first_loss_is_ln_vocabulary(make_model, tmp_path):
     import math
 
-    from megatron.gpt_oss.tiny import write_tiny_hf
+    from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 
     model = make_model(TINY)
     load_hf([model], write_tiny_hf(tmp_path, seed=3))

@@ -12,8 +12,8 @@ import dataclasses
 import pytest
 import torch
 
-from megatron.gpt_oss.checkpoint.load import load_hf
-from megatron.gpt_oss.tiny import random_hf_tensors
+from megatron.gpt_oss.checkpoint.load_hf import load_hf
+from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
 from tests.unit_tests.gpt_oss.builders import ODD, TINY, build_model, trained_tensors, write_hf
 
 ALL_CHOSEN = dict(num_experts=4, num_experts_per_tok=4)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core import dist_checkpointing
-from megatron.gpt_oss.checkpoint.export import export_hf
-from megatron.gpt_oss.checkpoint.hf_reader import HFReader
-from megatron.gpt_oss.checkpoint.layout import Layout
+from megatron.gpt_oss.checkpoint.export_hf import export_hf
+from megatron.gpt_oss.checkpoint.hf.reader import HFReader
+from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.checkpoint.mapping import hf_names
-from megatron.gpt_oss.checkpoint.to_megatron import convert_to_megatron
-from megatron.gpt_oss.checkpoint.torch_dist_reader import find_iteration
+from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
+from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
 from tests.unit_tests.distributed import RankPool
 from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
 from tests.unit_tests.gpt_oss.gradients import gradient_errors

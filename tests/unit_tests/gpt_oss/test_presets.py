@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron.core.transformer.utils import is_layer_window_attention
-from megatron.gpt_oss.arguments import read
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset, preset_from_hf_config
+from megatron.gpt_oss.arguments.parse import read
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset, preset_from_hf_config
 from megatron.gpt_oss.errors import PresetError
 from megatron.gpt_oss.layer_specs import gpt_oss_block_spec, model_config_from_args
 from megatron.gpt_oss.presets import PRESETS, architecture_flags, get_preset

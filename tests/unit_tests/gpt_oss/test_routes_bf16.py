@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core.utils import unwrap_model
-from megatron.gpt_oss.checkpoint.hf_config import hf_config_from_preset
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
+from megatron.gpt_oss.arguments.te_requirements import installed_versions
+from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
+from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.checkpoint.mapping import (
     copy_matrix,
     hf_names,
@@ -31,7 +32,6 @@ from megatron.gpt_oss.checkpoint.mapping import (
 )
 from megatron.gpt_oss.checkpoint.model_source import ModelSource
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.transformer_engine import installed_versions
 
 BATCH = 2
 ALL_8 = dict(num_experts=8, num_experts_per_tok=8)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.gpt_oss.checkpoint.hf_config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
 from tests.unit_tests import commands
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,7 +229,7 @@ def prompts(folder):
 def megatron_tokens(folder, prompts):
     """Each prompt and the likeliest tokens after it, by the model of the run's own checkpoint."""
     from megatron.core import dist_checkpointing
-    from megatron.gpt_oss.single_rank import single_rank_model
+    from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
 
     checkpoint = str(folder / 'run' / 'checkpoints' / f'iter_{STEPS:07}')
     preset = preset_from_hf_config(read_hf_config(folder / 'init'))

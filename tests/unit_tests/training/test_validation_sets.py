@@ -8,7 +8,7 @@ import time
 import pytest
 
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
-from megatron.gpt_oss.data.tokenize import tokenize_files
+from megatron.gpt_oss.data.tokenize.files import tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
 from tests.unit_tests.distributed import RankFailure
 
@@ -47,7 +47,7 @@ def write_blend(file, **corpora):
 
 def train(argv):
     """In a rank."""
-    from megatron.gpt_oss.training.run import main
+    from megatron.gpt_oss.training.pretrain import main
     from megatron.training import set_startup_timestamps, step_callbacks
 
     step_callbacks.clear()

@@ -19,7 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_attr_wrapped_model
-from megatron.gpt_oss.training import step
+from megatron.gpt_oss.training import forward_step as step
 from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.training import get_args, pretrain, set_startup_timestamps, step_callbacks
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args

@@ -8,7 +8,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.gpt_oss.checkpoint.load import sharded_tensors
+from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 
 # No two alike, and each splits over two ranks.
 HIDDEN, WIDTH, EXPERTS, TOPK = 24, 16, 4, 2

@@ -1,0 +1,86 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""--recipe FILE: flags of the command line kept in a file, with comments that say why.
+
+    # 20b at 32k on 8 GPUs
+    --recipe continual.txt          # another file's flags, beside this one
+    --preset 20b
+    --context-parallel-size 4
+
+A recipe holds words as a shell reads them, without variables; # begins a comment. Its flags stand
+before those of the command line, of which the last one counts.
+"""
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Callable, Sequence
+
+from megatron.gpt_oss.arguments.flags import RECIPE
+from megatron.gpt_oss.errors import UsageError
+
+
+def with_recipes(words: Sequence[str], read: Callable[[Sequence[str]], Namespace]) -> list[str]:
+    """A command line with the flags of its recipes before its own.
+
+    Args:
+        words: of the command line; --recipe itself stays among them.
+        read: what words say as a command line, `recipe` among it; raises UsageError.
+    Raises:
+        UsageError: names the file (and the line) and what is wrong there.
+    """
+    named = getattr(read(words), "recipe", ())
+    return [*_flags_of([Path(name) for name in named], read, ()), *words]
+
+
+def _flags_of(
+    files: Sequence[Path], read: Callable[[Sequence[str]], Namespace], within: tuple[Path, ...]
+) -> list[str]:
+    flags = []
+    for file in files:
+        if file.resolve() in within:
+            raise UsageError(f"{RECIPE} {file} names itself, through {within[-1]}. Drop one line.")
+        words = read_recipe(file)
+        try:
+            named = getattr(read(words), "recipe", ())
+        except UsageError as error:
+            raise UsageError(f"{file}: {error}") from error
+        beside = [file.parent / name for name in named]
+        flags += _flags_of(beside, read, (*within, file.resolve()))
+        flags += _without_recipes(words)
+    return flags
+
+
+def _without_recipes(words: Sequence[str]) -> list[str]:
+    """Of words that are a command line: --recipe has one value."""
+    rest, after = [], False
+    for word in words:
+        if not after and word != RECIPE and not word.startswith(f"{RECIPE}="):
+            rest.append(word)
+        after = word == RECIPE and not after
+    return rest
+
+
+def read_recipe(file: str | Path) -> list[str]:
+    """The words of one recipe.
+
+    Raises:
+        UsageError: the file cannot be read, or a line is not what a shell would read.
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UsageError(
+            f"{RECIPE} {file}: {reason}. examples/gpt_oss/README.md has a list."
+        ) from (error)
+    words = []
+    for number, line in enumerate(lines, 1):
+        try:
+            words += shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UsageError(
+                f"{file}, line {number}: {error}. Quotation marks end on the line on which they "
+                "begin, and lines need no \\ at their end."
+            ) from error
+    return words

@@ -1,0 +1,126 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Whether the tensors of a Hugging Face folder are those that its config.json describes.
+
+Only headers are read: a folder of 65 GB is checked in a moment, before the first byte is written.
+"""
+
+from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME, read_hf_config
+from megatron.gpt_oss.checkpoint.hf.mxfp4 import BLOCK
+from megatron.gpt_oss.checkpoint.hf.reader import (
+    INDEX_NAME,
+    MXFP4_SUFFIXES,
+    SINGLE_NAME,
+    HFReader,
+)
+from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_shape, is_expert_matrix
+from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief
+from megatron.gpt_oss.presets import Preset
+
+_FLOATS = ("BF16", "F32")
+
+
+def check_tensors(reader: HFReader, preset: Preset) -> None:
+    """Refuse a folder that lacks a tensor, has one too many, or one of another dtype or shape.
+
+    Raises:
+        CheckpointError: names file, tensor, what was found and what was expected.
+    """
+    reader.check_files()
+    _check_other_files(reader)
+    _check_quantization(reader, preset)
+    expected = _expected_tensors(reader, preset)
+    for name, (dtypes, shape) in expected.items():
+        entry = reader.entry(name)
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{reader.stored_in(name)}: '{name}' has shape {entry.shape}, expected {shape} by "
+                "config.json of the same folder. The two belong to different models."
+            )
+        if entry.dtype not in dtypes:
+            raise CheckpointError(
+                f"{reader.stored_in(name)}: '{name}' has dtype {entry.dtype}, expected "
+                f"{' or '.join(dtypes)}. Only BF16, F32 and MXFP4 checkpoints are read."
+            )
+    promised = sorted(
+        reader.stored_names() - {n for entries in reader.files().values() for n in entries}
+    )
+    if promised:
+        raise CheckpointError(
+            f"{reader.stored_in(promised[0])} does not hold '{promised[0]}', which {INDEX_NAME} "
+            "promises. Fetch the folder again."
+        )
+    for file, entries in reader.files().items():
+        twice = sorted(name for name in entries if reader.file_of(name) not in (file, None))
+        if twice:
+            raise CheckpointError(
+                f"{reader.folder / file} holds '{twice[0]}', which {INDEX_NAME} places in "
+                f"{reader.file_of(twice[0])}. One tensor in two files: fetch the folder again."
+            )
+        unknown = sorted(set(entries) - set(expected))
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise CheckpointError(
+                f"{reader.folder / file} holds '{unknown[0]}'{more}, which gpt-oss does not have; "
+                f"expected the {len(expected)} tensors of {preset.num_layers} layers. Is it of "
+                "another model, or a quantisation that is not MXFP4?"
+            )
+
+
+def _check_other_files(reader: HFReader) -> None:
+    """Refuse weights in the folder that no one reads, or that transformers reads instead."""
+    read = set(reader.files())
+    for path in sorted(reader.folder.glob("*.safetensors")):
+        if path.name in read:
+            continue
+        what = "transformers reads it instead" if path.name == SINGLE_NAME else "nothing reads it"
+        raise CheckpointError(
+            f"{path} is not named in {INDEX_NAME} or stands next to {SINGLE_NAME}: {what}. Move it "
+            "out of the folder, or fetch the folder again."
+        )
+    adapter = reader.folder / "adapter_config.json"
+    if adapter.exists():
+        raise CheckpointError(
+            f"{adapter}: the folder holds an adapter, which is not read. Merge it into the weights "
+            "(peft: merge_and_unload) and save the model."
+        )
+
+
+def _check_quantization(reader: HFReader, preset: Preset) -> None:
+    """Refuse a folder in which config.json and the files disagree about MXFP4."""
+    config = read_hf_config(reader.folder)
+    said = config.get("quantization_config")
+    matrices = [name for name in hf_names(preset) if is_expert_matrix(name)]
+    held = [name for name in matrices if reader.is_mxfp4(name)]
+    if held and said is None:
+        raise CheckpointError(
+            f"{reader.stored_in(held[0])} holds '{held[0]}' in MXFP4, and {CONFIG_NAME} of the "
+            "folder has no quantization_config, without which transformers does not read it. Fetch "
+            f"{CONFIG_NAME} again."
+        )
+    if said is not None and not held:
+        raise CheckpointError(
+            f"{reader.folder / CONFIG_NAME} has quantization_config = {brief(said)}, and the files hold "
+            "no MXFP4; remove the field."
+        )
+
+
+def _expected_tensors(reader: HFReader, preset: Preset) -> dict[str, tuple]:
+    """Allowed dtypes and shape of every tensor that should be stored, by name."""
+    expected: dict[str, tuple] = {}
+    for name in hf_names(preset):
+        shape = hf_shape(name, preset)
+        if is_expert_matrix(name) and reader.is_mxfp4(name):
+            experts, fan_in, fan_out = shape
+            if fan_in % BLOCK:
+                raise CheckpointError(
+                    f"{reader.folder} has '{name}' in MXFP4, whose blocks are of {BLOCK}, and "
+                    f"config.json says {fan_in} inputs. The two belong to different models."
+                )
+            groups = (experts, fan_out, fan_in // BLOCK)
+            expected[name + MXFP4_SUFFIXES[0]] = (("U8",), (*groups, BLOCK // 2))
+            expected[name + MXFP4_SUFFIXES[1]] = (("U8",), groups)
+        else:
+            expected[name] = (_FLOATS, shape)
+    return expected

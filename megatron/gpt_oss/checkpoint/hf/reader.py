@@ -1,0 +1,235 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Slices of a Hugging Face gpt-oss checkpoint, read from disk only as they are asked for."""
+
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from megatron.gpt_oss.checkpoint.hf.mxfp4 import BLOCK, NAN_SCALE, dequantize
+from megatron.gpt_oss.checkpoint.hf.safetensors_file import Entry, SafetensorsFile
+from megatron.gpt_oss.errors import CheckpointError
+from megatron.gpt_oss.json_file import brief, read_json
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MXFP4_SUFFIXES = ("_blocks", "_scales")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Which file of its folder holds which tensor, from a model.safetensors.index.json.
+
+    Raises:
+        CheckpointError: it is no such file, or names a file that is not in its folder.
+    """
+    hint = "Fetch it again."
+    weight_map = read_json(index, dict, CheckpointError, hint).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} has weight_map = {brief(weight_map)}, no object. {hint}")
+    for name, file in weight_map.items():
+        # A name alone: 'a/b' and '..' would leave the folder, NUL no system takes.
+        if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file:
+            raise CheckpointError(
+                f"{index} places {brief(name)} in {brief(file)}, which is no name of a file in "
+                f"the folder. {hint}"
+            )
+        if not file.endswith(".safetensors") or not file.isprintable():
+            raise CheckpointError(
+                f"{index} places {brief(name)} in {brief(file)}, which is no *.safetensors. {hint}"
+            )
+    return weight_map
+
+
+class HFReader:
+    """Reads tensors by their BF16 names, whether the files hold BF16 or MXFP4.
+
+    Which of the two is decided by the names that are present. An MXFP4 matrix is stored
+    [E, out, in] and comes back [E, in, out], as BF16 files store it.
+
+    Args:
+        folder: with model.safetensors, or its shards and model.safetensors.index.json.
+    Raises:
+        CheckpointError: there is neither, or the index is not readable.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._open_files: dict[str, SafetensorsFile] = {}
+        self._lock = threading.Lock()
+        self._of_thread = threading.local()
+        index = self.folder / INDEX_NAME
+        if index.is_file():
+            self._file_of = read_weight_map(index)
+        elif (self.folder / SINGLE_NAME).is_file():
+            self._file_of = dict.fromkeys(self._open(SINGLE_NAME).entries, SINGLE_NAME)
+        else:
+            raise CheckpointError(
+                f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Is the download "
+                "complete?"
+            )
+
+    def check_files(self) -> None:
+        """Raise CheckpointError if a file of the index is missing or cut short."""
+        files = sorted(set(self._file_of.values()))
+        missing = [name for name in files if not (self.folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{self.folder} has {len(files) - len(missing)} of {len(files)} files of its "
+                f"index; missing: {', '.join(missing)}. Is the download complete?"
+            )
+        for name in files:
+            self._open(name)
+
+    def names(self) -> set[str]:
+        """The tensors in the folder, MXFP4 pairs under their BF16 name."""
+        blocks, scales = MXFP4_SUFFIXES
+        names = {name.removesuffix(blocks) for name in self._file_of if not name.endswith(scales)}
+        return names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as `read` returns it."""
+        if self.is_mxfp4(name):
+            experts, out, groups, _ = self.entry(name + MXFP4_SUFFIXES[0]).shape
+            return experts, groups * BLOCK, out
+        return self.entry(name).shape
+
+    def files(self) -> dict[str, dict[str, Entry]]:
+        """The tensors that each file holds, as they are stored."""
+        return {name: self._open(name).entries for name in sorted(set(self._file_of.values()))}
+
+    def stored_names(self) -> set[str]:
+        """The tensors that the folder says it holds, as they are stored."""
+        return set(self._file_of)
+
+    def file_of(self, stored: str) -> str | None:
+        """The name of the file in which a stored tensor is read, if any."""
+        return self._file_of.get(stored)
+
+    def stored_in(self, name: str) -> Path:
+        """The file of a stored tensor (of the first of a MXFP4 pair)."""
+        return self.folder / self._file_of[name if name in self._file_of else self._stored(name)[0]]
+
+    def is_mxfp4(self, name: str) -> bool:
+        """Whether a tensor is stored as blocks and scales."""
+        return name not in self._file_of and name + MXFP4_SUFFIXES[0] in self._file_of
+
+    def read(self, name: str, index: tuple[int | slice, ...] = ()) -> torch.Tensor:
+        """Read a tensor, or a part of it.
+
+        Args:
+            name: e.g. model.layers.0.mlp.experts.gate_up_proj.
+            index: an int or a contiguous slice for each leading dimension; () is all of it.
+        Returns:
+            The part; a thread's last one is kept, not to read it twice, and is not to be changed.
+        Raises:
+            CheckpointError: no such tensor, or its file is missing or damaged.
+        """
+        key = (name, tuple((i.start, i.stop) if isinstance(i, slice) else i for i in index))
+        last = self._of_thread
+        if getattr(last, "key", None) != key:
+            read = self._read_mxfp4 if self.is_mxfp4(name) else self._read_plain
+            last.key, last.part = None, None  # two at a time are one too many
+            last.key, last.part = key, read(name, index)
+        return last.part
+
+    def entry(self, name: str) -> Entry:
+        """Dtype, shape and place of a stored tensor.
+
+        Raises:
+            CheckpointError: no such tensor, or its file is missing or damaged.
+        """
+        if name not in self._file_of:
+            raise CheckpointError(self._missing_message(name))
+        entries = self._open(self._file_of[name]).entries
+        if name not in entries:
+            raise CheckpointError(
+                f"{self.folder / self._file_of[name]} does not hold '{name}', which its index "
+                f"promises; it holds {len(entries)} other tensors. Fetch the file again."
+            )
+        return entries[name]
+
+    def check_scales(self, name: str) -> None:
+        """Read the scales of an MXFP4 tensor, a 17th of it, and refuse NaN and what overflows.
+
+        Raises:
+            CheckpointError: names file, tensor, place and value.
+        """
+        stored = self._stored(name)[1]
+        for expert in range(self.entry(stored).shape[0]):
+            if self._read_plain(stored, (expert,)).max() >= NAN_SCALE - 2:
+                self.read(name, (expert,))
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        for file in self._open_files.values():
+            file.close()
+        self._open_files = {}
+
+    def _read_plain(self, name: str, index: tuple) -> torch.Tensor:
+        self.entry(name)
+        return self._open(self._file_of[name]).read(name, index)
+
+    def _read_mxfp4(self, name: str, index: tuple) -> torch.Tensor:
+        """BF16 index [experts, in, out] of a tensor stored [experts, out, in / 32]."""
+        expert, columns, rows = (*index, *(slice(None),) * (3 - len(index)))
+        first, stop, _ = columns.indices(self.shape(name)[1])
+        groups = slice(first // BLOCK, -(-stop // BLOCK))
+        index = (expert, rows, groups)
+        blocks, scales = (self._read_plain(n, index) for n in self._stored(name))
+        values = dequantize(blocks, scales)
+        if scales.numel() and scales.max() >= NAN_SCALE - 2:  # may overflow, or is NaN
+            self._check_scales(name, scales, values, *index)
+        skipped = groups.start * BLOCK
+        return values.transpose(-1, -2)[..., first - skipped : stop - skipped, :]
+
+    def _check_scales(self, name, scales, values, expert, rows, groups) -> None:
+        bad = ~torch.isfinite(values.unflatten(-1, (-1, BLOCK))).all(-1) | (scales == NAN_SCALE)
+        if not bad.any():
+            return
+        place = bad.nonzero()[0].tolist()
+        scale = scales[tuple(place)].item()
+        if isinstance(expert, int):
+            place = [expert, *place]
+        else:
+            place[0] += expert.start or 0
+        place[1] += rows.start or 0
+        place[2] += groups.start
+        stored = self._stored(name)[1]
+        raise CheckpointError(
+            f"{self.folder / self._file_of[stored]}: '{stored}' has {scale} at {place}"
+            + (" (NaN)" if scale == NAN_SCALE else ", and its block overflows")
+            + f"; expected {NAN_SCALE - 3} at most. The file is damaged; fetch it again."
+        )
+
+    @staticmethod
+    def _stored(name: str) -> tuple[str, str]:
+        return name + MXFP4_SUFFIXES[0], name + MXFP4_SUFFIXES[1]
+
+    def _open(self, filename: str) -> SafetensorsFile:
+        with self._lock:
+            if filename not in self._open_files:
+                try:
+                    self._open_files[filename] = SafetensorsFile(self.folder / filename)
+                except FileNotFoundError as error:
+                    raise CheckpointError(
+                        f"{self.folder} lacks {filename}, which its index names. Is the download "
+                        "complete?"
+                    ) from error
+            return self._open_files[filename]
+
+    def _missing_message(self, name: str) -> str:
+        """Say which tensors of the same kind there are, e.g. 23 of 24 layers."""
+        parts = name.split(".")
+        message = f"{self.folder} has no tensor '{name}'"
+        if len(parts) > 3 and parts[1] == "layers":
+            ending = ".".join(parts[3:])
+            layers = {
+                n.split(".")[2]
+                for n in self.names()
+                if n.startswith("model.layers.") and n.endswith("." + ending)
+            }
+            message += f" (found '{ending}' in {len(layers)} other layers)"
+        files = len(set(self._file_of.values()))
+        return f"{message}; it holds {len(self._file_of)} tensors in {files} files. Is it complete?"

@@ -1,0 +1,3 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Megatron's torch_dist checkpoints, read and laid out without a process group."""

@@ -1,0 +1,51 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""`gptoss tokenize`: the arguments to `tokenize_files`, and what a person sees of it."""
+
+import argparse
+import importlib.util
+import sys
+
+from megatron.gpt_oss.data.byte_tokenizer import END_OF_TEXT, build_byte_tokenizer
+from megatron.gpt_oss.data.lengths import parse_lengths, plot_histogram
+from megatron.gpt_oss.data.tokenize.documents import TEXT_PATTERNS
+from megatron.gpt_oss.data.tokenize.files import SKIP_EMPTY, tokenize_files
+from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
+
+_MOST_SHOWN = 10
+
+
+def run_tokenize(args: argparse.Namespace) -> None:
+    """Tokenise, and print what came of it."""
+    if args.tokenizer:
+        tokenizer = load_text_tokenizer(args.tokenizer, args.end_token)
+    else:
+        tokenizer = build_byte_tokenizer()
+        tokenizer = TextTokenizer(tokenizer, END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))
+    summary = tokenize_files(
+        args.inputs,
+        args.output,
+        tokenizer,
+        patterns=args.pattern or TEXT_PATTERNS,
+        exclude=args.exclude,
+        json_key=args.json_key,
+        overwrite=args.overwrite,
+        show_progress=True,
+        workers=args.workers,
+        bad=args.bad_lines,
+        split_at=parse_lengths(args.split_at) if args.split_at else (),
+        validation_share=args.validation_share,
+    )
+    told = [(place, reason) for place, reason in summary.skipped if reason != SKIP_EMPTY]
+    for place, reason in told[:_MOST_SHOWN]:
+        print(f"skipped {place}: {reason}", file=sys.stderr)
+    if len(told) > _MOST_SHOWN:
+        print(f"... all of them: {args.output}.skipped.txt", file=sys.stderr)
+    for path, (documents, tokens) in summary.datasets.items():
+        print(f"{path}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+    written = f"{args.output}.json"
+    if importlib.util.find_spec("matplotlib") is not None:
+        written += f", {plot_histogram(summary.histogram, f'{args.output}.png', args.output)}"
+    else:
+        print("No picture of the lengths: pip install 'megatron-core[report]'.", file=sys.stderr)
+    print(f"{written}: {summary}")

@@ -1,0 +1,423 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Text files to Megatron's indexed dataset (.bin and .idx)."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy
+
+from megatron.gpt_oss.data.corpus_record import (
+    SUMMARY,
+    TOKENIZE,
+    VERSION,
+    check_outputs,
+    check_prefix,
+    dataset_prefix,
+    former_outputs,
+    output_of,
+)
+from megatron.gpt_oss.data.lengths import LONG, VALIDATION, Histogram, bucket_names, short_length
+from megatron.gpt_oss.data.tokenize.documents import (
+    TEXT_PATTERNS,
+    Record,
+    is_whole_text,
+    place_of,
+    printable,
+    read_records,
+)
+from megatron.gpt_oss.data.tokenize.encode import (
+    Encoded,
+    EncodeJob,
+    Encoder,
+    encode_in_process,
+    start_process,
+)
+from megatron.gpt_oss.data.tokenize.find_files import find_files
+from megatron.gpt_oss.data.tokenize.output import PartialOutput
+from megatron.gpt_oss.data.tokenize.workers import process_map
+from megatron.gpt_oss.data.tokenizer_files import TextTokenizer
+from megatron.gpt_oss.errors import UsageError, as_os_sentence
+from megatron.gpt_oss.outputs import MADE_BY, write_file
+from megatron.gpt_oss.progress import Progress
+
+BATCH_BYTES = 2_000_000  # of text that a process gets at a time
+BATCH_RECORDS = 2_000
+SAVE_SECONDS = 20.0  # at most so much work is done again after a kill
+SKIP, STOP = "skip", "stop"
+SKIP_EMPTY = "empty"
+_MOST_SHOWN = 100  # places kept in the summary; all are in PREFIX.skipped.txt
+
+
+@dataclass
+class Summary:
+    """What a run of `tokenize_files` did.
+
+    Attributes:
+        datasets: {path without ending: (documents, tokens)} of what was written.
+        skipped: (place, reason) of what was left out, the first hundred.
+        num_skipped: all of them.
+        tokens_per_second: of this process; 0 where an earlier one had encoded everything.
+    """
+
+    files: int = 0
+    documents: int = 0
+    tokens: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    num_skipped: int = 0
+    datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    histogram: Histogram | None = None
+    tokens_per_second: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.documents:,} documents, {self.tokens:,} tokens from {self.files:,} files"
+        if self.histogram is not None:
+            share = 100 * self.histogram.long_share
+            text += f", {share:.1f} % of the tokens in documents over {short_length(LONG)}"
+        if self.tokens_per_second:
+            text += f", {self.tokens_per_second:,.0f} tokens/s"
+        return text + (f"; {self.num_skipped:,} skipped" if self.num_skipped else "")
+
+
+@dataclass
+class _Part:
+    """Records of one file within a batch."""
+
+    file: int
+    first: int  # records of the file before these
+    count: int
+    position: int  # bytes of the file that were read
+    ends_file: bool
+
+
+@dataclass
+class _Batch:
+    """What a process gets at a time: a part of a large file, or many small files."""
+
+    records: list[Record] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
+    size: int = 0
+
+    def is_full(self) -> bool:
+        most = max(len(self.records), len(self.parts))  # files may be without records
+        return self.size >= BATCH_BYTES or most >= BATCH_RECORDS
+
+
+def tokenize_files(
+    inputs: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer: TextTokenizer,
+    patterns: Sequence[str] = TEXT_PATTERNS,
+    exclude: Sequence[str] = (),
+    json_key: str = "text",
+    overwrite: bool = False,
+    show_progress: bool = False,
+    workers: int = 1,
+    bad: str = STOP,
+    split_at: Sequence[int] = (),
+    validation_share: float = 0.0,
+) -> Summary:
+    """Tokenise text into output_prefix.bin and .idx, which appear when they are whole.
+
+    See `documents.read_records` for what a document is in which file. Each ends with the
+    end-of-document token. What looks like a special token in a text stays text. The output depends
+    on inputs and arguments alone, not on the number of processes; a killed run goes on where it was
+    when it is started again. output_prefix.json tells what was written.
+
+    Args:
+        inputs, patterns, exclude: see `find_files`.
+        output_prefix: path without ending.
+        tokenizer: see `load_text_tokenizer`.
+        json_key: field or column that holds the text.
+        overwrite: replace an existing dataset, and an unfinished one.
+        show_progress: a live line on stderr.
+        workers: processes.
+        bad: 'stop' at a line or row that cannot be read, or 'skip' it. Whole text files that are
+            not UTF-8, and documents without text, are always skipped; all are told.
+        split_at: rising lengths in tokens: a dataset for the documents below the first, one for
+            those from the first to below the second, ... (see `bucket_names`).
+        validation_share: share of the documents that goes to output_prefix.valid instead, chosen
+            by the text, so that copies of a document stay together.
+    Raises:
+        UsageError: nothing to read, a bad line, or the dataset exists.
+    """
+    prefix = check_prefix(output_prefix)
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: at least one process is needed.")
+    if not 0 <= validation_share < 1:
+        raise UsageError(
+            f"--validation-share {validation_share} is not from 0 to below 1, such as 0.005."
+        )
+    buckets = bucket_names(split_at) or [""]
+    names = buckets + ([VALIDATION] if validation_share else [])
+    files = find_files(inputs, patterns, exclude)
+    # As DType.optimal_dtype chooses, without importing torch.
+    dtype = "uint16" if tokenizer.vocab_size < 65500 else "int32"
+    job = EncodeJob(
+        tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
+    )
+    try:
+        output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+    except OSError as error:
+        sentence = as_os_sentence(error, prefix.parent)
+        raise UsageError(sentence) if sentence else error
+    rate = 0.0
+    try:
+        check_outputs(prefix, names, overwrite, files, output.named_already())
+        if not output.complete:
+            run = _Run(files, output, buckets, split_at, bad)
+            rate = run.encode(job, workers, show_progress)
+        # Hours may have passed, and somebody may have written there.
+        check_outputs(prefix, names, overwrite, files, output.named_already())
+        summary = _publish(output, prefix, names, tokenizer)
+    except BaseException as error:
+        output.close()
+        if not output.saved or isinstance(error, _NothingFound):
+            output.remove()
+        raise _with_remedy(error, output) from error
+    output.remove()
+    summary.tokens_per_second = rate
+    return summary
+
+
+class _NothingFound(UsageError):
+    """There is no document to go on with."""
+
+
+class _Run:
+    """Reading, encoding and writing; `_state` is what the journal holds of it."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        output: PartialOutput,
+        buckets: Sequence[str],
+        split_at: Sequence[int],
+        bad: str,
+    ):
+        self._files, self._output, self._buckets, self._bad = files, output, buckets, bad
+        self._split_at = numpy.array(split_at, dtype=numpy.int64)
+        state = output.state
+        self._file, self._record = state.get("file", 0), state.get("record", 0)
+        self.files = state.get("files", 0)
+        self.tokens = state.get("tokens", 0)
+        self._found = state.get("found", 0)  # documents of the file in work
+        self.num_skipped = state.get("num_skipped", 0)
+        self.skipped = state.get("skipped", [])
+
+    def _state(self) -> dict:
+        return {
+            "file": self._file,
+            "record": self._record,
+            "found": self._found,
+            "files": self.files,
+            "tokens": self.tokens,
+            "num_skipped": self.num_skipped,
+            "skipped": self.skipped,
+        }
+
+    def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> float:
+        """Go on from the state to the last file; returns tokens a second."""
+        sizes = [path.stat().st_size for path in self._files]
+        started = saved = time.monotonic()
+        rate, tokens_before, position = 0.0, self.tokens, sum(sizes[: self._file])
+        with Progress(sum(sizes), "MB", 1e-6, show_progress) as progress:
+            progress.begin_at(position)
+            for batch, encoded in self._encoded(job, workers):
+                self._take(batch, encoded)
+                now = time.monotonic()
+                rate = (self.tokens - tokens_before) / max(now - started, 1e-9)
+                last = batch.parts[-1]
+                here = sum(sizes[: last.file]) + last.position
+                progress.advance(here - position, f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+                position = here
+                if now - saved >= SAVE_SECONDS:
+                    self._output.save(self._state())
+                    saved = now
+        self._output.save(self._state(), complete=True)
+        return rate
+
+    def _encoded(self, job: EncodeJob, workers: int) -> Iterator[tuple[_Batch, Encoded]]:
+        batches = self._batches(job.key)
+        if workers == 1:
+            encoder = Encoder(job)
+            yield from ((batch, encoder(batch.records)) for batch in batches)
+            return
+        # Only the records go to the processes; the batch says where they come from.
+        waiting: list[_Batch] = []
+
+        def records():
+            for batch in batches:
+                waiting.append(batch)
+                yield batch.records
+
+        for _, encoded in process_map(encode_in_process, records(), workers, start_process, (job,)):
+            yield waiting.pop(0), encoded
+
+    def _batches(self, key: str) -> Iterator[_Batch]:
+        batch = _Batch()
+        for number in range(self._file, len(self._files)):
+            done = self._record if number == self._file else 0
+            part = _Part(number, done, 0, 0, False)
+            batch.parts.append(part)
+            for record in islice(read_records(self._files[number], key), done, None):
+                if batch.is_full():
+                    yield batch
+                    part = _Part(number, part.first + part.count, 0, part.position, False)
+                    batch = _Batch(parts=[part])
+                batch.records.append(record)
+                batch.size += len(record.raw) if isinstance(record.raw, (bytes, str)) else 0
+                part.count, part.position = part.count + 1, record.position
+            part.position, part.ends_file = self._files[number].stat().st_size, True
+            if batch.is_full():
+                yield batch
+                batch = _Batch()
+        if batch.parts:
+            yield batch
+
+    def _take(self, batch: _Batch, encoded: Encoded) -> None:
+        """Write what came of a batch."""
+        bad, empty = dict(encoded.bad), set(encoded.empty)
+        start = 0
+        for part in batch.parts:
+            path = self._files[part.file]
+            places = range(start, start + part.count)
+            start += part.count
+            reasons = [(batch.records[i].number, bad[i]) for i in places if i in bad]
+            for number, reason in reasons:
+                self._refuse(path, number, reason)
+            self._found += part.count - len(reasons) - sum(i in empty for i in places)
+            self._file, self._record = part.file, part.first + part.count
+            if part.ends_file:
+                self.files += bool(self._found)
+                if not self._found and not reasons:
+                    self._skip(printable(path), SKIP_EMPTY)
+                self._file, self._record, self._found = part.file + 1, 0, 0
+        self._write(encoded)
+        self.tokens += len(encoded.ids)
+
+    def _refuse(self, path: Path, number: int, reason: str) -> None:
+        """Stop at a record that could not be read, or leave it out."""
+        place = place_of(path, number)
+        if self._bad == STOP and not (number == 0 and is_whole_text(path)):
+            raise UsageError(f"{place}: {reason}. Or leave out such lines: --bad-lines {SKIP}.")
+        self._skip(place, reason)
+
+    def _write(self, encoded: Encoded) -> None:
+        """Each document to its dataset, in order."""
+        which = numpy.searchsorted(self._split_at, encoded.lengths, side="right")
+        which[encoded.held_out] = len(self._buckets)
+        owner = numpy.repeat(which, encoded.lengths)
+        for number in numpy.unique(which):
+            name = VALIDATION if number == len(self._buckets) else self._buckets[number]
+            ids = encoded.ids[owner == number]
+            self._output.append(name, ids, encoded.lengths[which == number])
+
+    def _skip(self, place: str, reason: str) -> None:
+        self.num_skipped += 1
+        if len(self.skipped) < _MOST_SHOWN:
+            self.skipped.append((place, reason))
+        self._output.note_skipped(f"{place}: {reason}")
+
+
+def _task(job: EncodeJob, files: Sequence[Path], split_at: Sequence[int]) -> dict:
+    """What makes the output what it is."""
+    stats = [(str(path.absolute()), path.stat()) for path in files]
+    listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return {
+        "files": _digest(listing),
+        "tokenizer": _digest(job.tokenizer),
+        "end token": job.end_id,
+        "--json-key": job.key,
+        "--split-at": list(split_at),
+        "--validation-share": job.validation_share,
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _publish(
+    output: PartialOutput, prefix: Path, names: Sequence[str], tokenizer: TextTokenizer
+) -> Summary:
+    """Name the finished datasets, and write the summary beside them."""
+    state = output.state
+    lengths = {name: output.lengths(name) for name in names}
+    everything = numpy.concatenate(list(lengths.values()))
+    if not len(everything):
+        first = state["skipped"][0]
+        raise _NothingFound(
+            f"None of the files found holds a document, e.g. {first[0]}: {first[1]}."
+        )
+    published, outputs = output.publish()
+    summary = Summary(
+        files=state["files"],
+        documents=len(everything),
+        tokens=state["tokens"],
+        skipped=[tuple(item) for item in state["skipped"]],
+        num_skipped=state["num_skipped"],
+        datasets={
+            str(dataset_prefix(prefix, name)): (len(lengths[name]), int(lengths[name].sum()))
+            for name in published
+        },
+        histogram=Histogram.of(everything),
+    )
+    for path in former_outputs(prefix, outputs):
+        path.resolve().unlink()
+    record = _record(summary, prefix, published, outputs, tokenizer)
+    write_file(output_of(prefix, SUMMARY), json.dumps(record, indent=1) + "\n")
+    return summary
+
+
+def _record(
+    summary: Summary,
+    prefix: Path,
+    published: Sequence[str],
+    outputs: dict[str, dict],
+    tokenizer: TextTokenizer,
+) -> dict:
+    """The content of PREFIX.json."""
+    histogram = summary.histogram
+    counts = [summary.datasets[str(dataset_prefix(prefix, name))] for name in published]
+    return {
+        MADE_BY: TOKENIZE,
+        "version": VERSION,
+        "files": summary.files,
+        "documents": summary.documents,
+        "tokens": summary.tokens,
+        # Beside this file; '' is the name without a split.
+        "datasets": {
+            name: {"documents": documents, "tokens": tokens}
+            for name, (documents, tokens) in zip(published, counts)
+        },
+        # By what follows the name of this file without .json.
+        "outputs": outputs,
+        "share_of_tokens_in_documents_over_32k": histogram.long_share,
+        "lengths": {
+            "from": list(histogram.edges[:-1]),
+            "documents": list(histogram.documents),
+            "tokens": list(histogram.tokens),
+        },
+        "vocab_size": tokenizer.vocab_size,
+        "end_token": tokenizer.end_token,
+        "end_id": tokenizer.end_id,
+        "num_skipped": summary.num_skipped,
+        "skipped": [f"{place}: {reason}" for place, reason in summary.skipped],
+    }
+
+
+def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
+    """The error as a user sees it."""
+    kept = f" What is done stays in {output.folder}: the same command goes on from there."
+    sentence = as_os_sentence(error, output.folder.parent)
+    if sentence is not None:
+        return UsageError(sentence + (kept if output.saved else ""))
+    if isinstance(error, UsageError) and output.saved and output.folder.exists():
+        return UsageError(f"{error}{kept}")
+    return error

@@ -1,0 +1,294 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Datasets that are being written, and the place from which a killed `gptoss tokenize` goes on.
+
+The work lies in `.NAME.partial` beside the output. From time to time what was written is brought
+to disk and the journal says how long each file was then and how far the input had been read. A
+later start cuts the files to those lengths; what follows is written again, with the same bytes.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy
+
+from megatron.gpt_oss.data.corpus_record import (
+    DATASET,
+    SKIPPED,
+    TOKENIZE,
+    dataset_prefix,
+    ending,
+    output_of,
+)
+from megatron.gpt_oss.data.indexed_dataset import write_index
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import brief, read_json
+from megatron.gpt_oss.outputs import NO_LOCKS, files_in, move_file, naming, remove_files, sha256
+
+_JOURNAL, _LOCK, _SKIPPED, _INDEX = "journal.json", "lock", "skipped.txt", "idx"
+# Whatever the datasets of an earlier start were: '', 'valid', '8k-32k', '32k-up'.
+_MINE = re.compile(
+    r"journal\.json(\.new)?|lock|skipped\.txt|idx|(valid|\d+k?-(\d+k?|up))?\.(bin|lengths)"
+)
+# Where Megatron keeps the samples that it cut from a dataset, by the dataset's path alone.
+_CACHE = Path("cache", "GPTDataset_indices")
+_CACHED = re.compile(r"[0-9a-f]{32}-\w+-\w+-\w+\.(txt|npy)")
+
+
+class PartialOutput:
+    """The files of a run that is not finished.
+
+    Args:
+        prefix: of the output.
+        names: of its datasets; '' is the prefix itself, 'x' is prefix.x.
+        dtype: numpy's name of the tokens' type.
+        task: what makes the output what it is; work of another task is not gone on with.
+        overwrite: begin anew where an earlier run left the work of another task.
+    Attributes:
+        state: what the caller gave to the last `save`, of this process or an earlier one.
+        complete: every document was written, and only the files' names are missing.
+    """
+
+    def __init__(self, prefix: Path, names: list[str], dtype: str, task: dict, overwrite: bool):
+        self._prefix, self._names, self._dtype = prefix, names, dtype
+        self.folder = prefix.parent / f".{prefix.name}.partial"
+        self._check_mine()
+        with naming(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
+        self._lock = open(os.open(self.folder / _LOCK, flags, 0o666), "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise UsageError(
+                f"Another process is writing {prefix}. Wait for it, or give another --output."
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                self._lock.close()
+                raise
+        self._files: dict[str, BinaryIO] = {}
+        self.complete = self.saved = False
+        try:
+            with naming(self.folder / _LOCK):  # a full disk is met before the work begins
+                os.truncate(self._lock.fileno(), 0)
+                os.write(self._lock.fileno(), f"{TOKENIZE}\n".encode())
+                os.fsync(self._lock.fileno())
+            self._task = json.loads(json.dumps(task))
+            journal = self._read_journal(overwrite)
+            self.state = journal["state"] if journal else {}
+            self.complete = bool(journal) and journal["complete"]
+            self.saved = bool(journal)
+            # SHA-256 of what is written, while it is.
+            self._digests = {name: hashlib.sha256() for name in names}
+            self._recorded = journal.get("digests", {}) if journal else {}
+            if not self.complete:
+                self._open(journal["sizes"] if journal else {})
+        except BaseException:
+            self.close()
+            if set(files_in(self.folder, ())) <= {_LOCK}:
+                self.remove()
+            raise
+
+    def append(self, name: str, ids: numpy.ndarray, lengths: numpy.ndarray) -> None:
+        """Add documents to a dataset: their ids one after the other, and their lengths."""
+        ids = numpy.ascontiguousarray(ids)
+        with naming(self.folder / f"{name}.bin"):
+            self._files[f"{name}.bin"].write(ids)
+        self._digests[name].update(ids)
+        with naming(self.folder / f"{name}.lengths"):
+            lengths = numpy.ascontiguousarray(lengths, dtype=numpy.int32)
+            self._files[f"{name}.lengths"].write(lengths)
+
+    def note_skipped(self, line: str) -> None:
+        """Add a line to the list of what was left out."""
+        with naming(self.folder / _SKIPPED):
+            self._files[_SKIPPED].write(f"{line}\n".encode("utf-8", "surrogateescape"))
+
+    def save(self, state: dict, complete: bool = False) -> None:
+        """Bring everything to disk and record how far the run is."""
+        sizes = {}
+        for name, file in self._files.items():
+            with naming(self.folder / name):
+                file.flush()
+                os.fsync(file.fileno())
+            sizes[name] = file.tell()
+        journal = {"task": self._task, "state": state, "sizes": sizes, "complete": complete}
+        if complete:
+            self._recorded = {name: digest.hexdigest() for name, digest in self._digests.items()}
+            journal["digests"] = self._recorded
+        self._write(_JOURNAL, json.dumps(journal).encode())
+        self.state, self.saved, self.complete = state, True, complete
+
+    def lengths(self, name: str) -> numpy.ndarray:
+        """[documents] int32 of a dataset, once complete."""
+        return numpy.fromfile(self.folder / f"{name}.lengths", dtype=numpy.int32)
+
+    def named_already(self) -> list[Path]:
+        """Files that have their names, of an output that was complete when it was killed."""
+        if not self.complete:
+            return []
+        named = [name for name in self._names if not (self.folder / f"{name}.bin").exists()]
+        files = [output_of(self._prefix, ending(name, end)) for name in named for end in DATASET]
+        skipped = self.folder / _SKIPPED
+        return files + ([] if skipped.exists() else [output_of(self._prefix, SKIPPED)])
+
+    def publish(self) -> tuple[list[str], dict[str, dict]]:
+        """Give the finished files their names; a kill in between loses nothing.
+
+        Returns:
+            The datasets that exist now, those with documents, and size and SHA-256 of each file by
+            what follows PREFIX in its name.
+        """
+        published, outputs = [], {}
+        for name in self._names:
+            target = dataset_prefix(self._prefix, name)
+            lengths = self.lengths(name)
+            if not len(lengths):
+                continue
+            published.append(name)
+            data, index = (output_of(target, end) for end in DATASET)
+            source = self.folder / f"{name}.bin"
+            if source.exists() or not index.exists():  # or an earlier process came so far
+                with naming(self.folder / _INDEX), open(self.folder / _INDEX, "wb") as stream:
+                    write_index(stream, lengths, self._dtype)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                # An old index never stands beside new data: without an index there is no dataset.
+                with naming(index):
+                    index.resolve().unlink(missing_ok=True)
+                _empty_cache(target)
+                if source.exists():
+                    move_file(source, data)
+                move_file(self.folder / _INDEX, index)
+            outputs[ending(name, ".bin")] = {
+                "size": data.stat().st_size,
+                "sha256": self._recorded.get(name) or sha256(data),
+            }
+            outputs[ending(name, ".idx")] = {"size": index.stat().st_size, "sha256": sha256(index)}
+        skipped, target = self.folder / _SKIPPED, output_of(self._prefix, SKIPPED)
+        if skipped.exists() and skipped.stat().st_size:
+            move_file(skipped, target)
+        if not skipped.exists() and target.exists():
+            outputs[SKIPPED] = {"size": target.stat().st_size, "sha256": sha256(target)}
+        return published, outputs
+
+    def close(self) -> None:
+        """Close the files; what was saved stays for another start."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Close, and leave nothing of ours."""
+        self.close()
+        with suppress(OSError):
+            remove_files(self.folder, filter(_MINE.fullmatch, files_in(self.folder, ())))
+            self.folder.rmdir()
+
+    def _check_mine(self) -> None:
+        """Refuse a directory that is a link, or holds what no unfinished dataset has."""
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            what = "a link" if self.folder.is_symlink() else "a file"
+            raise UsageError(
+                f"{self.folder} is {what}, and a directory of that name is where the unfinished "
+                "dataset goes. Move it away, or give another --output."
+            )
+        if not self.folder.exists():
+            return
+        found = files_in(self.folder, ())
+        known = _LOCK in found or _JOURNAL in found
+        for name in found:
+            is_link = (self.folder / name).is_symlink()
+            if not known or is_link or not _MINE.fullmatch(name):
+                raise UsageError(
+                    f"{self.folder / name} is not a file of an unfinished dataset, and {self.folder} "
+                    "is where one goes. Move it away, or give another --output."
+                )
+
+    def _open(self, sizes: dict[str, int]) -> None:
+        wanted = [f"{name}{end}" for name in self._names for end in (".bin", ".lengths")]
+        for name in (*wanted, _SKIPPED):
+            file = open(self.folder / name, "r+b" if name in sizes else "w+b")
+            self._files[name] = file
+            file.seek(0, os.SEEK_END)
+            if file.tell() < sizes.get(name, 0):
+                raise UsageError(
+                    f"{self.folder / name} is shorter than when it was saved. Remove "
+                    f"{self.folder}, or give --overwrite, and begin anew."
+                )
+            file.truncate(sizes.get(name, 0))
+            if name.endswith(".bin"):
+                file.seek(0)
+                while piece := file.read(2**20):
+                    self._digests[name[: -len(".bin")]].update(piece)
+            file.seek(0, os.SEEK_END)
+
+    def _read_journal(self, overwrite: bool) -> dict | None:
+        path = self.folder / _JOURNAL
+        if not path.exists():
+            return None
+        remedy = f"Remove {self.folder}, or give --overwrite, and begin anew."
+        try:
+            journal = read_json(path, hint=remedy)
+            _check_journal(journal, f"{path} {{}}. {remedy}")
+        except UsageError:
+            if overwrite:
+                return None
+            raise
+        before = journal["task"]
+        differ = [key for key in {**before, **self._task} if before.get(key) != self._task.get(key)]
+        if differ and overwrite:
+            return None
+        if differ:
+            raise UsageError(
+                f"{self.folder} is an unfinished dataset with other {', '.join(differ)}. Finish it "
+                "with the arguments and files that it was begun with, or give --overwrite."
+            )
+        return journal
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.folder / f"{name}.new"
+        with naming(temporary), open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.folder / name)
+
+
+def _empty_cache(target: Path) -> None:
+    """Remove the samples that Megatron cut from the old data."""
+    folder = target / _CACHE
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    with suppress(OSError):
+        remove_files(folder, filter(_CACHED.fullmatch, files_in(folder)))
+        folder.rmdir()
+
+
+def _check_journal(journal: dict, message: str) -> None:
+    """Refuse a journal whose fields are not of their kinds."""
+    kinds = {"task": dict, "state": dict, "sizes": dict, "complete": bool}
+    for name, kind in kinds.items():
+        if type(journal.get(name)) is not kind:
+            raise UsageError(message.format(f"has {name} = {brief(journal.get(name))}"))
+    state = journal["state"]
+    counts = {name: value for name, value in state.items() if name != "skipped"}
+    for name, value in {**counts, **journal["sizes"]}.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise UsageError(message.format(f"has {brief(name)} = {brief(value)}"))
+    skipped = state.get("skipped", [])
+    pairs = isinstance(skipped, list) and all(
+        isinstance(item, list) and len(item) == 2 and all(isinstance(word, str) for word in item)
+        for item in skipped
+    )
+    if not pairs:
+        raise UsageError(message.format(f"has skipped = {brief(skipped)}"))

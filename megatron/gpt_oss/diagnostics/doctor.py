@@ -1,0 +1,240 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""`gptoss doctor`: which attention kernels this machine can run, how fast, and what to do.
+
+What a run would take is said without starting one, and why the others cannot: no environment
+variable to set, no debug log to read.
+"""
+
+import ctypes.util
+import importlib.util
+import json
+import os
+import platform
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron.core.transformer.sink_attention import registry
+from megatron.core.transformer.sink_attention.api import available_backends
+from megatron.core.transformer.sink_attention.backends.base import package_version
+from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.measure import Workload, errors, time_interleaved
+from megatron.gpt_oss.arguments.te_requirements import describe
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.outputs import MADE_BY, check_file, write_file
+from megatron.gpt_oss.presets import get_preset
+
+DOCTOR = "gptoss doctor"
+
+# An error of bf16 rounding is 3e-3; a wrong mask, scale or sink is beyond this by far.
+_ERROR_LIMIT = 1e-2
+
+# Plain PyTorch is never the choice on a GPU, FlexAttention compiles for a minute.
+_NOT_MEASURED = ("math", "flex")
+
+
+def run_doctor(
+    preset_name: str = "20b",
+    seqlen: int = 8192,
+    measure: bool = True,
+    compile_flex: bool = False,
+    json_path: str | None = None,
+) -> dict:
+    """Print the report, and return it.
+
+    Args:
+        preset_name: whose heads and window the cases have.
+        seqlen: tokens of the cases.
+        measure: time the kernels, where there is a GPU.
+        compile_flex: FlexAttention too, which takes a minute to compile.
+        json_path: write the report there as JSON.
+    Raises:
+        UsageError: seqlen is not positive, or the JSON cannot be written.
+    """
+    if seqlen < 2:
+        raise UsageError(f"--seqlen {seqlen}: wanted at least 2 tokens.")
+    if json_path is not None:
+        if json_path and not Path(json_path).absolute().parent.is_dir():
+            raise UsageError(f"--json {json_path}: no folder {Path(json_path).absolute().parent}.")
+        check_file(json_path, DOCTOR, "--json")
+    cuda = torch.cuda.is_available()
+    report = {MADE_BY: DOCTOR, "versions": versions(), "cases": []}
+    print(aligned([[name, value] for name, value in report["versions"].items()]))
+    for workload in _workloads(get_preset(preset_name), seqlen):
+        case = examine(workload, cuda, measure and cuda, compile_flex)
+        report["cases"].append(case)
+        print(f"\n{_title(workload)}\n{_table(case)}")
+    report["transformer_engine"] = describe()
+    print(f"\n{report['transformer_engine']}")
+    report["advice"] = advice(report)
+    print("\n" + "\n".join(f"- {line}" for line in report["advice"]))
+    if json_path is not None:
+        write_file(json_path, json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def versions() -> dict[str, str]:
+    """Card, driver, and what was found of everything that can run attention."""
+    found = {"Python": platform.python_version(), "PyTorch": torch.__version__}
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        found["GPU"] = (
+            f"{torch.cuda.device_count()} x {card.name}, {card.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {card.major}.{card.minor}"
+        )
+        found["CUDA"] = str(torch.version.cuda)
+        found["cuDNN of PyTorch"] = str(torch.backends.cudnn.version())
+    else:
+        found["GPU"] = "none that PyTorch can use"
+    packages = {
+        "triton": "triton",
+        "TransformerEngine": "transformer-engine",
+        "flash-attn (2)": "flash-attn",
+        "flash-attn-3": "flash-attn-3",
+        "flash-attn-4": "flash-attn-4",
+    }
+    for label, name in packages.items():
+        found[label] = package_version(name) or "not installed"
+    impl = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if impl is not None:
+        found["under PyTorch's flash operators"] = impl
+    return found
+
+
+def examine(workload: Workload, cuda: bool, measure: bool, compile_flex: bool) -> dict:
+    """One case: for every backend whether it can run, and its speed."""
+    device = "cuda" if cuda else "cpu"
+    reasons = available_backends(
+        (*workload.lead, workload.heads, workload.dim),
+        (*workload.lead, workload.groups, workload.dim),
+        workload.dtype,
+        device,
+        window=workload.window,
+    )
+    chosen = registry.choose(_as_case(workload, device)).name
+    rows = {name: {"able": reason is None, "reason": reason} for name, reason in reasons.items()}
+    if measure:
+        _measure(workload, rows, compile_flex)
+    return {"case": workload.kind, "seqlen": workload.seqlen, "auto": chosen, "backends": rows}
+
+
+def _measure(workload: Workload, rows: dict, compile_flex: bool) -> None:
+    skipped = [name for name in _NOT_MEASURED if name != "flex" or not compile_flex]
+    tensors = workload.tensors()
+    calls = {}
+    for name, row in rows.items():
+        if not row["able"] or name in skipped:
+            continue
+        try:  # one kernel that fails must not hide the others
+            row["error"] = _first_run(workload, name)
+            calls[name] = (workload.call(name), True)
+        except Exception as error:
+            row["reason"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
+            row["able"] = False
+    for name, times in time_interleaved(calls, tensors, seconds=1.0).items():
+        rows[name]["ms"] = statistics.median(times)
+        rows[name]["tflops"] = workload.flops / rows[name]["ms"] / 1e9
+
+
+def _first_run(workload: Workload, name: str) -> float:
+    """Compile and check on a short sequence: the largest relative error."""
+    documents = (1, 255, 256) if workload.documents else None
+    worst = max(errors(replace(workload, seqlen=512, documents=documents), name).values())
+    if not worst < _ERROR_LIMIT:
+        raise RuntimeError(f"wrong result, relative error {worst:.1e}")
+    return worst
+
+
+def advice(report: dict) -> list[str]:
+    """What to do about each gap, one sentence each."""
+    lines = []
+    if not torch.cuda.is_available():
+        lines.append(
+            "No GPU: attention runs in plain PyTorch (math), correct, and fast enough for the tiny "
+            "preset only."
+        )
+    by_name = [case["backends"] for case in report["cases"]]
+    for name, backend in registry.BACKENDS.items():
+        gap = by_name and all(not rows[name]["able"] for rows in by_name)
+        if torch.cuda.is_available() and gap and backend.remedy and name != "fa4_native":
+            lines.append(f"{name}: {by_name[0][name]['reason']}. {backend.remedy}")
+    mismatch = cudnn_mismatch()
+    if mismatch:
+        lines.append(mismatch)
+    if not lines:
+        lines.append("Nothing is missing.")
+    return lines
+
+
+def cudnn_mismatch() -> str | None:
+    """TransformerEngine goes to unfused attention, silently, when it finds another cuDNN first."""
+    if importlib.util.find_spec("transformer_engine") is None or os.environ.get("CUDNN_HOME"):
+        return None
+    system = ctypes.util.find_library("cudnn")
+    if system is None or importlib.util.find_spec("nvidia.cudnn") is None:
+        return None
+    folder = next(iter(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations))
+    return (
+        f"TransformerEngine finds {system} on the system beside PyTorch's own cuDNN and may fall "
+        f"back to unfused attention: export CUDNN_HOME={folder}"
+    )
+
+
+def _workloads(preset, seqlen: int) -> list[Workload]:
+    heads = dict(
+        heads=preset.num_attention_heads, groups=preset.num_query_groups, dim=preset.head_dim
+    )
+    window = min(preset.sliding_window, seqlen)
+    half = seqlen // 2
+    return [
+        Workload("full", seqlen, **heads),
+        Workload("window", seqlen, window=window, **heads),
+        Workload("packed", seqlen, documents=(half, seqlen - half), **heads),
+    ]
+
+
+def _as_case(workload: Workload, device: str) -> Case:
+    window = workload.window
+    return Case(
+        device=torch.device(device),
+        dtype=workload.dtype,
+        batch=workload.batch,
+        seqlen_q=workload.seqlen,
+        seqlen_k=workload.seqlen,
+        num_heads=workload.heads,
+        num_kv_heads=workload.groups,
+        head_dim=workload.dim,
+        window=None if window is None or window >= workload.seqlen else window,
+        packed=workload.documents is not None,
+    )
+
+
+def _title(workload: Workload) -> str:
+    mask = "all keys" if workload.window is None else f"window of {workload.window}"
+    shape = f"{workload.heads} heads, {workload.groups} groups, dim {workload.dim}"
+    packed = f", {len(workload.documents)} documents packed" if workload.documents else ""
+    return f"{workload.seqlen} tokens, causal, {mask}{packed}; {shape}, bf16"
+
+
+def _table(case: dict) -> str:
+    lines = [["backend", "can run", "ms", "TFLOP/s", "kernel, or why not"]]
+    for name, row in case["backends"].items():
+        mark = " <- auto" if name == case["auto"] else ""
+        figures = ["", ""]
+        if "ms" in row:
+            figures = [f"{row['ms']:.2f}", f"{row['tflops']:.0f}"]
+        text = row["reason"] or registry.BACKENDS[name].kernel + mark
+        lines.append([name, "yes" if row["able"] else "no", *figures, text])
+    return aligned(lines)
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """Columns as wide as their widest cell; the last is left ragged."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[-1]])
+        for line in lines
+    )

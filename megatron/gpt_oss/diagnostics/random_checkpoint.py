@@ -1,0 +1,88 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""A random Hugging Face gpt-oss checkpoint small enough to train on a laptop.
+
+Written with safetensors alone; transformers loads it.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME, hf_config_from_preset
+from megatron.gpt_oss.checkpoint.hf.reader import SINGLE_NAME
+from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_shape
+from megatron.gpt_oss.checkpoint.resumable_output import unfinished
+from megatron.gpt_oss.data.byte_tokenizer import (
+    BYTE_VOCAB_SIZE,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+    write_byte_tokenizer,
+)
+from megatron.gpt_oss.presets import Preset, get_preset
+
+INIT_TINY = "gptoss init-tiny"
+_GENERATION_CONFIG = "generation_config.json"
+_NAMES = (SINGLE_NAME, CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, _GENERATION_CONFIG)
+
+
+def random_hf_tensors(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
+    """Weights as a fresh gpt-oss has them: normal with the preset's std, biases 0, norms 1.
+
+    The first loss is then about ln(vocabulary).
+
+    Returns:
+        fp32 tensors by Hugging Face name.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name in hf_names(preset):
+        shape = hf_shape(name, preset)
+        if "norm" in name:
+            tensors[name] = torch.ones(shape)
+        elif name.endswith("bias"):
+            tensors[name] = torch.zeros(shape)
+        else:
+            tensors[name] = torch.randn(shape, generator=generator) * preset.initializer_range
+    return tensors
+
+
+def write_tiny_hf(folder: str | Path, seed: int = 0, preset: Preset | None = None) -> Path:
+    """Write a random BF16 checkpoint with config and byte-level tokenizer.
+
+    Args:
+        folder: made if it is not there; what an earlier call wrote is replaced.
+        seed: of the weights.
+        preset: the sizes; `tiny` by default.
+    Raises:
+        UsageError: the directory holds other files, or cannot be written.
+    """
+    preset = preset or get_preset("tiny")
+    task = {"seed": seed, "preset": dataclasses.asdict(preset)}
+    needed = sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset)) * 2
+    with unfinished(folder, task, needed, overwrite=True, names=_NAMES, made_by=INIT_TINY) as work:
+        if not work.complete:
+            _write(work.folder, seed, preset)
+    return Path(folder)
+
+
+def _write(folder: Path, seed: int, preset: Preset) -> None:
+    write_byte_tokenizer(folder)
+    tensors = {k: v.to(torch.bfloat16) for k, v in random_hf_tensors(preset, seed).items()}
+    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    end_of_text = BYTE_VOCAB_SIZE - 1
+    config = hf_config_from_preset(preset, eos_token_id=end_of_text, pad_token_id=end_of_text)
+    write_json(folder / CONFIG_NAME, config)
+    write_json(
+        folder / _GENERATION_CONFIG,
+        {"eos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": True},
+    )
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file in the way of Hugging Face's own files."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,100 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""Text from a model, one token at a time, the whole prefix computed anew for each.
+
+Without a KV cache it is slow and simple: for a look at what a run has learned, on any machine.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+
+from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
+from megatron.gpt_oss.errors import UsageError
+
+LogitsFn = Callable[[torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def generate(
+    logits_of: LogitsFn,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt.
+
+    Args:
+        logits_of: gives logits [1, s, vocabulary] of token ids [1, s].
+        tokenizer: to and from text; its end token ends the sample.
+        prompt: may be empty: the sample then starts a new document.
+        max_new_tokens: at most.
+        temperature: 0 takes the likeliest token.
+        seed: of the draws.
+    Returns:
+        Prompt and continuation. Tokens that the tokenizer does not know are never drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(prompt) or [tokenizer.end_id]
+    for _ in range(max_new_tokens):
+        logits = logits_of(torch.tensor([ids]))[0, -1].float().cpu()
+        logits = logits[: tokenizer.vocab_size]  # the embedding has more rows than tokens
+        if temperature <= 0:
+            token = int(logits.argmax())
+        else:
+            probabilities = torch.softmax(logits / temperature, dim=-1)
+            token = int(torch.multinomial(probabilities, 1, generator=generator))
+        if token == tokenizer.end_id:
+            break
+        ids.append(token)
+    return tokenizer.decode(ids)
+
+
+def gpt_model_logits(model: torch.nn.Module) -> LogitsFn:
+    """`logits_of` for a live GPTModel (any wrapper) that this process holds whole."""
+
+    def logits_of(ids: torch.Tensor) -> torch.Tensor:
+        device = next(model.parameters()).device
+        ids = ids.to(device)
+        positions = torch.arange(ids.shape[1], device=device).unsqueeze(0)
+        return model(ids, positions, None)
+
+    return logits_of
+
+
+@contextmanager
+def open_hf_model(folder: str | Path) -> Iterator[torch.nn.Module]:
+    """A GPTModel with the weights of a Hugging Face folder, in a process group of its own.
+
+    On CUDA in bf16, else in fp32. The process must not have a process group yet.
+    """
+    from megatron.core import device_utils
+    from megatron.gpt_oss.checkpoint.load_hf import load_hf
+    from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
+
+    preset = preset_from_hf_config(read_hf_config(Path(folder)))
+    with single_rank_model(preset, bf16=device_utils.is_cuda()) as model:
+        load_hf([model], folder)
+        yield model
+
+
+def sample_hf(
+    folder: str | Path,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt with the model and tokenizer of a Hugging Face folder."""
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens {max_new_tokens} gives no text. Give 1 or more.")
+    read_hf_config(Path(folder))  # for its errors: "no tokenizer" would say too little
+    tokenizer = load_text_tokenizer(folder)
+    with open_hf_model(folder) as model:
+        logits_of = gpt_model_logits(model)
+        return generate(logits_of, tokenizer, prompt, max_new_tokens, temperature, seed)

@@ -1,0 +1,213 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""The planner's bytes against those of real objects: kept tensors, weights, buffers, optimizer.
+
+On the CPU, where all is as on a GPU but for the norms, which PyTorch decomposes here.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron.gpt_oss.planner.layout import Layout, Recompute
+from megatron.gpt_oss.planner.memory import StageMoments, optimizer_memory, stage_memory
+from megatron.gpt_oss.planner.parameters import rank_parameters
+from megatron.gpt_oss.presets import get_preset
+from tests.unit_tests.gpt_oss.planner.live_memory import balanced_routing
+
+# No two sizes alike; small, so that activations are not hidden by what a process has anyway.
+ODD = dataclasses.replace(
+    get_preset('tiny', 3),
+    hidden_size=160,
+    num_attention_heads=8,
+    num_query_groups=2,
+    head_dim=32,
+    moe_ffn_hidden_size=208,
+    vocab_size=384,
+    sliding_window=24,
+)
+
+
+def _layout(world_size=1, policy='fast', **sizes):
+    # A model without DDP has no main_grad, to which the loss in chunks would add.
+    chunk, grad_bytes = (0, 4) if policy == 'fast' else (64, 2)
+    options = dict(seq_length=256, micro_batch_size=2, global_batch_size=64, grad_bytes=grad_bytes)
+    options |= dict(sequence_parallel=sizes.get('tp', 1) > 1, **sizes)
+    return Layout(
+        ODD, world_size, recompute=Recompute.of_policy(policy), loss_chunk=chunk, **options
+    )
+
+
+def _model_arguments(layout):
+    recompute = layout.recompute
+    return dict(
+        tensor_model_parallel_size=layout.tp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sequence_parallel,
+        cp_comm_type=[layout.cp_comm_type],
+        seq_length=layout.seq_length,
+        bf16=True,
+        moe_grouped_gemm=True,
+        moe_router_force_load_balancing=True,
+        recompute_granularity=recompute.granularity,
+        recompute_modules=list(recompute.modules) or None,
+        recompute_method=recompute.method,
+        recompute_num_layers=recompute.num_layers if recompute.method else None,
+    )
+
+
+def _start(layout):
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    model_parallel_cuda_manual_seed(1)
+
+
+def _builder(layout):
+    from megatron.gpt_oss.layer_specs import model_config
+
+    config = model_config(layout.preset, **_model_arguments(layout))
+    config.finalize()
+    return config.get_builder_cls()(config)
+
+
+def kept_bytes(layout):
+    """Bytes of the storages that a forward and a loss keep, weights left out."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.gpt_oss.training.output_processor import chunked_loss_processor
+
+    _start(layout)
+    model = _builder(layout).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = model.bfloat16().train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    length = layout.seq_length // layout.cp
+    ids = torch.randint(layout.preset.vocab_size, (layout.micro_batch_size, length))
+    positions = torch.arange(length).expand_as(ids)
+    options = {}
+    if layout.loss_chunk:
+        options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with hooks, balanced_routing():
+        losses = model(ids, positions, None, labels=ids, loss_mask=torch.ones(ids.shape), **options)
+    assert losses.requires_grad
+    return sum(kept.values())
+
+
+def state_bytes(layout):
+    """Bytes of weights, gradient buffers, and the optimizer's state of this rank."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    _start(layout)
+    model = _builder(layout).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=layout.grad_bytes == 4,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        data_parallel_random_init=False,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer='adam',
+            lr=1e-4,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        model,
+    )
+    optimizer.step()
+    chunk = model[0]
+    state = 0
+    for one in optimizer.chained_optimizers:
+        for group in one.optimizer.param_groups:
+            state += sum(p.numel() * p.element_size() for p in group['params'])
+        for tensors in one.optimizer.state.values():
+            state += sum(t.nbytes for t in tensors.values() if t.dim())
+    buffers = chunk.buffers + chunk.expert_parallel_buffers
+    return (
+        sum(p.nbytes for p in chunk.parameters()),
+        sum(buffer.grad_data.nbytes for buffer in buffers),
+        state,
+    )
+
+
+KEPT = {
+    'fast': _layout(),
+    'balanced': _layout(policy='balanced'),
+    'lean': _layout(policy='lean'),
+    'one-sequence': _layout(micro_batch_size=1),
+    'two-layers-of-three': dataclasses.replace(
+        _layout(), recompute=Recompute('full', (), 'block', 2)
+    ),
+    'two-layers-a-unit': dataclasses.replace(
+        _layout(), recompute=Recompute('full', (), 'uniform', 2)
+    ),
+    'all-experts-again': dataclasses.replace(_layout(), recompute=Recompute('selective', ('moe',))),
+    'tp2-ep2': _layout(2, tp=2, ep=2),
+    'tp2-etp2-balanced': _layout(2, 'balanced', tp=2, etp=2),
+    'tp2-lean': _layout(2, 'lean', tp=2, ep=2),
+    'cp2-all-gather-ep2': _layout(2, cp=2, ep=2, cp_comm_type='all_gather'),
+    'cp2-ring': _layout(2, cp=2, cp_comm_type='p2p', micro_batch_size=1),
+    'cp2-heads': _layout(2, cp=2, cp_comm_type='a2a'),
+}
+
+
+@pytest.mark.parametrize('case', KEPT)
+def test_kept(ranks, case):
+    """What autograd keeps of a micro-batch."""
+    layout = KEPT[case]
+    measured = ranks.run(kept_bytes, layout, world_size=layout.gpus)
+    measured = sum(measured) / len(measured)
+    stage = StageMoments(layout, 0, device='cpu')
+    tokens = 8 * stage.sizes.tokens
+    expected = stage.kept() + stage.head.kept() + tokens
+    assert expected == pytest.approx(measured, rel=0.005)
+
+
+STATE = {
+    'one-rank': _layout(),
+    'one-rank-bf16-gradients': _layout(grad_bytes=2),
+    'dp2': _layout(2),
+    'dp2-whole-optimizer': _layout(2, distributed_optimizer=False),
+    'tp2-etp2': _layout(2, tp=2, etp=2),
+    'tp2-ep2': _layout(2, tp=2, ep=2),
+    'ep2': _layout(2, ep=2),
+    'cp2': _layout(2, cp=2),
+}
+
+
+@pytest.mark.parametrize('case', STATE)
+def test_weights_gradients_optimizer(ranks, case):
+    """Exact but for the padding of buffers and shards that end within a bucket."""
+    layout = STATE[case]
+    measured = ranks.run(state_bytes, layout, world_size=layout.gpus)
+    dense, expert = rank_parameters(layout, 0)
+    memory = stage_memory(layout, 0)
+    optimizer = optimizer_memory(layout, dense, expert)[0]
+    assert {weights for weights, _, _ in measured} == {memory.parameters}
+    for _, gradients, _ in measured:
+        assert memory.gradients == pytest.approx(gradients, rel=2e-3)
+    mean = sum(state for _, _, state in measured) / len(measured)
+    assert optimizer == pytest.approx(mean, rel=2e-3)
