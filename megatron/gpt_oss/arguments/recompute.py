@@ -12,7 +12,7 @@ from typing import Callable
 
 from megatron.gpt_oss.errors import UsageError
 
-# Tokens whose logits live at a time; a preset takes LM_LOSS_CHUNK_SIZE of our_flags.py.
+# Tokens whose logits live at a time; a preset takes LM_LOSS_CHUNK_SIZE of flags.py.
 LEAN_LOSS_CHUNK = 2048
 
 # By dest; what a policy leaves out keeps its default, which is no recomputation.
