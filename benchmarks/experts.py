@@ -47,8 +47,8 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import grouped_linear as grouped_linear_module
-from megatron.core.transformer.moe.grouped_linear import grouped_linear
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

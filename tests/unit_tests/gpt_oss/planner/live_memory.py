@@ -86,7 +86,9 @@ def kernels_of_cuda():
     """Kernels that allocate as those of CUDA do, where the CPU's reference takes more."""
     from megatron.core.fusions import chunked_lm_loss, fused_qkv_rotary
     from megatron.core.transformer import fused_rotary_attention
-    from megatron.core.transformer.moe import grouped_activation, grouped_linear, row_permutation
+    from megatron.core.transformer.moe.grouped_mlp import activation as grouped_activation
+    from megatron.core.transformer.moe.grouped_mlp import linear as grouped_linear
+    from megatron.core.transformer.moe.grouped_mlp import permute as row_permutation
 
     def partial_sums(rows, bias):
         return rows.new_empty(len(rows) // 32 + len(bias), bias.shape[1], dtype=torch.float32)

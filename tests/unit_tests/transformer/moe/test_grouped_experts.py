@@ -17,9 +17,9 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.grouped_experts import GroupedExperts
-from megatron.core.transformer.moe.grouped_linear import grouped_linear
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
+from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
 from tests.unit_tests.gpt_oss_reference import SIZES, hf_model, moe_to_megatron
 from tests.unit_tests.transformer.moe.grouped_experts_reference import (
     EXPERTS,

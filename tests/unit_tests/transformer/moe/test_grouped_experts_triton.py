@@ -16,12 +16,12 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
 from megatron.core.transformer.moe import grouped_experts_triton as kernels
-from megatron.core.transformer.moe.grouped_activation import (
+from megatron.core.transformer.moe.grouped_mlp.activation import (
     ClampedSwiGLU,
     swiglu_backward_ref,
     swiglu_forward_ref,
 )
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 
 # `make test-gpu` runs them; the interpreter's run asks for this file by name.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]

@@ -18,11 +18,11 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 if ON_GPU and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("these kernels are for Hopper", allow_module_level=True)
 
-from megatron.core.transformer.moe.grouped_kernels import product_kernels
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.dispatch import product_kernels
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 
 kernels = pytest.importorskip(
-    "megatron.core.transformer.moe.grouped_product_triton", exc_type=ImportError
+    "megatron.core.transformer.moe.grouped_mlp.gemm_triton", exc_type=ImportError
 )
 
 # `make test-gpu` runs them; the interpreter's run asks for this file by name.

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from megatron.core.transformer.moe.grouped_mlp.permute import add_rows, rows_of_tokens, take_rows
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
-from megatron.core.transformer.moe.row_permutation import add_rows, rows_of_tokens, take_rows
 from tests.unit_tests import commands
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,7 +72,7 @@ def test_permute_and_back(dtype, kind, device):
 
 
 def test_no_scatter():
-    """What runs is row_permutation: on the CPU, whose scatter is exact, only the graph shows it."""
+    """What runs is permute.py: on the CPU, whose scatter is exact, only the graph shows it."""
     tokens = torch.randn(TOKENS, HIDDEN, requires_grad=True)
     routing_map = routing("all")
     rows, _, indices, *_ = permute(tokens, routing_map, num_out_tokens=int(routing_map.sum()))
@@ -96,8 +96,8 @@ def test_gradcheck():
 
 KERNEL = """
 import torch
-from megatron.core.transformer.moe.row_permutation import rows_of_tokens
-from megatron.core.transformer.moe.row_permutation_triton import sum_by_token
+from megatron.core.transformer.moe.grouped_mlp.permute import rows_of_tokens
+from megatron.core.transformer.moe.grouped_mlp.permute_triton import sum_by_token
 index = torch.tensor([4, 0, 4, 2, 0, 4, 4])
 for width in (5, 1500):
     rows = torch.randn(7, width).bfloat16()

@@ -12,12 +12,12 @@ expert that has a row.
 import torch
 import torch.nn.functional as F
 
-from megatron.core.transformer.moe.grouped_kernels import (
+from megatron.core.transformer.moe.grouped_mlp.dispatch import (
     has_grouped_mm,
     product_kernels,
     triton_kernels,
 )
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 
 
 def grouped_linear(

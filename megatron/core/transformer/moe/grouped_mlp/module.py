@@ -27,14 +27,14 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.expert_bias import count_bias_once
-from megatron.core.transformer.moe.grouped_activation import ClampedSwiGLU, weighted_bias_swiglu
-from megatron.core.transformer.moe.grouped_experts_checkpoint import (
+from megatron.core.transformer.moe.grouped_mlp.activation import ClampedSwiGLU, weighted_bias_swiglu
+from megatron.core.transformer.moe.grouped_mlp.checkpoint import (
     ExpertSharding,
     expert_extra_states,
     expert_factory,
 )
-from megatron.core.transformer.moe.grouped_linear import grouped_linear
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
 

@@ -15,7 +15,7 @@ import torch
 from megatron.core.triton_kernels import triton_module
 
 _triton_module = functools.partial(
-    triton_module, "megatron.core.transformer.moe.row_permutation_triton"
+    triton_module, "megatron.core.transformer.moe.grouped_mlp.permute_triton"
 )
 
 

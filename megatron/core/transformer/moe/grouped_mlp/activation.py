@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron.core.transformer.moe.grouped_kernels import triton_kernels
-from megatron.core.transformer.moe.row_groups import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.dispatch import triton_kernels
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ MIN_PROGRAMS = 4096
 
 
 def swiglu_forward(y, bias, probs, ends, constants):
-    """See `grouped_activation.weighted_bias_swiglu`; `ends` is `RowGroups.ends`."""
+    """See `activation.weighted_bias_swiglu`; `ends` is `RowGroups.ends`."""
     num_rows, width = y.shape[0], y.shape[1] // 2
     out = y.new_empty(num_rows, width)
     # It has no sums to make: wider blocks are a tenth faster on an H100.

@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 def sum_by_token(rows, rows_of_token, starts):
-    """[t, h] to [n, h]; the other two are what `row_permutation.rows_of_tokens` returns."""
+    """[t, h] to [n, h]; the other two are what `permute.rows_of_tokens` returns."""
     num_tokens, width = starts.numel() - 1, rows.shape[1]
     sums = rows.new_empty(num_tokens, width)
     columns = min(1024, triton.next_power_of_2(width))

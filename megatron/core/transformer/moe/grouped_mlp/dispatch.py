@@ -13,7 +13,7 @@ from megatron.core.triton_kernels import triton_module, triton_module_for
 
 # The Triton kernels, where they take a tensor.
 triton_kernels = functools.partial(
-    triton_module_for, "megatron.core.transformer.moe.grouped_experts_triton"
+    triton_module_for, "megatron.core.transformer.moe.grouped_mlp.activation_triton"
 )
 
 
@@ -33,7 +33,7 @@ def product_kernels(*operands: torch.Tensor) -> ModuleType | None:
     """
     if not _in_bf16_rows(operands, (9,)) or any(x.data_ptr() % 16 for x in operands):
         return None
-    return triton_module("megatron.core.transformer.moe.grouped_product_triton")
+    return triton_module("megatron.core.transformer.moe.grouped_mlp.gemm_triton")
 
 
 def _in_bf16_rows(operands: Sequence[torch.Tensor], majors: tuple[int, ...]) -> bool:

@@ -10,7 +10,7 @@ Tiles of rows end with their expert: rows of the next that are loaded with them 
 are cleared before they are summed, NaN too. Operands come by TMA, whose addresses have 64 bits and
 which reads 0 past the end of a tensor.
 
-PyTorch's grouped_mm does the same, and does it where these do not run (`grouped_kernels`); what
+PyTorch's grouped_mm does the same, and does it where these do not run (`dispatch`); what
 each takes is in docs/performance.md.
 """
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from packaging.version import Version
 
-from megatron.core.transformer.moe.grouped_experts_triton import experts_tiles, find_tile
+from megatron.core.transformer.moe.grouped_mlp.activation_triton import experts_tiles, find_tile
 
 if Version(triton.__version__) < Version("3.6"):
     # 3.5 keeps 64 bytes a thread of the gradient's tile in memory, 3.4 keeps 560.
