@@ -1,16 +1,17 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""For how long a checkpoint holds up the training: written in the foreground, and beside it.
+"""For how long a checkpoint blocks training: written synchronously, and in the background.
 
     python benchmarks/checkpoint.py --folder /data/bench --json benchmarks/results/checkpoint_cpu.json
     python benchmarks/checkpoint.py --folder /tmp/bench --smoke                 (tiny, a minute)
 
 Each case is pretrain_gpt_oss.py in a process of its own on the CPU: random tokens, a mixture of
-experts of 90M parameters in fp32, whose weights and Adam's moments are 1.1 GB. The cases take turns.
-`held up` is from the beginning of a save until the training goes on, and what the finalisation takes
-of it later; `write` is the thread's. `step` is the median of steps that no write goes on beside,
-`step beside` that of the steps that follow a save directly. `disk` is a plain write and fsync of as
-many bytes, before each case. Checkpoints of both cases are compared, tensor by tensor, first.
+experts of 90M parameters in fp32, whose weights and Adam's moments are 1.1 GB. The cases alternate.
+`blocked` is the time from the start of a save until training continues, plus the time that the
+finalisation blocks it later; `write` is the time of the writing thread. `step` is the median of the
+steps without a background write, `step during write` that of the steps directly after a save.
+`disk` is a plain write and fsync of as many bytes, before each case. The checkpoints of both cases
+are compared first, tensor by tensor.
 """
 
 import argparse
@@ -201,8 +202,8 @@ def row(name: str, runs: list[dict], interval: int) -> Row:
     )
 
 
-HEADER = ["case", "saves", "GB", "held up, s", "worst, s", "write, s", "step, s"]
-HEADER += ["step beside, s", "disk, s", "load"]
+HEADER = ["case", "saves", "GB", "blocked, s", "worst, s", "write, s", "step, s"]
+HEADER += ["step during write, s", "disk, s", "load"]
 
 
 def cells(row: Row) -> list[str]:

@@ -1,22 +1,24 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Bytes and seconds of one attention layer over 8 to 64 ranks, on paper, from measured rates.
+"""Bytes and seconds of one attention layer over 8 to 64 ranks, computed from measured rates.
 
-The compute of one GPU is measured (benchmarks/results/attention_h100.json); what the ranks
-exchange is counted from the code's own scheme; the links are given. How they add up:
+The compute of one GPU is measured (benchmarks/results/attention_h100.json), the bytes are those
+that the code sends, and the link rates are given. How they add up:
 
-all_gather  the gather runs beside the rank's own piece, 1/cp of its work; the reduce-scatter of the
-            gradients (fp32) beside nothing.
-p2p         cp equal steps; each takes its compute or its exchange, whichever is longer; the last
-            sums come home beside nothing. Every step reads and writes the partial results in fp32.
-a2a         all exchanges beside nothing.
+all_gather  the all-gather overlaps with the rank's own piece, 1/cp of its work; the reduce-scatter
+            of the gradients (fp32) is not overlapped.
+p2p         cp equal steps, each as long as its compute or its communication, whichever is longer;
+            returning the last sums is not overlapped. Every step reads and writes the partial
+            results in fp32.
+a2a         no communication is overlapped.
 a2a+p2p     all-to-all among the 8 GPUs of a node, always over NVLink; the ring between nodes.
-halo        two exchanges, beside nothing.
+halo        two exchanges, not overlapped.
 
-An exchange beside nothing has LATENCY. Copies and merges are counted by what they read and write,
-at MEMORY bytes a second. Communication is taken not to slow down computation, small pieces to run
-at the speed of large ones, and the flat schemes at the speed of the link named: pessimistic for
-all_gather over 50 GB/s, where NCCL's rings use all network cards of a node at once.
+Communication that is not overlapped adds LATENCY. Copies and merges are counted by the bytes that
+they read and write, at MEMORY bytes/s. Assumptions: communication does not slow down computation,
+small pieces run at the rate of large ones, and schemes without groups run at the rate of the named
+link. This is pessimistic for all_gather over 50 GB/s, where NCCL's rings use all network cards of a
+node at once.
 """
 
 import json
@@ -109,8 +111,8 @@ def plan() -> str:
     lines = [
         f"One H100 computes {causal['tflops']:.0f} TFLOP/s in full layers ({causal['kernel']}, "
         f"131,072 tokens) and a windowed layer of 32,768 tokens in {window['ms']:.2f} ms "
-        f"({window['kernel']}). A cell holds what a rank receives in forward and backward, the "
-        "time of both, and the share of it that is computing.",
+        f"({window['kernel']}). A cell has the bytes that a rank receives in forward and backward, "
+        "the time of both, and the share of it that is compute.",
     ]
     for tokens in LENGTHS:
         for link in (NVLINK, NETWORK):
@@ -121,7 +123,7 @@ def plan() -> str:
 
 def full_table(tokens: int, link: float) -> list[str]:
     schemes = ("all_gather", "p2p", "a2a", "a2a+p2p")
-    rows = [["cp", "tokens a rank", "computing", *schemes, "fastest"]]
+    rows = [["cp", "tokens/rank", "compute", *schemes, "fastest"]]
     for cp in RANKS:
         compute, found = full_layer(tokens, cp, link)
         cells = [
@@ -134,21 +136,23 @@ def full_table(tokens: int, link: float) -> list[str]:
         ]
         fastest = min(found, key=lambda scheme: found[scheme][1])
         rows.append([str(cp), f"{tokens // cp:,}", ms(compute), *cells, fastest])
-    title = f"Full layer, {tokens:,} tokens, {link / 1e9:.0f} GB/s a GPU"
+    title = f"Full layer, {tokens:,} tokens, {link / 1e9:.0f} GB/s/GPU"
     if link == NETWORK:
         title += f" ({NVLINK / 1e9:.0f} inside a node for the a2a of a2a+p2p)"
     return [f"**{title}**", "", *markdown(rows)]
 
 
 def window_table() -> list[str]:
-    rows = [["cp", "tokens a rank", "computing", "halo received", "450 GB/s", "50 GB/s"]]
+    rows = [["cp", "tokens/rank", "compute", "halo received", "450 GB/s", "50 GB/s"]]
     tokens = LENGTHS[0]
     for cp in RANKS:
         compute, received, fast = window_layer(tokens, cp, NVLINK)
         slow = window_layer(tokens, cp, NETWORK)[2]
         halo = f"{received / 2**20:.2f} MiB"
         rows.append([str(cp), f"{tokens // cp:,}", ms(compute), halo, ms(fast), ms(slow)])
-    title = f"Windowed layer ({WINDOW} keys), {tokens:,} tokens, {LATENCY * 1e6:.0f} us an exchange"
+    title = (
+        f"Windowed layer ({WINDOW} keys), {tokens:,} tokens, {LATENCY * 1e6:.0f} us per exchange"
+    )
     return [f"**{title}**", "", *markdown(rows)]
 
 

@@ -203,7 +203,7 @@ def elementwise_section() -> str:
 def context_parallel_section() -> str:
     """Every exchange on two GPUs."""
     found = load("context_parallel_h100x2")
-    header = ["case", "asked for", "taken", "ms", "one GPU, ms", "efficiency", "MiB received"]
+    header = ["case", "requested", "used", "ms", "one GPU, ms", "efficiency", "MiB received"]
     rows = []
     for r in found["rows"]:
         halo = "" if r["halo_mib"] is None else f" ({r['halo_mib']:.3f} forward, as computed)"
@@ -220,7 +220,7 @@ def context_parallel_model_section() -> str:
     """Four layers at long context, and the check against cp 1."""
     found = load("context_parallel_model_h100x2")
     header = ["tokens", "layers", "losses", "s a step", "tokens/s/GPU", "TFLOP/s/GPU", "peak GB"]
-    header += ["planned GB", "busiest rank's rows of the mean", "planned GB with that"]
+    header += ["planned GB", "routed tokens, max / mean of ranks", "planned GB at that load"]
     rows = []
     for r in found["run"]:
         losses = ", ".join(f"{x:.2f}" for x in r["losses"])
@@ -235,9 +235,9 @@ def context_parallel_model_section() -> str:
         rows.append([f"{r['length']:,}", str(r["layers"]), losses, *figures])
     check = found["check"][0]
     text = (
-        f"At {check['length']:,} tokens, where one rank holds the sequence, {check['layers']} layers "
-        f"over both ranks have the loss of one to {check['loss_error']:.1e}, the gradient norm to "
-        f"{check['grad_norm_error']:.1e}."
+        f"At {check['length']:,} tokens, which fit on one rank, {check['layers']} layers over both "
+        f"ranks match one rank to {check['loss_error']:.1e} in the loss and "
+        f"{check['grad_norm_error']:.1e} in the gradient norm."
     )
     name = "context_parallel_model_h100x2"
     return "\n\n".join([report.markdown(header, rows), text, source(name, found)])
@@ -258,8 +258,8 @@ def figure(row: dict, key: str, digits: int) -> str:
 def te_attention_section() -> str:
     """Our attention and TransformerEngine's, side by side."""
     columns = {"ms": 2, "tflops": 0, "peak_mib": 0, "beyond_mib": 0, "ratio": 3}
-    header = ["case", "GPUs", "by", "ms", "TFLOP/s a GPU", "peak MiB", "beyond its tensors, MiB"]
-    header += ["time without a sink over that with one"]
+    header = ["case", "GPUs", "attention", "ms", "TFLOP/s/GPU", "peak MiB", "workspace, MiB"]
+    header += ["time without / with a sink"]
     names = {"auto": "this project"}
     rows, worst = [], 0.0
     measured = te_rows(steps=False)
@@ -276,7 +276,7 @@ def te_attention_section() -> str:
 def te_step_section() -> str:
     """Two layers and head, by implementation; beside it, forward and backward of the earlier run."""
     columns = {"adamw_ms": 1, "step_ms": 1, "peak_mib": 0}
-    header = ["two layers and head", "forward + backward alone, ms", "before a step, ms"]
+    header = ["two layers and head", "forward + backward alone, ms", "forward + backward, ms"]
     header += ["p20 to p80", "AdamW, ms", "step, ms", "peak MiB"]
     earlier = "te_layers_forward_backward_h100x2"
     alone = {r["backend"]: r for r in te_rows(steps=True, name=earlier)}
