@@ -165,7 +165,7 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
     if isinstance(tracker, int) and tracker not in found and any(i > tracker for i in found):
         # Nobody goes back to what is not there: a number that lost its end, or a deleted folder.
         messages.append(
-            f'{os.path.join(load_dir, TRACKER)} names {tracker}, of which there is no folder.'
+            f'{os.path.join(load_dir, TRACKER)} names {tracker}, which has no directory.'
         )
         tracker = ''
     if isinstance(tracker, int):
@@ -177,26 +177,24 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
         problem = find_problem(folder)
         if not problem and tracker is None and not has_manifest(folder):
             problem = (
-                f'{folder} has no {MANIFEST} and no {TRACKER} names it. If it is to be used, write '
-                f'{iteration} into {os.path.join(load_dir, TRACKER)}.'
+                f'{folder} has no {MANIFEST} and no {TRACKER} names it. To use it, write '
+                f'{iteration} to {os.path.join(load_dir, TRACKER)}.'
             )
         if not problem:
             if messages or iteration != tracker:
-                messages.append(f'{folder} is the newest whole checkpoint: going on from it.')
+                messages.append(f'{folder} is the newest complete checkpoint: resuming from it.')
             return Choice(iteration, False, messages)
         messages.append(problem)
 
     if tracker is None and all(_is_unfinished(_folder(load_dir, i)) for i in found):
         # Nothing was ever completed here, so that nothing is lost.
         if found:
-            messages.append(
-                f'{load_dir} never held a whole checkpoint: starting from the beginning.'
-            )
+            messages.append(f'{load_dir} never held a complete checkpoint: starting from step 0.')
         return Choice(-1, False, messages)
     messages.append(
-        f'No whole checkpoint in {load_dir}, and training from the beginning would overwrite what '
-        'is there. Restore the files that are named above, give --load another folder, or move '
-        'this one away to start anew.'
+        f'No complete checkpoint in {load_dir}, and training from step 0 would overwrite what is '
+        'there. Restore the files named above, give --load another directory, or move this one '
+        'away to restart training.'
     )
     raise CheckpointError('\n'.join(messages))
 
@@ -243,7 +241,7 @@ def find_problem(folder: str) -> Optional[str]:
     if not os.path.isdir(folder):
         return f'{folder} does not exist.'
     if damage := _damaged.get(os.path.realpath(folder)):
-        return f'{folder} is not a whole checkpoint: {damage}'
+        return f'{folder} is not a complete checkpoint: {damage}'
     try:
         if has_manifest(folder):
             wrong = _compare_with_manifest(folder)
@@ -254,7 +252,7 @@ def find_problem(folder: str) -> Optional[str]:
     if not wrong:
         return None
     more = f', and {len(wrong) - 4} more' if len(wrong) > 4 else ''
-    return f'{folder} is not a whole checkpoint: {"; ".join(wrong[:4])}{more}.'
+    return f'{folder} is not a complete checkpoint: {"; ".join(wrong[:4])}{more}.'
 
 
 def has_manifest(folder: str) -> bool:
@@ -279,9 +277,9 @@ def _compare_with_manifest(folder: str) -> List[str]:
     try:
         manifest = _read_json(os.path.join(folder, MANIFEST))
         if manifest.get('version', 1) not in range(1, VERSION + 1):
-            return [f'{MANIFEST} is of version {manifest["version"]}, which is not known here']
+            return [f'{MANIFEST} has the unsupported version {manifest["version"]}']
         if manifest['state'] == 'writing':
-            return ['the save was not finished']
+            return ['the save did not finish']
         expected = manifest['files'].items()
         for name, properties in expected:
             _check_entry(name, properties)
@@ -292,7 +290,7 @@ def _compare_with_manifest(folder: str) -> List[str]:
         path = os.path.join(folder, name)
         complaint = _check_size(path, name, properties['size'], exact=True)
         if complaint is None and 'sha256' in properties and _sha256(path) != properties['sha256']:
-            complaint = f'{name} has other contents than when it was saved (SHA-256)'
+            complaint = f'{name} has different contents than when it was saved (SHA-256)'
         if complaint:
             wrong.append(complaint)
     if not wrong and '.metadata' in manifest['files']:
@@ -309,7 +307,7 @@ def _check_metadata(folder: str) -> List[str]:
     path = os.path.join(folder, 'metadata.json')
     try:
         if os.path.isfile(path) and not isinstance(_read_json(path), dict):
-            return ['metadata.json is damaged (it is no JSON object)']
+            return ['metadata.json is damaged (not a JSON object)']
     except ValueError as error:
         return [f'metadata.json is damaged ({error})']
     return []
@@ -325,7 +323,7 @@ def _check_without_manifest(folder: str) -> List[str]:
         return _check_distributed(folder, names)
     if any(name.startswith('mp_rank_') for name in names):
         return _check_torch_files(folder, [name for name in names if name.endswith('.pt')])
-    return ['it holds neither metadata.json nor .metadata nor an mp_rank_ folder']
+    return ['it holds neither metadata.json nor .metadata nor an mp_rank_ directory']
 
 
 def _check_distributed(folder: str, names: List[str]) -> List[str]:
@@ -373,7 +371,7 @@ def _check_torch_files(folder: str, names: List[str]) -> List[str]:
         with open(path, 'rb') as file:
             start = file.read(2)
         if not start or (start == b'PK' and not zipfile.is_zipfile(path)):
-            wrong.append(f'{name} is cut off ({os.path.getsize(path)} bytes)')
+            wrong.append(f'{name} is truncated ({os.path.getsize(path)} bytes)')
     return wrong
 
 
@@ -434,8 +432,8 @@ def _describe_newer(load_dir: str, iteration: int, tracker: int) -> str:
     if problem:
         return problem
     return (
-        f'{folder} is whole, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is kept '
-        f'to. Write {iteration} into it to go on from there.'
+        f'{folder} is complete, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is '
+        f'used. Write {iteration} to it to resume from there.'
     )
 
 
@@ -445,7 +443,7 @@ def _whole_ones(load_dir: str, but: int) -> str:
         for iteration in _iterations(load_dir)
         if iteration != but and not find_problem(_folder(load_dir, iteration))
     ]
-    return f'Whole ones in {load_dir}: {", ".join(whole) or "none"}.'
+    return f'Complete checkpoints in {load_dir}: {", ".join(whole) or "none"}.'
 
 
 def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice:
@@ -491,7 +489,7 @@ def _read_json(path: str) -> dict:
 def _check_entry(name: str, properties: dict) -> None:
     """Refuse a file of a manifest that is not in its folder, or of which no size is known."""
     if os.path.isabs(name) or '..' in name.split('/') or '\0' in name:
-        raise ValueError(f'{name!r:.80} is not in the folder')
+        raise ValueError(f'{name!r:.80} is not in the directory')
     size = properties['size']
     if type(size) is not int or not 0 <= size < 2**63:
         raise ValueError(f'{name!r:.80} has size = {size!r:.40}')

@@ -189,7 +189,7 @@ class BlockHashes:
                     last = number * block + max(size, 1) - 1
                     raise DamagedShard(
                         str(self._folder),
-                        f'bytes {number * block} to {last} of {name} are not those that were saved '
+                        f'bytes {number * block} to {last} of {name} differ from what was saved '
                         '(XXH3).',
                     )
 
@@ -226,7 +226,7 @@ def _read_hashes(folder: Path, name: str) -> Tuple[int, Optional[List[str]]]:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedShard(str(folder), f'{name} is damaged ({type(error).__name__}).') from error
     if version != VERSION:
-        what = f'{name} is of version {version}, which is not known here.'
+        what = f'{name} has the unsupported version {version}.'
         raise DamagedShard(str(folder), what)
     if not whole:
         raise DamagedShard(str(folder), f'{name} is damaged.')

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 METADATA_NAME = '.metadata'
-_ALTERED = 'The file is damaged, or was not written by a save; use another checkpoint.'
+_ALTERED = 'The file is damaged, or Megatron did not write it; use another checkpoint.'
 
 _OWN_CLASSES = 'megatron.core.dist_checkpointing.strategies.torch'
 _METADATA_CLASSES = {
@@ -86,7 +86,7 @@ def find_metadata_class(module: str, name: str) -> Any:
         return pickle.Unpickler(io.BytesIO()).find_class(module, name)
     if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
         return getattr(torch, name)
-    raise RestrictedPickleError(f'it asks for {module}.{name}'[:120] + ', which is not loaded')
+    raise RestrictedPickleError(f'it asks for {module}.{name}'[:120] + ', which is not allowed')
 
 
 def load_restricted(
@@ -207,11 +207,11 @@ def _check_opcodes(data: bytes, persistent: bool) -> None:
             for _ in range(2):
                 position = data.find(b'\n', position, position + 256) + 1
                 if position == 0:
-                    raise RestrictedPickleError('it has a name without an end')
+                    raise RestrictedPickleError('it has an unterminated name')
         elif opcode == _STOP:
             break
     if position != end:
-        raise RestrictedPickleError('it is cut short, or more follows it')
+        raise RestrictedPickleError('it is truncated, or has trailing bytes')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _check_metadata(metadata: Any) -> None:
     """Refuse metadata whose fields are not of their kind, or point out of the folder."""
     tensors = getattr(metadata, 'state_dict_metadata', None)
     if not _is_metadata(metadata) or not isinstance(tensors, dict):
-        raise RestrictedPickleError('it holds no metadata of a checkpoint')
+        raise RestrictedPickleError('it holds no checkpoint metadata')
     for key, entry in tensors.items():
         if not isinstance(key, str):
             raise RestrictedPickleError(f'state_dict_metadata has the key {_short(key)}')
@@ -260,7 +260,7 @@ def _check_metadata(metadata: Any) -> None:
     if places is None:
         return
     if not isinstance(places, dict):
-        raise RestrictedPickleError('storage_data is not a table')
+        raise RestrictedPickleError('storage_data is not a dict')
     for index, place in places.items():
         fields = getattr(place, '__dict__', {})
         if not isinstance(index, MetadataIndex) or not isinstance(vars(index).get('fqn'), str):
@@ -268,7 +268,7 @@ def _check_metadata(metadata: Any) -> None:
         if not all(_is_count(fields.get(name)) for name in ('offset', 'length')):
             raise RestrictedPickleError(
                 f'{index.fqn!r:.80} lies at offset {_short(fields.get("offset"))} and has length '
-                f'{_short(fields.get("length"))}, which are no numbers of bytes'
+                f'{_short(fields.get("length"))}, which are not byte counts'
             )
         _check_relative(index.fqn, fields.get('relative_path'))
         chunk = tensors.get(index.fqn)
@@ -297,7 +297,7 @@ def _check_relative(key: str, path: Any) -> None:
     parts = path.split('/') if isinstance(path, str) else ['..']
     if os.path.isabs(str(path)) or '..' in parts or '\0' in path or not path:
         raise RestrictedPickleError(
-            f'{key!r:.80} has relative_path = {_short(path)}, which is not in the folder'
+            f'{key!r:.80} has relative_path = {_short(path)}, which is not in the directory'
         )
 
 
@@ -355,7 +355,7 @@ def load_saved(stream: BinaryIO, what: str, map_location: Any = None) -> Any:
         found = _unsupported_global(text)
         reason = _short(text.rsplit('WeightsUnpickler error:', 1)[-1])
         if found:
-            reason = f'it asks for {found}, which is not loaded'
+            reason = f'it asks for {found}, which is not allowed'
         raise RestrictedPickleError(f'{what} cannot be read: {reason}. {_ALTERED}') from error
 
 

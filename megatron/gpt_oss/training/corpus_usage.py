@@ -37,12 +37,12 @@ class CorpusUse:
         text = (
             f"data {name}: {100 * self.share:.1f} % of the samples, {self.documents:,} documents, "
             f"{self.tokens:,} tokens, {self.epochs:.2f} epochs; {100 * self.cut_samples:.0f} % of "
-            "the samples begin within a document"
+            "the samples start inside a document"
         )
         if self.long_documents:
             text += (
                 f"; {self.long_documents:,} documents ({100 * self.long_tokens / self.tokens:.1f} % "
-                f"of the tokens) are longer than a sequence of {seq_length:,} and are cut"
+                f"of the tokens) exceed the sequence length of {seq_length:,} and are split"
             )
         return text
 

@@ -78,7 +78,7 @@ class FixedSamples(torch.utils.data.Dataset):
         if len(dataset) == 0:
             raise ValueError(
                 f"The validation set {dataset.dataset_path} has fewer than two tokens. Hold out "
-                "more, or leave it out with validation: false."
+                "more documents, or set validation: false for this corpus."
             )
         self._dataset, self._per_evaluation = dataset, per_evaluation
         self._num_samples = num_samples

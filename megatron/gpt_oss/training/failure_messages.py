@@ -27,11 +27,11 @@ _LOST = re.compile(
 _UNREAD_METADATA = re.compile(r"global metadata read failed: (.*?); rank local")
 _DISK = {
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EDQUOT: "the disk quota is exceeded",
     errno.EFBIG: "a file is larger than this file system or `ulimit -f` allows",
     errno.EROFS: "the file system is read-only",
-    errno.EIO: "the disk has an input/output error",
-    errno.ENOENT: "a file or folder vanished while it was written",
+    errno.EIO: "an input/output error occurred on the disk",
+    errno.ENOENT: "a file or directory disappeared during the write",
     errno.ESTALE: "the network file system lost the file",
 }
 
@@ -56,12 +56,12 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
             where = f" ({cause.filename})" if cause.filename else ""
             return RunError(
                 f"A checkpoint could not be written: {_DISK[cause.errno]}{where}. "
-                f"{_what_is_saved(args)} Make room, then start again with the same command."
+                f"{_what_is_saved(args)} Free disk space, then rerun the same command."
             )
     if any(isinstance(cause, CheckpointException) and not cause.failures for cause in chain):
         return RunError(  # every rank learns that there was a failure, the first one of what kind
-            f"A checkpoint could not be written: rank 0 says why. {_what_is_saved(args)} When that "
-            "is cured, start again with the same command.",
+            "A checkpoint could not be written: rank 0 reports the cause. "
+            f"{_what_is_saved(args)} Fix the cause, then rerun the same command.",
             everywhere=True,
         )
     for cause in chain:
@@ -71,9 +71,9 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
             isinstance(cause, (RuntimeError, ConnectionError)) and is_lost
         ):
             return RunError(
-                f"Rank {args.rank} lost contact with another rank, which ended or hangs: its own "
-                f"output tells why. Here: {text[:200]}. {_what_is_saved(args)} Start again with the "
-                "same command."
+                f"Rank {args.rank} lost contact with another rank, which exited or hangs. See that "
+                f"rank's output for the cause. Error on this rank: {text[:200]}. "
+                f"{_what_is_saved(args)} Rerun the same command."
             )
     sentence = as_os_sentence(error)
     return RunError(f"{sentence} {_what_is_saved(args)}") if sentence is not None else None
@@ -108,8 +108,8 @@ def _what_is_saved(args: Namespace) -> str:
     try:
         choice = checkpoint_integrity.choose(args.save)
     except (checkpoint_integrity.CheckpointError, OSError):
-        return f"No whole checkpoint is in {args.save}."
+        return f"{args.save} has no complete checkpoint."
     if choice.iteration < 0:
-        return f"No checkpoint was complete yet in {args.save}."
+        return f"{args.save} has no complete checkpoint yet."
     folder = Path(args.save) / f"iter_{choice.iteration:07d}"
-    return f"The last whole checkpoint is {folder}."
+    return f"The last complete checkpoint is {folder}."

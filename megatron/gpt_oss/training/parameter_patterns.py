@@ -50,19 +50,19 @@ def check_patterns(args: Namespace) -> None:
     factors = parse_multipliers(args.lr_multiplier)
     if 0 in factors.values() and args.lr_warmup_init:
         raise UsageError(
-            f"--lr-warmup-init {args.lr_warmup_init} would move parameters whose --lr-multiplier is "
-            "0. Warm up from 0."
+            f"--lr-warmup-init {args.lr_warmup_init} would change parameters "
+            "whose --lr-multiplier is 0. Give --lr-warmup-init 0."
         )
     if factors and args.decoupled_lr is not None:
         raise UsageError(
             f"--lr-multiplier and --decoupled-lr {args.decoupled_lr} both set the learning rate of "
-            "embedding and head. Write it as a multiplier: --lr-multiplier 'embedding.*=FACTOR' "
+            "embedding and head. Use multipliers instead: --lr-multiplier 'embedding.*=FACTOR' "
             "'output_layer.*=FACTOR'."
         )
     for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
         if (args.freeze or args.lr_multiplier) and getattr(args, flag, False):
             raise UsageError(
-                f"--freeze and --lr-multiplier do not go with --{flag.replace('_', '-')}."
+                f"--freeze and --lr-multiplier cannot be combined with --{flag.replace('_', '-')}."
             )
 
 
@@ -131,8 +131,8 @@ def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
         if not any(seen[index] for seen, _ in everywhere):
             examples = ", ".join(everywhere[0][1])
             raise UsageError(
-                f"{flag} {pattern} fits no parameter. Names look like these: {examples}. A pattern "
-                "has to fit the whole name: '*.router.*', not 'router'."
+                f"{flag} {pattern} matches no parameter. Example names: {examples}. "
+                "A pattern must match the full name: '*.router.*', not 'router'."
             )
 
 
@@ -151,9 +151,9 @@ def _check_frozen(patterns: Sequence[str], trains: dict[str, bool], saves: bool)
     )
     for row in frozen.keys() & trained.keys() if saves else ():
         raise UsageError(
-            f"{words} freezes {frozen[row]} and not {trained[row]}, but a checkpoint holds optimizer "
-            "state for all layers and experts or for none. Freeze it in all of them, or hold it with "
-            "--lr-multiplier PATTERN=0."
+            f"{words} freezes {frozen[row]} but not {trained[row]}; a checkpoint holds optimizer "
+            "state for all layers and experts or for none. Freeze all of them, or use "
+            "--lr-multiplier PATTERN=0 instead."
         )
 
 

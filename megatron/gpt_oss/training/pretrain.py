@@ -157,8 +157,8 @@ def _check_save(args: Namespace) -> None:
     if args.load is not None and _goes_on(args.load):
         remedy = f"To resume from them, give --pretrained-checkpoint {args.load} for {other}"
     raise UsageError(
-        f"--save {args.save} holds checkpoints that this run would not resume from, and would "
-        f"write over. {remedy}; or save in another folder."
+        f"--save {args.save} holds checkpoints that this run would not resume from and would "
+        f"overwrite. {remedy}; or save to another directory."
     )
 
 
@@ -180,7 +180,7 @@ def _make_folder(folder: Path, flag: str) -> None:
         with naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {folder} cannot be made: {error.strerror}.") from error
+        raise UsageError(f"{flag} {folder} cannot be created: {error.strerror}.") from error
 
 
 def _single_process_environment() -> None:
@@ -288,7 +288,7 @@ def _summary(args: Namespace) -> str:
         f"gpt-oss {args.preset}: {args.num_layers} layers, "
         f"{args.world_size} x {device_utils.device_type()}, "
         + " ".join(f"{name} {size}" for name, size in layout.items())
-        + f", {get_current_global_batch_size()} x {args.seq_length} tokens a step, {_start(args)}"
+        + f", {get_current_global_batch_size()} x {args.seq_length} tokens per step, {_start(args)}"
     )
 
 

@@ -92,12 +92,12 @@ _LONGEST_SHOWN = 80
 OPTIMIZER = frozenset(["freeze", "optimizer"])
 
 _CONSEQUENCES = {
-    "seed": "the data is shuffled anew: samples may come twice, or never",
-    "split": "other documents train: samples may come twice, or never",
-    "dataloader_type": "the order of the samples is another one",
-    "load_hf": "not read, for the run resumes from its own checkpoint",
-    "data_path": "as many samples as the run consumed are left out of the new data",
-    "train_data_path": "as many samples as the run consumed are left out of the new data",
+    "seed": "the data is shuffled differently: samples may repeat or be skipped",
+    "split": "the training documents differ: samples may repeat or be skipped",
+    "dataloader_type": "the sample order differs",
+    "load_hf": "not read, because the run resumes from its own checkpoint",
+    "data_path": "the run skips as many samples of the new data as it has consumed",
+    "train_data_path": "the run skips as many samples of the new data as it has consumed",
 }
 
 
@@ -133,14 +133,14 @@ def check_changes(
             also = "" if named == name else f" ({name} {_both(differing[name])})"
             raise UsageError(
                 f"{flag_of(named)} {_both(differing[named])}{also}: the run's checkpoints hold "
-                "another model. Give what it was, or start another run from their weights: "
+                "a different model. Restore the earlier value, or start a new run from them: "
                 "--pretrained-checkpoint CHECKPOINTS --run-dir NEW."
             )
         if name in OPTIMIZER and loads_optimizer:
-            state = "of another optimizer" if name == "optimizer" else "for other parameters"
+            state = "of a different optimizer" if name == "optimizer" else "for other parameters"
             raise UsageError(
                 f"{flag_of(name)} {_both(differing[name])}: the run's checkpoints hold optimizer "
-                f"state {state}. Give what it was, or begin with fresh optimizer state: "
+                f"state {state}. Restore the earlier value, or start with new optimizer state: "
                 "--no-load-optim."
             )
     return {

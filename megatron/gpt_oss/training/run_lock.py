@@ -78,8 +78,8 @@ class RunLock:
         if holder.get("boot") != _boot() or not self._locks:
             self._wait_for_beat(holder)
         self._tell(
-            f"the run before in {self._path.parent} ended without a word: {_named(holder)}. This one "
-            "takes over."
+            f"the previous run in {self._path.parent} ended without releasing its lock: "
+            f"{_named(holder)}. This run takes the lock over."
         )
 
     def _lock(self) -> bool:
@@ -98,7 +98,8 @@ class RunLock:
     def _wait_for_beat(self, holder: dict) -> None:
         """Of another machine: see whether its number moves."""
         self._tell(
-            f"{self._path} is of {_named(holder)}: {PATIENCE:.0f} seconds show whether it is alive"
+            f"{self._path} belongs to {_named(holder)}: waiting {PATIENCE:.0f} s to see whether it "
+            "is alive"
         )
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
@@ -109,8 +110,8 @@ class RunLock:
 
     def _in_use(self, holder: dict) -> str:
         return (
-            f"{self._path.parent} is in use by another run: {_named(holder)}. Wait for its end, or "
-            "give another folder."
+            f"{self._path.parent} is in use by another run: {_named(holder)}. Wait for it to "
+            "end, or give another directory."
         )
 
     def _beat(self) -> None:
@@ -120,8 +121,8 @@ class RunLock:
             if found and found.get("token") != self._holder["token"]:
                 # After a pause so long that another machine took it for dead.
                 print(
-                    f"error: {_named(found)} took over {self._path.parent} while this process stood "
-                    "still. It ends, for two runs would write the same checkpoints.",
+                    f"error: {_named(found)} took over {self._path.parent} while this process was "
+                    "suspended. This process exits: two runs would write the same checkpoints.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -160,7 +161,7 @@ def _this_process() -> dict:
 
 def _named(holder: dict) -> str:
     if not holder:
-        return f"{HOLDER_FILE} does not say which"
+        return f"{HOLDER_FILE} does not name it"
     return f"process {holder.get('pid')} on {holder.get('host')}, started {holder.get('since')}"
 
 

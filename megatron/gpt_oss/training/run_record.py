@@ -119,16 +119,16 @@ def compare_records(
     old, new = then["tokenizer"], now["tokenizer"]
     if not _same_file(old, new):
         raise UsageError(
-            f"The tokenizer {new['path']} is another than {old.get('path')} was when this run was "
-            "last started: the same ids would mean other words. Give the one that it was, or start "
-            "another run."
+            f"The tokenizer {new['path']} differs from {old.get('path')}, which this run used when "
+            "it was last started: token ids would change their meaning. Give the earlier "
+            "tokenizer, or start a new run."
         )
     old, new = then["weights"], now["weights"]
     if not _same_file(old, new):
         raise UsageError(
-            f"--load-hf {new['path']} holds other weights than {old.get('path')} did, from which "
-            "this run started; it would resume from its own checkpoint. Drop --load-hf (and give "
-            "--tokenizer-model), or start another run: --run-dir NEW."
+            f"--load-hf {new['path']} has different weights from {old.get('path')}, from which "
+            "this run started; the run resumes from its own checkpoint. Drop --load-hf (and give "
+            "--tokenizer-model), or start a new run: --run-dir NEW."
         )
     if new and before.get("load_hf") is None:
         changes["load_hf"] = (None, new["path"])
@@ -153,7 +153,7 @@ def check_foreign(folder: Path) -> None:
     with open(path, "rb") as stream:
         start = stream.read(len(_MARK))
     if not _MARK.encode().startswith(start):
-        raise UsageError(f"{path} exists, and {RUN} did not make it. Give another folder.")
+        raise UsageError(f"{path} exists, but {RUN} did not create it. Give another directory.")
 
 
 def record_of_checkpoints(load: str) -> Path | None:
@@ -176,7 +176,7 @@ def read_record(path: Path, rank: int = 0) -> dict[str, Any] | None:
         arguments = recorded_arguments(path)
         record = {} if path.name == OLD_RUN_FILE else read_json(path)
         if record and record.get("version") != VERSION:
-            raise UsageError(f"{path} is of version {record.get('version')!r}, not {VERSION}.")
+            raise UsageError(f"{path} has version {record.get('version')!r}, expected {VERSION}.")
         found = {
             "arguments": arguments,
             "data": record.get("data", {}),
@@ -190,7 +190,7 @@ def read_record(path: Path, rank: int = 0) -> dict[str, Any] | None:
         return found
     except UsageError as error:  # the checkpoints are what counts
         if rank == 0:
-            print(f"note: {error} What changed since then is not known.", file=sys.stderr)
+            print(f"note: {error} Changes since then cannot be detected.", file=sys.stderr)
         return None
 
 
@@ -217,9 +217,9 @@ def _check_same_data(then: Mapping, now: Mapping) -> None:
     for prefix, entry in now.items():
         if before.get(entry["path"], _content(entry)) != _content(entry):
             raise UsageError(
-                f"{prefix}.idx is another than when this run was last started: its samples would "
-                "be others from the first on. Restore it, or give the new data another path, which "
-                "may change when a run resumes."
+                f"{prefix}.idx changed since this run was last started: all its samples would "
+                "differ. Restore it, or write the new data to another path; the path may change "
+                "when a run resumes."
             )
 
 

@@ -116,7 +116,7 @@ def test_bombs_and_altered_classes(saved):
         (lambda m: setattr(m.state_dict_metadata['weight'], 'chunks', None), 'no list of chunks'),
         (lambda m: m.state_dict_metadata.update({3: None}), 'key 3'),
         (lambda m: m.state_dict_metadata.update(weight='x'), 'is a str'),
-        (lambda m: setattr(m, 'storage_data', 7), 'not a table'),
+        (lambda m: setattr(m, 'storage_data', 7), 'not a dict'),
     ],
 )
 def test_fields_of_metadata(saved, change, words):

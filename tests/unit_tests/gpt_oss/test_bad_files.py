@@ -104,7 +104,7 @@ BAD = {
     'metadata-outside': (
         'metadata',
         _metadata(lambda m: vars(next(iter(m.storage_data.values()))).update(relative_path='../x')),
-        "relative_path = '../x', which is not in the folder",
+        "relative_path = '../x', which is not in the directory",
     ),
     'metadata-negative': (
         'metadata',
@@ -188,7 +188,7 @@ BAD = {
     'metrics-deep': ('metrics', _line(DEEP), 'metrics.jsonl, line 5: not JSON (nested too deeply)'),
     'metrics-array': ('metrics', _line('[1]'), 'line 5: not a record but [1]'),
     'metrics-step': ('metrics', _line('{"step": "<b>", "loss": 1}'), "line 5: step is '<b>'"),
-    'metrics-no-step': ('metrics', _line('{"loss": 1}'), 'line 5: it has loss and no step'),
+    'metrics-no-step': ('metrics', _line('{"loss": 1}'), 'line 5: it has loss but no step'),
     'metrics-loss': ('metrics', _line('{"step": 3, "loss": "4"}'), "line 5: loss is '4', not a num"),
     'metrics-list': ('metrics', _line('{"step": 3, "experts": [1]}'), 'line 5: experts is [1]'),
     'metrics-norms': ('metrics', _line('{"step": 3, "norms": {"a": 1}}'), 'line 5: norms is'),

@@ -148,7 +148,7 @@ def test_what_a_person_is_told(folder):
     console = (folder / 'console.txt').read_text()
     for corpus in CORPORA:
         assert re.search(rf'data {corpus}\.0-300: [\d.]+ % of the samples', console)
-        assert 'are longer than a sequence of 128 and are cut' in console
+        assert 'exceed the sequence length of 128 and are split' in console
     record = json.loads((folder / 'data' / 'english.json').read_text())
     (skipped,) = record['skipped']
     assert 'docstrings.jsonl.gz, line 8: not a JSON object' in skipped

@@ -104,5 +104,5 @@ def test_flipped_bit_is_refused(ranks, tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(RankFailure, match=f'{shard.name} are not those that were saved'):
+    with pytest.raises(RankFailure, match=f'{shard.name} differ from what was saved'):
         ranks.run(odd_model.load, Case(), str(tmp_path), world_size=1)

@@ -134,8 +134,8 @@ def test_truncated_shard_is_named_and_passed_over(ranks, saved, folder, sealed):
     assert record['steps'][0]['grad_norm'] == steps[3]['grad_norm']
     problem = f'__0_0.distcp has {expected - 1000} bytes, expected {expected}'
     assert output.count(problem) == 1
-    assert f'{folder}/iter_0000004 is not a whole checkpoint' in output
-    assert f'{folder}/iter_0000003 is the newest whole checkpoint' in output
+    assert f'{folder}/iter_0000004 is not a complete checkpoint' in output
+    assert f'{folder}/iter_0000003 is the newest complete checkpoint' in output
     # The broken one was written anew.
     assert checkpoint_integrity.find_problem(str(folder / 'iter_0000004')) is None
 
@@ -153,8 +153,8 @@ def test_flipped_bit_is_passed_over(ranks, saved, folder):
     assert [step['iteration'] for step in record['steps']] == [4]
     assert record['steps'][0]['losses'] == steps[3]['losses']
     assert record['steps'][0]['grad_norm'] == steps[3]['grad_norm']
-    assert output.count('of __0_0.distcp are not those that were saved') == 1
-    assert f'{folder}/iter_0000003 is the newest whole checkpoint' in output
+    assert output.count('of __0_0.distcp differ from what was saved') == 1
+    assert f'{folder}/iter_0000003 is the newest complete checkpoint' in output
     # The broken one was written anew.
     again, _ = train(ranks, data, folder, STEPS)
     assert not again['steps'] and checkpoint_integrity.choose(str(folder)).iteration == STEPS
@@ -205,15 +205,15 @@ def test_flipped_bit_of_the_step_that_is_wanted(ranks, saved, folder):
         world_size=1,
         init_process_group=False,
     )[0]
-    assert message.startswith('--ckpt-step 2: ') and 'are not those that were saved' in message
-    assert 'Whole ones in' in message and message.endswith('4, 3, 1.')
+    assert message.startswith('--ckpt-step 2: ') and 'differ from what was saved' in message
+    assert 'Complete checkpoints in' in message and message.endswith('4, 3, 1.')
 
 
 def test_manifest_of_a_newer_version(folder):
     path = folder / f'iter_{STEPS:07d}' / 'manifest.json'
     path.write_text(path.read_text().replace('"version": 2', '"version": 3'))
     problem = checkpoint_integrity.find_problem(str(path.parent))
-    assert 'manifest.json is of version 3, which is not known here' in problem
+    assert 'manifest.json has the unsupported version 3' in problem
 
 
 def test_hashes_of_an_earlier_save_go(folder):
@@ -233,7 +233,7 @@ def test_sigkill_in_a_save(ranks, saved, tmp_path, flags):
     assert (folder / TRACKER).read_text() == '1'
     assert shard(folder, 2).exists()
     record, output = train(ranks, data, folder, STEPS, flags)
-    assert f'{folder}/iter_0000002 is not a whole checkpoint: the save was not' in output
+    assert f'{folder}/iter_0000002 is not a complete checkpoint: the save did not finish' in output
     assert [step['losses'] for step in record['steps']] == [step['losses'] for step in steps[1:]]
     assert checkpoint_integrity.choose(str(folder)) == (STEPS, False, [])
 
@@ -246,8 +246,8 @@ def test_sigkill_in_the_first_save_starts_anew(ranks, saved, folder):
     (folder / 'iter_0000001' / 'manifest.json').write_text('{"state": "writing"}')
     choice = checkpoint_integrity.choose(str(folder))
     assert choice.iteration == -1
-    assert 'iter_0000001 is not a whole checkpoint: the save was not finished' in choice.messages[0]
-    assert 'starting from the beginning' in choice.messages[1]
+    assert 'iter_0000001 is not a complete checkpoint: the save did not finish' in choice.messages[0]
+    assert 'starting from step 0' in choice.messages[1]
 
 
 def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
@@ -265,9 +265,9 @@ def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
         init_process_group=False,
     )
     for message in messages:
-        assert f'No whole checkpoint in {folder}' in message
+        assert f'No complete checkpoint in {folder}' in message
         for iteration in range(1, STEPS + 1):
-            assert f'{folder}/iter_{iteration:07d} is not a whole' in message
+            assert f'{folder}/iter_{iteration:07d} is not a complete' in message
     assert contents(folder) == before
 
 
@@ -313,7 +313,7 @@ def cut_upstream_metadata(folder):
         (lose_a_file('__0_0.distcp'), '__0_0.distcp is missing (expected'),
         (lose_a_file('.metadata'), '.metadata is missing (expected'),
         (lose_a_file('metadata.json'), 'metadata.json is missing (expected'),
-        (change_a_byte, '.metadata has other contents'),
+        (change_a_byte, '.metadata has different contents'),
         (lose_the_folder, 'iter_0000004 does not exist'),
         (lambda folder: (folder / 'iter_0000004' / 'manifest.json').write_text('{'), 'damaged'),
         (lose_a_file_of_upstream('__0_0.distcp'), '__0_0.distcp is missing (expected'),
@@ -332,7 +332,7 @@ def test_what_the_tracker_names_is_broken(folder, hurt, problem):
     choice = checkpoint_integrity.choose(str(folder))
     assert (choice.iteration, choice.release) == (3, False)
     assert problem in choice.messages[0] and 'iter_0000004' in choice.messages[0]
-    assert 'iter_0000003 is the newest whole checkpoint' in choice.messages[1]
+    assert 'iter_0000003 is the newest complete checkpoint' in choice.messages[1]
 
 
 def test_whole_folders_of_upstream(folder):
@@ -353,7 +353,7 @@ def test_damaged_tracker(folder, text):
         (folder / TRACKER).write_text(text)
     choice = checkpoint_integrity.choose(str(folder))
     assert choice.iteration == 4
-    assert 'iter_0000004 is the newest whole checkpoint' in choice.messages[-1]
+    assert 'iter_0000004 is the newest complete checkpoint' in choice.messages[-1]
     if text is not None:
         assert f'{TRACKER} ' in choice.messages[0]
     assert checkpoint_integrity.holds_checkpoint(str(folder))
@@ -364,7 +364,7 @@ def test_tracker_set_back_by_hand(folder):
     (folder / TRACKER).write_text('2\n')
     choice = checkpoint_integrity.choose(str(folder))
     assert choice.iteration == 2
-    assert 'iter_0000004 is whole, but' in choice.messages[0]
+    assert 'iter_0000004 is complete, but' in choice.messages[0]
 
 
 def test_ckpt_step(folder):
@@ -374,7 +374,7 @@ def test_ckpt_step(folder):
     with pytest.raises(checkpoint_integrity.CheckpointError) as failure:
         checkpoint_integrity.choose(str(folder), 2)
     assert '--ckpt-step 2: ' in str(failure.value) and 'has 10 bytes' in str(failure.value)
-    assert 'Whole ones in' in str(failure.value) and ': 4, 3, 1.' in str(failure.value)
+    assert 'Complete checkpoints in' in str(failure.value) and ': 4, 3, 1.' in str(failure.value)
 
 
 def test_release(folder):

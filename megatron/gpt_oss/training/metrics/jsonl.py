@@ -34,7 +34,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(found, dict):
             records.append(found)
         elif not is_last:
-            raise UsageError(f"{path}, line {number}: {found}. Mend the line, or remove it.")
+            raise UsageError(f"{path}, line {number}: {found}. Fix the line, or remove it.")
     return records
 
 
@@ -64,10 +64,10 @@ def _problem(record: Any) -> str | None:
         return f"not a record but {brief(record)}"
     step = record.get("step")
     if "step" in record and not (type(step) is int and 0 <= step < 2**53):
-        return f"step is {brief(step)}, not the number of a step"
+        return f"step is {brief(step)}, not a step number"
     for name in _OF_A_STEP:
         if name in record and step is None:
-            return f"it has {name} and no step"
+            return f"it has {name} but no step"
     for name in _NUMBERS & record.keys():
         if record[name] is not None and not _is_number(record[name]):
             return f"{name} is {brief(record[name])}, not a number"
@@ -75,7 +75,7 @@ def _problem(record: Any) -> str | None:
         return f"set is {brief(record['set'])}, not a name"
     sample = record.get("sample", {"text": ""})
     if not isinstance(sample, dict) or not isinstance(sample.get("text"), str):
-        return f"sample is {brief(sample)}, without a text"
+        return f"sample is {brief(sample)}, which has no text"
     experts, norms = record.get("experts", {}), record.get("norms", {})
     if not isinstance(experts, dict) or not all(map(_is_list_of_numbers, experts.values())):
         return f"experts is {brief(experts)}, not lists of numbers"
@@ -130,7 +130,7 @@ def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
     for number, is_last, record in _records(path):
         if isinstance(record, str):
             if not is_last:
-                print(f"note: {path}, line {number}: {record}; left out", file=sys.stderr)
+                print(f"note: {path}, line {number}: {record}; line skipped", file=sys.stderr)
         elif record.get("step", 0) < step or (evaluations_only and "set" not in record):
             kept.append(record)
     write_file(path, "".join(map(_line, kept)))

@@ -10,7 +10,7 @@ from megatron.gpt_oss.training.metrics.jsonl import append_metrics, drop_from
 from megatron.gpt_oss.training.metrics.writers import Writers
 
 LOSS = "lm loss"
-NO_LOSS = "no token counts, or the weights are not finite"
+NO_LOSS = "no unmasked tokens, or the weights are not finite"
 GIB = 2**30
 
 
@@ -148,7 +148,7 @@ class TrainingLog:
         worst = max(range(len(shares)), key=shares.__getitem__)
         mean_cv = sum(load["load_cv"]) / len(shares)
         self._write(
-            f"experts at step {step}: busiest {shares[worst]:.1%} of its layer's tokens "
+            f"experts at step {step}: most loaded {shares[worst]:.1%} of its layer's tokens "
             f"(layer {worst}), load variation {mean_cv:.2f}, "
             f"router entropy {min(entropies):.2f} to {max(entropies):.2f}",
             {"step": step, "experts": load},
@@ -180,9 +180,9 @@ class TrainingLog:
     def checkpoint(self, values: dict[str, Any]) -> None:
         """A checkpoint is complete (see `step_callbacks.on_checkpoint_saved`)."""
         held_up, beside = values["seconds_held_up"], values["seconds_in_background"]
-        tail = f", then written beside it for {beside:.1f} s" if beside else ""
+        tail = f", background write {beside:.1f} s" if beside else ""
         self._write(
-            f"saved {values['checkpoint']} (training held up for {held_up:.1f} s{tail})",
+            f"saved {values['checkpoint']} (blocked for {held_up:.1f} s{tail})",
             {
                 "step": values["iteration"],
                 "checkpoint": {"seconds_held_up": held_up, "seconds_in_background": beside},
@@ -194,7 +194,7 @@ class TrainingLog:
     def checkpoint_waits(self, values: dict[str, Any]) -> None:
         """A save waits for the one before (see `step_callbacks.on_checkpoint_waits`)."""
         print(
-            f"the checkpoint of step {values['iteration']} waits: that of step "
+            f"saving the checkpoint of step {values['iteration']} waits: the checkpoint of step "
             f"{values['waits_for']} is still being written. A larger --save-interval avoids that.",
             file=self._console,
             flush=True,

@@ -55,7 +55,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         f"{_shown(title)}: loss {first['loss']:.3f} at step {first['step']}, "
         f"{last['loss']:.3f} at step {last['step']}"
     )
-    loss_axis.set_ylabel("loss (nats a token)")
+    loss_axis.set_ylabel("loss (nats/token)")
     loss_axis.grid(alpha=0.3)
     loss_axis.legend()
     if has_lr:
@@ -73,7 +73,7 @@ def check_picture(out: str | Path, made_by: str, inputs: Iterable[str | Path] = 
     check_file(out, made_by, "The PNG", inputs)
     if Path(out).suffix.lower() not in ("", ".png") and not str(out).startswith("/dev/"):
         raise UsageError(
-            f"The picture is a PNG, and {out} ends in {Path(out).suffix}. Name a .png."
+            f"The plot is written as PNG, but {out} ends in {Path(out).suffix}. Give a .png path."
         )
 
 
@@ -94,7 +94,7 @@ def import_pyplot():
         import matplotlib
     except ImportError as error:
         raise UsageError(
-            "Drawing needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
+            "A plot needs matplotlib, which is not installed: pip install 'megatron-core[report]'."
         ) from error
     matplotlib.use("agg")
     matplotlib.rcParams["text.parse_math"] = False  # names may have dollar signs

@@ -25,8 +25,8 @@ pre { white-space: pre-wrap; background: #f4f4f5; padding: .5rem; }
 _STEP_CURVES = (
     ("Learning rate", ("learning_rate",)),
     ("Gradient norm", ("grad_norm",)),
-    ("Tokens a second and GPU", ("tokens_per_second_per_gpu",)),
-    ("Model TFLOP/s a GPU", ("tflops_per_gpu",)),
+    ("Tokens/s/GPU", ("tokens_per_second_per_gpu",)),
+    ("Model TFLOP/s/GPU", ("tflops_per_gpu",)),
     ("MFU", ("mfu",)),
     ("Router losses", ("load_balancing_loss", "global_load_balancing_loss", "z_loss")),
 )
@@ -107,8 +107,8 @@ def _layer_charts(records: list[dict]) -> str:
     looked = [(r["step"], r["experts"]) for r in records if "experts" in r]
     parts = []
     for key, title in (
-        ("busiest_share", "Share of the busiest expert, by layer"),
-        ("load_cv", "Variation of the experts' load, by layer"),
+        ("busiest_share", "Share of the most loaded expert, by layer"),
+        ("load_cv", "Coefficient of variation of the expert load, by layer"),
         ("router_entropy", "Entropy of the router (nats), by layer"),
     ):
         looks = [(step, load[key]) for step, load in looked if load.get(key)]
@@ -154,7 +154,7 @@ def _samples(records: list[dict]) -> str:
 
 def _configuration(path: Path) -> str:
     if not path.is_file():
-        return _section("Configuration", f"<p>No {_text(path.name)} in the run's folder.</p>")
+        return _section("Configuration", f"<p>No {_text(path.name)} in the run directory.</p>")
     try:
         values = recorded_arguments(path)
     except UsageError as error:  # the curves are there all the same

@@ -21,20 +21,20 @@ def check_writers(args: Namespace) -> dict[str, str]:
     if here and args.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             f"--tensorboard-dir {args.tensorboard_dir} needs TensorBoard, which is not installed: "
-            "pip install tensorboard, or leave the flag out (metrics.jsonl has the same numbers)."
+            "pip install tensorboard, or drop the flag (metrics.jsonl has the same values)."
         )
     if not args.wandb_project:
         return {}
     if here and importlib.util.find_spec("wandb") is None:
         raise UsageError(
             f"--wandb-project {args.wandb_project} needs Weights & Biases, which is not installed: "
-            "pip install wandb, or leave the flag out (metrics.jsonl has the same numbers)."
+            "pip install wandb, or drop the flag (metrics.jsonl has the same values)."
         )
     if args.run_dir is None:
         for name in ("wandb_exp_name", "wandb_save_dir"):
             if not getattr(args, name):
                 flag = "--" + name.replace("_", "-")
-                raise UsageError(f"--wandb-project needs {flag}, or --run-dir to take it from.")
+                raise UsageError(f"--wandb-project needs {flag}, or --run-dir, which sets it.")
         return {}
     return {
         "wandb_exp_name": Path(args.run_dir).resolve().name,

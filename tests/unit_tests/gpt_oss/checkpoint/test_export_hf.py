@@ -92,7 +92,7 @@ def test_damaged_shard_is_refused(hf, saved, tmp_path):
 def test_unfinished_save_is_refused(hf, saved, tmp_path):
     copy = shutil.copytree(saved, tmp_path / 'save')
     (copy / 'iter_0000020' / 'manifest.json').write_text('{"version": 2, "state": "writing"}')
-    with pytest.raises(CheckpointError, match='the save was not finished'):
+    with pytest.raises(CheckpointError, match='the save did not finish'):
         export_hf(copy, tmp_path / 'out', like=hf)
 
 
@@ -175,7 +175,7 @@ def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
     largest = max((copy / 'iter_0000020').glob('*.distcp'), key=lambda p: p.stat().st_size)
     with open(largest, 'r+b') as file:
         file.truncate(largest.stat().st_size // 3)
-    with pytest.raises(CheckpointError, match="is not a whole checkpoint: .* has .* bytes, exp"):
+    with pytest.raises(CheckpointError, match="is not a complete checkpoint: .* has .* bytes, exp"):
         export_hf(copy, tmp_path / 'out', like=hf)
     assert [p.name for p in tmp_path.iterdir()] == ['save']
 

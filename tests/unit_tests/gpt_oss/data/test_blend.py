@@ -175,5 +175,5 @@ def test_long_documents_are_counted(folder):
     assert use.cut_samples == pytest.approx(sum(cut) / len(cut))
     assert use.epochs == pytest.approx(len(dataset) * 14 / 100)
     line = use.line('ja', 14)
-    assert '4 documents (81.0 % of the tokens) are longer than a sequence of 14' in line
+    assert '4 documents (81.0 % of the tokens) exceed the sequence length of 14' in line
     assert corpus_uses(None, 14) == []

@@ -97,15 +97,15 @@ def test_lines_and_metrics(ranks, inputs, tmp_path):
     lines = printed.splitlines()
     saved = [
         re.fullmatch(
-            rf'saved {run_dir}/checkpoints/iter_(\d+) \(training held up for (\S+) s, then written '
-            r'beside it for (\S+) s\)',
+            rf'saved {run_dir}/checkpoints/iter_(\d+) \(blocked for (\S+) s, '
+            r'background write (\S+) s\)',
             line,
         )
         for line in lines
         if line.startswith('saved')
     ]
     assert [int(match[1]) for match in saved] == [1, 2, 3]
-    waits = 'the checkpoint of step 3 waits: that of step 2 is still being written.'
+    waits = 'saving the checkpoint of step 3 waits: the checkpoint of step 2 is still being written.'
     assert [line for line in lines if 'waits' in line and 'step 3' in line] == [
         f'{waits} A larger --save-interval avoids that.'
     ]
@@ -225,8 +225,8 @@ def test_full_disk_of_one_rank(ranks, inputs, tmp_path):
     results = run(ranks, inputs, tmp_path / 'run', flags, full_disk_of_rank_1, 2)
     for message, seen in results:
         assert message.startswith('error: A checkpoint could not be written'), message
-        assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
-        assert 'start again with the same command' in message
+        assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
+        assert 'rerun the same command' in message
         assert seen['seconds'] < 60
     assert 'the disk is full' in results[0][0]
     (tmp_path / 'run/checkpoints/iter_0000002/__1_0.distcp').unlink()
@@ -242,7 +242,7 @@ def test_full_disk_of_one_of_several_files(ranks, inputs, tmp_path):
     flags = '--train-iters 3 --ckpt-assume-constant-structure --dist-ckpt-workers 2'
     message, _ = run(ranks, inputs, tmp_path / 'run', flags, full_disk_of_second_file)[0]
     assert 'A checkpoint could not be written: the disk is full' in message, message
-    assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
+    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     assert whole(tmp_path / 'run') == 1
 
 
@@ -256,8 +256,8 @@ def lose_folder(folder, seen):
 
 def test_folder_vanishes(ranks, inputs, tmp_path):
     message, _ = run(ranks, inputs, tmp_path / 'run', '--train-iters 3', lose_folder)[0]
-    assert 'A checkpoint could not be written: a file or folder vanished' in message
-    assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
+    assert 'A checkpoint could not be written: a file or directory disappeared' in message
+    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     goes_on(ranks, inputs, tmp_path / 'run')
 
 
@@ -278,7 +278,7 @@ def test_kill_9_while_writing(ranks, inputs, tmp_path):
         run(ranks, inputs, tmp_path / 'run', flags, killed_while_writing, 2)
     folder = tmp_path / 'run/checkpoints'
     assert (folder / 'latest_checkpointed_iteration.txt').read_text() == '1'
-    assert 'the save was not finished' in checkpoint_integrity.find_problem(
+    assert 'the save did not finish' in checkpoint_integrity.find_problem(
         str(folder / 'iter_0000002')
     )
     printed = goes_on(ranks, inputs, tmp_path / 'run', flags, 2)
@@ -356,4 +356,4 @@ def test_unknown_error_gives_the_checkpoint_up(ranks, inputs, tmp_path):
         run(ranks, inputs, tmp_path / 'run', '--train-iters 3', unknown_error_while_writing)
     folder = str(tmp_path / 'run/checkpoints')
     assert checkpoint_integrity.choose(folder).iteration == -1
-    assert 'was not finished' in checkpoint_integrity.find_problem(f'{folder}/iter_0000001')
+    assert 'did not finish' in checkpoint_integrity.find_problem(f'{folder}/iter_0000001')

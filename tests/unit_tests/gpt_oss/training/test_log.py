@@ -101,7 +101,7 @@ def test_evaluation_of_which_no_token_counts(tmp_path):
     values = evaluation_values(4)
     values["losses"] = {"lm loss": float("nan")}
     TrainingLog(console, path, 512).evaluation(values)
-    assert "loss nan, no token counts" in console.getvalue()
+    assert "loss nan, no unmasked tokens" in console.getvalue()
     assert read_metrics(path)[0]["valid_loss"] is None and "NaN" not in path.read_text()
 
 
@@ -110,11 +110,11 @@ def test_step_of_which_no_token_counts(tmp_path):
     console, path = io.StringIO(), tmp_path / "metrics.jsonl"
     nothing = step_values(1, losses={"lm loss": float("nan"), "load": float("inf")}, grad_norm=0.0)
     TrainingLog(console, path, 512).step(nothing)
-    assert "loss     nan" in console.getvalue() and "no token counts" in console.getvalue()
+    assert "loss     nan" in console.getvalue() and "no unmasked tokens" in console.getvalue()
     (record,) = read_metrics(path)
     assert record["loss"] is None and record["load"] is None and record["grad_norm"] == 0.0
     TrainingLog(console, None, 512).step(step_values(2))
-    assert "no token counts" not in console.getvalue().splitlines()[1]
+    assert "no unmasked tokens" not in console.getvalue().splitlines()[1]
 
 
 def test_short_count():

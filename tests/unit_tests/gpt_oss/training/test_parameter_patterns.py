@@ -151,15 +151,15 @@ def arguments(**changes):
 @pytest.mark.parametrize(
     'changes, words',
     [
-        ({'freeze': ['router']}, '--freeze router fits no parameter. Names look like these: emb'),
-        ({'lr_multiplier': ['*.rooter.*=2']}, '--lr-multiplier *.rooter.* fits no parameter'),
+        ({'freeze': ['router']}, '--freeze router matches no parameter. Example names: emb'),
+        ({'lr_multiplier': ['*.rooter.*=2']}, '--lr-multiplier *.rooter.* matches no parameter'),
         (
             {'freeze': ['decoder.layers.1.mlp.*']},
-            'but a checkpoint holds optimizer state for all layers and experts or for none',
+            'a checkpoint holds optimizer state for all layers and experts or for none',
         ),
         (
             {'freeze': ['decoder.layers.1.mlp.experts.linear_fc1.*']},
-            'but a checkpoint holds optimizer state for all layers and experts or for none',
+            'a checkpoint holds optimizer state for all layers and experts or for none',
         ),
         ({'freeze': ['*']}, '--freeze * leaves no parameter to train'),
     ],
@@ -182,7 +182,7 @@ def test_patterns_that_do_not_fit(make_model, changes, words):
             {'lr_multiplier': ['*=2'], 'decoupled_lr': 1e-4},
             'both set the learning rate of embedding',
         ),
-        ({'lr_multiplier': ['*=0'], 'lr_warmup_init': 1e-5}, 'Warm up from 0'),
+        ({'lr_multiplier': ['*=0'], 'lr_warmup_init': 1e-5}, 'Give --lr-warmup-init 0'),
     ],
 )
 def test_flags_that_do_not_go(changes, words):

@@ -252,10 +252,10 @@ def test_batch_size_schedule(ranks, inputs, tmp_path):
     batches = [1, 1, 2, 2, 4, 4, 4]
     consumed = [64 * sum(batches[: step + 1]) for step in range(7)]
     printed, whole = start(ranks, inputs, tmp_path / 'whole', flags)
-    assert ' 1 x 64 tokens a step' in printed
+    assert ' 1 x 64 tokens per step' in printed
     start(ranks, inputs, tmp_path / 'two', f'{flags} --exit-interval 3')
     printed, two = start(ranks, inputs, tmp_path / 'two', flags)
-    assert not lines(printed) and ' 2 x 64 tokens a step' in printed
+    assert not lines(printed) and ' 2 x 64 tokens per step' in printed
     for records in (whole, two):
         expect(records, flags, range(1, 8))
         assert [records[step]['tokens'] for step in range(1, 8)] == consumed

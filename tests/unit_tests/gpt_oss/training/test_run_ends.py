@@ -124,7 +124,7 @@ def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
     saved = checkpoint_integrity.choose(str(tmp_path / 'run' / 'checkpoints')).iteration
     assert saved >= 2
     assert 'Rank 1 lost contact with another rank' in lines[0]
-    assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_{saved:07d}' in lines[0]
+    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_{saved:07d}' in lines[0]
     assert 'Traceback' in (tmp_path / 'run' / 'megatron-rank1.log').read_text()
     records = runs.start(ranks, inputs, tmp_path / 'run', f'{flags} --exit-interval 1', 2)
     assert max(runs.steps(records)) == saved + 1
@@ -232,8 +232,8 @@ def test_full_disk_in_a_checkpoint(inputs, ranks, tmp_path):
     flags = '--train-iters 3 --save-interval 1 --keep-checkpoints 1'
     message = run_hurt(ranks, inputs, tmp_path / 'run', flags, full_disk_at_step_2)[0]
     assert 'A checkpoint could not be written: the disk is full' in message
-    assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
-    assert 'start again with the same command' in message
+    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
+    assert 'rerun the same command' in message
     # There is room again.
     (tmp_path / 'run/checkpoints/iter_0000002/__0_0.distcp').unlink()
     records = runs.start(ranks, inputs, tmp_path / 'run', flags)
@@ -277,8 +277,8 @@ def lose_folder_in_save(folder):
 def test_checkpoint_deleted_while_it_is_written(inputs, ranks, tmp_path):
     flags = '--train-iters 3 --save-interval 1'
     message = run_hurt(ranks, inputs, tmp_path / 'run', flags, lose_folder_in_save)[0]
-    assert 'A checkpoint could not be written: a file or folder vanished' in message
-    assert f'The last whole checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
+    assert 'A checkpoint could not be written: a file or directory disappeared' in message
+    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     records = runs.start(ranks, inputs, tmp_path / 'run', flags)
     assert sorted(runs.steps(records)) == [1, 2, 3]
 

@@ -94,7 +94,7 @@ def test_killed(tmp_path, holder, words):
     lines = []
     with RunLock(tmp_path, lines.append):
         assert kept(tmp_path)['pid'] == os.getpid()
-    assert len(lines) == 1 and f'ended without a word: process {process.pid} on' in lines[0]
+    assert len(lines) == 1 and f'ended without releasing its lock: process {process.pid} on' in lines[0]
 
 
 def test_killed_while_it_is_waited_for(tmp_path, holder):
@@ -120,8 +120,8 @@ def test_dead_machine(tmp_path, holder):
     start = time.monotonic()
     with RunLock(tmp_path, lines.append):
         assert time.monotonic() - start > run_lock.PATIENCE
-    assert 'show whether it is alive' in lines[0] and 'on node7' in lines[0]
-    assert 'takes over' in lines[1]
+    assert 'to see whether it is alive' in lines[0] and 'on node7' in lines[0]
+    assert 'takes the lock over' in lines[1]
 
 
 def test_live_machine_whose_locks_are_not_seen(tmp_path, holder, monkeypatch):

@@ -86,7 +86,7 @@ def test_goes_on(ranks, inputs, run_dir):
                 '--recompute-num-layers 1 --log-throughput',
                 None,
             ),
-            ('--seed 5', '--seed was 1234 and is 5: the data is shuffled anew'),
+            ('--seed 5', '--seed was 1234 and is 5: the data is shuffled differently'),
             ('--split 80,20,0', '--split was 90,10,0 and is 80,20,0: other documents'),
             (
                 '--clip-grad 0.5 --moe-z-loss-coeff 0.1',
@@ -126,7 +126,7 @@ def test_refused(ranks, inputs, run_dir):
         ('--freeze *.router.*', r"--freeze was not given and is \*.router.\*: .* other parameters"),
         (
             '--optimizer sgd',
-            '--optimizer was adam and is sgd: .* another optimizer.*--no-load-optim',
+            '--optimizer was adam and is sgd: .* a different optimizer.*--no-load-optim',
         ),
     ):
         with pytest.raises(Exception, match=message):
@@ -140,7 +140,7 @@ def test_other_layers_of_a_preset(ranks, inputs, run_dir):
     argv[argv.index('--preset-layers') + 1] = '3'
     index = argv.index('--load-hf')
     argv[index] = '--tokenizer-model'
-    with pytest.raises(Exception, match='--preset-layers was 2 and is 3.*hold another model'):
+    with pytest.raises(Exception, match='--preset-layers was 2 and is 3.*hold a different model'):
         start(ranks, inputs, run_dir, '', argv)
 
 
@@ -189,7 +189,7 @@ def test_other_data(ranks, inputs, run_dir, tmp_path):
     printed = start(
         ranks, inputs, run_dir, '', words(inputs, run_dir, data_path=tmp_path / 'other')
     )
-    assert '--data-path was' in printed and 'left out of the new data' in printed
+    assert '--data-path was' in printed and 'the run skips as many samples' in printed
 
 
 def test_other_data_under_the_same_name(ranks, inputs, tmp_path):
@@ -200,7 +200,7 @@ def test_other_data_under_the_same_name(ranks, inputs, tmp_path):
         (folder / name).unlink()
     other_data(inputs, folder / 'data')
     argv = words(inputs, tmp_path / 'run', data_path=folder / 'data')
-    with pytest.raises(Exception, match='data.idx is another than when this run was last started'):
+    with pytest.raises(Exception, match='data.idx changed since this run was last started'):
         start(ranks, inputs, tmp_path / 'run', '', argv)
 
 
@@ -210,11 +210,11 @@ def test_other_tokenizer_or_weights(ranks, inputs, run_dir, tmp_path):
     assert 'changed since' not in start(ranks, inputs, run_dir, '', argv)
     config = folder / 'hf' / 'config.json'
     config.write_text(config.read_text() + '\n')
-    with pytest.raises(Exception, match='holds other weights than .* Drop --load-hf'):
+    with pytest.raises(Exception, match='has different weights from .* Drop --load-hf'):
         start(ranks, inputs, run_dir, '', argv)
     tokenizer = folder / 'hf' / 'tokenizer.json'
     tokenizer.write_text(tokenizer.read_text().replace('"model"', ' "model"', 1))
-    with pytest.raises(Exception, match='is another than .* other words'):
+    with pytest.raises(Exception, match='differs from .* token ids would change'):
         start(ranks, inputs, run_dir, '', argv)
 
 
@@ -246,7 +246,7 @@ def test_record_of_an_older_version(ranks, inputs, run_dir):
 def test_somebody_elses_run_json(ranks, inputs, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'run.json').write_text('{"mine": 1}')
-    with pytest.raises(Exception, match='run.json exists, and pretrain_gpt_oss.py did not make it'):
+    with pytest.raises(Exception, match='run.json exists, and pretrain_gpt_oss.py did not create it'):
         start(ranks, inputs, tmp_path / 'run', '')
     assert (tmp_path / 'run' / 'run.json').read_text() == '{"mine": 1}'
 
@@ -309,7 +309,7 @@ def test_classes():
 
 def test_every_model_argument_is_refused():
     for name in resume_rules.MODEL:
-        with pytest.raises(UsageError, match='hold another model'):
+        with pytest.raises(UsageError, match='hold a different model'):
             resume_rules.check_changes({name: 1}, {name: 2})
     assert resume_rules.check_changes({'unheard_of': 1}, {'unheard_of': 2}) == {
         'unheard_of': (1, 2)
