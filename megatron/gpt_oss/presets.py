@@ -113,9 +113,7 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     if num_layers is None:
         return preset
     if not 1 <= num_layers <= MOST_LAYERS:
-        raise PresetError(
-            f"--preset-layers {num_layers} is not a depth. Give 1 or more, {MOST_LAYERS} at most."
-        )
+        raise PresetError(f"--preset-layers {num_layers} is invalid. Give 1 to {MOST_LAYERS}.")
     return dataclasses.replace(preset, num_layers=num_layers)
 
 
@@ -132,8 +130,8 @@ def extended(preset: Preset, yarn_factor: float | None) -> Preset:
         return preset
     if not yarn_factor >= preset.yarn_factor:
         raise PresetError(
-            f"--yarn-factor {yarn_factor:g}: --preset {preset.name} has {preset.yarn_factor:g} "
-            "already. Give a larger one, or none."
+            f"--yarn-factor {yarn_factor:g}: --preset {preset.name} already has "
+            f"{preset.yarn_factor:g}. Give a larger factor, or drop the flag."
         )
     length = int(yarn_factor * preset.yarn_original_max_position_embeddings)
     return dataclasses.replace(preset, yarn_factor=yarn_factor, max_position_embeddings=length)

@@ -98,6 +98,6 @@ def _refusal(shown: str, entry: Entry) -> str:
     if entry.status == "inert":
         return f"{shown} has no effect on a gpt-oss run: it is {entry.note}. Drop it."
     return (
-        f"{shown} is refused: {entry.note}. Drop it, or give {ALLOW_UNTESTED} to run with it all "
-        f"the same ({PAGE})."
+        f"{shown} is refused: {entry.note}. Drop it, or give {ALLOW_UNTESTED} to run with it "
+        f"anyway ({PAGE})."
     )

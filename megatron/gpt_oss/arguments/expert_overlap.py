@@ -28,7 +28,7 @@ def check_expert_overlap(value: Callable[[str], object]) -> None:
         for problem in _problems(value):
             raise UsageError(f"{FLAG} {problem}")
     elif value("delay_wgrad_compute"):
-        raise UsageError(f"--delay-wgrad-compute is a part of {FLAG}, which is not given. Drop it.")
+        raise UsageError(f"--delay-wgrad-compute needs {FLAG}, which is not given. Drop it.")
 
 
 def _problems(value) -> Iterator[str]:
@@ -40,7 +40,7 @@ def _problems(value) -> Iterator[str]:
     dispatcher = value("moe_token_dispatcher_type")
     if dispatcher not in ("alltoall", "flex"):
         yield (
-            f"does not go with --moe-token-dispatcher-type {dispatcher}. Give "
+            f"does not support --moe-token-dispatcher-type {dispatcher}. Give "
             "--moe-token-dispatcher-type alltoall."
         )
     virtual = (
@@ -51,25 +51,25 @@ def _problems(value) -> Iterator[str]:
     if value("pipeline_model_parallel_size") > 1 and not any(map(value, virtual)):
         yield (
             f"with --pipeline-model-parallel-size {value('pipeline_model_parallel_size')} needs "
-            "virtual stages: its schedule is the interleaved one. Give "
+            "virtual stages, because it uses the interleaved schedule. Give "
             "--num-virtual-stages-per-pipeline-rank 2 or more."
         )
     if not (value("bf16") or value("fp16")):
-        yield "is for bf16 and fp16 training. Give --bf16, or drop the flag."
+        yield "needs bf16 or fp16 training. Give --bf16, or drop the flag."
     modules = value("recompute_modules") or ()
     if value("recompute_granularity") == "full" or value("recompute_method"):
         yield (
-            "runs a layer in pieces, and recomputation of whole layers (--memory lean, "
-            "--recompute-granularity full) runs it as one. Give --memory balanced or fast."
+            "splits a layer, which full-layer recompute (--memory lean, "
+            "--recompute-granularity full) does not support. Give --memory balanced or fast."
         )
     if value("recompute_granularity") == "selective" and "moe" in modules:
         yield (
-            "runs the experts' part of a layer in pieces, and its recomputation (--memory "
-            "experts, --recompute-modules moe) runs it as one. Give --memory balanced or fast."
+            "splits the MoE layer, which its recompute (--memory experts, "
+            "--recompute-modules moe) does not support. Give --memory balanced or fast."
         )
     if value("delay_wgrad_compute") and value("transformer_impl") != "transformer_engine":
         yield (
-            "with --delay-wgrad-compute needs layers that compute weight gradients apart, which "
-            f"those of --transformer-impl {value('transformer_impl')} do not. Drop "
+            "with --delay-wgrad-compute needs layers with a separate wgrad step, which "
+            f"--transformer-impl {value('transformer_impl')} does not have. Drop "
             "--delay-wgrad-compute: the communication is hidden without it."
         )

@@ -40,15 +40,15 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
         metavar="NAME",
         default=None,
         help=f"The model: {', '.join(PRESETS)}, or '{NO_PRESET}' to describe it with Megatron's "
-        "own flags. Supplies the defaults of all other flags.",
+        "own flags. Sets the defaults of all other flags.",
     )
     group.add_argument(
         "--preset-layers",
         type=int,
         metavar="N",
         default=None,
-        help="Another number of layers than the preset's: a shallower model of the same shape, "
-        "for tests and benchmarks.",
+        help="Override the preset's number of layers: a shallower model of the same shape, for "
+        "tests and benchmarks.",
     )
     group.add_argument(
         "--yarn-factor",
@@ -56,39 +56,39 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
         metavar="F",
         default=None,
         help="Extend the context: positions up to F times 4,096 instead of the published 32 times "
-        "(131,072), by YaRN. Training has to follow; convert to-hf writes it to config.json.",
+        "(131,072), with YaRN. The model needs training at that length; convert to-hf writes the "
+        "factor to config.json.",
     )
     group.add_argument(
         "--load-hf",
         metavar="FOLDER",
         default=None,
-        help="Start from the weights of this Hugging Face gpt-oss checkpoint, at any parallel "
-        "layout.",
+        help="Start from the weights of this Hugging Face gpt-oss checkpoint; any parallel "
+        "layout works.",
     )
     group.add_argument(
         "--lm-loss-chunk-size",
         type=int,
         metavar="TOKENS",
         default=0,
-        help="Compute head and loss over this many tokens at a time, so that the logits of all "
-        "tokens (0.8 MB a token in fp32) never exist. 0: all at once. A preset takes "
-        f"{LM_LOSS_CHUNK_SIZE}.",
+        help="Compute the output layer and the loss over this many tokens at a time, so that the "
+        "logits of all tokens (0.8 MB per token in fp32) are never stored. 0: no chunking. A "
+        f"preset uses {LM_LOSS_CHUNK_SIZE}.",
     )
     group.add_argument(
         "--no-moe-grouped-gemm",
         dest="moe_grouped_gemm",
         action="store_false",
         default=argparse.SUPPRESS,
-        help="Run the experts of a layer one after the other. A preset runs them as two grouped "
-        "products.",
+        help="Use SequentialMLP for the experts. A preset uses two grouped GEMMs.",
     )
     group.add_argument(
         "--sink-attention",
         choices=SINK_ATTENTION,
         default="megatron",
-        help="Whose attention runs among TransformerEngine's layers: Megatron-Core's own with "
-        "sinks, for every layout and cuDNN, or TransformerEngine's (te), which needs more of both "
-        "(docs/transformer_engine.md).",
+        help="Attention for --transformer-impl transformer_engine: Megatron-Core's own with sinks, "
+        "for every layout and cuDNN version, or TransformerEngine's (te), which has stricter "
+        "requirements on both (docs/transformer_engine.md).",
     )
     group.add_argument(
         "--data-blend",
@@ -101,17 +101,17 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
         "--document-positions",
         choices=("restart", "run-on"),
         default=None,
-        help="Whether each document of a packed sequence begins at position 0 (the default) or "
-        "positions run on. Attention stays within documents and sees differences of positions "
-        "alone, so that both are the same function up to rounding.",
+        help="Whether each document of a packed sequence starts at position 0 (the default) or "
+        "positions continue. Attention stays within documents and depends only on position "
+        "differences, so both give the same result up to rounding.",
     )
     group.add_argument(
         "--memory",
         choices=list(POLICIES),
         default=None,
-        help="How much is computed again to keep less: fast keeps all, balanced makes the cheap "
-        "part again, experts their whole part, lean keeps a layer's input alone. --recompute-* and "
-        "--lm-loss-chunk-size win.",
+        help="Activation recompute: fast recomputes nothing, balanced the cheap activations, "
+        "experts the MoE layer, lean everything but the input of each layer. --recompute-* and "
+        "--lm-loss-chunk-size take precedence.",
     )
 
 
@@ -122,15 +122,16 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         "--run-dir",
         metavar="DIR",
         default=None,
-        help="Everything of the run in one folder: metrics.jsonl, run.json, Megatron's own "
-        "output (megatron-rank*.log) and checkpoints/, from which a second start resumes.",
+        help="Directory for all output of the run: metrics.jsonl, run.json, Megatron's own "
+        "output (megatron-rank*.log) and checkpoints/, from which a restart resumes.",
     )
     group.add_argument(
         RECIPE,
         metavar="FILE",
         action="append",
         default=None,
-        help="Flags from a file (examples/gpt_oss/recipes); those of the command line win.",
+        help="Read flags from a file (examples/gpt_oss/recipes); flags on the command line take "
+        "precedence.",
     )
     group.add_argument(
         DRY_RUN,
@@ -139,47 +140,45 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         const=TORCHRUN,
         default=None,
         metavar="GPUS",
-        help="Print memory and time of a step with these flags, and stop before anything is made. "
-        "GPUS: as if on so many, or MACHINESxGPUS; by default as many as torchrun started, one "
-        "without it.",
+        help="Print memory and time per step for these flags, and exit before creating anything. "
+        "GPUS: number of GPUs to assume, or MACHINESxGPUS; by default the number of ranks that "
+        "torchrun started, 1 without torchrun.",
     )
     group.add_argument(
-        HELP_ALL, action="store_true", help="Every flag of Megatron's too, and stop."
+        HELP_ALL, action="store_true", help="List all flags, including Megatron's, and exit."
     )
     group.add_argument(
         ALLOW_UNTESTED,
         action="store_true",
-        help="Let through flags of Megatron's that no test runs here (docs/flags.md), and say "
-        "which. Without it they are refused.",
+        help="Allow Megatron flags that this repository does not test (docs/flags.md), and log "
+        "them. By default they are refused.",
     )
     group.add_argument(
         "--monitor-interval",
         type=int,
         metavar="STEPS",
         default=100,
-        help="Every so many steps: load of the experts and entropy of the router in each layer, "
-        "norms of weights and gradients by kind of module, range of the sinks. 0: never.",
+        help="Every N steps, log expert load and router entropy of each layer, weight and gradient "
+        "norms by module type, and the range of the sinks. 0: never.",
     )
     group.add_argument(
         "--sample-interval",
         type=int,
         metavar="STEPS",
         default=0,
-        help="Every so many steps the model writes a text. 0: never.",
+        help="Generate a text sample every N steps. 0: never.",
     )
-    group.add_argument("--sample-prompt", default="", help="The text that a sample goes on from.")
+    group.add_argument("--sample-prompt", default="", help="Prompt of the samples.")
     group.add_argument(
-        "--sample-tokens", type=int, default=64, metavar="N", help="Length of a sample, at most."
+        "--sample-tokens", type=int, default=64, metavar="N", help="Maximum sample length."
     )
-    group.add_argument(
-        "--sample-temperature", type=float, default=0.8, help="0 takes the likeliest token."
-    )
+    group.add_argument("--sample-temperature", type=float, default=0.8, help="0: greedy decoding.")
     group.add_argument(
         "--keep-checkpoints",
         type=int,
         metavar="K",
         default=0,
-        help="Delete checkpoints older than the K newest whole ones once a new one is complete. "
+        help="Keep the K newest complete checkpoints; delete older ones after each save. "
         "0: keep all.",
     )
     group.add_argument(
@@ -187,7 +186,8 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="PATTERN",
         default=[],
-        help="Do not train the parameters whose names fit, for example '*.router.*' 'embedding.*': "
+        help="Do not train the parameters whose names match, for example '*.router.*' "
+        "'embedding.*': "
         "no gradient, no optimizer state.",
     )
     group.add_argument(
@@ -195,9 +195,9 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         metavar="PATTERN=FACTOR",
         default=[],
-        help="Learning rates of the parameters whose names fit, as multiples of --lr and --min-lr, "
-        "for example '*.softmax_offset=0.1'. The last pattern that fits counts. 0 holds them where "
-        "they are.",
+        help="Learning rates of the parameters whose names match, as multiples of --lr and "
+        "--min-lr, for example '*.softmax_offset=0.1'. The last matching pattern applies. 0 keeps "
+        "them constant.",
     )
     parser.set_defaults(
         micro_batch_size=1,

@@ -13,41 +13,40 @@ from megatron.gpt_oss.arguments.flags import HELP_ALL, add_our_arguments
 
 USAGE = "torchrun --nproc-per-node N pretrain_gpt_oss.py --preset NAME [flags]"
 EPILOG = (
-    f"{HELP_ALL} lists all flags of Megatron's as well, and docs/flags.md says which of them a test "
-    "runs here."
+    f"{HELP_ALL} also lists all Megatron flags; docs/flags.md lists those that are tested here."
 )
 # By what they are about: flag, value (None for a switch), meaning.
 COMMON: dict[str, list[tuple[str, str | None, str]]] = {
     "length and batch": [
-        ("--train-iters", "STEPS", "how long to train; or --train-samples"),
-        ("--train-samples", "SAMPLES", "the same in sequences"),
-        ("--seq-length", "TOKENS", "of a sample; the preset's by default"),
-        ("--micro-batch-size", "N", "samples that go through the model at once; 1"),
-        ("--global-batch-size", "N", "samples of a step, over all ranks"),
+        ("--train-iters", "STEPS", "training length; or --train-samples"),
+        ("--train-samples", "SAMPLES", "training length in sequences"),
+        ("--seq-length", "TOKENS", "tokens per sample; set by the preset"),
+        ("--micro-batch-size", "N", "samples per micro-batch; 1"),
+        ("--global-batch-size", "N", "samples per step, over all ranks"),
         (
             "--step-batch-size-schedule",
             "PAIRS",
-            'batch sizes that change, as "0:64 10M:128": from so many tokens on',
+            'batch size by tokens trained, such as "0:64 10M:128"',
         ),
-        ("--seed", "N", "of weights and of the order of the data; 1234"),
-        ("--exit-interval", "STEPS", "save and end at a multiple of it"),
+        ("--seed", "N", "seed of the weights and of the data order; 1234"),
+        ("--exit-interval", "STEPS", "save and exit at a multiple of STEPS"),
     ],
     "learning rate and optimizer": [
-        ("--lr", "RATE", "the largest learning rate"),
-        ("--min-lr", "RATE", "the smallest after the decay; 0"),
+        ("--lr", "RATE", "maximum learning rate"),
+        ("--min-lr", "RATE", "learning rate after the decay; 0"),
         ("--lr-decay-style", "STYLE", "constant, linear, cosine, WSD, inverse-square-root"),
-        ("--lr-decay-iters", "STEPS", "until --min-lr is reached; the whole run by default"),
-        ("--lr-warmup-iters", "STEPS", "up to --lr"),
-        ("--lr-warmup-fraction", "SHARE", "the same as a share of the decay"),
-        ("--lr-wsd-decay-iters", "STEPS", "with WSD: the decay at the end"),
-        ("--lr-wsd-decay-style", "STYLE", "with WSD: its shape"),
-        ("--override-opt-param-scheduler", None, "on resume: this command's schedule"),
+        ("--lr-decay-iters", "STEPS", "steps until --min-lr; by default the length of the run"),
+        ("--lr-warmup-iters", "STEPS", "linear warm-up to --lr"),
+        ("--lr-warmup-fraction", "SHARE", "warm-up as a fraction of the decay"),
+        ("--lr-wsd-decay-iters", "STEPS", "with WSD: length of the final decay"),
+        ("--lr-wsd-decay-style", "STYLE", "with WSD: shape of the final decay"),
+        ("--override-opt-param-scheduler", None, "on resume: use this command's schedule"),
         ("--optimizer", "NAME", "adam or sgd"),
         ("--weight-decay", "X", "0.01"),
-        ("--clip-grad", "NORM", "gradients are scaled down to this norm; 1.0"),
+        ("--clip-grad", "NORM", "maximum gradient norm; 1.0"),
         ("--adam-beta1", "X", "0.9"),
         ("--adam-beta2", "X", "0.999"),
-        ("--moe-aux-loss-coeff", "X", "weight of the loss that balances the experts"),
+        ("--moe-aux-loss-coeff", "X", "weight of the load-balancing loss"),
         (
             "--moe-router-load-balancing-type",
             "NAME",
@@ -55,33 +54,33 @@ COMMON: dict[str, list[tuple[str, str | None, str]]] = {
         ),
     ],
     "data and tokenizer": [
-        ("--data-path", "PREFIX", "what gptoss tokenize wrote; several with weights before each"),
-        ("--split", "A,B,C", "shares of training, validation and test documents; 969,30,1"),
-        ("--tokenizer-model", "FOLDER", "with tokenizer.json; that of --load-hf by default"),
-        ("--dataloader-inter-document-masking", None, "attention stays within documents"),
-        ("--eod-mask-loss", None, "no loss where a document ends"),
-        ("--num-workers", "N", "processes that read samples, of each rank; 2"),
+        ("--data-path", "PREFIX", "output of gptoss tokenize; several with a weight before each"),
+        ("--split", "A,B,C", "train, validation and test proportions; 969,30,1"),
+        ("--tokenizer-model", "DIR", "directory with tokenizer.json; by default that of --load-hf"),
+        ("--dataloader-inter-document-masking", None, "no attention across documents"),
+        ("--eod-mask-loss", None, "no loss on end-of-document tokens"),
+        ("--num-workers", "N", "dataloader processes per rank; 2"),
     ],
     "parallelism": [
-        ("--tensor-model-parallel-size", "N", "ranks that share each weight matrix"),
-        ("--sequence-parallel", None, "with it: they share the norms' tokens too"),
-        ("--pipeline-model-parallel-size", "N", "ranks that share out the layers"),
-        ("--num-virtual-stages-per-pipeline-rank", "N", "stages of each: fewer idle moments"),
-        ("--context-parallel-size", "N", "ranks that share each sequence"),
-        ("--cp-comm-type", "WAY", "auto, p2p, all_gather, a2a, a2a+p2p; one or one a layer"),
-        ("--expert-model-parallel-size", "N", "ranks that share out the experts"),
-        ("--expert-tensor-parallel-size", "N", "ranks that share each expert"),
-        ("--use-distributed-optimizer", None, "the optimizer's state is shared out over ranks"),
-        ("--overlap-grad-reduce", None, "gradients are reduced beside the backward"),
-        ("--overlap-param-gather", None, "weights are gathered beside the forward"),
-        ("--distributed-timeout-minutes", "N", "after which a rank gives the others up; 10"),
+        ("--tensor-model-parallel-size", "N", "ranks that split each weight matrix"),
+        ("--sequence-parallel", None, "with it: split the tokens of the norms too"),
+        ("--pipeline-model-parallel-size", "N", "ranks that split the layers"),
+        ("--num-virtual-stages-per-pipeline-rank", "N", "stages per rank: smaller pipeline bubble"),
+        ("--context-parallel-size", "N", "ranks that split each sequence"),
+        ("--cp-comm-type", "TYPE", "auto, p2p, all_gather, a2a, a2a+p2p; one, or one per layer"),
+        ("--expert-model-parallel-size", "N", "ranks that split the experts"),
+        ("--expert-tensor-parallel-size", "N", "ranks that split each expert"),
+        ("--use-distributed-optimizer", None, "shard the optimizer state over data-parallel ranks"),
+        ("--overlap-grad-reduce", None, "overlap gradient reduction with the backward"),
+        ("--overlap-param-gather", None, "overlap the weight all-gather with the forward"),
+        ("--distributed-timeout-minutes", "N", "timeout of collectives; 10"),
     ],
     "memory and precision": [
-        ("--bf16", None, "weights and products in bf16; fp32 without it"),
-        ("--grad-reduce-in-bf16", None, "gradients in bf16: half their memory"),
-        ("--recompute-granularity", "NAME", "full or selective, instead of a word of --memory"),
-        ("--optimizer-cpu-offload", None, "the optimizer on the host"),
-        ("--transformer-impl", "NAME", "local (PyTorch alone) or transformer_engine"),
+        ("--bf16", None, "weights and GEMMs in bf16; default fp32"),
+        ("--grad-reduce-in-bf16", None, "gradients in bf16: half the memory"),
+        ("--recompute-granularity", "NAME", "full or selective, instead of --memory"),
+        ("--optimizer-cpu-offload", None, "optimizer state in CPU memory"),
+        ("--transformer-impl", "NAME", "local (PyTorch only) or transformer_engine"),
         ("--fp8-format", "NAME", "hybrid or e4m3, with transformer_engine"),
         ("--fp8-recipe", "NAME", "tensorwise, blockwise, delayed, mxfp8"),
     ],
@@ -89,17 +88,17 @@ COMMON: dict[str, list[tuple[str, str | None, str]]] = {
         ("--save", "DIR", "RUN_DIR/checkpoints by default"),
         ("--load", "DIR", "RUN_DIR/checkpoints by default"),
         ("--save-interval", "STEPS", "500"),
-        ("--async-save", None, "a thread writes while the training goes on"),
-        ("--pretrained-checkpoint", "DIR", "weights to start from, in Megatron's format"),
-        ("--finetune", None, "take the weights of --load alone and begin at step 0"),
-        ("--no-load-optim", None, "begin with a new optimizer"),
+        ("--async-save", None, "write checkpoints in a background thread"),
+        ("--pretrained-checkpoint", "DIR", "initial weights, in Megatron's format"),
+        ("--finetune", None, "load only the weights and start at step 0"),
+        ("--no-load-optim", None, "start with new optimizer state"),
     ],
     "evaluation and logging": [
         ("--eval-interval", "STEPS", "500"),
-        ("--eval-iters", "BATCHES", "of an evaluation; 10"),
+        ("--eval-iters", "BATCHES", "batches per evaluation; 10"),
         ("--log-interval", "STEPS", "1"),
-        ("--tensorboard-dir", "DIR", "the same numbers for TensorBoard"),
-        ("--wandb-project", "NAME", "and for Weights & Biases"),
+        ("--tensorboard-dir", "DIR", "log to TensorBoard as well"),
+        ("--wandb-project", "NAME", "log to Weights & Biases as well"),
     ],
 }
 
@@ -109,7 +108,7 @@ def help_text() -> str:
     parser = ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False, epilog=EPILOG)
     add_our_arguments(parser)
     for title, flags in COMMON.items():
-        group = parser.add_argument_group(f"Megatron's: {title}")
+        group = parser.add_argument_group(f"Megatron: {title}")
         for flag, value, meaning in flags:
             kind = {"action": "store_true"} if value is None else {"metavar": value}
             group.add_argument(flag, help=meaning, **kind)

@@ -231,7 +231,7 @@ INERT: dict[str, str] = {
         --mamba-num-groups --mamba-num-heads --disable-mamba-mem-eff-path
         --mamba-training-ssm-states-dtype --hybrid-layer-pattern --hybrid-override-pattern
     """,
-    "for attention variants that gpt-oss has not": """
+    "for attention variants that gpt-oss does not have": """
         --experimental-attention-variant --dsa-indexer-n-heads --dsa-indexer-head-dim
         --dsa-indexer-topk --dsa-indexer-topk-freq --dsa-indexer-skip-topk-offset
         --dsa-indexer-loss-coeff --dsa-indexer-use-sparse-loss --dsa-kernel-backend
@@ -242,11 +242,11 @@ INERT: dict[str, str] = {
         --linear-value-head-dim --linear-num-key-heads --linear-num-value-heads
         --linear-attention-freq
     """,
-    "for --use-mup, whose scales a gpt-oss run does not take": """
+    "for --use-mup, whose scales a gpt-oss run does not use": """
         --mup-width-mult --mup-base-hidden-size --mup-embedding-mult --mup-output-mult
         --mup-base-head-dim --mup-attn-scale-power
     """,
-    "for models with shared experts, which gpt-oss has not": """
+    "for models with shared experts, which gpt-oss does not have": """
         --moe-shared-expert-intermediate-size --moe-shared-expert-gate
         --moe-shared-expert-overlap --use-grouped-gemm-for-shared-expert
         --moe-shared-expert-glu-interleave-size
@@ -298,7 +298,7 @@ INERT: dict[str, str] = {
         --no-inference-use-synchronous-zmq-collectives --inference-disable-ep-consensus
         --no-inference-disable-ep-consensus --inference-shards
     """,
-    "for positions that gpt-oss has not": """
+    "for position embeddings that gpt-oss does not have": """
         --mrope-section --relative-attention-num-buckets --relative-attention-max-distance
     """,
     "for T5": """
@@ -359,7 +359,7 @@ INERT: dict[str, str] = {
     "the launcher sets it (LOCAL_RANK)": """
         --local-rank
     """,
-    "for another kind of data than pretrain_gpt_oss.py reads": """
+    "for data formats that pretrain_gpt_oss.py does not read": """
         --sample-rate --chat-template --sft-tokenizer-prompt-format
     """,
     "for fill-in-the-middle data, which is refused": """
@@ -367,7 +367,7 @@ INERT: dict[str, str] = {
         --fim-prefix-token --fim-middle-token --fim-suffix-token --fim-pad-token
         --fim-eod-token
     """,
-    "for another tokenizer than gpt-oss has": """
+    "for tokenizers that gpt-oss does not use": """
         --vocab-file --merge-file --tiktoken-pattern --tiktoken-num-special-tokens
         --tokenizer-sentencepiece-legacy --no-tokenizer-sentencepiece-ignore-extra-whitespaces
         --disable-tokenizer-sentencepiece-ignore-extra-whitespaces
@@ -384,14 +384,14 @@ INERT: dict[str, str] = {
         --dino-norm-last-layer --dino-warmup-teacher-temp --dino-teacher-temp
         --dino-warmup-teacher-temp-epochs
     """,
-    "for multi-latent attention, which gpt-oss has not": """
+    "for multi-latent attention, which gpt-oss does not have": """
         --q-lora-rank --kv-lora-rank --qk-head-dim --qk-pos-emb-head-dim --v-head-dim
         --cache-mla-latents --mla-down-proj-fusion
     """,
-    "for Megatron's sniffing of stragglers, which --log-straggler turns on": """
+    "for Megatron's straggler detection, which --log-straggler enables": """
         --straggler-ctrlr-port --straggler-minmax-count --disable-straggler-on-startup
     """,
-    "for one logger, NVIDIA's own service": """
+    "for NVIDIA's own one_logger service": """
         --no-one-logger --one-logger-project --one-logger-run-name --one-logger-async
         --app-tag-run-name --app-tag-run-version
     """,
@@ -493,8 +493,8 @@ UNTESTED: dict[str, str] = {
         --main-params-dtype --exp-avg-dtype --exp-avg-sq-dtype --enable-msc
     """,
     (
-        "no test splits samples of other lengths over ranks; documents of any length are "
-        "packed with --dataloader-inter-document-masking"
+        "no test splits samples of different lengths over ranks; to pack documents of any "
+        "length use --dataloader-inter-document-masking"
     ): """
         --max-seqlen-per-dp-cp-rank --hybrid-context-parallel
     """,
@@ -514,7 +514,7 @@ UNTESTED: dict[str, str] = {
         --log-max-attention-logit --fp4-param-gather --fp8-param-gather
         --te-precision-config-file
     """,
-    "activations stay where they are: no test moves them to the host": """
+    "no test offloads activations to CPU memory": """
         --cpu-offloading-num-layers --cpu-offloading-retain-pinned-cpu-buffers
         --fine-grained-activation-offloading --offload-modules --min-offloaded-tensor-size
         --delta-offload-bytes-across-pp-ranks --activation-offload-fraction --moe-paged-stash
@@ -522,15 +522,15 @@ UNTESTED: dict[str, str] = {
         --moe-paged-stash-buffer-size-factor-cpu
         --fine-grained-offloading-max-inflight-offloads
     """,
-    "gpt-oss predicts one token, and no preset has layers for more": """
+    "gpt-oss predicts one token, and no preset has multi-token prediction layers": """
         --mtp-num-layers
     """,
-    "gpt-oss's attention, as preset and Hugging Face have it, is without it": """
+    "the attention of gpt-oss, in the presets and in Hugging Face, does not have it": """
         --add-qkv-bias --qk-layernorm --qk-l2-norm --qk-clip --qk-clip-alpha
         --qk-clip-threshold --attention-output-gate --multi-latent-attention
         --apply-query-key-layer-scaling
     """,
-    "gpt-oss routes by a softmax, and balancing by a bias of the experts is for other routers": """
+    "gpt-oss routes by a softmax, and balancing by an expert bias is for other routers": """
         --moe-router-enable-expert-bias --moe-router-bias-update-rate
         --moe-router-quantile-balancing-ema
     """,
@@ -545,12 +545,12 @@ UNTESTED: dict[str, str] = {
         --transformer-impl
     """,
     (
-        "no test runs this optimizer here, and those beside adam and sgd need the package "
+        "no test runs this optimizer here, and all but adam and sgd need the package "
         "emerging-optimizers"
     ): """
         --optimizer
     """,
-    "its files have no hashes, so that a damaged one trains on; torch_dist has them": """
+    "its files have no hashes, so damage is not detected; torch_dist has them": """
         --ckpt-format --auto-detect-ckpt-format
     """,
     (
@@ -563,25 +563,25 @@ UNTESTED: dict[str, str] = {
         --use-megatron-fsdp
     """,
     (
-        "it needs a GPU and changes the checkpoint format; on the CPU Megatron ends with an "
+        "it needs a GPU and changes the checkpoint format; on the CPU Megatron fails with an "
         "AttributeError"
     ): """
         --use-torch-fsdp2
     """,
-    "it is for tests of failures": """
+    "it is for failure tests": """
         --fake-process-group --test-mode --error-injection-rate --error-injection-type
         --fault-injector-ranks --fault-injector-num-ranks --fault-injector-fault-types
         --fault-injector-fault-probabilities --fault-injector-fault-delay
         --fault-injector-delay-start-iteration --fault-injector-mtti-seconds
         --fault-injector-offset-seconds --fault-injector-seed
     """,
-    "another tokenizer than gpt-oss has": """
+    "gpt-oss uses a different tokenizer": """
         --tokenizer-type
     """,
-    "no test runs this way of balancing here": """
+    "no test runs this load balancing here": """
         --moe-router-load-balancing-type
     """,
-    "it needs a GPU, and no test runs it there; on the CPU it ends in a KeyError": """
+    "it needs a GPU, and no test runs it there; on the CPU it fails with a KeyError": """
         --log-memory-to-tensorboard
     """,
     "it needs the package nvidia-ml-py and a GPU, and no test runs it there": """
@@ -608,23 +608,23 @@ WRONG: dict[str, str] = {
         --batch-size --checkpoint-activations --warmup --model-parallel-size
     """,
     (
-        "it puts the arguments of a checkpoint over those that were checked. Give --preset, "
-        "and the layout by its own flags"
+        "it overrides checked arguments with those of the checkpoint. Give --preset and the "
+        "layout flags"
     ): """
         --use-checkpoint-args --use-mp-args-from-checkpoint-args
     """,
     (
         "documents are packed by --dataloader-inter-document-masking, and fill-in-the-middle "
-        "needs tokens that gpt-oss has not. Drop it"
+        "needs tokens that gpt-oss does not have. Drop it"
     ): """
         --fim-data
     """,
-    "it replaces every argument of the command line, those of --preset too. Give --recipe FILE": """
+    "it replaces all arguments, including those of --preset. Give --recipe FILE": """
         --yaml-cfg
     """,
     (
-        "the data are read as for plain pre-training and no prompt is masked. Drop it: "
-        "fine-tuning on conversations is not there yet"
+        "the data are read as for pre-training and prompts are not masked. Drop it: "
+        "fine-tuning on conversations is not supported"
     ): """
         --sft
     """,

@@ -198,7 +198,7 @@ def _check_expert_ranks(args: Namespace) -> None:
         raise UsageError(
             f"{args.world_size} ranks cannot be divided into groups of {named} = {ranks}. Give a "
             "smaller --expert-model-parallel-size or --expert-tensor-parallel-size (its default is "
-            "--tensor-model-parallel-size), or a multiple of so many ranks."
+            "--tensor-model-parallel-size), or use a multiple of {ranks} ranks."
         )
 
 
@@ -314,9 +314,9 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
 def _unknown_message(word: str, parser: ArgumentParser) -> str:
     name = foreign_name(word.split("=")[0])
     if not word.startswith("-") and "=" in word and name is not None:
-        return f"'{word}' is no flag. {advice(name)}"
+        return f"'{word}' is not a flag. {advice(name)}"
     if not word.startswith("-"):
-        return f"'{word}' belongs to no flag. Was a '--' or a quotation mark left out before it?"
+        return f"'{word}' belongs to no flag. Is a '--' or a quotation mark missing before it?"
     flag = word.split("=")[0]
     if name is not None:
         return f"Unknown flag {flag}. {advice(name)} --help-all lists every flag."
@@ -341,7 +341,7 @@ def _chosen_preset(given: Namespace) -> Preset | None:
             )
         depth = getattr(given, "num_layers", None)
         if depth is not None and not 1 <= depth <= MOST_LAYERS:
-            raise PresetError(f"--num-layers {depth} is not a depth. Give 1 to {MOST_LAYERS}.")
+            raise PresetError(f"--num-layers {depth} is invalid. Give 1 to {MOST_LAYERS}.")
         if (factor := getattr(given, "yarn_factor", None)) is not None:
             raise PresetError(
                 f"--yarn-factor {factor:g} extends a preset, and --preset is '{NO_PRESET}'. Give "
@@ -368,11 +368,11 @@ def check_architecture(given: Namespace, preset: Preset, parser: ArgumentParser)
         if dest not in expected or value == expected[dest]:
             continue
         flag = _flag_of(dest, value, parser)
-        remedy = f"Drop the flag, or describe the whole model yourself with --preset {NO_PRESET}."
+        remedy = f"Drop the flag, or describe the model with flags and --preset {NO_PRESET}."
         if dest == "rotary_scaling_factor":
             remedy = f"To extend the context give --yarn-factor {value:g}."
         if dest == "num_layers":
-            remedy = f"For another depth of the same shape give --preset-layers {value}."
+            remedy = f"To change only the number of layers give --preset-layers {value}."
         raise PresetError(
             f"{flag} contradicts --preset {preset.name}, which has "
             f"{dest} = {expected[dest]}. {remedy}"
@@ -398,13 +398,13 @@ def check_lm_loss(given: Namespace) -> None:
     chunk_size = getattr(given, "lm_loss_chunk_size", 0)
     if chunk_size < 0:
         raise UsageError(
-            f"--lm-loss-chunk-size {chunk_size}: wanted a number of tokens, or 0 for all at once."
+            f"--lm-loss-chunk-size {chunk_size}: expected tokens per chunk, or 0 for no chunks."
         )
     for dest in _UNCHUNKED_ONLY:
         if chunk_size and getattr(given, dest, False):
             flag = "--" + dest.replace("_", "-")
             raise UsageError(
-                f"--lm-loss-chunk-size {chunk_size} does not go with {flag}. Drop one of them."
+                f"--lm-loss-chunk-size {chunk_size} cannot be used with {flag}. Drop one of them."
             )
 
 
@@ -439,8 +439,8 @@ def _tokenizer_defaults(given: Namespace) -> dict:
         }
     if model is None:
         raise UsageError(
-            "No tokenizer. Give --tokenizer-model FOLDER with the tokenizer.json that the data was "
-            "made with (--load-hf FOLDER brings its own)."
+            "No tokenizer. Give --tokenizer-model DIR with the tokenizer.json that the data was "
+            "tokenized with (--load-hf DIR uses its own)."
         )
     return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": model}
 
@@ -452,11 +452,11 @@ def _check_dataset(flag: str, prefix: str) -> None:
     if not missing:
         check_dataset(prefix)
         return
-    hint = "Make the dataset with: gptoss tokenize"
+    hint = "Create the dataset with: gptoss tokenize"
     if glob.glob(f"{glob.escape(prefix)}.*-*.idx"):
-        hint = "It was split by length: name it in a file for --data-blend"
+        hint = "It was split by length: use --data-blend with a file that names it"
     if prefix.endswith((".bin", ".idx")):
-        hint = f"Give the path without its ending: {prefix[:-4]}"
+        hint = f"Give the path without its extension: {prefix[:-4]}"
     raise UsageError(f"{flag} {prefix}: no file {' and no file '.join(missing)}. {hint}.")
 
 
@@ -467,8 +467,8 @@ def _check_tokenizer(model: str) -> None:
     if looks_like_hub_name and importlib.util.find_spec("transformers") is not None:
         return
     raise UsageError(
-        f"--tokenizer-model {model}: no such file or folder. Give a folder with tokenizer.json "
-        "(any Hugging Face gpt-oss folder has one)."
+        f"--tokenizer-model {model}: no such file or directory. Give a directory with "
+        "tokenizer.json (any Hugging Face gpt-oss checkpoint has one)."
     )
 
 
@@ -484,7 +484,7 @@ def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float 
     for dest, value in ours.items():
         if theirs[dest] != value:
             raise PresetError(
-                f"--load-hf {folder} is another model than --preset {preset.name}: it has "
+                f"--load-hf {folder} is a different model than --preset {preset.name}: it has "
                 f"{dest} = {theirs[dest]}, the preset {value}. Choose the preset (and "
                 "--preset-layers) that fits the checkpoint."
             )

@@ -39,7 +39,9 @@ def _flags_of(
     flags = []
     for file in files:
         if file.resolve() in within:
-            raise UsageError(f"{RECIPE} {file} names itself, through {within[-1]}. Drop one line.")
+            raise UsageError(
+                f"{RECIPE} {file} includes itself, through {within[-1]}. Drop one line."
+            )
         words = read_recipe(file)
         try:
             named = getattr(read(words), "recipe", ())
@@ -80,7 +82,7 @@ def read_recipe(file: str | Path) -> list[str]:
             words += shlex.split(line, comments=True)
         except ValueError as error:
             raise UsageError(
-                f"{file}, line {number}: {error}. Quotation marks end on the line on which they "
-                "begin, and lines need no \\ at their end."
+                f"{file}, line {number}: {error}. A quotation must end on the line on which it "
+                "starts, and a line needs no \\ at its end."
             ) from error
     return words

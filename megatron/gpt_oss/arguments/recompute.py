@@ -69,8 +69,8 @@ def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
     grouped = value("moe_grouped_gemm") is True  # a flag without a default has argparse's mark
     if "moe_act" in flags.get("recompute_modules", ()) and not grouped:
         raise UsageError(
-            f"--memory {name} makes the experts' activation again in the backward, which needs "
-            "experts in grouped products. Give --moe-grouped-gemm, or --memory lean."
+            f"--memory {name} recomputes the experts' activation in the backward, which needs "
+            "grouped GEMMs. Give --moe-grouped-gemm, or --memory lean."
         )
     if not value("lm_loss_chunk_size"):  # all logits at once, because the run needs it or says so
         flags.pop("lm_loss_chunk_size", None)

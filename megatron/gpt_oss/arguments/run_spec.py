@@ -48,4 +48,4 @@ class RunSpec:
         """What the log says of flags that --allow-untested-flags let through, if any."""
         if not self.untested:
             return None
-        return f"Not tested here, and let through: {', '.join(self.untested)} (docs/flags.md)."
+        return f"Allowed although not tested here: {', '.join(self.untested)} (docs/flags.md)."

@@ -71,7 +71,7 @@ def check_installed(transformer_impl: str, versions: Versions | None = None) -> 
         raise UsageError(
             "--transformer-impl transformer_engine: TransformerEngine is not installed. Use an "
             "image that has it or install transformer-engine[pytorch], or drop the flag: "
-            "--transformer-impl local needs PyTorch alone and has everything but FP8."
+            "--transformer-impl local needs only PyTorch and supports everything but FP8."
         )
 
 
@@ -88,13 +88,13 @@ def check_transformer_engine(value: Value, versions: Versions | None = None) -> 
         for dest, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format")):
             if value(dest):
                 raise UsageError(
-                    f"{flag} {value(dest)} is TransformerEngine's: give --transformer-impl "
+                    f"{flag} {value(dest)} needs TransformerEngine: give --transformer-impl "
                     "transformer_engine, or drop the flag and train in bf16."
                 )
         if value("sink_attention") == "te":
             raise UsageError(
-                "--sink-attention te needs --transformer-impl transformer_engine; without it the "
-                "attention is Megatron-Core's own."
+                "--sink-attention te needs --transformer-impl transformer_engine. Give it, or drop "
+                "--sink-attention te."
             )
         return
     for problem in _fp8_problems(value, versions):
@@ -103,7 +103,7 @@ def check_transformer_engine(value: Value, versions: Versions | None = None) -> 
         for problem in attention_problems(value, versions):
             raise UsageError(
                 f"--sink-attention te: {problem}. Drop the flag: Megatron-Core's own attention "
-                "runs this case."
+                "supports this case."
             )
 
 
@@ -116,7 +116,7 @@ def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
         yield "its fused attention is for bf16 and fp16, and neither --bf16 nor --fp16 is given"
     backend = getattr(value("attention_backend"), "name", value("attention_backend"))
     if sinks and backend not in (None, "auto", "fused"):
-        yield f"--attention-backend {backend} has no sinks there, only fused has"
+        yield f"--attention-backend {backend} does not support sinks there, only fused does"
     head_dim = value("kv_channels")
     if head_dim and (head_dim > LARGEST_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE):
         yield (
@@ -124,7 +124,7 @@ def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
             f"{HEAD_DIM_MULTIPLE}, --kv-channels is {head_dim}"
         )
     if value("reset_attention_mask"):
-        yield "--reset-attention-mask makes mask tensors, which its fused attention does not take"
+        yield "--reset-attention-mask creates mask tensors, which its fused attention cannot use"
     if sinks:
         yield from _sink_problems(value, versions, packed, cp)
     if cp > 1:
@@ -147,7 +147,7 @@ def _sink_problems(value: Value, versions: Versions, packed: bool, cp: int) -> I
     comm_types = value("cp_comm_type") or ["p2p"]
     for name in comm_types if cp > 1 else ():
         if name != "a2a":
-            yield f"{needed} under context parallelism is a2a only, --cp-comm-type is {name}"
+            yield f"{needed} under context parallelism needs a2a, --cp-comm-type is {name}"
 
 
 def _context_parallel_problems(value: Value, packed: bool, cp: int, tp: int) -> Iterator[str]:
@@ -188,7 +188,7 @@ def _fp8_problems(value: Value, versions: Versions) -> Iterator[str]:
         parts *= value("tensor_model_parallel_size")
     if length and length * batch // parts % FP8_ROWS:
         yield (
-            f"--fp8-format: a rank has {length * batch // parts} tokens, and products in FP8 take "
+            f"--fp8-format: a rank has {length * batch // parts} tokens, and FP8 GEMMs need "
             f"multiples of {FP8_ROWS}. Give --seq-length in multiples of {FP8_ROWS * parts}."
         )
 
@@ -198,8 +198,8 @@ def describe(versions: Versions | None = None) -> str:
     versions = versions or installed_versions()
     if versions.te is None:
         return (
-            "TransformerEngine: not installed; --transformer-impl local needs none (FP8 alone is "
-            "TransformerEngine's)."
+            "TransformerEngine: not installed; --transformer-impl local does not need it (only FP8 "
+            "does)."
         )
     found = f"TransformerEngine {_shown(versions.te)}: --transformer-impl transformer_engine"
     recipes = [name for name, needed in FP8_RECIPE_TE.items() if not _older(versions.te, needed)]
@@ -207,7 +207,7 @@ def describe(versions: Versions | None = None) -> str:
     if _older(versions.te, SOFTMAX_TYPE_TE):
         attention = f"--sink-attention te needs TransformerEngine {_shown(SOFTMAX_TYPE_TE)}"
     elif versions.cudnn is None:
-        attention = "there is no GPU that PyTorch can use"
+        attention = "PyTorch finds no usable GPU"
     elif _older(versions.cudnn, LEARNABLE_CUDNN):
         attention = (
             f"--sink-attention te needs cuDNN {_shown(LEARNABLE_CUDNN)}, PyTorch has "

@@ -36,7 +36,7 @@ def blend_defaults(given: Namespace) -> dict:
     for dest in _OTHER_WAYS:
         if getattr(given, dest, None):
             flag = f"--{dest.replace('_', '-')}"
-            raise UsageError(f"{flag} and --data-blend {file} both name data. Drop one of them.")
+            raise UsageError(f"{flag} and --data-blend {file} both specify data. Drop one of them.")
     blend = read_blend(file)
     words = [word for source in blend.sources for word in (repr(source.weight), source.prefix)]
     defaults = {"train_data_path": words}

@@ -18,7 +18,7 @@ def check_async_save(args: Namespace, is_cuda: bool) -> None:
         return
     if args.use_persistent_ckpt_worker and not is_cuda:
         raise UsageError(
-            "--use-persistent-ckpt-worker: that process of Megatron's does not run on a CPU. Drop "
+            "--use-persistent-ckpt-worker: this Megatron process does not run on a CPU. Drop "
             "the flag: --async-save alone writes checkpoints in a thread."
         )
     if args.async_strategy == "nvrx" and not args.use_persistent_ckpt_worker:
@@ -33,7 +33,7 @@ def check_async_save(args: Namespace, is_cuda: bool) -> None:
         raise UsageError(
             "--ckpt-assume-constant-structure with --async-strategy nvrx: every checkpoint would "
             "hold the optimizer state of the first one. Drop --ckpt-assume-constant-structure, or "
-            "--async-strategy: the thread of --async-save alone looks up the tensors at every save."
+            "--async-strategy: the thread of --async-save alone collects the tensors at every save."
         )
     if args.async_strategy == "nvrx" and args.dry_run is None:
         _check_nvrx()
@@ -63,9 +63,9 @@ def check_batch_size_schedule(args: Namespace) -> None:
         first, by, samples = args.rampup_batch_size
         raise UsageError(
             f"--rampup-batch-size {first} {by} {samples}: Megatron ignores it. Give "
-            f'--step-batch-size-schedule "{_as_steps(args, first, by, samples)}" in place of it and '
-            "of --global-batch-size: pairs of the tokens from which on a batch size holds, and the "
-            "batch size."
+            f'--step-batch-size-schedule "{_as_steps(args, first, by, samples)}" instead of it and '
+            "--global-batch-size. Each pair gives a number of trained tokens and the batch size "
+            "from there on."
         )
     schedule = args.step_batch_size_schedule
     if schedule is None:
@@ -74,14 +74,14 @@ def check_batch_size_schedule(args: Namespace) -> None:
         steps = StepBatchsizeNumMicroBatchesCalculator._parse_schedule(schedule, None)
     except (ValueError, OverflowError) as error:
         raise UsageError(
-            f'--step-batch-size-schedule "{schedule}" cannot be read. Wanted pairs TOKENS:BATCH, '
-            'for example "0:64 10M:128": the tokens from which on a batch size holds, and the '
-            "batch size."
+            f'--step-batch-size-schedule "{schedule}" cannot be parsed. Give pairs TOKENS:BATCH, '
+            'for example "0:64 10M:128": a number of trained tokens, and the batch size from there '
+            "on."
         ) from error
     if not steps or steps[0][0] != 0:
         raise UsageError(
-            f'--step-batch-size-schedule "{schedule}" does not say the batch size of the start. '
-            "Begin it with 0:BATCH."
+            f'--step-batch-size-schedule "{schedule}" does not give the initial batch size. '
+            "Start it with 0:BATCH."
         )
 
 
@@ -97,7 +97,7 @@ def check_run_arguments(args: Namespace) -> None:
         lowest = 1 if name == "sample_tokens" else 0
         if getattr(args, name) < lowest:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: wanted {lowest} or more.")
+            raise UsageError(f"{flag} {getattr(args, name)}: expected {lowest} or more.")
     if args.keep_checkpoints and args.save_retain_interval is not None:
         raise UsageError(
             f"--keep-checkpoints {args.keep_checkpoints} and --save-retain-interval "
@@ -105,20 +105,20 @@ def check_run_arguments(args: Namespace) -> None:
         )
     if args.multiple_validation_sets and args.test_data_path:
         raise UsageError(
-            "--test-data-path does not go with --multiple-validation-sets: Megatron would fail at "
-            "the evaluation after the last step. Drop one of them, or name the test set as one more "
+            "--test-data-path cannot be used with --multiple-validation-sets: Megatron fails at "
+            "the evaluation after the last step. Drop one of them, or add the test set as a "
             "validation set."
         )
     if args.sample_interval and args.tokenizer_type != "HuggingFaceTokenizer":
         raise UsageError(
-            f"--sample-interval {args.sample_interval} needs a tokenizer that writes text, and "
-            f"--tokenizer-type is {args.tokenizer_type}. Give --tokenizer-model FOLDER."
+            f"--sample-interval {args.sample_interval} needs a tokenizer that decodes to text, but "
+            f"--tokenizer-type is {args.tokenizer_type}. Give --tokenizer-model DIR."
         )
     for flag in ("use_megatron_fsdp", "use_torch_fsdp2"):
         if args.monitor_interval and getattr(args, flag, False):
             raise UsageError(
-                f"--{flag.replace('_', '-')} keeps gradients where norms by module are not looked "
-                "for. Give --monitor-interval 0."
+                f"--{flag.replace('_', '-')} keeps gradients where the per-module norms do not "
+                "read them. Give --monitor-interval 0."
             )
 
 
@@ -129,7 +129,7 @@ def check_schedule(args: Namespace) -> None:
         UsageError: names the flag, the value and what to do.
     """
     if not args.train_iters and not args.train_samples:
-        raise UsageError("Nothing says how long to train. Give --train-iters or --train-samples.")
+        raise UsageError("No training length. Give --train-iters or --train-samples.")
     if args.lr is None:
         raise UsageError("No learning rate. Give --lr, for example --lr 2e-5.")
     for unit in ("iters", "samples"):
@@ -137,31 +137,31 @@ def check_schedule(args: Namespace) -> None:
         decay = getattr(args, f"lr_decay_{unit}") or getattr(args, f"train_{unit}")
         if decay and warmup >= decay:
             raise UsageError(
-                f"--lr-warmup-{unit} {warmup} leaves nothing of the {decay} {unit} that the "
-                "learning rate decays over. Give fewer, or --lr-warmup-fraction."
+                f"--lr-warmup-{unit} {warmup} leaves none of the {decay} {unit} over which the "
+                "learning rate decays. Give a smaller value, or --lr-warmup-fraction."
             )
     if args.lr_decay_style == "WSD" and not (args.lr_wsd_decay_iters or args.lr_wsd_decay_samples):
         raise UsageError(
-            "--lr-decay-style WSD does not say how long the decay at the end is. Give "
+            "--lr-decay-style WSD needs the length of the final decay. Give "
             "--lr-wsd-decay-iters (or -samples), and --lr-wsd-decay-style."
         )
     for flag in ("min_lr", "lr_warmup_init"):
         rate = getattr(args, flag) or 0.0
         if not 0 <= rate <= args.lr:
             raise UsageError(
-                f"--{flag.replace('_', '-')} {rate:g}: wanted 0 or more, and at most --lr "
+                f"--{flag.replace('_', '-')} {rate:g}: expected 0 or more, and at most --lr "
                 f"{args.lr:g}."
             )
     if args.lr_warmup_fraction is not None and not 0 <= args.lr_warmup_fraction < 1:
         raise UsageError(
-            f"--lr-warmup-fraction {args.lr_warmup_fraction:g}: wanted a share of the decay, 0 or "
-            "more and below 1."
+            f"--lr-warmup-fraction {args.lr_warmup_fraction:g}: expected a fraction of the decay, "
+            "0 or more and below 1."
         )
     if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
         raise UsageError(
-            "--override-opt-param-scheduler takes this command's schedule and "
+            "--override-opt-param-scheduler uses this command's schedule and "
             "--use-checkpoint-opt-param-scheduler the checkpoint's. Drop one of them; without "
-            "either it is this command's."
+            "both, this command's schedule is used."
         )
 
 
@@ -177,7 +177,7 @@ def _check_batch_schedule(args: Namespace) -> None:
     for (threshold, batch), (earlier, smaller) in zip(steps, [(-1, 1), *steps]):
         if batch % multiple or batch < 1:
             raise UsageError(
-                f"{flag}: batch size {batch} is no multiple of {multiple}, the micro-batch size "
+                f"{flag}: batch size {batch} is not a multiple of {multiple}, the micro-batch size "
                 f"{args.micro_batch_size} times {args.data_parallel_size} data-parallel ranks."
             )
         if threshold <= earlier or batch < smaller:

@@ -22,7 +22,7 @@ def check_sequence(value: Callable[[str], object]) -> None:
     elif value("document_positions") == "restart":
         raise UsageError(
             "--document-positions restart without --dataloader-inter-document-masking: attention "
-            "then crosses documents, and positions run on. Give both, or neither."
+            "then crosses documents, and positions continue. Give both, or neither."
         )
     if value("context_parallel_size") > 1:
         _check_length(value)
@@ -35,15 +35,15 @@ def _check_packing(value) -> None:
     if value("micro_batch_size") not in (None, 1):
         raise UsageError(
             f"--micro-batch-size {value('micro_batch_size')} with "
-            "--dataloader-inter-document-masking: packed documents are one sequence. Give "
-            "--micro-batch-size 1, and a longer --seq-length."
+            "--dataloader-inter-document-masking: packed documents form one sequence. Give "
+            "--micro-batch-size 1 and a longer --seq-length."
         )
     for dest in ("reset_attention_mask", "reset_position_ids"):
         if value(dest):
             flag = f"--{dest.replace('_', '-')}"
             raise UsageError(
-                f"{flag} with --dataloader-inter-document-masking, which keeps documents apart "
-                f"and begins each at position 0 already. Drop {flag}."
+                f"{flag} with --dataloader-inter-document-masking, which already separates "
+                f"documents and starts each at position 0. Drop {flag}."
             )
 
 
@@ -76,7 +76,7 @@ def _check_attention(value) -> None:
             flag = f"--{dest.replace('_', '-')}"
             found = "" if value(dest) is True else f" {value(dest)}"
             raise UsageError(
-                f"{flag}{found} does not go with --context-parallel-size "
+                f"{flag}{found} cannot be combined with --context-parallel-size "
                 f"{value('context_parallel_size')}. {remedy}"
             )
 
@@ -91,8 +91,8 @@ def _check_comm_types(value) -> None:
             )
     if len(given) not in (1, layers):
         raise UsageError(
-            f"--cp-comm-type names {len(given)} layers, the model has {layers}. Give one for all, "
-            "or one a layer."
+            f"--cp-comm-type lists {len(given)} layers, the model has {layers}. Give one for all, "
+            "or one per layer."
         )
     sizes = value("hierarchical_context_parallel_sizes")
     if "a2a+p2p" in given and (not sizes or len(sizes) != 2 or math.prod(sizes) != cp):

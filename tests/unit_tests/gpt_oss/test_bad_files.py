@@ -377,5 +377,5 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
 def test_a_depth_that_no_model_has(flags):
     from megatron.gpt_oss.arguments.parse import read
 
-    with pytest.raises(errors.UsageError, match='is not a depth'):
+    with pytest.raises(errors.UsageError, match='is invalid. Give'):
         read(f'--preset tiny --mock-data {flags}'.split())

@@ -154,7 +154,7 @@ def test_missing_files(tmp_path, tiny_hf):
         ),
         (
             ('--data-blend', tmp_path / 'data.yaml', '--split', '9,1,0'),
-            ('--split', 'both name data'),
+            ('--split', 'both specify data'),
         ),
         (('--data-path', tmp_path / 'split'), ('split by length', '--data-blend')),
         (('--data-blend', tmp_path / 'no.yaml'), ('--data-blend', 'no.yaml')),
@@ -169,7 +169,7 @@ def test_missing_files(tmp_path, tiny_hf):
         assert all(word in str(error.value) for word in words), error.value
         assert '\n' not in str(error.value)
     check('--load-hf', tiny_hf, '--tokenizer-model', tiny_hf)
-    with pytest.raises(UsageError, match='No tokenizer.*--tokenizer-model FOLDER'):
+    with pytest.raises(UsageError, match='No tokenizer.*--tokenizer-model DIR'):
         arguments.read(['--preset', 'tiny'])
     with pytest.raises(PresetError, match='num_layers = 4, the preset 2'):
         check('--load-hf', tiny_hf, '--preset-layers', 2)

@@ -186,10 +186,10 @@ REFUSED = {
     '--expert-model-parallel-size 1': '--expert-model-parallel-size is 1',
     '--moe-token-dispatcher-type allgather': '--moe-token-dispatcher-type allgather',
     '--pipeline-model-parallel-size 2': '--num-virtual-stages-per-pipeline-rank 2',
-    '--memory lean': 'recomputation of whole layers',
-    '--memory experts': "the experts' part",
-    '--recompute-granularity selective --recompute-modules moe': "the experts' part",
-    '--recompute-granularity full --recompute-method uniform --recompute-num-layers 1': 'whole',
+    '--memory lean': 'full-layer recompute',
+    '--memory experts': "splits the MoE layer",
+    '--recompute-granularity selective --recompute-modules moe': "splits the MoE layer",
+    '--recompute-granularity full --recompute-method uniform --recompute-num-layers 1': 'full-layer',
     '--delay-wgrad-compute': 'Drop --delay-wgrad-compute',
 }
 
@@ -218,7 +218,7 @@ def test_accepted(flags):
 def test_needs_bf16_and_stands_before_delayed_gradients():
     with pytest.raises(UsageError, match='Give --bf16'):
         read(f'{ARGUMENTS} {OVERLAP} --expert-model-parallel-size 2'.split())
-    with pytest.raises(UsageError, match='--delay-wgrad-compute is a part of'):
+    with pytest.raises(UsageError, match='--delay-wgrad-compute needs'):
         read(f'{ARGUMENTS} --delay-wgrad-compute'.split())
 
 

@@ -87,7 +87,7 @@ def test_supported_flags_are_in_their_test(test):
 @pytest.mark.parametrize(
     'flags, words',
     [
-        ('--sft', 'plain pre-training'),
+        ('--sft', 'as for pre-training'),
         ('--rampup-batch-size 2 2 8', 'Megatron ignores it. Give --step-batch-size-schedule'),
         ('--use-megatron-fsdp', '--use-megatron-fsdp is refused: it needs'),
         ('--use-torch-fsdp2', 'is refused'),
@@ -190,11 +190,11 @@ def test_names_of_other_projects():
         ('--learning_rate', 'Did you mean --lr?'),
         ('--trainer.max_steps=5', 'Unknown flag --trainer.max_steps. Did you mean --train-iters?'),
         ('--per-device-train-batch-size', 'Did you mean --micro-batch-size?'),
-        ('--gradient_as_bucket_view', 'There is no such flag: gradients always lie in'),
-        ('--num-nodes', "There is no such flag: torchrun's --nnodes says it."),
+        ('--gradient_as_bucket_view', 'There is no such flag: gradients always are views'),
+        ('--num-nodes', "There is no such flag: torchrun's --nnodes sets it."),
         ('--constant_steps', 'Did you mean --lr-wsd-decay-iters (--lr-decay-style WSD'),
         ('--limit_val_batches', 'Did you mean --eval-iters'),
-        ('trainer.max_steps=5', "'trainer.max_steps=5' is no flag. Did you mean --train-iters?"),
+        ('trainer.max_steps=5', "'trainer.max_steps=5' is not a flag. Did you mean --train-iters?"),
         ('--seq-lenght', 'Did you mean --seq-length?'),
     ],
 )

@@ -36,7 +36,7 @@ def test_words_of_a_recipe(tmp_path):
         ('--preset tiny\nstray', ['one.txt', 'stray']),
         ("--preset tiny\n--freeze '*.r", ['one.txt, line 2', 'quotation']),
         ('--preset tiny \\\n--lr 1', ['one.txt, line 1', '\\']),
-        ('--recipe one.txt', ['one.txt names itself']),
+        ('--recipe one.txt', ['one.txt includes itself']),
         ('--recipe gone.txt', ['gone.txt', 'No such file']),
         ('--recipe', ['one.txt', '--recipe', 'expected']),
     ],

@@ -61,7 +61,7 @@ def test_flags(monkeypatch, flags, expected):
         ('--memory balanced --no-moe-grouped-gemm', 'or --memory lean'),
         (
             '--memory balanced --transformer-impl transformer_engine --no-moe-grouped-gemm',
-            'needs experts in grouped products. Give --moe-grouped-gemm, or --memory lean',
+            'needs grouped GEMMs. Give --moe-grouped-gemm, or --memory lean',
         ),
     ],
 )

@@ -89,7 +89,7 @@ def test_oldest_and_unknown_versions(versions):
         (Versions((2, 7, 9), (9, 19, 0)), {}, ['learnable', 'TransformerEngine 2.8.0', '2.7.9']),
         (Versions((2, 20, 2), (9, 13, 0)), {}, ['learnable', 'cuDNN 9.13.1', 'found 9.13.0']),
         (Versions((2, 20, 2), (9, 17, 1)), PACKED, ['thd', 'cuDNN 9.18.0', 'found 9.17.1']),
-        (NEW, dict(CP, cp_comm_type=['p2p']), ['a2a only', '--cp-comm-type is p2p']),
+        (NEW, dict(CP, cp_comm_type=['p2p']), ['needs a2a', '--cp-comm-type is p2p']),
         (NEW, dict(CP, cp_comm_type=['a2a', 'all_gather']), ['--cp-comm-type is all_gather']),
         (NEW, dict(CP, **PACKED), ['multiples of 4']),
         (NEW, dict(context_parallel_size=16), ['8 groups', '16 ranks']),

@@ -284,7 +284,7 @@ def test_folder_in_use(ranks, inputs, tmp_path, monkeypatch):
             start(ranks, inputs, tmp_path, '')
         assert sorted(path.name for path in tmp_path.iterdir()) == ['run.lock', 'run.lock.json']
         holder.kill()
-    with pytest.raises(Exception, match='--lr-warmup-iters 1 leaves nothing'):
+    with pytest.raises(Exception, match='--lr-warmup-iters 1 leaves none'):
         start(ranks, inputs, tmp_path, '--train-iters 1')
     assert not (tmp_path / 'run.lock.json').exists()
     assert 'step 2/2' in start(ranks, inputs, tmp_path, '--train-iters 2')
