@@ -61,7 +61,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--load-hf",
-        metavar="FOLDER",
+        metavar="DIR",
         default=None,
         help="Start from the weights of this Hugging Face gpt-oss checkpoint; any parallel "
         "layout works.",

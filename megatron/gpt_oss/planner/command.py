@@ -35,37 +35,37 @@ _SIZES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `gptoss plan`."""
     parser.add_argument("--preset", required=True, metavar="NAME", help=", ".join(PRESETS))
-    parser.add_argument("--preset-layers", type=int, metavar="N", help="another depth")
+    parser.add_argument("--preset-layers", type=int, metavar="N", help="override the depth")
     parser.add_argument("--gpus", type=int, required=True, metavar="N")
     parser.add_argument(
         "--gpu-memory",
         type=float,
         default=80.0,
         metavar="GB",
-        help="the number in the card's name; an H100 (80) has 84.9e9 bytes, an H200 (141) 150.1e9, "
-        "any other number counts as 10^9 bytes each",
+        help="memory in the name of the card; an H100 (80) has 84.9e9 bytes, an H200 (141) "
+        "150.1e9; any other number is taken in units of 10^9 bytes",
     )
     parser.add_argument(
         "--gpu-reserve",
         type=float,
         metavar="GB",
-        help="of that, for CUDA, NCCL and the allocator's fragments; 5 on one GPU or two, 8 on "
-        "more by default",
+        help="part of --gpu-memory for CUDA, NCCL and allocator fragmentation; by default 5 on one "
+        "or two GPUs, 8 on more",
     )
     parser.add_argument(
         "--host-memory",
         type=float,
         metavar="GB",
-        help="of a machine, for the optimizer where it goes there; by default that of this machine "
-        f"if it has a GPU. {HOST_SHARE:.0%} of it are planned with",
+        help="CPU memory of a machine, for an offloaded optimizer; by default that of this machine "
+        f"if it has a GPU. The planner uses {HOST_SHARE:.0%} of it",
     )
-    parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="the preset's by default")
+    parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="set by the preset")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N")
     parser.add_argument(
         "--global-batch-size",
         type=int,
         metavar="N",
-        help=f"sequences a step; by default {TOKENS_PER_GPU} tokens a GPU, one sequence at least",
+        help=f"sequences per step; by default {TOKENS_PER_GPU} tokens per GPU, 1 at least",
     )
     parser.add_argument("--memory", choices=list(POLICIES), help="only this policy")
     for short, name in _SIZES.items():
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="the optimizer on the host; where nothing else fits by default",
+        help="offload the optimizer to CPU memory; by default only if nothing else fits",
     )
     parser.add_argument("--grad-reduce-in-bf16", action="store_true", help="gradients in bf16")
     parser.add_argument(
@@ -82,12 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="tokens of the busiest GPU's experts over the mean",
+        help="load imbalance: routed tokens of the most loaded GPU over the mean",
     )
-    parser.add_argument("--attention", choices=BACKENDS, default="cudnn", help="whose rates")
+    parser.add_argument("--attention", choices=BACKENDS, default="cudnn", help="whose rates to use")
     parser.add_argument("--gpus-per-machine", type=int, default=PER_MACHINE, metavar="N")
-    parser.add_argument("--rows", type=int, default=12, help="of the table; 0: all")
-    parser.add_argument("--memory-only", action="store_true", help="no times; the leanest first")
+    parser.add_argument("--rows", type=int, default=12, help="rows of the table; 0: all")
+    parser.add_argument("--memory-only", action="store_true", help="omit times; sort by memory")
     parser.add_argument("--json", action="store_true", help="all layouts, in bytes and seconds")
     parser.set_defaults(run=run)
 
@@ -109,8 +109,8 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
     memory = card_memory(args.gpu_memory)
     if not 0 <= reserve < memory:
         raise UsageError(
-            f"--gpu-memory {args.gpu_memory:g} leaves nothing for tensors: {reserve / GB:g} GB are "
-            "for CUDA, NCCL and the allocator's fragments (--gpu-reserve)."
+            f"--gpu-memory {args.gpu_memory:g} leaves no memory for tensors: {reserve / GB:g} GB "
+            "are reserved for CUDA, NCCL and allocator fragmentation (--gpu-reserve)."
         )
     Machines.of(args.gpus, args.gpus_per_machine)
     host = args.host_memory * GB if args.host_memory is not None else None
@@ -163,15 +163,15 @@ def run(args: argparse.Namespace) -> None:
         base = wanted.base
         print(
             f"gpt-oss {args.preset}, {base.preset.num_layers} layers, on {base.gpus} x "
-            f"{args.gpu_memory:g} GB, {base.global_batch_size} x {base.seq_length} tokens a step: "
-            f"{_count(fitting, len(plans))}.\n"
+            f"{args.gpu_memory:g} GB, {base.global_batch_size} x {base.seq_length} tokens per "
+            f"step: {_count(fitting, len(plans))}.\n"
         )
         print(plans_table(plans[: args.rows or None], times=not args.memory_only))
         print(
-            "\nGB of the fullest GPU at its fullest moment: activations, logits and the optimizer's "
-            "step are\nthe most that each takes, not at the same moment. "
-            f"{wanted.gpu_memory / GB:.1f} GB are for tensors, {wanted.reserve / GB:g} for CUDA, "
-            "NCCL and the\nallocator's fragments."
+            "\nGB: peak memory of the peak-memory rank. Activations, logits and the optimizer step are\n"
+            "the maximum of each; these maxima occur in different phases.\n"
+            f"{wanted.gpu_memory / GB:.1f} GB are for tensors, {wanted.reserve / GB:g} for CUDA, NCCL and "
+            "allocator fragmentation."
         )
     if not fitting:
         raise UsageError(advice(wanted, plans))
@@ -187,7 +187,7 @@ def _count(fitting, total: int) -> str:
     unchecked = sum(not plan.host_checked for plan in fitting)
     text = f"{len(fitting) - unchecked} of {total} layouts fit"
     if unchecked:
-        text += f", {unchecked} more if a machine has the memory for the optimizer (host GB)"
+        text += f", {unchecked} more if a machine has enough CPU memory for the optimizer (CPU GB)"
     return text
 
 
@@ -196,19 +196,19 @@ def _notes(best, machines: Machines) -> list[str]:
     notes = []
     if not best.host_checked:
         notes.append(
-            f"The optimizer takes {best.host / GB:.0f} GB of each machine's memory, which was not "
-            "checked: give --host-memory GB."
+            f"The optimizer takes {best.host / GB:.0f} GB of CPU memory on each machine, which was "
+            "not checked: give --host-memory GB."
         )
     elif best.host:
-        notes.append(f"The optimizer takes {best.host / GB:.0f} GB of each machine's memory.")
+        notes.append(f"The optimizer takes {best.host / GB:.0f} GB of CPU memory on each machine.")
     if machines.count > 1:
-        notes.append(f"On {machines}. The same command starts on each.")
+        notes.append(f"{machines}: run the same command on each machine.")
     notes.append(
-        "Data, start and schedule come to it: --data-path, --load-hf, --run-dir, --train-iters, --lr."
+        "Add data, weights and schedule: --data-path, --load-hf, --run-dir, --train-iters, --lr."
     )
     notes.append(
         "On any machine `python pretrain_gpt_oss.py` with these flags and "
-        f"--dry-run {machines.as_if()} shows what they need."
+        f"--dry-run {machines.as_if()} shows their memory and time."
     )
     return notes
 
@@ -235,7 +235,7 @@ def _impossible(wanted: Wanted) -> str:
     problem = replace(wanted.base, **given).problem()
     shown = " ".join(f"--{name} {size}" for name, size in given.items() if size > 1)
     reason = problem or (
-        f"no split of {wanted.base.gpus} GPUs goes with a global batch of "
+        f"no layout of {wanted.base.gpus} GPUs is compatible with a global batch of "
         f"{wanted.base.global_batch_size}."
     )
     return f"No layout is possible{' with ' + shown if shown else ''}: {reason}"

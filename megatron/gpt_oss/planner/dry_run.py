@@ -139,9 +139,7 @@ def layout_of(args: Namespace) -> Layout:
         UsageError: the model has no experts.
     """
     if not args.num_experts:
-        raise UsageError(
-            f"{DRY_RUN} knows models with experts alone. Give --preset or --num-experts."
-        )
+        raise UsageError(f"{DRY_RUN} supports only MoE models. Give --preset or --num-experts.")
     preset = Preset(
         name=args.preset,
         num_layers=args.num_layers,
@@ -195,9 +193,9 @@ def not_counted(args: Namespace) -> list[str]:
             args.transformer_impl != "local"
         ),
         "weights that are not bf16 (counted as --bf16)": not args.bf16,
-        "experts one after the other (counted as --moe-grouped-gemm)": not args.moe_grouped_gemm,
+        "SequentialMLP (counted as --moe-grouped-gemm)": not args.moe_grouped_gemm,
         "fully sharded weights": args.use_megatron_fsdp or args.use_torch_fsdp2,
-        "layers shared out unevenly over the pipeline": any(
+        "uneven split of the layers over pipeline stages": any(
             getattr(args, name, None)
             for name in (
                 "decoder_first_pipeline_num_layers",
@@ -207,9 +205,9 @@ def not_counted(args: Namespace) -> list[str]:
                 "account_for_loss_in_pipeline_split",
             )
         ),
-        "weights that embedding and head share": not args.untie_embeddings_and_output_weights,
+        "tied embedding and output weights": not args.untie_embeddings_and_output_weights,
         f"--optimizer {args.optimizer} (counted as adam)": args.optimizer != "adam",
-        "activations on the host": bool(
+        "activations offloaded to CPU memory": bool(
             getattr(args, "fine_grained_activation_offloading", False)
             or getattr(args, "cpu_offloading", False)
         ),
@@ -227,7 +225,7 @@ def _te_words(args: Namespace) -> str:
     words, recipe = "", None
     if args.fp8:
         recipe = getattr(args.fp8_recipe, "value", args.fp8_recipe)
-        words = f"; the weights' FP8 copies are {fp8_copies(layout_of(args)) / GB:.2f} GB"
+        words = f"; the FP8 copies of the weights take {fp8_copies(layout_of(args)) / GB:.2f} GB"
     if recipe not in TE_OVER_LOCAL:
         return f"{words}; {recipe} was not measured"
     memory, fast, slow = TE_OVER_LOCAL[recipe]

@@ -104,8 +104,8 @@ def _uneven(gpus: int, per_machine: int) -> str:
     if other is not None:
         hint += f", or --gpus-per-machine {other} for {gpus // other} machines of {other}"
     return (
-        f"--gpus {gpus} with --gpus-per-machine {per_machine}: torchrun starts as many ranks on "
-        f"each machine, and {gpus} do not spread evenly over {_machines(gpus, per_machine)}. {hint}."
+        f"--gpus {gpus} with --gpus-per-machine {per_machine}: torchrun starts equally many "
+        f"ranks on each machine, but {_machines(gpus, per_machine)} do not divide {gpus}. {hint}."
     )
 
 
@@ -138,8 +138,8 @@ def as_machines(word: str) -> Machines:
     found = re.fullmatch(r"(?:([1-9][0-9]{0,5})x)?([1-9][0-9]{0,5})", word)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"'{word}': wanted a number of GPUs (16), machines and the GPUs of each (2x8), or "
-            "nothing for torchrun's"
+            f"'{word}': expected a number of GPUs (16), MACHINESxGPUS (2x8), or no value for the "
+            "number of ranks of torchrun"
         )
     machines, gpus = found.groups()
     return Machines(int(machines), int(gpus)) if machines else Machines.guessed(int(gpus))

@@ -206,19 +206,19 @@ def advice(wanted: Wanted, plans: list[Plan]) -> str:
         given.append("--no-offload")
     if given:
         helps.append(f"dropping {', '.join(given)}".replace("--policy", "--memory"))
-    text = f"No layout fits. The nearest ({shown(layout)}) needs "
+    text = f"No layout fits. The closest ({shown(layout)}) needs "
     if too_much:
         text += (
-            f"{need / GB:.1f} GB of a GPU, {too_much / GB:.1f} GB more than the "
-            f"{have / GB:.1f} GB for tensors, most of it {largest_part(nearest.memory)}, at the "
+            f"{need / GB:.1f} GB per GPU, {too_much / GB:.1f} GB more than the "
+            f"{have / GB:.1f} GB for tensors, mainly {largest_part(nearest.memory)}; peak at: "
             f"{nearest.memory.moment}"
         )
     if host_too_much:
         text += (
-            f"{' and ' * bool(too_much)}{nearest.host / GB:.0f} GB of a machine's memory for the "
-            f"optimizer, more than {HOST_SHARE:.0%} of {wanted.host_memory / GB:.0f} GB"
+            f"{' and ' * bool(too_much)}{nearest.host / GB:.0f} GB of CPU memory per machine "
+            f"for the optimizer, more than {HOST_SHARE:.0%} of {wanted.host_memory / GB:.0f} GB"
         )
-    return f"{text}. What would help: {'; or '.join(helps)}."
+    return f"{text}. Possible changes: {'; or '.join(helps)}."
 
 
 def _any_fits(wanted: Wanted) -> bool:
@@ -245,7 +245,7 @@ def shown(layout: Layout) -> str:
         "DP": layout.dp,
     }
     text = " ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "DP")
-    return f"{text}, {layout.policy()}{', optimizer on the host' if layout.offload else ''}"
+    return f"{text}, {layout.policy()}{', optimizer in CPU memory' if layout.offload else ''}"
 
 
 def largest_part(memory: Memory) -> str:

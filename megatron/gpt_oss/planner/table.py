@@ -19,9 +19,9 @@ def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
     """One aligned row a plan; memory in GB of 10^9 bytes."""
     on_host = any(plan.host for plan in plans)
     header = [*map(str.upper, SIZES), "memory", "optimizer", *_SHORT, "GB"]
-    header += ["host GB", "fits"] if on_host else ["fits"]
+    header += ["CPU GB", "fits"] if on_host else ["fits"]
     header += ["s/step", "tokens/s/GPU"] if times else []
-    header.append("fullest at")
+    header.append("peak at")
     rows = [header]
     for plan in plans:
         layout, memory = plan.layout, plan.memory
@@ -41,7 +41,7 @@ def plans_table(plans: Sequence[Plan], times: bool = True) -> str:
 def _verdict(plan: Plan) -> str:
     if not plan.fits:
         return "no"
-    return "yes" if plan.host_checked else "host?"
+    return "yes" if plan.host_checked else "CPU?"
 
 
 def _gb(size: float) -> str:
@@ -63,10 +63,8 @@ def aligned(rows: Sequence[Sequence[str]], header: bool = True) -> str:
 
 
 def _optimizer(layout: Layout) -> str:
-    where = (
-        "host" if layout.offload == 1 else f"{layout.offload:.0%} host" if layout.offload else ""
-    )
-    return where or ("split" if layout.distributed_optimizer else "whole")
+    where = "CPU" if layout.offload == 1 else f"{layout.offload:.0%} CPU" if layout.offload else ""
+    return where or ("sharded" if layout.distributed_optimizer else "replicated")
 
 
 def breakdown(
@@ -82,42 +80,42 @@ def breakdown(
     held = [[name, _gb(getattr(memory, name))] for name in PARTS[:3]]
     held.append(["always", _gb(sum(getattr(memory, name) for name in PARTS[:3]))])
     if memory.host:
-        held.append(["on the host", _gb(memory.host)])
+        held.append(["CPU memory", _gb(memory.host)])
     moments = sorted(memory.moments.items(), key=lambda item: -item[1])
     text = [
         shown(layout),
-        f"\nMemory of the fullest GPU (pipeline rank {memory.stage}):",
+        f"\nMemory of the peak-memory rank (pipeline rank {memory.stage}):",
         aligned(held, header=False),
-        "and besides, at one moment or another:",
+        "in addition, by phase:",
         aligned([[name, _gb(size)] for name, size in moments], header=False),
-        f"At the fullest moment: {_gb(memory.total)}.",
+        f"Peak: {_gb(memory.total)}.",
     ]
     if gpu_memory is not None:
         left = gpu_memory - memory.total
-        verdict = f"{_gb(left)} are left" if left >= 0 else f"{_gb(-left)} too much"
+        verdict = f"{_gb(left)} free" if left >= 0 else f"exceeded by {_gb(-left)}"
         text.append(
-            f"The GPU has {_gb(gpu_memory)}: {verdict}. CUDA, NCCL and the allocator's fragments "
+            f"The GPU has {_gb(gpu_memory)}: {verdict}. CUDA, NCCL and allocator fragmentation "
             f"take 3 to {BESIDE_TENSORS // GB} GB."
         )
     if plan.host:
         text.append(_on_the_host(plan.host, machines.gpus, machine_memory))
     spent = [[name, f"{seconds:.3f} s"] for name, seconds in vars(plan.time).items() if seconds]
     text += [
-        f"\nTime of a step at least, {layout.microbatches} micro-batches of "
+        f"\nLower bound of the time per step, {layout.microbatches} micro-batches of "
         f"{layout.micro_batch_size} x {layout.seq_length} tokens:",
-        aligned([*spent, ["in all", f"{plan.time.total:.3f} s"]], header=False),
+        aligned([*spent, ["total", f"{plan.time.total:.3f} s"]], header=False),
         f"{plan.tokens_per_second:.0f} tokens/s/GPU",
     ]
     return "\n".join(text)
 
 
 def _on_the_host(need: int, ranks: int, memory: float | None) -> str:
-    text = f"The optimizer takes {_gb(need)} of a machine's memory ({ranks} ranks)"
+    text = f"The optimizer takes {_gb(need)} of CPU memory per machine ({ranks} ranks)"
     if memory is None:
         return f"{text}, which was not checked."
     room = HOST_SHARE * memory - need
-    verdict = f"{_gb(-room)} too much" if room < 0 else f"{_gb(room)} are left"
-    return f"{text}; this one has {_gb(memory)}, {HOST_SHARE:.0%} of it for that: {verdict}."
+    verdict = f"exceeded by {_gb(-room)}" if room < 0 else f"{_gb(room)} free"
+    return f"{text}; this machine has {_gb(memory)}, {HOST_SHARE:.0%} usable: {verdict}."
 
 
 def command_line(layout: Layout, machines: Machines) -> str:

@@ -101,7 +101,7 @@ def test_what_is_not_counted(monkeypatch):
     args = _validated(monkeypatch, 1, '--preset 20b --optimizer sgd'.split())
     assert len(not_counted(args)) == 2
     args.moe_grouped_gemm = False
-    assert 'experts one after the other' in ' '.join(not_counted(args))
+    assert 'SequentialMLP' in ' '.join(not_counted(args))
 
 
 TE_RESULTS = 'te_layers_forward_backward_h100x2.json', 'te_layers_h100x2.json'
@@ -129,7 +129,7 @@ def test_transformer_engine_is_named_with_what_was_measured(monkeypatch):
     assert '1.08 times its memory, 1.23 to 2.13 times its time' in line
     args.fp8, args.fp8_recipe = 'e4m3', 'blockwise'
     (line,) = not_counted(args)
-    assert "FP8 copies are 3.29 GB" in line and '1.38 times its memory' in line
+    assert "FP8 copies of the weights take 3.29 GB" in line and '1.38 times its memory' in line
     args.fp8_recipe = 'delayed'
     assert 'delayed was not measured' in ' '.join(not_counted(args))
 

@@ -62,11 +62,11 @@ def check(model, gpus, per_machine):
     layout = best['layout']
     assert layout['global_batch_size'] % (layout['micro_batch_size'] * layout['dp']) == 0
     text = dry_run(argv, f'{machines}x{each}')
-    assert f"At the fullest moment: {best['memory']['total'] / GB:.2f} GB." in text
-    assert re.search(rf"in all +{best['seconds']['total']:.3f} s\n", text), (best, text)
+    assert f"Peak: {best['memory']['total'] / GB:.2f} GB." in text
+    assert re.search(rf"total +{best['seconds']['total']:.3f} s\n", text), (best, text)
     if best['optimizer_offload']:
         need = best['host_memory_per_machine']
-        assert f'The optimizer takes {need / GB:.2f} GB of a machine' in text
+        assert f'The optimizer takes {need / GB:.2f} GB of CPU memory per machine' in text
     return True
 
 
@@ -128,14 +128,14 @@ def test_host_memory():
     """Told where it is not known, checked where it is."""
     flags = '--preset 20b --gpus 1 --gpu-memory 141'
     out, error = plan(flags)
-    assert not error and '0 of 8 layouts fit, 4 more if a machine has the memory' in out
-    assert 'takes 335 GB of each machine' in out and 'not checked: give --host-memory' in out
-    assert 'host?' in out and ' yes ' not in out
+    assert not error and '0 of 8 layouts fit, 4 more if a machine has enough CPU memory' in out
+    assert 'takes 335 GB of CPU memory on each machine' in out and 'not checked: give --host-memory' in out
+    assert 'CPU?' in out and ' yes ' not in out
     assert json.loads(plan(f'{flags} --json')[0])['best']['fits'] is None
     out, error = plan(f'{flags} --host-memory 512')
     assert not error and ' yes ' in out and '4 of 8 layouts fit.' in out
     out, error = plan(f'{flags} --host-memory 256')
-    assert 'needs 335 GB of a machine' in error and '256 GB' in error
+    assert 'needs 335 GB of CPU memory per machine' in error and '256 GB' in error
     more = re.search(r'machines with (\d+) GB', error)[1]
     assert not plan(f'{flags} --host-memory {more}')[1]
     # All ranks of a machine share it.
@@ -154,7 +154,7 @@ def test_reserve():
 
 @pytest.mark.parametrize('word', ['0', '-2', '2x', 'x4', '2x0', '1e3', '2x4x2'])
 def test_dry_run_refuses(word):
-    with pytest.raises(UsageError, match=r'--dry-run.*wanted a number of GPUs'):
+    with pytest.raises(UsageError, match=r'--dry-run.*expected a number of GPUs'):
         dry_run(['--preset', 'tiny', '--dry-run', word])
 
 

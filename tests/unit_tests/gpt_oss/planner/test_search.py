@@ -150,7 +150,7 @@ def test_time_by_hand():
 def test_table(capsys):
     out = _plan(capsys, '--preset', '20b', '--gpus', 8, '--seq-length', 131072, '--rows', 3)
     lines = out.splitlines()
-    assert lines[0].startswith('gpt-oss 20b, 24 layers, on 8 x 80 GB, 8 x 131072 tokens a step')
+    assert lines[0].startswith('gpt-oss 20b, 24 layers, on 8 x 80 GB, 8 x 131072 tokens per step')
     header = lines[2].split()
     assert header[:6] == ['TP', 'ETP', 'EP', 'CP', 'PP', 'DP']
     assert 'torchrun --nproc-per-node 8 pretrain_gpt_oss.py' in out
@@ -177,7 +177,7 @@ def test_json(capsys):
         ('--preset 20b --gpus 8 --tp 3', 'tp = 3 does not divide the 64 attention heads'),
         (
             '--preset 20b --gpus 1',
-            'needs .* GB of a GPU, .* GB more .* What would help: GPUs of .* or 2 GPUs',
+            'needs .* GB per GPU, .* GB more .* Possible changes: GPUs of .* or 2 GPUs',
         ),
         ('--preset 120b --gpus 8 --no-offload', 'dropping --no-offload'),
         ('--preset 120b --gpus 8', 'or --grad-reduce-in-bf16'),
