@@ -50,7 +50,7 @@ def _add_launch(commands) -> None:
     # No character begins an option of this parser: all words are torchrun's.
     parser = commands.add_parser(
         "launch",
-        help="torchrun, with the exit status of the rank that failed",
+        help="run torchrun; return the exit status of the failed rank",
         prefix_chars="\0",
         add_help=False,
     )
@@ -65,7 +65,9 @@ def _run_launch(args: argparse.Namespace) -> None:
 
 
 def _add_tokenize(commands) -> None:
-    parser = commands.add_parser("tokenize", help="text files to Megatron's indexed dataset")
+    parser = commands.add_parser(
+        "tokenize", help="convert text files to Megatron's indexed dataset"
+    )
     add_tokenize_arguments(parser)
     parser.set_defaults(run=_run_tokenize)
 
@@ -77,9 +79,11 @@ def _run_tokenize(args: argparse.Namespace) -> None:
 
 
 def _add_verify_data(commands) -> None:
-    parser = commands.add_parser("verify-data", help="is a dataset what gptoss tokenize wrote?")
+    parser = commands.add_parser(
+        "verify-data", help="check a dataset against what gptoss tokenize wrote"
+    )
     parser.add_argument(
-        "prefix", nargs="+", metavar="PREFIX", help="path of the .bin and .idx, without ending"
+        "prefix", nargs="+", metavar="PREFIX", help="path of the .bin and .idx, without extension"
     )
     parser.set_defaults(run=_run_verify_data)
 
@@ -105,52 +109,54 @@ def _run_init_tiny(args: argparse.Namespace) -> None:
 
 
 def _add_convert(commands) -> None:
-    parser = commands.add_parser("convert", help="checkpoints from one format to the other")
+    parser = commands.add_parser("convert", help="convert checkpoints between formats")
     directions = parser.add_subparsers(required=True, metavar="DIRECTION")
     to_megatron = directions.add_parser(
-        "to-megatron", help="Hugging Face folder (BF16 or MXFP4) to a Megatron checkpoint"
+        "to-megatron", help="convert a Hugging Face checkpoint (BF16 or MXFP4) to Megatron"
     )
-    to_megatron.add_argument("--hf", required=True, help="the Hugging Face folder")
-    to_megatron.add_argument("--out", required=True, help="the folder to write, for --load")
+    to_megatron.add_argument("--hf", required=True, help="directory of the Hugging Face checkpoint")
+    to_megatron.add_argument("--out", required=True, help="output directory, for --load")
     for flag, what in (
         ("tp", "tensor"),
         ("pp", "pipeline"),
         ("ep", "expert"),
-        ("etp", "expert tensor (default: as --tp)"),
-        ("vpp", "virtual pipeline, a stage"),
+        ("etp", "expert tensor (default: same as --tp)"),
+        ("vpp", "virtual pipeline, per stage"),
     ):
         to_megatron.add_argument(
             f"--{flag}",
             type=int,
             default=None if flag == "etp" else 1,
             metavar="N",
-            help=f"parallel size of the files that are written: {what}. Any layout loads any other",
+            help=f"parallel size of the written files: {what}. Any layout can load any other",
         )
     to_megatron.set_defaults(run=_run_to_megatron)
-    to_hf = directions.add_parser("to-hf", help="Megatron checkpoint to a Hugging Face folder")
-    to_hf.add_argument("--load", required=True, help="a --save folder (its latest) or one iter_*")
-    to_hf.add_argument("--out", required=True, help="the folder to write")
-    to_hf.add_argument("--like", help="Hugging Face folder to take config and tokenizer from")
+    to_hf = directions.add_parser("to-hf", help="convert a Megatron checkpoint to Hugging Face")
+    to_hf.add_argument(
+        "--load", required=True, help="a --save directory (its latest) or one iter_*"
+    )
+    to_hf.add_argument("--out", required=True, help="output directory")
+    to_hf.add_argument("--like", help="Hugging Face checkpoint that supplies config and tokenizer")
     to_hf.add_argument(
         "--dtype",
         choices=("bf16", "fp32", "mxfp4"),
         default="bf16",
-        help="mxfp4: the experts' matrices, rounded to nearest; the rest is bf16",
+        help="mxfp4: expert weights in MXFP4, rounded to nearest; the rest in bf16",
     )
     to_hf.add_argument(
         "--yarn-factor",
         type=float,
         metavar="F",
-        help="of training, for config.json; by default what the checkpoint says",
+        help="value used in training, for config.json; by default from the checkpoint",
     )
     to_hf.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="write the first N rows of the vocabulary; by default all that are not padding",
+        help="write the first N rows of the vocabulary; by default all but padding",
     )
     to_hf.add_argument(
-        "--overwrite", action="store_true", help="replace an earlier export, and nothing else"
+        "--overwrite", action="store_true", help="replace an earlier export, but nothing else"
     )
     to_hf.set_defaults(run=_run_to_hf)
 
@@ -203,22 +209,24 @@ def _announce(source: str, out: str, needed: int) -> None:
     from megatron.gpt_oss.checkpoint.resumable_output import free_space, gigabytes
 
     free = gigabytes(free_space(out))
-    print(f"{source} -> {out}: writes {gigabytes(needed)}, {free} are free there", flush=True)
+    print(f"{source} -> {out}: needs {gigabytes(needed)}, {free} are free", flush=True)
 
 
 def _add_verify(commands) -> None:
     parser = commands.add_parser(
-        "verify", help="is a Megatron checkpoint the same model as a Hugging Face folder?"
+        "verify", help="compare a Megatron checkpoint with a Hugging Face checkpoint"
     )
-    parser.add_argument("--hf", required=True, help="the Hugging Face folder")
-    parser.add_argument("--load", required=True, help="a --save folder (its latest) or one iter_*")
+    parser.add_argument("--hf", required=True, help="directory of the Hugging Face checkpoint")
+    parser.add_argument(
+        "--load", required=True, help="a --save directory (its latest) or one iter_*"
+    )
     parser.add_argument(
         "--logits",
         choices=("auto", "yes", "no"),
         default="auto",
-        help="also compare logits, layer by layer; auto: where both models fit into memory",
+        help="also compare logits, layer by layer; auto: if both models fit in memory",
     )
-    parser.add_argument("--num-tokens", type=int, default=64, help="of the sequence for logits")
+    parser.add_argument("--num-tokens", type=int, default=64, help="sequence length for the logits")
     parser.set_defaults(run=_run_verify)
 
 
@@ -230,11 +238,11 @@ def _run_verify(args: argparse.Namespace) -> None:
 
 
 def _add_sample(commands) -> None:
-    parser = commands.add_parser("sample", help="text from a Hugging Face folder")
+    parser = commands.add_parser("sample", help="generate text from a Hugging Face checkpoint")
     parser.add_argument("folder")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_run_sample)
 
@@ -246,9 +254,9 @@ def _run_sample(args: argparse.Namespace) -> None:
 
 
 def _add_plot(commands) -> None:
-    parser = commands.add_parser("plot", help="the loss curve of a run as a PNG")
+    parser = commands.add_parser("plot", help="plot the loss curve of a run as PNG")
     parser.add_argument("metrics", help="metrics.jsonl of a run")
-    parser.add_argument("out", help="the PNG")
+    parser.add_argument("out", help="PNG file to write")
     parser.add_argument("--title", default="gpt-oss")
     parser.set_defaults(run=_run_plot)
 
@@ -260,9 +268,9 @@ def _run_plot(args: argparse.Namespace) -> None:
 
 
 def _add_report(commands) -> None:
-    parser = commands.add_parser("report", help="a run as one HTML page")
-    parser.add_argument("run_dir", metavar="RUN", help="the --run-dir of the run")
-    parser.add_argument("--out", help="the page; RUN/report.html by default")
+    parser = commands.add_parser("report", help="write an HTML report of a run")
+    parser.add_argument("run_dir", metavar="RUN", help="--run-dir of the run")
+    parser.add_argument("--out", help="HTML file; RUN/report.html by default")
     parser.set_defaults(run=_run_report)
 
 
@@ -273,9 +281,9 @@ def _run_report(args: argparse.Namespace) -> None:
 
 
 def _add_presets(commands) -> None:
-    parser = commands.add_parser("presets", help="the Megatron arguments that a preset supplies")
+    parser = commands.add_parser("presets", help="print the Megatron arguments of a preset")
     parser.add_argument(
-        "name", nargs="?", help=f"one of {', '.join(PRESETS)}; all names by default"
+        "name", nargs="?", help=f"one of {', '.join(PRESETS)}; by default list the names"
     )
     parser.set_defaults(run=_run_presets)
 
@@ -292,13 +300,17 @@ def _run_presets(args: argparse.Namespace) -> None:
 
 def _add_doctor(commands) -> None:
     parser = commands.add_parser(
-        "doctor", help="attention kernels of this machine: which, how fast"
+        "doctor", help="list and time the attention kernels of this machine"
     )
-    parser.add_argument("--preset", default="20b", help="whose heads and window; 20b by default")
+    parser.add_argument(
+        "--preset", default="20b", help="preset that defines heads and window; 20b by default"
+    )
     parser.add_argument("--seqlen", type=int, default=8192)
-    parser.add_argument("--no-measure", action="store_true", help="say what can run, time nothing")
-    parser.add_argument("--flex", action="store_true", help="compile and time FlexAttention too")
-    parser.add_argument("--json", metavar="PATH", help="write the report there too")
+    parser.add_argument(
+        "--no-measure", action="store_true", help="list what can run, without timing"
+    )
+    parser.add_argument("--flex", action="store_true", help="also compile and time FlexAttention")
+    parser.add_argument("--json", metavar="PATH", help="also write the report to PATH")
     parser.set_defaults(run=_run_doctor)
 
 
@@ -309,7 +321,9 @@ def _run_doctor(args: argparse.Namespace) -> None:
 
 
 def _add_plan(commands) -> None:
-    parser = commands.add_parser("plan", help="layouts that fit some GPUs: memory, time, flags")
+    parser = commands.add_parser(
+        "plan", help="list layouts that fit given GPUs: memory, time, flags"
+    )
     from megatron.gpt_oss.planner.command import add_arguments
 
     add_arguments(parser)

@@ -71,7 +71,7 @@ def as_refusal(error: BaseException) -> UsageError | None:
     text = " ".join(str(error).split())
     if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-        text = f"this must hold: {line.removeprefix('assert ')}{_values_in(line, error)}"
+        text = f"this condition must hold: {line.removeprefix('assert ')}{_values_in(line, error)}"
     return UsageError(f"Megatron refuses these arguments: {text}")
 
 
@@ -91,38 +91,38 @@ def _values_in(line: str, error: BaseException) -> str:
 
 
 # What the machine refuses, and what to do about it. Any other errno is a defect of ours.
-_MAKE_ROOM = "Make room there, or name a place on another disk."
+_MAKE_ROOM = "Free disk space there, or give a path on another disk."
 _CAUSES = {
     errno.ENOSPC: ("no space left on the disk", _MAKE_ROOM),
-    errno.EDQUOT: ("the quota of the disk is used up", _MAKE_ROOM),
+    errno.EDQUOT: ("the disk quota is exceeded", _MAKE_ROOM),
     errno.EFBIG: (
         "the file is larger than the file system or `ulimit -f` allows",
-        "Raise the limit, or name a place on another disk.",
+        "Raise the limit, or give a path on another disk.",
     ),
-    errno.EROFS: ("the file system is read-only", "Name a place that can be written."),
-    errno.EACCES: ("permission denied", "Change its permissions, or name another place."),
-    errno.EPERM: ("the operation is not permitted", "Change its owner, or name another place."),
-    errno.EIO: ("the disk has an input/output error", "Look at the disk, then start again."),
-    errno.ESTALE: ("the network file system lost the file", "Start again."),
+    errno.EROFS: ("the file system is read-only", "Give a writable path."),
+    errno.EACCES: ("permission denied", "Change its permissions, or give another path."),
+    errno.EPERM: ("the operation is not permitted", "Change its owner, or give another path."),
+    errno.EIO: ("an input/output error occurred on the disk", "Check the disk, then rerun."),
+    errno.ESTALE: ("the network file system lost the file", "Rerun the command."),
     errno.ENOENT: ("no such file or directory", "Check the path."),
     errno.ENOTDIR: ("a part of the path is a file, not a directory", "Check the path."),
     errno.EISDIR: ("it is a directory", "Give the path of a file."),
-    errno.ENOTEMPTY: ("the directory is not empty", "Name another, or empty it."),
-    errno.EEXIST: ("it exists already", "Name another."),
-    errno.ELOOP: ("the links of the path form a loop", "Remove them."),
+    errno.ENOTEMPTY: ("the directory is not empty", "Give another one, or empty it."),
+    errno.EEXIST: ("it already exists", "Give another path."),
+    errno.ELOOP: ("the symbolic links of the path form a loop", "Remove them."),
     errno.ENAMETOOLONG: ("the name is too long for the file system", "Give a shorter one."),
-    errno.EBUSY: ("it is in use, or a mount point", "Name another, or try again later."),
-    errno.ETXTBSY: ("it is a program that runs", "Name another."),
-    errno.EXDEV: ("it lies on another file system", "Name a place on the same one."),
+    errno.EBUSY: ("it is in use, or a mount point", "Give another path, or retry later."),
+    errno.ETXTBSY: ("it is a running program", "Give another path."),
+    errno.EXDEV: ("it is on another file system", "Give a path on the same one."),
     errno.EMFILE: ("this process has too many open files", "Raise `ulimit -n`."),
-    errno.ENFILE: ("the machine has too many open files", "Close some, then start again."),
-    errno.ENXIO: ("the device is not there", "Name another place."),
-    errno.ENODEV: ("the device is not there", "Name another place."),
-    errno.ENOTCONN: ("the file system is not connected", "Mount it again."),
-    errno.EHOSTDOWN: ("the file server does not answer", "Try again when it does."),
-    errno.ETIMEDOUT: ("the file server does not answer", "Try again when it does."),
-    errno.ENOLCK: ("the file system has no locks left", "Try again later."),
-    errno.EOPNOTSUPP: ("the file system does not support the operation", "Name another place."),
+    errno.ENFILE: ("the machine has too many open files", "Close some, then rerun."),
+    errno.ENXIO: ("the device does not exist", "Give another path."),
+    errno.ENODEV: ("the device does not exist", "Give another path."),
+    errno.ENOTCONN: ("the file system is not connected", "Remount it."),
+    errno.EHOSTDOWN: ("the file server does not respond", "Retry when it does."),
+    errno.ETIMEDOUT: ("the file server does not respond", "Retry when it does."),
+    errno.ENOLCK: ("the file system has no locks left", "Retry later."),
+    errno.EOPNOTSUPP: ("the file system does not support the operation", "Give another path."),
 }
 # Errors in which libraries hand on what the operating system told them: as text, or, torch.save, as
 # the error during whose handling they arose. Any other error that arose so speaks for itself.

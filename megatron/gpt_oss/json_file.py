@@ -46,7 +46,7 @@ def read_json(
     path: str | Path,
     kind: type = dict,
     error: type[UsageError] = UsageError,
-    hint: str = "Restore it, or write it anew.",
+    hint: str = "Restore it, or recreate it.",
 ) -> Any:
     """The value that a JSON file holds.
 
@@ -100,5 +100,5 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{brief(twice)} stands there twice")
+        raise ValueError(f"the key {brief(twice)} is duplicated")
     return found

@@ -66,8 +66,8 @@ def _status(failed) -> int:
     number = -first.exitcode
     print(
         f"error: rank {rank}, process {first.pid} on {socket.gethostname()}, "
-        f"was ended by {first.signal_name()}. Start again with the same command: the run resumes "
-        "from its last checkpoint.",
+        f"was killed by {first.signal_name()}. Rerun the same command: the run resumes from its "
+        "last checkpoint.",
         file=sys.stderr,
         flush=True,
     )
@@ -75,4 +75,6 @@ def _status(failed) -> int:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise UsageError(f"{message[:1].upper()}{message[1:]}. `gptoss launch --help` has all options.")
+    raise UsageError(
+        f"{message[:1].upper()}{message[1:]}. `gptoss launch --help` lists all options."
+    )

@@ -58,7 +58,7 @@ def real_path(path: str | Path, what: str = "The output") -> Path:
     try:
         return Path(text).expanduser().resolve() if text.startswith("~") else Path(text).resolve()
     except RuntimeError as error:  # pathlib's word for a loop of links in Python 3.11 and 3.12
-        raise UsageError(f"{what} {text}: its links form a loop. Remove them.") from error
+        raise UsageError(f"{what} {text}: its symbolic links form a loop. Remove them.") from error
 
 
 def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path], what: str) -> None:
@@ -79,7 +79,7 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path], what: str
         same = info is not None and (info.st_dev, info.st_ino) in by_inode
         if same or os.path.realpath(output) in by_path:
             raise UsageError(
-                f"{what}: {output} would be written, and it is an input. Name another."
+                f"{what}: {output} is an input and would be overwritten. Give another path."
             )
 
 
@@ -121,7 +121,7 @@ def check_mine(path: str | Path, made_by: str, what: str) -> None:
     if not _is_stream(path) and os.path.lexists(path) and os.path.exists(path):
         if os.path.getsize(path) and mark_of(Path(path)) != made_by:
             raise UsageError(
-                f"{what}: {path} exists, and {made_by} did not make it. Give another name, or move "
+                f"{what}: {path} exists, but {made_by} did not create it. Give another name, or move "
                 "that file away."
             )
 

@@ -53,7 +53,7 @@ def preset_of_checkpoint(reader: TorchDistReader) -> Preset:
         preset = _with_constants(preset, reader.arguments(), reader.folder)
     except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(
-            f"{reader.folder} keeps arguments of its run that are no arguments of a gpt-oss model "
+            f"{reader.folder} holds run arguments that are invalid for a gpt-oss model "
             f"({brief(error)}). The checkpoint is damaged; use another one."
         ) from error
     # The sizes and constants are those of a config that can be written.
@@ -98,7 +98,7 @@ def _check_sizes(preset: Preset, folder: Path) -> None:
     for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
         if not 1 <= getattr(preset, name) <= most:
             raise CheckpointError(
-                f"{folder} has {name} = {getattr(preset, name)} by its tensors, expected 1 to "
+                f"{folder} has {name} = {getattr(preset, name)} from its tensors, expected 1 to "
                 f"{most}. The checkpoint is damaged; use another one."
             )
 
@@ -143,8 +143,8 @@ def _with_constants(preset: Preset, arguments: Mapping[str, Any], folder: Path) 
     if difference is not None:
         dest, wanted, value = difference
         raise CheckpointError(
-            f"{folder} was trained with {dest} = {value}, gpt-oss has {wanted}. Hugging Face's "
-            "format cannot say it."
+            f"{folder} was trained with {dest} = {value}, gpt-oss has {wanted}. The Hugging "
+            "Face format cannot represent it."
         )
     longest = max(int(preset.yarn_factor * preset.yarn_original_max_position_embeddings), 1)
     length = min(preset.seq_length, longest)
@@ -166,18 +166,18 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
             others = sum(_usual(other, expected)[0] is None for other in shapes) - 1
             raise CheckpointError(
                 f"{reader.folder} holds '{key}'{f' and {others} more' if others else ''}, which "
-                "Hugging Face's gpt-oss does not have; it would be lost."
+                "gpt-oss in Hugging Face does not have; the export would lose it."
             )
         if (known, layer) in found or (known, None) in found:
             raise CheckpointError(
-                f"{reader.folder} holds '{key}' and another tensor for the same weights. Which "
-                "of the two is meant cannot be told."
+                f"{reader.folder} holds '{key}' and another tensor for the same weights. It is "
+                "unclear which of the two to use."
             )
         found[known, layer] = key
         wanted = expected[known] if layer is None else expected[known][1:]
         if tuple(shape) != tuple(wanted):
             raise CheckpointError(
-                f"{reader.folder}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} by "
+                f"{reader.folder}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} from "
                 "the other tensors. Is it a checkpoint of a gpt-oss model?"
             )
     for key in expected:
@@ -246,8 +246,8 @@ def vocabulary_of(
         return Vocabulary(asked, held - asked)
     if like is not None and held < like:
         raise CheckpointError(
-            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face folder {like}. Give "
-            "the folder that training began with."
+            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face checkpoint {like}. "
+            "Give the Hugging Face checkpoint that training started from."
         )
     if held == like:
         return Vocabulary(held)
@@ -266,9 +266,9 @@ def vocabulary_of(
         return _told(like, held, like, "they are zeros")
     if multiple > 1 and -(-like // multiple) * multiple == held:
         raise CheckpointError(
-            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face folder {like}, and "
-            f"{like} padded to a multiple of {multiple} is {held}: rows {like} and on may be "
-            f"padding or tokens. Say which: --vocab-size {like} or --vocab-size {held}."
+            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face checkpoint {like}, "
+            f"and {like} padded to a multiple of {multiple} is {held}: the rows from {like} on may be "
+            f"padding or tokens. Choose: --vocab-size {like} or --vocab-size {held}."
         )
     return _told(held, held, like, "")
 
@@ -277,11 +277,11 @@ def _told(rows: int, held: int, like: int | None, why: str) -> Vocabulary:
     notes = []
     if like is not None and rows != like:
         notes.append(
-            f"vocabulary: {rows} rows, the Hugging Face folder to go by has {like}; vocab_size in "
-            f"config.json is {rows} (--vocab-size {like} leaves the others out)"
+            f"vocabulary: {rows} rows, the Hugging Face checkpoint has {like}; vocab_size in "
+            f"config.json is {rows} (--vocab-size {like} omits the others)"
         )
     if held > rows:
-        notes.append(f"vocabulary: rows {rows} to {held - 1} are padding ({why}) and left out")
+        notes.append(f"vocabulary: rows {rows} to {held - 1} are padding ({why}) and omitted")
     return Vocabulary(rows, held - rows, "\n".join(notes))
 
 
@@ -301,7 +301,8 @@ def check_same_sizes(
         if getattr(found, field) != getattr(wanted, field):
             raise CheckpointError(
                 f"{checkpoint} has {field} = {getattr(found, field)}, {like} has "
-                f"{getattr(wanted, field)}. Give the Hugging Face folder that training began with."
+                f"{getattr(wanted, field)}. Give the Hugging Face checkpoint "
+                "that training started from."
             )
 
 
@@ -324,5 +325,5 @@ def check_same_constants(
         dest, expected, value = difference
         raise CheckpointError(
             f"{checkpoint} was trained with {dest} = {value}, {like} has {expected}. Give the "
-            "Hugging Face folder that training began with."
+            "Hugging Face checkpoint that training started from."
         )

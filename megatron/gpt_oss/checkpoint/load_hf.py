@@ -61,7 +61,7 @@ def load_hf(
             str(folder),
             arguments_of_model(chunk),
             "the model",
-            "Choose the preset that fits the checkpoint.",
+            "Choose the preset that matches the checkpoint.",
         )
         filled = 0
         for part in sharded_tensors(chunk.sharded_state_dict()):
@@ -88,8 +88,8 @@ def _check_vocabulary(part: ShardedTensor, preset: Preset, folder: Path) -> None
     rows = part.global_shape[part.prepend_axis_num]
     if rows < preset.vocab_size:
         raise CheckpointError(
-            f"{folder} has {preset.vocab_size} rows of vocabulary, the model {rows}. Give the "
-            f"model at least as many: --padded-vocab-size {preset.vocab_size}."
+            f"{folder} has {preset.vocab_size} rows of vocabulary, the model {rows}. Use "
+            f"at least as many rows: --padded-vocab-size {preset.vocab_size}."
         )
 
 

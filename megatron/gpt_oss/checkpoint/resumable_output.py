@@ -114,8 +114,8 @@ class Unfinished:
             return False
         if record.get("task") != self.digest:
             raise UsageError(
-                f"{self.folder} is a complete output of other arguments, which lacks its name. Give "
-                "it one, or remove it."
+                f"{self.folder} is the complete output of a run with other arguments, but was not "
+                "renamed. Rename it, or remove it."
             )
         places = [self.folder] + ([out] if out is not None else [])
         return all(any((p / name).is_file() for p in places) for name in record["files"])
@@ -123,15 +123,15 @@ class Unfinished:
     def _check_mine(self) -> None:
         if self.folder.is_symlink():
             raise UsageError(
-                f"{self.folder} is a link; the unfinished output would go where it leads. Remove "
-                "the link, or name another output directory."
+                f"{self.folder} is a symbolic link; the unfinished output would go to its target. "
+                "Remove the link, or name another output directory."
             )
         if not os.path.lexists(self.folder):
             return
         if not self.folder.is_dir():
             raise UsageError(
-                f"{self.folder} is a file, and the unfinished output goes into a directory of that "
-                "name. Move it away, or name another output directory."
+                f"{self.folder} is a file, but the unfinished output needs a directory of that "
+                "name. Move the file away, or name another output directory."
             )
         found = files_in(self.folder, ())
         allowed = {_JOURNAL, RECORD} | (self._names or set())
@@ -149,7 +149,7 @@ class Unfinished:
     def _refuse(self, name: str) -> None:
         raise UsageError(
             f"{self.folder / name} is not a file of an unfinished conversion, and {self.folder} is "
-            "where one goes. Move it away, or name another output directory."
+            "reserved for one. Move it away, or name another output directory."
         )
 
     def _named_by_journal(self) -> set[str]:
@@ -263,7 +263,7 @@ class Unfinished:
             differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             raise UsageError(
                 f"{self.folder} is an unfinished conversion with another {', '.join(differ)}. "
-                "Finish it with the arguments that it was begun with, or remove that folder."
+                "Finish it with its original arguments, or remove that directory."
             )
         return {
             record["file"]: record
@@ -377,13 +377,13 @@ def unfinished(
         if not kept and names is not None:
             with contextlib.suppress(OSError):
                 work.remove()
-        stay = f"They stay in {work.folder}: make room and run the same again." if kept else ""
+        stay = f"They are kept in {work.folder}: free disk space and rerun." if kept else ""
         if _is_no_space(error):
             raise UsageError(
                 f"No space left on the disk of {shown} after {len(work.done)} files "
                 f"({gigabytes(work.bytes_done())} of {gigabytes(needed)}). {stay}".rstrip()
             ) from error
-        stay = f" What is done stays in {work.folder}: the same command goes on from there."
+        stay = f" Finished files are kept in {work.folder}: the same command resumes from there."
         sentence = as_os_sentence(error, shown)
         if sentence is not None:
             raise UsageError(sentence + (stay if kept else "")) from error
@@ -409,7 +409,7 @@ def _check_out(
     """
     if not os.path.lexists(out):
         return []
-    hint = "Name a new directory, or move what is there away."
+    hint = "Name a new directory, or move this one away."
     if not out.is_dir():
         raise UsageError(f"{shown} exists and is a file. {hint}")
     former = record_of(out, made_by)
@@ -427,9 +427,9 @@ def _check_out(
         why = ""
         if overwrite:
             why = (
-                f" {foreign} is not as {made_by} left it."
+                f" {foreign} was not written by {made_by}, or changed since."
                 if former
-                else (f" {made_by} did not make it: {foreign} is in it.")
+                else (f" {made_by} did not create it: it contains {foreign}.")
             )
         raise UsageError(f"{shown} exists and is not empty.{why} {hint}")
     return list(former.get("files", {}))
@@ -449,7 +449,7 @@ def check_space(out: Path, needed: int, shown: Path | None = None) -> None:
     if free < needed + _RESERVE:
         raise UsageError(
             f"{shown or out} needs {gigabytes(needed + _RESERVE)} on disk, {gigabytes(free)} are free. "
-            "Make room, or name a place on another disk."
+            "Free disk space, or name a path on another disk."
         )
 
 

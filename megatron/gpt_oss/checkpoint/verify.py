@@ -57,7 +57,7 @@ class Difference:
         parts = self.name.split(".")
         layer = f" (layer {parts[2]})" if parts[:2] == ["model", "layers"] else ""
         return (
-            f"{self.name}{layer} at {list(self.index)}: {self.hf:.8g} in the Hugging Face folder, "
+            f"{self.name}{layer} at {list(self.index)}: {self.hf:.8g} in the Hugging Face checkpoint, "
             f"{self.megatron:.8g} in the checkpoint; largest difference {self.largest:.3g}"
         )
 
@@ -96,17 +96,17 @@ def verify(
     first, count = compare_tensors(hf_reader, checkpoint, preset, progress)
     total = len(hf_names(preset))
     if first is not None:
-        print(f"tensors: {count} of {total} differ. The first: {first}")
+        print(f"tensors: {count} of {total} differ. First difference: {first}")
     elif same:
         print(f"tensors: all {total} are the same, {_in_which_dtypes(hf_reader, checkpoint)}")
     else:
-        print(f"tensors: all {total} are the same in what both have")
+        print(f"tensors: all {total} are the same where both have values")
     same = same and first is None
     needed = 2 * 4 * sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset))
     if logits == "auto" and needed > psutil.virtual_memory().available / 2:
         print(
-            f"logits: not compared, as both models need {needed / 1e9:.0f} GB of memory in fp32. "
-            "The same tensors give the same logits."
+            f"logits: not compared, because both models need {needed / 1e9:.0f} GB of memory in fp32. "
+            "Identical tensors give identical logits."
         )
     elif logits != "no":
         return compare_logits(hf, checkpoint.folder, trained, num_tokens) and same
@@ -119,9 +119,11 @@ def compare_constants(checkpoint: TorchDistReader, preset: Preset) -> bool:
     difference = first_difference(preset, arguments)
     if difference is not None:
         dest, expected, found = difference
-        print(f"config: {dest} is {expected} in the Hugging Face folder, {found} in the checkpoint")
+        print(
+            f"config: {dest} is {expected} in the Hugging Face checkpoint, {found} in the checkpoint"
+        )
     elif not arguments:
-        print("config: not compared, as the checkpoint does not hold the arguments of its run")
+        print("config: not compared, because the checkpoint does not hold its run arguments")
     return difference is None
 
 
@@ -130,7 +132,7 @@ def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
     held = checkpoint.shape(VOCABULARY[0])[0]
     if held < preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face folder, {held} in the "
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face checkpoint, {held} in the "
             f"checkpoint; rows {held} to {preset.vocab_size - 1} are missing there"
         )
         return False
@@ -140,7 +142,7 @@ def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
         rows = held
     if rows > preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face folder, {rows} in the "
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face checkpoint, {rows} in the "
             f"checkpoint; rows {preset.vocab_size} to {rows - 1} are missing in {hf}"
         )
         return False
@@ -157,7 +159,7 @@ def _in_which_dtypes(hf: HFReader, checkpoint: TorchDistReader) -> str:
     theirs = stored - {"U8"}  # MXFP4 is BF16 when it is read
     if ours == theirs:
         return "bit for bit"
-    return f"value for value: {_either(theirs)} in the folder, {_either(ours)} in the checkpoint"
+    return f"value for value: {_either(theirs)} in Hugging Face, {_either(ours)} in the checkpoint"
 
 
 def _either(names: set[str]) -> str:
@@ -215,11 +217,11 @@ def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -
         num_tokens: length of the sequence.
     """
     if num_tokens < 1:
-        raise UsageError(f"--num-tokens {num_tokens} is no sequence. Give 1 or more.")
+        raise UsageError(f"--num-tokens {num_tokens} is invalid. Give 1 or more.")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(preset.vocab_size, (1, num_tokens), generator=generator)
     has_transformers = importlib.util.find_spec("transformers") is not None
-    reference = "transformers" if has_transformers else "Megatron with the folder's weights"
+    reference = "transformers" if has_transformers else "Megatron with the Hugging Face weights"
     run = _run_transformers if has_transformers else _run_megatron_hf
     expected, found = run(hf, ids), _run_megatron(iteration, preset, ids)
     expected[-1] = expected[-1][:, : preset.vocab_size]

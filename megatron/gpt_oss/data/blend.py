@@ -86,19 +86,18 @@ def read_blend(file: str | Path) -> Blend:
     corpora = content.get("corpora") if isinstance(content, dict) else None
     if not isinstance(corpora, dict) or not corpora or set(content) != {"corpora"}:
         raise UsageError(
-            f"{file} must hold 'corpora:' and under it a name and a path for each corpus, and "
-            "nothing else."
+            f"{file} must hold 'corpora:' alone and under it a name and a path for each " "corpus."
         )
     for name, corpus in corpora.items():
         if not isinstance(name, (str, int)) or not str(name).isprintable():
-            raise UsageError(f"{file}: a corpus has the name {brief(name)}. Give it a word.")
+            raise UsageError(f"{file}: a corpus has the name {brief(name)}. Give it a name.")
         _check_corpus(f"{file}, corpus {name}", corpus)
     weighted = [name for name, corpus in corpora.items() if corpus.get("weight") is not None]
     if weighted and len(weighted) < len(corpora):
         missing = next(name for name in corpora if name not in weighted)
         raise UsageError(
             f"{file}: {weighted[0]} has a weight and {missing} has none. Give one to every corpus, "
-            "or to none, so that each counts by its tokens."
+            "or to none to weight each by its tokens."
         )
     shares: dict[tuple[str, str], float] = {}
     validation = {}
@@ -117,7 +116,7 @@ def read_blend(file: str | Path) -> Blend:
             path = f"{prefix}.{bucket}" if bucket else prefix
             shares[label, path] = part if weight is None else weight * part / total
     if not shares:
-        raise UsageError(f"{file}: every weight is 0. Nothing is left to train on.")
+        raise UsageError(f"{file}: every weight is 0. Give one corpus a weight above 0.")
     total = sum(shares.values())
     sources = (Source(name, path, share / total) for (name, path), share in shares.items())
     return Blend(tuple(sources), validation)
@@ -125,7 +124,7 @@ def read_blend(file: str | Path) -> Blend:
 
 def _check_corpus(place: str, corpus: object) -> None:
     if not isinstance(corpus, dict) or not isinstance(corpus.get("path"), str):
-        raise UsageError(f"{place}: no path. Give the one of gptoss tokenize --output.")
+        raise UsageError(f"{place}: no path. Give the --output of gptoss tokenize.")
     for field in ("path", "validation"):
         if "\0" in str(corpus.get(field) if isinstance(corpus.get(field), str) else ""):
             raise UsageError(f"{place}: {field} is {brief(corpus[field])}. Give a path.")
@@ -133,12 +132,12 @@ def _check_corpus(place: str, corpus: object) -> None:
         raise UsageError(f"{place}: validation is {brief(corpus['validation'])}. Give a path.")
     for key in corpus:
         if key not in _CORPUS_KEYS:
-            raise UsageError(f"{place}: unknown {brief(key)}. Known are {', '.join(_CORPUS_KEYS)}.")
+            raise UsageError(
+                f"{place}: unknown key {brief(key)}. Known keys: {', '.join(_CORPUS_KEYS)}."
+            )
     upsample = corpus.get("upsample") or {}
     if not isinstance(upsample, dict):
-        raise UsageError(
-            f"{place}: upsample is {brief(upsample)}. Write for example {{32k-up: 4}}."
-        )
+        raise UsageError(f"{place}: upsample is {brief(upsample)}. Give for example {{32k-up: 4}}.")
     numbers = {
         "weight": corpus.get("weight"),
         **{f"upsample {str(k)[:60]}": v for k, v in upsample.items()},
@@ -158,17 +157,21 @@ def _buckets(place: str, prefix: str, upsample: dict) -> dict[str, float]:
     # By length: '8k-32k' after '0-8k'.
     found = sorted((name for name in found if _BUCKET.fullmatch(name)), key=_lower_edge)
     if not found and not upsample:
-        raise UsageError(f"{place}: no file {prefix}.idx. Make the dataset with: gptoss tokenize.")
+        raise UsageError(
+            f"{place}: no file {prefix}.idx. Create the dataset with: gptoss tokenize."
+        )
     for bucket, factor in upsample.items():
         if bucket not in found and factor:
             raise UsageError(
                 f"{place}: upsample names {bucket}, and {prefix} has "
-                f"{', '.join(found) or 'no buckets of length'}. Split it with: gptoss tokenize "
+                f"{', '.join(found) or 'no length buckets'}. Split it with: gptoss tokenize "
                 "--split-at 8k,32k."
             )
     read = [bucket for bucket in found if upsample.get(bucket, 1) != 0]
     if not read:
-        raise UsageError(f"{place}: every bucket has the factor 0. Give weight: 0 to leave it out.")
+        raise UsageError(
+            f"{place}: every bucket has the factor 0. To omit the corpus give weight: 0."
+        )
     return {bucket: upsample.get(bucket, 1) * num_tokens(f"{prefix}.{bucket}") for bucket in read}
 
 
@@ -201,11 +204,11 @@ def num_tokens(prefix: str) -> int:
     """
     for end in (".idx", ".bin"):
         if not os.path.isfile(prefix + end):
-            raise UsageError(f"No file {prefix}{end}. Make the dataset with: gptoss tokenize.")
+            raise UsageError(f"No file {prefix}{end}. Create the dataset with: gptoss tokenize.")
     header = check_dataset(prefix)
     tokens = os.path.getsize(f"{prefix}.bin") // numpy.dtype(header.dtype).itemsize
     if not tokens:
-        raise UsageError(f"{prefix}.bin has no token. Leave it out, or give it weight: 0.")
+        raise UsageError(f"{prefix}.bin has no tokens. Remove it, or give it weight: 0.")
     return tokens
 
 
@@ -226,6 +229,8 @@ def without_unread(
         return blend
     kept = [(prefix, weight) for prefix, weight in zip(*blend) if weight]
     if not kept:
-        raise UsageError(f"Every weight of {' '.join(blend[0])} is 0. Nothing is left to read.")
+        raise UsageError(
+            f"Every weight of {' '.join(blend[0])} is 0. Give one dataset a weight above 0."
+        )
     prefixes, weights = zip(*kept)
     return list(prefixes), list(weights)

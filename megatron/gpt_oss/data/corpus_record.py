@@ -46,7 +46,7 @@ def check_prefix(output: str | Path) -> Path:
     if not text.strip() or text.endswith(("/", "/.", "/..")) or text in (".", ".."):
         raise UsageError(
             f"--output {text!r} names a directory. Give the path of the .bin and .idx without "
-            "ending, such as data/corpus."
+            "extension, such as data/corpus."
         )
     return Path(text)
 
@@ -117,8 +117,8 @@ def check_outputs(
             mine = _is_recorded(path, end, record)
         if not mine and path.stat().st_size:
             raise UsageError(
-                f"{path} exists, and is not as {TOKENIZE} made it. Give another --output, or move "
-                "that file away."
+                f"{path} exists, but {TOKENIZE} did not write it, or it changed since. "
+                "Give another --output, or move that file away."
             )
         if not overwrite:
             raise UsageError(f"{path} exists. Give another name, or --overwrite.")

@@ -39,7 +39,7 @@ def document_end_of(prefixes: Sequence[str]) -> int | None:
     if len(found) > 1:
         (one, first), (other, second) = list(found.items())[:2]
         raise UsageError(
-            f"{first} ends its documents with token {one}, {second} with token {other}. Tokenise "
+            f"{first} ends its documents with token {one}, {second} with token {other}. Tokenize "
             "both with the same tokenizer and --end-token."
         )
     return next(iter(found), None)
@@ -51,8 +51,8 @@ def _last_tokens(prefix: str) -> set[int]:
     ends = numpy.cumsum(lengths, dtype=numpy.int64)
     if len(ends) and (lengths.min() < 0 or ends[-1] * dtype.itemsize > getsize(f"{prefix}.bin")):
         raise UsageError(
-            f"{prefix}.idx is damaged: its first sequences have {lengths.tolist()} tokens, and "
-            f"{prefix}.bin ends before. Copy both files again, or make them anew."
+            f"{prefix}.idx is damaged: its first sequences have {lengths.tolist()} tokens, but "
+            f"{prefix}.bin is shorter. Copy both files again, or recreate them."
         )
     if not len(ends) or not ends[-1]:
         return set()

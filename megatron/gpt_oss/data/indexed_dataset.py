@@ -31,7 +31,7 @@ _DTYPES = {
     7: "float32",
     8: "uint16",
 }
-_REMEDY = "Copy both files again, or make them anew: gptoss tokenize ... --overwrite."
+_REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."
 _AT_A_TIME = 2**20  # entries
 _checked: dict[tuple, "IndexHeader"] = {}
 _CODES = {name: code for code, name in _DTYPES.items()}
@@ -117,8 +117,8 @@ def _check_all(idx: str, data: str) -> IndexHeader:
         found = os.path.getsize(data)
         if found != expected:
             raise UsageError(
-                f"{data} has {found:,} bytes, {idx} is of one with {expected:,}. They do not belong "
-                f"together, or one is cut short. {_REMEDY}"
+                f"{data} has {found:,} bytes, {idx} expects {expected:,}. The files do not belong "
+                f"together, or one is truncated. {_REMEDY}"
             )
         _check_sequences(idx, stream, header, itemsize)
         _check_documents(idx, stream, header)
@@ -130,17 +130,17 @@ def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
     start = stream.read(_HEADER.size)
     if start[: len(_MAGIC)] != _MAGIC:
         found = f"begins with {start[:9]!r}" if start else "is empty"
-        raise UsageError(f"{idx} {found}: not an index of Megatron's. {_REMEDY}")
+        raise UsageError(f"{idx} {found}: not a Megatron index. {_REMEDY}")
     if len(start) < _HEADER.size:
         raise UsageError(f"{idx} ends after {size} bytes, within its header. {_REMEDY}")
     _, version, code, sequences, documents = _HEADER.unpack(start)
     if version != 1 or code not in _DTYPES:
         raise UsageError(
-            f"{idx} has version {version} and type {code}, which Megatron does not know (wanted "
+            f"{idx} has version {version} and type {code}, which Megatron does not support (expected "
             f"version 1, types 1 to 8). {_REMEDY}"
         )
     if _DTYPES[code].startswith("float"):
-        raise UsageError(f"{idx} is of {_DTYPES[code]} values, which are no token ids. {_REMEDY}")
+        raise UsageError(f"{idx} holds {_DTYPES[code]} values, which are not token ids. {_REMEDY}")
     header = IndexHeader(_DTYPES[code], sequences, documents)
     # Multimodal sets have one more byte a sequence.
     if size not in (header.size, header.size + sequences):
@@ -168,8 +168,8 @@ def _check_sequences(idx: str, stream: BinaryIO, header: IndexHeader, itemsize: 
         if (wrong := pointers != begins).any():
             at = int(wrong.argmax())
             raise UsageError(
-                f"{idx} is damaged: sequence {first + at} begins at byte {pointers[at]:,}, and those "
-                f"before it end at byte {begins[at]:,}. {_REMEDY}"
+                f"{idx} is damaged: sequence {first + at} begins at byte {pointers[at]:,}, but the "
+                f"previous ones end at byte {begins[at]:,}. {_REMEDY}"
             )
         position = int(ends[-1])
 
@@ -186,8 +186,8 @@ def _check_documents(idx: str, stream: BinaryIO, header: IndexHeader) -> None:
         if wrong.any():
             at = int(wrong.argmax())
             raise UsageError(
-                f"{idx} is damaged: document {first + at} begins at sequence {begins[at]}, the one "
-                f"before it at {begins[at] - steps[at]}, of {header.sequences}. {_REMEDY}"
+                f"{idx} is damaged: document {first + at} begins at sequence {begins[at]}, the "
+                f"previous one at {begins[at] - steps[at]}, of {header.sequences}. {_REMEDY}"
             )
         before = int(begins[-1])
 

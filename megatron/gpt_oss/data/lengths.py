@@ -25,10 +25,12 @@ def parse_lengths(words: str) -> tuple[int, ...]:
     for word in words.split(","):
         match = re.fullmatch(r"\s*(\d+)(k?)\s*", word, re.IGNORECASE)
         if match is None:
-            raise UsageError(f"--split-at {words}: '{word}' is no length. Write --split-at 8k,32k.")
+            raise UsageError(
+                f"--split-at {words}: invalid length '{word}'. Give for example 8k,32k."
+            )
         lengths.append(int(match[1]) * (1024 if match[2] else 1))
     if lengths[0] < 1 or any(b <= a for a, b in zip(lengths, lengths[1:])):
-        raise UsageError(f"--split-at {words}: the lengths must rise, as in --split-at 8k,32k.")
+        raise UsageError(f"--split-at {words}: the lengths must increase, as in --split-at 8k,32k.")
     return tuple(lengths)
 
 
@@ -98,7 +100,7 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     total = max(1, sum(histogram.tokens))
     below.bar(bars, [100 * tokens / total for tokens in histogram.tokens], width=0.9, color="C1")
     below.set_ylabel("share of tokens (%)")
-    below.set_xlabel("tokens of a document, from")
+    below.set_xlabel("tokens per document, from")
     below.set_xticks(bars, [short_length(edge) for edge in histogram.edges[:-1]])
     above.set_title(
         f"{title}: {sum(histogram.documents):,} documents, {sum(histogram.tokens):,} tokens, "

@@ -41,7 +41,7 @@ class TextTokenizer:
 
 
 def read_tokenizer(
-    file: Path, error: type[UsageError] = UsageError, hint: str = "Fetch the file again."
+    file: Path, error: type[UsageError] = UsageError, hint: str = "Download the file again."
 ) -> Tokenizer:
     """The tokenizer of a tokenizer.json, tried on a few characters.
 
@@ -59,10 +59,10 @@ def read_tokenizer(
         if isinstance(cause, UnicodeDecodeError):
             reason = f"not UTF-8 at byte {cause.start}"
         raise error(
-            f"{file} is not a tokenizer of the tokenizers package ({reason[:200]}). {hint}"
+            f"{file} is not a tokenizer that the tokenizers package can load ({reason[:200]}). {hint}"
         ) from cause
     if not ids or max(ids) > _LARGEST_ID:
-        found = f"the id {max(ids)}" if ids else "no token"
+        found = f"the id {max(ids)}" if ids else "no tokens"
         raise error(f"{file} has {found}. {hint}")
     return tokenizer
 
@@ -80,15 +80,15 @@ def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextT
     path = Path(path)
     file = path / TOKENIZER_NAME if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"No tokenizer at {path}. Give a folder with {TOKENIZER_NAME}.")
+        raise UsageError(f"No tokenizer at {path}. Give a directory with {TOKENIZER_NAME}.")
     tokenizer = read_tokenizer(file)
     if end_token is None and tokenizer.token_to_id(END_OF_TEXT) is not None:
         end_token = END_OF_TEXT
     end_token = end_token or eos_token_of(file.parent)
     if end_token is None:
         raise UsageError(
-            f"{file} has no {END_OF_TEXT}, {TOKENIZER_CONFIG_NAME} names no eos_token. Say which token ends a "
-            "document with --end-token."
+            f"{file} has no {END_OF_TEXT}, {TOKENIZER_CONFIG_NAME} names no eos_token. "
+            "Give the token that ends a document with --end-token."
         )
     end_id = tokenizer.token_to_id(end_token)
     if end_id is None:
@@ -101,8 +101,8 @@ def eos_token_of(folder: Path) -> str | None:
     file = folder / TOKENIZER_CONFIG_NAME
     if not file.is_file():
         return None
-    token = read_json(file, hint="Fetch it again.").get("eos_token")
+    token = read_json(file, hint="Download it again.").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise UsageError(f"{file} has eos_token = {brief(token)}, which is no text of a token.")
+        raise UsageError(f"{file} has eos_token = {brief(token)}, which is not a token string.")
     return text

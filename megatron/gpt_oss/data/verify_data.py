@@ -67,7 +67,7 @@ def _datasets(prefix: Path) -> list[str]:
         return [""]
     hint = ""
     if prefix.name.endswith(DATASET):
-        hint = f" Give the path without its ending: {str(prefix)[:-4]}."
+        hint = f" Give the path without its extension: {str(prefix)[:-4]}."
     elif parts := glob.glob(f"{glob.escape(str(prefix))}.*.idx"):
         hint = f" Did you mean {sorted(parts)[0][:-4]}?"
     raise UsageError(f"No dataset {prefix}: neither {prefix}{SUMMARY} nor {prefix}.idx.{hint}")
@@ -109,11 +109,11 @@ def _verify(prefix: Path, name: str, bar: Progress) -> tuple[str | None, str]:
         return str(error), ""
     except OSError as error:
         return as_os_sentence(error, target) or f"{target}: {error}", ""
-    told = "as it was written (SHA-256)" if record else f"sound in itself; no {prefix}{SUMMARY}"
+    told = "unchanged (SHA-256)" if record else f"consistent; no {prefix}{SUMMARY} to compare with"
     return None, f"{target}: {documents:,} documents, {tokens:,} tokens, {told}"
 
 
-_REMEDY = "Copy both files again, or make them anew: gptoss tokenize ... --overwrite."
+_REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."
 
 
 def _compare(path: Path, expected: dict, digest: str) -> str | None:
@@ -121,9 +121,9 @@ def _compare(path: Path, expected: dict, digest: str) -> str | None:
         return f"{path} is not in its record. {_REMEDY}"
     size = path.stat().st_size
     if size != expected.get("size"):
-        return f"{path} has {size:,} bytes, was written with {expected.get('size')}. {_REMEDY}"
+        return f"{path} has {size:,} bytes, expected {expected.get('size')}. {_REMEDY}"
     if digest != expected.get("sha256"):
-        return f"{path} has other contents than when it was written (SHA-256). {_REMEDY}"
+        return f"{path} has different contents than when it was written (SHA-256). {_REMEDY}"
     return None
 
 

@@ -55,10 +55,12 @@ def run_doctor(
         UsageError: seqlen is not positive, or the JSON cannot be written.
     """
     if seqlen < 2:
-        raise UsageError(f"--seqlen {seqlen}: wanted at least 2 tokens.")
+        raise UsageError(f"--seqlen {seqlen}: give 2 or more.")
     if json_path is not None:
         if json_path and not Path(json_path).absolute().parent.is_dir():
-            raise UsageError(f"--json {json_path}: no folder {Path(json_path).absolute().parent}.")
+            raise UsageError(
+                f"--json {json_path}: no directory {Path(json_path).absolute().parent}."
+            )
         check_file(json_path, DOCTOR, "--json")
     cuda = torch.cuda.is_available()
     report = {MADE_BY: DOCTOR, "versions": versions(), "cases": []}
@@ -88,7 +90,7 @@ def versions() -> dict[str, str]:
         found["CUDA"] = str(torch.version.cuda)
         found["cuDNN of PyTorch"] = str(torch.backends.cudnn.version())
     else:
-        found["GPU"] = "none that PyTorch can use"
+        found["GPU"] = "none usable by PyTorch"
     packages = {
         "triton": "triton",
         "TransformerEngine": "transformer-engine",
@@ -153,8 +155,8 @@ def advice(report: dict) -> list[str]:
     lines = []
     if not torch.cuda.is_available():
         lines.append(
-            "No GPU: attention runs in plain PyTorch (math), correct, and fast enough for the tiny "
-            "preset only."
+            "No GPU: attention runs in plain PyTorch (math): correct, but fast enough only for the "
+            "tiny preset."
         )
     by_name = [case["backends"] for case in report["cases"]]
     for name, backend in registry.BACKENDS.items():
@@ -165,7 +167,7 @@ def advice(report: dict) -> list[str]:
     if mismatch:
         lines.append(mismatch)
     if not lines:
-        lines.append("Nothing is missing.")
+        lines.append("All requirements are met.")
     return lines
 
 
@@ -178,7 +180,7 @@ def cudnn_mismatch() -> str | None:
         return None
     folder = next(iter(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations))
     return (
-        f"TransformerEngine finds {system} on the system beside PyTorch's own cuDNN and may fall "
+        f"TransformerEngine finds {system} on the system besides PyTorch's own cuDNN and may fall "
         f"back to unfused attention: export CUDNN_HOME={folder}"
     )
 
@@ -220,7 +222,7 @@ def _title(workload: Workload) -> str:
 
 
 def _table(case: dict) -> str:
-    lines = [["backend", "can run", "ms", "TFLOP/s", "kernel, or why not"]]
+    lines = [["backend", "can run", "ms", "TFLOP/s", "kernel, or reason"]]
     for name, row in case["backends"].items():
         mark = " <- auto" if name == case["auto"] else ""
         figures = ["", ""]

@@ -92,7 +92,7 @@ def sample_hf(
 ) -> str:
     """Continue a prompt with the model and tokenizer of a Hugging Face folder."""
     if max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens {max_new_tokens} gives no text. Give 1 or more.")
+        raise UsageError(f"--max-new-tokens {max_new_tokens} generates nothing. Give 1 or more.")
     read_hf_config(Path(folder))  # for its errors: "no tokenizer" would say too little
     tokenizer = load_text_tokenizer(folder)
     with open_hf_model(folder) as model:

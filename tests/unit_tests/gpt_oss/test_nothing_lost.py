@@ -203,7 +203,7 @@ def test_a_tensor_without_counterpart(hf, save, tmp_path, key):
         state['extra'] = ShardedTensor.from_rank_offsets(key, torch.ones(3), replica_id=0)
 
     checkpoint = save({}, add)
-    with pytest.raises(CheckpointError, match=f"'{key}'.*it would be lost"):
+    with pytest.raises(CheckpointError, match=f"'{key}'.*would lose it"):
         export_hf(checkpoint, tmp_path / 'out', like=hf)
     with pytest.raises(CheckpointError, match=f"'{key}'"):
         verify(hf, checkpoint)
@@ -237,9 +237,9 @@ def test_a_missing_tensor(hf, save, tmp_path):
 def test_every_size(hf, tmp_path, change):
     other = dataclasses.replace(ODD, **change)
     convert_to_megatron(write_hf(tmp_path / 'x', other, trained_tensors(other)), tmp_path / 'm')
-    with pytest.raises(CheckpointError, match='Give the Hugging Face folder'):
+    with pytest.raises(CheckpointError, match='Give the Hugging Face checkpoint'):
         export_hf(tmp_path / 'm', tmp_path / 'out', like=hf)
-    with pytest.raises(CheckpointError, match='Give the Hugging Face folder'):
+    with pytest.raises(CheckpointError, match='Give the Hugging Face checkpoint'):
         verify(hf, tmp_path / 'm')
 
 

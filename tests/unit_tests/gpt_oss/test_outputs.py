@@ -116,7 +116,7 @@ TO_HF = 'convert to-hf --load m --out'
 JOURNAL = '{"task": {}}\n'
 FOREIGN = {
     # name: (what is there, command, words of the sentence)
-    'corpus-is-summary': (lambda f: None, 'tokenize text.json --output text', 'it is an input'),
+    'corpus-is-summary': (lambda f: None, 'tokenize text.json --output text', 'is an input and would be'),
     'input-by-link': (_link('x.json', 'text.json'), 'tokenize x.json --output text', 'an input'),
     'input-by-hard-link': (
         lambda f: os.link('text.json', 'x.json'),
@@ -125,7 +125,7 @@ FOREIGN = {
     ),
     'summary-in-inputs': (_write('t/a.txt'), 'tokenize t data.json --output data', 'an input'),
     **{
-        f'tokenize{end}{flag}': (_write(f'x{end}'), f'{TOKENIZE} x {flag}', f'x{end} exists, and')
+        f'tokenize{end}{flag}': (_write(f'x{end}'), f'{TOKENIZE} x {flag}', f'x{end} exists, but')
         for end in ('.bin', '.idx', '.json', '.png', '.skipped.txt')
         for flag in ('', '--overwrite')
     },
@@ -174,7 +174,7 @@ FOREIGN = {
         'config.json is not as',
     ),
     'init-file': (lambda f: None, 'init-tiny text.json', 'text.json exists and is a file'),
-    'init-over-export': (lambda f: None, 'init-tiny back', 'gptoss init-tiny did not make it'),
+    'init-over-export': (lambda f: None, 'init-tiny back', 'gptoss init-tiny did not create it'),
     'init-loop': (_all(_link('a', 'b'), _link('b', 'a')), 'init-tiny a', 'form a loop'),
     'to-megatron-not-empty': (
         lambda f: None,
@@ -186,7 +186,7 @@ FOREIGN = {
     'to-hf-above-input': (
         _all(_make('x'), _move('m', 'x/m')),
         'convert to-hf --load x/m --out x --overwrite',
-        'did not make it',
+        'did not create it',
     ),
     'to-hf-input-in-export': (
         _move('m', 'back/m'),
@@ -195,9 +195,9 @@ FOREIGN = {
     ),
     'to-hf-like': (lambda f: None, f'{TO_HF} back --like back --overwrite', 'an input'),
     'to-hf-without-flag': (lambda f: None, f'{TO_HF} back', 'or give --overwrite'),
-    'to-hf-foreign': (_write('back/notes.txt'), f'{TO_HF} back --overwrite', 'notes.txt is not as'),
-    'to-hf-changed': (_flip('back/model.safetensors'), f'{TO_HF} back --overwrite', 'is not as'),
-    'to-hf-other-model': (lambda f: None, f'{TO_HF} hf --overwrite', 'did not make it'),
+    'to-hf-foreign': (_write('back/notes.txt'), f'{TO_HF} back --overwrite', 'notes.txt was not written by'),
+    'to-hf-changed': (_flip('back/model.safetensors'), f'{TO_HF} back --overwrite', 'changed since'),
+    'to-hf-other-model': (lambda f: None, f'{TO_HF} hf --overwrite', 'did not create it'),
     'to-hf-partial-link': (
         _all(_write('d/keep'), _link('.x.partial', 'd')),
         f'{TO_HF} x',
@@ -232,20 +232,20 @@ FOREIGN = {
         '.gptoss.partial is a link',
     ),
     'plot-input': (lambda f: None, 'plot run/metrics.jsonl run/metrics.jsonl', 'an input'),
-    'plot-foreign': (_write('x.png'), 'plot run/metrics.jsonl x.png', 'did not make it'),
-    'plot-other-command': (lambda f: None, 'plot run/metrics.jsonl data.png', 'did not make it'),
+    'plot-foreign': (_write('x.png'), 'plot run/metrics.jsonl x.png', 'did not create it'),
+    'plot-other-command': (lambda f: None, 'plot run/metrics.jsonl data.png', 'did not create it'),
     'plot-directory': (lambda f: None, 'plot run/metrics.jsonl run', 'is a directory'),
     'plot-not-png': (lambda f: None, 'plot run/metrics.jsonl x.jpg', 'ends in .jpg'),
     'plot-link': (
         _link('x.png', 'text.json'),
         'plot run/metrics.jsonl x.png',
-        'x.png exists, and gptoss plot did not make it',
+        'x.png exists, but gptoss plot did not create it',
     ),
     'report-input': (lambda f: None, 'report run --out run/run.json', 'an input'),
-    'report-foreign': (_write('run/report.html', PAGE), 'report run', 'did not make it'),
+    'report-foreign': (_write('run/report.html', PAGE), 'report run', 'did not create it'),
     'report-directory': (lambda f: None, 'report run --out hf', 'is a directory'),
     'report-empty-name': (lambda f: None, ['report', 'run', '--out', ''], 'is a directory'),
-    'doctor-foreign': (lambda f: None, 'doctor --no-measure --json text.json', 'did not make it'),
+    'doctor-foreign': (lambda f: None, 'doctor --no-measure --json text.json', 'did not create it'),
     'doctor-directory': (lambda f: None, 'doctor --no-measure --json hf', 'is a directory'),
 }
 
@@ -271,7 +271,7 @@ COMMANDS = {
 }
 REFUSALS = {
     'ENOSPC': 'o space left on the disk',
-    'EDQUOT': 'quota of the disk|No space left',
+    'EDQUOT': 'disk quota|No space left',
     'EROFS': 'file system is read-only',
     'EACCES': 'permission denied',
     'EIO': 'input/output error',
@@ -348,7 +348,7 @@ def test_what_is_done_is_kept_from_a_late_guest(work, monkeypatch, capsys):
 
     monkeypatch.setattr(write_config, write_and_visit)
     error = refused(capsys, *f'{TO_HF} out'.split())
-    assert 'out exists and is not empty' in error and 'the same command goes on' in error
+    assert 'out exists and is not empty' in error and 'the same command resumes' in error
     assert open('out/mine').read() == 'mine'
     os.unlink('out/mine')
     monkeypatch.setattr('megatron.gpt_oss.checkpoint.export_hf.write_weights', None)

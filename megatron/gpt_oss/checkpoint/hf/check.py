@@ -35,13 +35,13 @@ def check_tensors(reader: HFReader, preset: Preset) -> None:
         entry = reader.entry(name)
         if entry.shape != shape:
             raise CheckpointError(
-                f"{reader.stored_in(name)}: '{name}' has shape {entry.shape}, expected {shape} by "
-                "config.json of the same folder. The two belong to different models."
+                f"{reader.stored_in(name)}: '{name}' has shape {entry.shape}, expected {shape} from "
+                "config.json of the same directory. The two belong to different models."
             )
         if entry.dtype not in dtypes:
             raise CheckpointError(
                 f"{reader.stored_in(name)}: '{name}' has dtype {entry.dtype}, expected "
-                f"{' or '.join(dtypes)}. Only BF16, F32 and MXFP4 checkpoints are read."
+                f"{' or '.join(dtypes)}. Only BF16, F32 and MXFP4 checkpoints are supported."
             )
     promised = sorted(
         reader.stored_names() - {n for entries in reader.files().values() for n in entries}
@@ -49,22 +49,22 @@ def check_tensors(reader: HFReader, preset: Preset) -> None:
     if promised:
         raise CheckpointError(
             f"{reader.stored_in(promised[0])} does not hold '{promised[0]}', which {INDEX_NAME} "
-            "promises. Fetch the folder again."
+            "lists. Download the checkpoint again."
         )
     for file, entries in reader.files().items():
         twice = sorted(name for name in entries if reader.file_of(name) not in (file, None))
         if twice:
             raise CheckpointError(
                 f"{reader.folder / file} holds '{twice[0]}', which {INDEX_NAME} places in "
-                f"{reader.file_of(twice[0])}. One tensor in two files: fetch the folder again."
+                f"{reader.file_of(twice[0])}. One tensor in two files: download it again."
             )
         unknown = sorted(set(entries) - set(expected))
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise CheckpointError(
                 f"{reader.folder / file} holds '{unknown[0]}'{more}, which gpt-oss does not have; "
-                f"expected the {len(expected)} tensors of {preset.num_layers} layers. Is it of "
-                "another model, or a quantisation that is not MXFP4?"
+                f"expected the {len(expected)} tensors of {preset.num_layers} layers. Is it a "
+                "different model, or a quantization other than MXFP4?"
             )
 
 
@@ -76,14 +76,14 @@ def _check_other_files(reader: HFReader) -> None:
             continue
         what = "transformers reads it instead" if path.name == SINGLE_NAME else "nothing reads it"
         raise CheckpointError(
-            f"{path} is not named in {INDEX_NAME} or stands next to {SINGLE_NAME}: {what}. Move it "
-            "out of the folder, or fetch the folder again."
+            f"{path} is not listed in {INDEX_NAME} or is next to {SINGLE_NAME}: {what}. Move it "
+            "out of the directory, or download the checkpoint again."
         )
     adapter = reader.folder / "adapter_config.json"
     if adapter.exists():
         raise CheckpointError(
-            f"{adapter}: the folder holds an adapter, which is not read. Merge it into the weights "
-            "(peft: merge_and_unload) and save the model."
+            f"{adapter}: the directory holds an adapter, which is not supported. Merge it into "
+            "the weights (peft: merge_and_unload) and save the model."
         )
 
 
@@ -95,14 +95,14 @@ def _check_quantization(reader: HFReader, preset: Preset) -> None:
     held = [name for name in matrices if reader.is_mxfp4(name)]
     if held and said is None:
         raise CheckpointError(
-            f"{reader.stored_in(held[0])} holds '{held[0]}' in MXFP4, and {CONFIG_NAME} of the "
-            "folder has no quantization_config, without which transformers does not read it. Fetch "
+            f"{reader.stored_in(held[0])} holds '{held[0]}' in MXFP4, but {CONFIG_NAME} has "
+            "no quantization_config, which transformers needs to read it. Download "
             f"{CONFIG_NAME} again."
         )
     if said is not None and not held:
         raise CheckpointError(
-            f"{reader.folder / CONFIG_NAME} has quantization_config = {brief(said)}, and the files hold "
-            "no MXFP4; remove the field."
+            f"{reader.folder / CONFIG_NAME} has quantization_config = {brief(said)}, but the files "
+            "hold no MXFP4; remove the field."
         )
 
 
@@ -115,8 +115,8 @@ def _expected_tensors(reader: HFReader, preset: Preset) -> dict[str, tuple]:
             experts, fan_in, fan_out = shape
             if fan_in % BLOCK:
                 raise CheckpointError(
-                    f"{reader.folder} has '{name}' in MXFP4, whose blocks are of {BLOCK}, and "
-                    f"config.json says {fan_in} inputs. The two belong to different models."
+                    f"{reader.folder} has '{name}' in MXFP4, whose block size is {BLOCK}, but "
+                    f"config.json has {fan_in} inputs. The two belong to different models."
                 )
             groups = (experts, fan_out, fan_in // BLOCK)
             expected[name + MXFP4_SUFFIXES[0]] = (("U8",), (*groups, BLOCK // 2))

@@ -21,13 +21,13 @@ def read_hf_config(folder: Path) -> dict:
     folder = Path(folder)
     path = folder / CONFIG_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"No folder {folder}. Give the folder of a Hugging Face checkpoint.")
+        raise CheckpointError(f"No directory {folder}. Give a Hugging Face checkpoint directory.")
     if not path.is_file():
         raise CheckpointError(
             f"{folder} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its download "
-            "is not complete."
+            "is incomplete."
         )
-    config = read_json(path, dict, CheckpointError, "Fetch it again.")
+    config = read_json(path, dict, CheckpointError, "Download it again.")
     check_hf_config(config, path)
     return config
 
@@ -41,8 +41,8 @@ def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
     model_type = config.get("model_type")
     if model_type != "gpt_oss":
         raise CheckpointError(
-            f"{path} describes a model of type '{str(model_type)[:60]}', not 'gpt_oss'. Give the folder of a "
-            "gpt-oss checkpoint, e.g. openai/gpt-oss-20b."
+            f"{path} describes a model of type '{str(model_type)[:60]}', not 'gpt_oss'. "
+            "Give the directory of a gpt-oss checkpoint, e.g. openai/gpt-oss-20b."
         )
     read_fields(config, str(path))
 

@@ -78,7 +78,7 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: a value is not finite, or the last dimension is no multiple of 32.
     """
     if values.shape[-1] % BLOCK:
-        raise ValueError(f"last dimension {values.shape[-1]} is no multiple of {BLOCK}")
+        raise ValueError(f"last dimension {values.shape[-1]} is not a multiple of {BLOCK}")
     if values.dtype == torch.bfloat16 and values.device.type == "cpu":
         return _quantize_bits(values)
     return _quantize_floats(values)

@@ -24,20 +24,22 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it is no such file, or names a file that is not in its folder.
     """
-    hint = "Fetch it again."
+    hint = "Download it again."
     weight_map = read_json(index, dict, CheckpointError, hint).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} has weight_map = {brief(weight_map)}, no object. {hint}")
+        raise CheckpointError(
+            f"{index} has weight_map = {brief(weight_map)}, not an object. {hint}"
+        )
     for name, file in weight_map.items():
         # A name alone: 'a/b' and '..' would leave the folder, NUL no system takes.
         if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(
-                f"{index} places {brief(name)} in {brief(file)}, which is no name of a file in "
-                f"the folder. {hint}"
+                f"{index} places {brief(name)} in {brief(file)}, which is not the name of a file in "
+                f"the directory. {hint}"
             )
         if not file.endswith(".safetensors") or not file.isprintable():
             raise CheckpointError(
-                f"{index} places {brief(name)} in {brief(file)}, which is no *.safetensors. {hint}"
+                f"{index} places {brief(name)} in {brief(file)}, not a *.safetensors. {hint}"
             )
     return weight_map
 
@@ -146,7 +148,7 @@ class HFReader:
         if name not in entries:
             raise CheckpointError(
                 f"{self.folder / self._file_of[name]} does not hold '{name}', which its index "
-                f"promises; it holds {len(entries)} other tensors. Fetch the file again."
+                f"lists; it holds {len(entries)} other tensors. Download the file again."
             )
         return entries[name]
 
@@ -200,7 +202,7 @@ class HFReader:
         raise CheckpointError(
             f"{self.folder / self._file_of[stored]}: '{stored}' has {scale} at {place}"
             + (" (NaN)" if scale == NAN_SCALE else ", and its block overflows")
-            + f"; expected {NAN_SCALE - 3} at most. The file is damaged; fetch it again."
+            + f"; expected {NAN_SCALE - 3} at most. The file is damaged; download it again."
         )
 
     @staticmethod
@@ -214,7 +216,7 @@ class HFReader:
                     self._open_files[filename] = SafetensorsFile(self.folder / filename)
                 except FileNotFoundError as error:
                     raise CheckpointError(
-                        f"{self.folder} lacks {filename}, which its index names. Is the download "
+                        f"{self.folder} lacks {filename}, which its index lists. Is the download "
                         "complete?"
                     ) from error
             return self._open_files[filename]

@@ -119,7 +119,7 @@ class SafetensorsFile:
         shape = [stop - start for start, stop in box]
         if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{self.path}: '{name}' has dtype {entry.dtype}, which is not read."
+                f"{self.path}: '{name}' has dtype {entry.dtype}, which is not supported."
             )
         dtype = DTYPES[entry.dtype]
         if is_one_run(box, entry.shape):
@@ -149,12 +149,12 @@ class SafetensorsFile:
             raise self._damaged(size, f"its header cannot be read: {error}") from error
         expected = max((entry.stop for entry in entries.values()), default=8 + length)
         if size < expected:
-            raise self._damaged(size, f"expected {expected} bytes by its header")
+            raise self._damaged(size, f"expected {expected} bytes from its header")
         return entries
 
     def _damaged(self, size: int, why: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path} ({size} bytes) is damaged or cut short ({why}). Fetch the file again."
+            f"{self.path} ({size} bytes) is damaged or truncated ({why}). Download the file again."
         )
 
 
@@ -168,7 +168,7 @@ def _entries(header: Any, data_at: int) -> dict[str, Entry]:
         ValueError: names the tensor and the field that is wrong.
     """
     if not isinstance(header, dict):
-        raise ValueError(f"it is no JSON object but {brief(header)}")
+        raise ValueError(f"it is not a JSON object but {brief(header)}")
     entries = {}
     for name, fields in header.items():
         if name != "__metadata__":
@@ -192,10 +192,12 @@ def _entry(name: str, fields: Any, data_at: int) -> Entry:
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
         raise ValueError(f"{name} has shape = {brief(shape)}, not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-        raise ValueError(f"{name} has data_offsets = {brief(offsets)}, not two numbers of bytes")
+        raise ValueError(f"{name} has data_offsets = {brief(offsets)}, not two byte offsets")
     start, stop = offsets
     if stop < start:
-        raise ValueError(f"{name} has data_offsets = {brief(offsets)}, of which the second is less")
+        raise ValueError(
+            f"{name} has data_offsets = {brief(offsets)}, of which the second is smaller"
+        )
     item = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES[dtype]
     if item is not None and stop - start != math.prod(shape) * item:
         raise ValueError(

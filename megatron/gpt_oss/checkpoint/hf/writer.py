@@ -151,7 +151,7 @@ def _stored_as(name: str, shape: tuple, dtype: str) -> list[tuple[str, torch.dty
     experts, fan_in, fan_out = shape
     if fan_in % BLOCK:
         raise UsageError(
-            f"--dtype {MXFP4}: '{name}' has {fan_in} inputs, and MXFP4 takes them in blocks of "
+            f"--dtype {MXFP4}: '{name}' has {fan_in} inputs, and MXFP4 needs multiples of "
             f"{BLOCK}. Give --dtype bf16."
         )
     groups = (experts, fan_out, fan_in // BLOCK)

@@ -50,8 +50,8 @@ def read_run(fd: int, path: Path, offset: int, out: torch.Tensor) -> None:
         count = os.preadv(fd, [memory[:LARGEST_CALL]], offset)
         if not count:
             raise CheckpointError(
-                f"{path} ends at byte {offset}, {len(memory)} bytes before a tensor does: it was "
-                "cut short while it was being read."
+                f"{path} ends at byte {offset}, {len(memory)} bytes before the end of a tensor: it was "
+                "truncated during the read."
             )
         memory, offset = memory[count:], offset + count
     if ask:

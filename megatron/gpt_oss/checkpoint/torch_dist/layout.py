@@ -79,7 +79,7 @@ def check_layout(layout: Layout, preset: Preset) -> None:
     """
     stages = layout.pp * layout.vpp
     for flag, value, what, total in (
-        ("--tp", layout.tp, "groups of keys and values", preset.num_query_groups),
+        ("--tp", layout.tp, "query groups", preset.num_query_groups),
         ("--pp", layout.pp, "layers", preset.num_layers),
         ("--pp times --vpp", stages, "layers", preset.num_layers),
         ("--ep", layout.ep, "experts", preset.num_experts),

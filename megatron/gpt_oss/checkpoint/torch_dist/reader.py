@@ -49,19 +49,21 @@ def find_iteration(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"No folder {folder}. Give a --save folder or one of its iter_*.")
+        raise CheckpointError(
+            f"No directory {folder}. Give a --save directory or one of its iter_*."
+        )
     tracker = folder / TRACKER_NAME
     if tracker.is_file():
         folder = folder / _named_by(tracker)
     if not (folder / ".metadata").is_file():
         raise CheckpointError(
-            f"{folder} is no whole torch_dist checkpoint: it has no .metadata. Give a --save "
-            "folder (--ckpt-format torch_dist) or one of its iter_*."
+            f"{folder} is not a complete torch_dist checkpoint: it has no .metadata. Give a "
+            "--save directory (--ckpt-format torch_dist) or one of its iter_*."
         )
     from megatron.training.checkpoint_integrity import find_problem
 
     if problem := find_problem(str(folder)):
-        raise CheckpointError(f"{problem} Give another iteration's folder, or a whole copy.")
+        raise CheckpointError(f"{problem} Give another iteration, or a complete copy.")
     return folder
 
 
@@ -77,7 +79,7 @@ def _named_by(tracker: Path) -> str:
     if not re.fullmatch(rb"[0-9]{1,18}", word):
         raise CheckpointError(
             f"{tracker} holds {brief(word)}; expected the number of an iteration, or 'release'. "
-            "Write it there, or give one of the folder's iter_*."
+            "Write it there, or give one of the iter_* directories."
         )
     return f"iter_{int(word):07d}"
 
@@ -127,8 +129,8 @@ class TorchDistReader:
                 raise CheckpointError(f"{self.folder / name}: {error.strerror}.") from error
             if held < size:
                 raise CheckpointError(
-                    f"{self.folder / name} has {held} bytes, expected {size} by .metadata. The "
-                    "checkpoint is damaged or cut short; use an older iteration."
+                    f"{self.folder / name} has {held} bytes, expected {size} from .metadata. The "
+                    "checkpoint is damaged or truncated; use an older iteration."
                 )
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -189,8 +191,8 @@ class TorchDistReader:
             if isinstance(cause, RestrictedPickleError):
                 raise CheckpointError(str(cause)) from error
             raise CheckpointError(
-                f"{self.folder}: the arguments of its run cannot be read "
-                f"({_first_line(cause)}). The checkpoint is damaged or cut short; use an older "
+                f"{self.folder}: its run arguments cannot be read "
+                f"({_first_line(cause)}). The checkpoint is damaged or truncated; use an older "
                 "iteration."
             ) from error
 
@@ -233,7 +235,7 @@ class TorchDistReader:
         except Exception as error:  # torch.load, zipfile and what a damaged file makes of a tensor
             raise CheckpointError(
                 f"{self.folder}: tensor '{key}' cannot be read ({_first_line(error)}). The "
-                "checkpoint is damaged or cut short; use an older iteration."
+                "checkpoint is damaged or truncated; use an older iteration."
             ) from error
         return planner.part
 
@@ -331,7 +333,7 @@ class _PartPlanner(DefaultLoadPlanner):
         covered, wanted = sum(item.lengths.numel() for item in self._items), math.prod(size)
         if covered != wanted:  # before memory is taken for it
             raise CheckpointError(
-                f"{folder}: tensor '{key}' holds {covered} of {wanted} elements wanted. The "
+                f"{folder}: tensor '{key}' holds {covered} of {wanted} expected elements. The "
                 "checkpoint is damaged; use an older iteration."
             )
         self.part = torch.empty(size, dtype=metadata.properties.dtype)

@@ -11,14 +11,18 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs",
         nargs="+",
-        help="files, folders or glob patterns: .jsonl, .json, .parquet, and text files, a document "
-        "each; .gz and .zst of them",
+        help="files, directories or glob patterns: .jsonl, .json, .parquet, and text files (one "
+        "document each); also compressed as .gz or .zst",
     )
-    parser.add_argument("--output", required=True, help="path of the .bin and .idx, without ending")
-    parser.add_argument("--tokenizer", help="folder with tokenizer.json; byte-level by default")
-    parser.add_argument("--end-token", help="ends a document; <|endoftext|>, else the eos_token")
-    parser.add_argument("--pattern", action="append", help="names to take from a folder, *.txt ...")
-    parser.add_argument("--exclude", action="append", default=[], help="paths to leave out, glob")
+    parser.add_argument(
+        "--output", required=True, help="path of the .bin and .idx, without extension"
+    )
+    parser.add_argument("--tokenizer", help="directory with tokenizer.json; byte-level by default")
+    parser.add_argument("--end-token", help="end-of-document token; <|endoftext|>, else eos_token")
+    parser.add_argument(
+        "--pattern", action="append", help="file names to read in a directory, *.txt ..."
+    )
+    parser.add_argument("--exclude", action="append", default=[], help="paths to skip, glob")
     parser.add_argument(
         "--json-key", default="text", help="field or column that holds the text; 'text' by default"
     )
@@ -26,29 +30,29 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad-lines",
         choices=("stop", "skip"),
         default="stop",
-        help="at a line or row that cannot be read; either names file and line",
+        help="what to do at an unreadable line or row; both report file and line",
     )
     parser.add_argument(
         "--split-at",
         metavar="LENGTHS",
-        help="8k,32k: a dataset for each range of lengths (OUTPUT.0-8k, OUTPUT.8k-32k, "
-        "OUTPUT.32k-up), which a blend can give weights of their own",
+        help="8k,32k: write one dataset per length range (OUTPUT.0-8k, OUTPUT.8k-32k, "
+        "OUTPUT.32k-up), which a blend can weight separately",
     )
     parser.add_argument(
         "--validation-share",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the documents, for example 0.005, that goes to OUTPUT.valid instead",
+        help="fraction of the documents, for example 0.005, that goes to OUTPUT.valid instead",
     )
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="processes; as many as there are cores by default",
+        help="number of processes; by default one per core",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace an earlier output of gptoss tokenize, and nothing else",
+        help="replace an earlier output of gptoss tokenize, but nothing else",
     )

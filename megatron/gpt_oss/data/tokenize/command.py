@@ -40,12 +40,12 @@ def run_tokenize(args: argparse.Namespace) -> None:
     for place, reason in told[:_MOST_SHOWN]:
         print(f"skipped {place}: {reason}", file=sys.stderr)
     if len(told) > _MOST_SHOWN:
-        print(f"... all of them: {args.output}.skipped.txt", file=sys.stderr)
+        print(f"... full list: {args.output}.skipped.txt", file=sys.stderr)
     for path, (documents, tokens) in summary.datasets.items():
         print(f"{path}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
     written = f"{args.output}.json"
     if importlib.util.find_spec("matplotlib") is not None:
         written += f", {plot_histogram(summary.histogram, f'{args.output}.png', args.output)}"
     else:
-        print("No picture of the lengths: pip install 'megatron-core[report]'.", file=sys.stderr)
+        print("No plot of the lengths: pip install 'megatron-core[report]'.", file=sys.stderr)
     print(f"{written}: {summary}")

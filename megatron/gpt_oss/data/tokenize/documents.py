@@ -91,10 +91,10 @@ def read_records(path: Path, key: str) -> Iterator[Record]:
             else:
                 yield Record(TEXT, stream.read(), 0, os.fstat(raw.fileno()).st_size)
     except UnicodeDecodeError:
-        yield Record(BAD, "not UTF-8, and the rest is not read", 0, path.stat().st_size)
+        yield Record(BAD, "not UTF-8; the rest is skipped", 0, path.stat().st_size)
     except (EOFError, zlib.error, gzip.BadGzipFile, *_zstd_errors()) as error:
         size = path.stat().st_size
-        yield Record(BAD, f"not whole, or not {path.suffix[1:].lower()} ({error})", 0, size)
+        yield Record(BAD, f"incomplete, or not {path.suffix[1:].lower()} ({error})", 0, size)
 
 
 def format_of(path: Path) -> str:
@@ -221,14 +221,14 @@ def _array_elements(chunks: Iterator[str]) -> Iterator[tuple[int, object]]:
                 if end == len(buffer) and not last:
                     raise ValueError  # a number may go on in the next chunk
             except RecursionError:
-                yield line, BadDocument("nested too deeply, and the rest of the array is not read")
+                yield line, BadDocument("nested too deeply; the rest of the array is skipped")
                 return
             except ValueError:
                 if last:
                     yield line, BadDocument(
                         "the array ends here, without a ']'"
                         if position == len(buffer)
-                        else "not JSON, and the rest of the array cannot be read"
+                        else "not JSON; the rest of the array cannot be read"
                     )
                     return
                 wanted = 2 * (len(buffer) - position)
@@ -262,8 +262,8 @@ def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if key not in file.schema_arrow.names:
                 raise UsageError(
-                    f"{path} has no column '{key}', but {', '.join(file.schema_arrow.names)}. "
-                    "Name it with --json-key."
+                    f"{path} has no column '{key}'; it has {', '.join(file.schema_arrow.names)}. "
+                    "Choose one with --json-key."
                 )
             number, rows = 0, max(1, file.metadata.num_rows)
             for batch in file.iter_batches(PARQUET_ROWS, columns=[key]):
@@ -274,7 +274,7 @@ def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
         raise
     except Exception as error:  # pyarrow has its own, and those of C++ and Python by turns
         reason = " ".join(str(error).split())[:200]
-        yield Record(BAD, f"not a whole parquet file ({reason})", 0, size)
+        yield Record(BAD, f"not a complete parquet file ({reason})", 0, size)
 
 
 def _column_values(column) -> Iterator[tuple[str, object]]:
@@ -321,7 +321,7 @@ class _ZstdFrames(io.RawIOBase):
             self._packed = self._packed or self._raw.read(CHUNK_BYTES)
             if not self._packed:
                 if self._frame is not None:
-                    raise EOFError("the file ends within a frame")
+                    raise EOFError("the file ends inside a frame")
                 return 0
             self._frame = self._frame or self._new_frame()
             self._content = self._frame.decompress(self._packed)

@@ -148,10 +148,10 @@ def tokenize_files(
     """
     prefix = check_prefix(output_prefix)
     if workers < 1:
-        raise UsageError(f"--workers {workers}: at least one process is needed.")
+        raise UsageError(f"--workers {workers}: give 1 or more.")
     if not 0 <= validation_share < 1:
         raise UsageError(
-            f"--validation-share {validation_share} is not from 0 to below 1, such as 0.005."
+            f"--validation-share {validation_share} is invalid: give 0 or more and below 1, such as 0.005."
         )
     buckets = bucket_names(split_at) or [""]
     names = buckets + ([VALIDATION] if validation_share else [])
@@ -305,7 +305,7 @@ class _Run:
         """Stop at a record that could not be read, or leave it out."""
         place = place_of(path, number)
         if self._bad == STOP and not (number == 0 and is_whole_text(path)):
-            raise UsageError(f"{place}: {reason}. Or leave out such lines: --bad-lines {SKIP}.")
+            raise UsageError(f"{place}: {reason}. To skip such lines give --bad-lines {SKIP}.")
         self._skip(place, reason)
 
     def _write(self, encoded: Encoded) -> None:
@@ -352,9 +352,7 @@ def _publish(
     everything = numpy.concatenate(list(lengths.values()))
     if not len(everything):
         first = state["skipped"][0]
-        raise _NothingFound(
-            f"None of the files found holds a document, e.g. {first[0]}: {first[1]}."
-        )
+        raise _NothingFound(f"The input files contain no document, e.g. {first[0]}: {first[1]}.")
     published, outputs = output.publish()
     summary = Summary(
         files=state["files"],
@@ -414,7 +412,7 @@ def _record(
 
 def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
     """The error as a user sees it."""
-    kept = f" What is done stays in {output.folder}: the same command goes on from there."
+    kept = f" Finished work is kept in {output.folder}: the same command resumes from there."
     sentence = as_os_sentence(error, output.folder.parent)
     if sentence is not None:
         return UsageError(sentence + (kept if output.saved else ""))

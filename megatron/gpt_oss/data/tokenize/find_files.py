@@ -35,7 +35,7 @@ def find_files(
             hint = ""
         matches = [p for p in matches if not any(fnmatch.fnmatch(str(p), n) for n in exclude)]
         if not matches:
-            raise UsageError(f"{item}: no file{hint}. Give files, folders or glob patterns.")
+            raise UsageError(f"{item}: no file{hint}. Give files, directories or glob patterns.")
         found.update(matches)
     return sorted(found)
 

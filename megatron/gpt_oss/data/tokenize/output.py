@@ -197,10 +197,10 @@ class PartialOutput:
     def _check_mine(self) -> None:
         """Refuse a directory that is a link, or holds what no unfinished dataset has."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            what = "a link" if self.folder.is_symlink() else "a file"
+            what = "a symbolic link" if self.folder.is_symlink() else "a file"
             raise UsageError(
-                f"{self.folder} is {what}, and a directory of that name is where the unfinished "
-                "dataset goes. Move it away, or give another --output."
+                f"{self.folder} is {what}, but the unfinished dataset needs a directory of that "
+                "name. Move it away, or give another --output."
             )
         if not self.folder.exists():
             return
@@ -211,7 +211,7 @@ class PartialOutput:
             if not known or is_link or not _MINE.fullmatch(name):
                 raise UsageError(
                     f"{self.folder / name} is not a file of an unfinished dataset, and {self.folder} "
-                    "is where one goes. Move it away, or give another --output."
+                    "is reserved for one. Move it away, or give another --output."
                 )
 
     def _open(self, sizes: dict[str, int]) -> None:
@@ -223,7 +223,7 @@ class PartialOutput:
             if file.tell() < sizes.get(name, 0):
                 raise UsageError(
                     f"{self.folder / name} is shorter than when it was saved. Remove "
-                    f"{self.folder}, or give --overwrite, and begin anew."
+                    f"{self.folder}, or give --overwrite, to start over."
                 )
             file.truncate(sizes.get(name, 0))
             if name.endswith(".bin"):
@@ -236,7 +236,7 @@ class PartialOutput:
         path = self.folder / _JOURNAL
         if not path.exists():
             return None
-        remedy = f"Remove {self.folder}, or give --overwrite, and begin anew."
+        remedy = f"Remove {self.folder}, or give --overwrite, to start over."
         try:
             journal = read_json(path, hint=remedy)
             _check_journal(journal, f"{path} {{}}. {remedy}")
@@ -250,8 +250,8 @@ class PartialOutput:
             return None
         if differ:
             raise UsageError(
-                f"{self.folder} is an unfinished dataset with other {', '.join(differ)}. Finish it "
-                "with the arguments and files that it was begun with, or give --overwrite."
+                f"{self.folder} is an unfinished dataset with different {', '.join(differ)}. Finish it "
+                "with its original arguments and files, or give --overwrite."
             )
         return journal
 

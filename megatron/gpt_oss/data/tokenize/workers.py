@@ -46,7 +46,7 @@ def process_map(
             yield item, future.result()
     except BrokenProcessPool as error:
         raise UsageError(
-            f"One of {processes} processes was killed, most likely for want of memory. Give fewer "
+            f"One of {processes} processes was killed, most likely out of memory. Give fewer "
             "with --workers."
         ) from error
     finally:

@@ -159,7 +159,7 @@ def test_missing_files(tmp_path, tiny_hf):
         (('--data-path', tmp_path / 'split'), ('split by length', '--data-blend')),
         (('--data-blend', tmp_path / 'no.yaml'), ('--data-blend', 'no.yaml')),
         (('--valid-data-path', tmp_path / 'half'), ('--valid-data-path', 'half.idx')),
-        (('--data-path', f'{present}.bin'), ('without its ending', str(present))),
+        (('--data-path', f'{present}.bin'), ('without its extension', str(present))),
         (('--tokenizer-model', tmp_path / 'no'), ('--tokenizer-model', 'tokenizer.json')),
         (('--load-hf', tmp_path / 'no'), ('no',)),
         (('--load-hf', tmp_path), ('config.json',)),

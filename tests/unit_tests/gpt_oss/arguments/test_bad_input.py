@@ -106,7 +106,7 @@ def _unreadable_tokenizer(folder):
 
 CASES = {
     _missing_shard: ['1 of 2 files of its index', f'missing: {SECOND}'],
-    _truncated: [f'/{SECOND} (', 'bytes) is damaged or cut short (expected ', 'by its header'],
+    _truncated: [f'/{SECOND} (', 'bytes) is damaged or truncated (expected ', 'from its header'],
     _wrong_dtype: [f"'{ROUTER}' has dtype F16, expected BF16 or F32", '.safetensors'],
     _blocks_of_another_dtype: [f"'{EXPERTS}down_proj_blocks' has dtype I16, expected U8", FIRST],
     _wrong_shape: [f"'{ROUTER}' has shape (8, 127), expected (8, 128)", '.safetensors'],
@@ -122,7 +122,7 @@ CASES = {
         f"{FIRST}: '{EXPERTS}gate_up_proj_scales' has 255 at [3, 5, 1] (NaN); expected 252 at most"
     ],
     _overflow: [f"'{EXPERTS}down_proj_scales' has 254 at [0, 0, 0], and its block overflows"],
-    _not_in_its_file: [f"does not hold '{ROUTER}', which its index promises"],
+    _not_in_its_file: [f"does not hold '{ROUTER}', which its index lists"],
     _another_model: ["config.json describes a model of type 'qwen3_moe', not 'gpt_oss'"],
     _other_sizes: ["has no tensor 'model.layers.4.input_layernorm.weight'", 'in 4 other layers'],
     _damaged_tokenizer: ['/tokenizer.json is not a tokenizer', 'EOF while parsing'],

@@ -262,7 +262,7 @@ def test_mxfp4_of_trained_weights_is_the_nearest(tmp_path):
 
 
 def test_mxfp4_refuses(one_rank, hf, saved, tmp_path):
-    with pytest.raises(UsageError, match='80 inputs, and MXFP4 takes them in blocks of 32'):
+    with pytest.raises(UsageError, match='80 inputs, and MXFP4 needs multiples of 32'):
         export_hf(saved, tmp_path / 'out', like=hf, dtype='mxfp4')
     tensors = trained_tensors(TINY)
     tensors['model.layers.1.mlp.experts.down_proj'][2, 5, 7] = torch.inf
@@ -303,7 +303,7 @@ def test_no_room(hf, saved, tmp_path, monkeypatch):
 
 
 def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match='No folder'):
+    with pytest.raises(CheckpointError, match='No directory'):
         export_hf(tmp_path / 'no', tmp_path / 'out')
     with pytest.raises(CheckpointError, match='no .metadata'):
         export_hf(tmp_path, tmp_path / 'out')

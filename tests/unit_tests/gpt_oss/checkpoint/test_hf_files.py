@@ -123,7 +123,7 @@ def test_truncated_file(folder, tmp_path):
     size = path.stat().st_size
     with open(path, 'r+b') as file:
         file.truncate(size - 1000)
-    with pytest.raises(CheckpointError, match=rf'{size - 1000} bytes.*cut short'):
+    with pytest.raises(CheckpointError, match=rf'{size - 1000} bytes.*truncated'):
         HFReader(copy).check_files()
 
 
@@ -168,7 +168,7 @@ def test_config_of_another_model(change, words):
 
 
 def test_config_file_missing_or_broken(folder, tmp_path):
-    with pytest.raises(CheckpointError, match='No folder'):
+    with pytest.raises(CheckpointError, match='No directory'):
         read_hf_config(tmp_path / 'no')
     copy = _copy(folder, tmp_path)
     (copy / 'config.json').write_text('{"model_type"')

@@ -317,7 +317,7 @@ def test_a_killed_conversion_goes_on(hf, tmp_path):
     # Nothing that --load might take for a checkpoint: no tracker, no manifest, no metadata.
     partial = tmp_path / '.out.partial'
     assert not list(partial.rglob('.metadata')) and not list(partial.rglob('manifest.json'))
-    with pytest.raises(CheckpointError, match='no whole torch_dist checkpoint'):
+    with pytest.raises(CheckpointError, match='not a complete torch_dist checkpoint'):
         find_iteration(partial)
     with pytest.raises(UsageError, match='unfinished conversion with another layout'):
         convert_to_megatron(hf, out, Layout(tp=2))
@@ -346,7 +346,7 @@ def test_command(hf, tmp_path, capsys):
     cli.main([str(word) for word in words])
     printed = capsys.readouterr().out
     bytes_total = sum(tensor.numel() for tensor in trained_tensors(PRESET).values()) * 2
-    assert f'writes {bytes_total / 1e9:.2f} GB' in printed and 'GB are free there' in printed
+    assert f'needs {bytes_total / 1e9:.2f} GB' in printed and 'GB are free' in printed
     assert f'{tmp_path}/m: written' in printed
     assert (tmp_path / 'm' / 'latest_checkpointed_iteration.txt').read_text() == 'release'
 
@@ -354,7 +354,7 @@ def test_command(hf, tmp_path, capsys):
 @pytest.mark.parametrize(
     'layout, words',
     [
-        (Layout(tp=4), "--tp 4 does not divide the model's 2 groups of keys and values"),
+        (Layout(tp=4), "--tp 4 does not divide the model's 2 query groups"),
         (Layout(pp=3), "--pp 3 does not divide the model's 4 layers"),
         (Layout(pp=2, vpp=4), "--pp times --vpp 8 does not divide the model's 4 layers"),
         (Layout(ep=3), "--ep 3 does not divide the model's 8 experts"),
@@ -390,7 +390,7 @@ def test_no_room_on_the_way(hf, tmp_path, monkeypatch):
         return read(self, part)
 
     monkeypatch.setattr(Job, 'read', read_until_full)
-    with pytest.raises(UsageError, match=r'No space left.*make room and run the same again'):
+    with pytest.raises(UsageError, match=r'No space left.*free disk space and rerun'):
         convert_to_megatron(hf, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
     convert_to_megatron(hf, tmp_path / 'out')

@@ -121,7 +121,7 @@ def test_what_cannot_be_rounded():
         for dtype in (torch.bfloat16, torch.float32):
             with pytest.raises(ValueError, match='not finite'):
                 quantize(torch.full((1, 32), bad, dtype=dtype))
-    with pytest.raises(ValueError, match='40 is no multiple of 32'):
+    with pytest.raises(ValueError, match='40 is not a multiple of 32'):
         quantize(torch.zeros(2, 40))
 
 

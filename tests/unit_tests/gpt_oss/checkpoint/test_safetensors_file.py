@@ -78,7 +78,7 @@ def test_written_in_any_order(tensors, tmp_path):
 @pytest.mark.parametrize(
     'damage, words',
     [
-        (lambda data: data[:-1], 'expected {size} bytes by its header'),
+        (lambda data: data[:-1], 'expected {size} bytes from its header'),
         (lambda data: data[:20], 'its header should have'),
         (lambda data: b'', 'its header should have 0 bytes'),
         (lambda data: data[:8] + b'X' + data[9:], 'its header cannot be read'),
@@ -97,7 +97,7 @@ def test_damaged(tensors, tmp_path, damage, words):
     with pytest.raises(CheckpointError) as error:
         SafetensorsFile(tmp_path / 'x')
     found = len(damage(data))
-    assert f'{tmp_path}/x ({found} bytes) is damaged or cut short' in str(error.value)
+    assert f'{tmp_path}/x ({found} bytes) is damaged or truncated' in str(error.value)
     assert words.format(size=len(data)) in str(error.value)
 
 
@@ -106,5 +106,5 @@ def test_cut_short_while_read(tensors, tmp_path):
     file = SafetensorsFile(tmp_path / 'x')
     with open(tmp_path / 'x', 'r+b') as other:
         other.truncate(file.entries['matrix'].start + 10)
-    with pytest.raises(CheckpointError, match='410 bytes before a tensor does'):
+    with pytest.raises(CheckpointError, match='410 bytes before the end of a tensor'):
         file.read('matrix')

@@ -64,9 +64,9 @@ def test_one_value_of_one_expert(hf, tmp_path, capsys):
     assert error.value.code == 1
     printed = capsys.readouterr().out
     name = 'model.layers.1.mlp.experts.gate_up_proj'
-    assert f'2 of 54 differ. The first: {name} (layer 1) at [5, 2, 9]: ' in printed
+    assert f'2 of 54 differ. First difference: {name} (layer 1) at [5, 2, 9]: ' in printed
     value = trained_tensors(PRESET)[name][5, 2, 9].to(torch.bfloat16).item()
-    assert f'{value:.8g} in the Hugging Face folder' in printed
+    assert f'{value:.8g} in the Hugging Face checkpoint' in printed
     assert 'largest difference 2' in printed
 
 
@@ -104,7 +104,7 @@ def test_without_transformers(hf, tmp_path, capsys, monkeypatch):
         lambda name: None if name == 'transformers' else find_spec(name),
     )
     assert verify(hf, tmp_path / 'm')
-    assert "the same as Megatron with the folder's weights" in capsys.readouterr().out
+    assert "the same as Megatron with the Hugging Face weights" in capsys.readouterr().out
 
 
 def test_too_large_for_logits(hf, tmp_path, capsys, monkeypatch):

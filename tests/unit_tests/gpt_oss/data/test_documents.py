@@ -86,7 +86,7 @@ def test_lines_of_array_elements(tmp_path):
 def test_array_that_is_not_utf8(tmp_path):
     """Nothing is replaced in silence."""
     path = write(tmp_path / 'a.json', b'[{"text": "a"},\n{"text": "caf\xe9"}]')
-    assert read(path)[-1] == (0, 'bad: not UTF-8, and the rest is not read')
+    assert read(path)[-1] == (0, 'bad: not UTF-8; the rest is skipped')
     assert not any('\ufffd' in text for _, text in read(path))
 
 
@@ -120,7 +120,7 @@ def test_parquet(tmp_path):
     with pytest.raises(UsageError, match="no column 'text', but id, body. .*--json-key"):
         read(path)
     path.write_bytes(path.read_bytes()[:500])
-    assert read(path, 'body')[0][1].startswith('bad: not a whole parquet file')
+    assert read(path, 'body')[0][1].startswith('bad: not a complete parquet file')
 
 
 @pytest.mark.parametrize('name, package', [('a.parquet', 'pyarrow'), ('a.txt.zst', 'zstandard')])

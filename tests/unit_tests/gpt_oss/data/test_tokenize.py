@@ -125,7 +125,7 @@ def test_nothing_stays_of_a_failure(corpus, tokenizer, tmp_path):
         with pytest.raises(UsageError, match=f'bad.jsonl, line {line}: .*--bad-lines skip'):
             tokenize_files([corpus], out / 'data', tokenizer)
         assert os.listdir(out) == []
-    with pytest.raises(UsageError, match='None of the files .*bad.txt: not UTF-8'):
+    with pytest.raises(UsageError, match='The input files contain no document.*bad.txt: not UTF-8'):
         tokenize_files([corpus / 'bad.txt'], out / 'data', tokenizer)
     assert os.listdir(out) == []
 
@@ -266,7 +266,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, workers):
         places.append((state['file'], state['record']))
     assert places[0] < places[1]
     tokenizer = load_text_tokenizer(tmp_path / 'tokenizer')
-    with pytest.raises(UsageError, match='unfinished dataset with other --split-at. Finish it'):
+    with pytest.raises(UsageError, match='unfinished dataset with different --split-at. Finish it'):
         tokenize_files([tmp_path / 'corpus'], killed / 'data', tokenizer, validation_share=0.1)
     assert start(killed).wait(120) == 0
     assert sorted(os.listdir(killed)) == sorted(os.listdir(whole))

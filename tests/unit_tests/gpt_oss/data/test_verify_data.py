@@ -42,7 +42,7 @@ def test_sound(corpus, capsys):
     code, printed = verify(capsys, corpus / 'data')
     lines = printed.splitlines()
     assert code == 0 and len(lines) == 3
-    assert all('as it was written (SHA-256)' in line for line in lines)
+    assert all('unchanged (SHA-256)' in line for line in lines)
     assert verify(capsys, corpus / 'data.valid')[1] == lines[-1] + '\n'
     for path in corpus.glob('data*'):  # all of it under another name
         path.rename(corpus / path.name.replace('data', 'other'))
@@ -55,7 +55,7 @@ def test_of_others(tmp_path, capsys):
         builder.add_document(numpy.arange(length), [length] if length else [])
     builder.finalize(str(tmp_path / 'x.idx'))
     code, printed = verify(capsys, tmp_path / 'x')
-    assert code == 0 and '3 documents, 5 tokens, sound in itself' in printed
+    assert code == 0 and '3 documents, 5 tokens, consistent; no' in printed
 
 
 def _change(name, change):
@@ -77,7 +77,7 @@ def _flip(at, bit=0):
 
 PART = 'data.0-16'
 DAMAGES = {
-    'bit-of-a-token': (_change(f'{PART}.bin', _flip(0)), f'{PART}.bin has other contents'),
+    'bit-of-a-token': (_change(f'{PART}.bin', _flip(0)), f'{PART}.bin has different contents'),
     'token-too-large': (_change(f'{PART}.bin', _flip(1, 7)), 'the vocabulary has 0 to 256'),
     'bin-cut': (_change(f'{PART}.bin', lambda c: c[:-2]), 'do not belong together'),
     'bin-longer': (_change(f'{PART}.bin', lambda c: c + b'xx'), 'do not belong together'),
@@ -89,8 +89,8 @@ DAMAGES = {
     ),
     'idx-length': (_change(f'{PART}.idx', _flip(34)), 'is damaged: sequence 1 begins at byte'),
     'idx-pointer': (_change(f'{PART}.idx', _flip(-3)), 'is damaged'),
-    'idx-document': (_change(f'{PART}.idx', _flip(-16)), f'{PART}.idx has other contents'),
-    'skipped-changed': (_change('data.skipped.txt', lambda c: b'X' + c[1:]), 'other contents'),
+    'idx-document': (_change(f'{PART}.idx', _flip(-16)), f'{PART}.idx has different contents'),
+    'skipped-changed': (_change('data.skipped.txt', lambda c: b'X' + c[1:]), 'different contents'),
     'skipped-gone': (lambda f: (f / 'data.skipped.txt').unlink(), 'is missing'),
 }
 
@@ -102,14 +102,14 @@ def test_damage_is_named(case, corpus, capsys):
     code, printed = verify(capsys, corpus / 'data')
     assert code == 1 and words in printed, printed
     sound = len(printed.splitlines()) - 1
-    assert printed.count('as it was written') == sound == (2 if 'skipped' not in case else 3)
+    assert printed.count('unchanged (SHA-256)') == sound == (2 if 'skipped' not in case else 3)
 
 
 @pytest.mark.parametrize(
     'prefix, words',
     [
         ('none', 'No dataset'),
-        ('data.0-16.bin', 'Give the path without its ending'),
+        ('data.0-16.bin', 'Give the path without its extension'),
         ('data.nothing', 'No dataset'),
     ],
 )
@@ -119,7 +119,7 @@ def test_no_dataset(prefix, words, corpus, capsys):
 
 
 def test_two_corpora_of_one_record(corpus, capsys):
-    """A part that another one was copied over has the wrong hash, though it is sound in itself."""
+    """A part that another one was copied over has the wrong hash, though it is consistent; no."""
     for end in ('.bin', '.idx'):
         (corpus / f'{PART}{end}').write_bytes((corpus / f'data.valid{end}').read_bytes())
     code, printed = verify(capsys, corpus / 'data')

@@ -40,7 +40,7 @@ def test_without_a_gpu(tmp_path, capsys):
     [
         (('--seqlen', '0'), '--seqlen 0: wanted'),
         (('--preset', 'huge'), "Unknown preset 'huge'"),
-        (('--json', '/nope/x.json'), '--json /nope/x.json: no folder /nope'),
+        (('--json', '/nope/x.json'), '--json /nope/x.json: no directory /nope'),
     ],
 )
 def test_mistakes(argv, words, capsys):
