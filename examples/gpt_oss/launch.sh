@@ -21,7 +21,7 @@ fail() { echo "error: $1" >&2; exit 2; }
 recipe=$1
 shift
 [ -f "$recipe" ] || recipe=$here/recipes/${recipe%.txt}.txt
-[ -f "$recipe" ] || fail "no recipe $recipe. There are: $(cd "$here/recipes" && echo *gpus.txt)"
+[ -f "$recipe" ] || fail "no recipe $recipe. Available: $(cd "$here/recipes" && echo *gpus.txt)"
 
 nodes=${NODES:-1}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
@@ -29,11 +29,11 @@ gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 for number in "NODES=$nodes" "GPUS=$gpus"; do
     [[ $number =~ ^[A-Z]+=(0|[1-9][0-9]{0,4})$ ]] || fail "$number is not a number from 1 to 99999"
 done
-[ "$nodes" -gt 0 ] || fail "NODES=0: at least this machine is needed"
-[ "$gpus" -gt 0 ] || fail "nvidia-smi lists no GPU. GPUS=N sets the number of processes."
+[ "$nodes" -gt 0 ] || fail "NODES=0: give 1 or more"
+[ "$gpus" -gt 0 ] || fail "nvidia-smi lists no GPU. Set the number of processes with GPUS=N."
 if [[ $recipe =~ -([0-9]+)gpus\.txt$ ]] && [ "${BASH_REMATCH[1]}" != $((nodes * gpus)) ]; then
-    echo "note: $(basename "$recipe") is planned for ${BASH_REMATCH[1]} GPUs, these are" \
-        "$((nodes * gpus)); --dry-run $((nodes * gpus)) shows what they need" >&2
+    echo "note: $(basename "$recipe") is planned for ${BASH_REMATCH[1]} GPUs, this run has" \
+        "$((nodes * gpus)); --dry-run $((nodes * gpus)) shows memory and time" >&2
 fi
 
 command=(gptoss launch --nproc-per-node "$gpus")

@@ -7,7 +7,7 @@ FOREIGN_NAMES: dict[str, tuple[str | None, str]] = {
     # NeMo and Lightning
     "constant_steps": ("--lr-wsd-decay-iters", "--lr-decay-style WSD keeps the rate until then"),
     "warmup_steps": ("--lr-warmup-iters", ""),
-    "warmup_ratio": ("--lr-warmup-fraction", "of --lr-decay-iters, by default of the whole run"),
+    "warmup_ratio": ("--lr-warmup-fraction", "of --lr-decay-iters, by default of the full run"),
     "max_steps": ("--train-iters", ""),
     "max_epochs": (None, "set --train-iters or --train-samples"),
     "val_check_interval": ("--eval-interval", ""),

@@ -98,7 +98,7 @@ def _check_sizes(preset: Preset, folder: Path) -> None:
     for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
         if not 1 <= getattr(preset, name) <= most:
             raise CheckpointError(
-                f"{folder} has {name} = {getattr(preset, name)} from its tensors, expected 1 to "
+                f"{folder} has {name} = {getattr(preset, name)} (from its tensors), expected 1 to "
                 f"{most}. The checkpoint is damaged; use another one."
             )
 

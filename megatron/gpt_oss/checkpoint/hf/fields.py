@@ -83,7 +83,7 @@ def _whole(least: int, most: int) -> Check:
     def check(value: Any) -> str | None:
         if type(value) is int and least <= value <= most:
             return None
-        return f"it must be a whole number from {least} to {most}, without a decimal point"
+        return f"it must be an integer from {least} to {most}, without a decimal point"
 
     return check
 
@@ -135,7 +135,7 @@ def _token(value: Any) -> str | None:
         return None
     if type(value) is list and all(type(token) is int for token in value):
         return None
-    return "it must be a token's number"
+    return "it must be a token id"
 
 
 def _quantization(value: Any) -> str | None:
@@ -249,7 +249,7 @@ FIELDS = (
     Field(
         "pad_token_id",
         None,
-        _one_of_types(int, what="a token's number"),
+        _one_of_types(int, what="a token id"),
         "a row of the vocabulary",
         null="as absent",
         note="the embedding of this token gets no gradient in transformers",
@@ -394,7 +394,7 @@ ROPE_FIELDS = (
         lambda value: (
             None
             if is_number(value) and 1 <= value <= _MOST_POSITIONS and value == int(value)
-            else ("it must be a whole number of 1 or more")
+            else ("it must be an integer of 1 or more")
         ),
         "1 or more",
         note="absent it is max_position_embeddings, whatever initial_context_length says",

@@ -176,7 +176,7 @@ def test_launcher():
     expected = f'gptoss launch --nproc-per-node 8 {rendezvous} {tail} {recipe}'
     assert shlex.split(out) == expected.split()
     code, out, error = _run(launch, '20b-32k-16gpus.txt', DRY='1', GPUS='4')
-    assert code == 0 and 'planned for 16 GPUs, these are 4' in error
+    assert code == 0 and 'planned for 16 GPUs, this run has 4' in error
 
 
 def test_launcher_refuses():
