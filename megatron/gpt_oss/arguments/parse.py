@@ -486,5 +486,5 @@ def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float 
             raise PresetError(
                 f"--load-hf {folder} is a different model than --preset {preset.name}: it has "
                 f"{dest} = {theirs[dest]}, the preset {value}. Choose the preset (and "
-                "--preset-layers) that fits the checkpoint."
+                "--preset-layers) that matches the checkpoint."
             )

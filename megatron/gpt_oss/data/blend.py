@@ -86,7 +86,7 @@ def read_blend(file: str | Path) -> Blend:
     corpora = content.get("corpora") if isinstance(content, dict) else None
     if not isinstance(corpora, dict) or not corpora or set(content) != {"corpora"}:
         raise UsageError(
-            f"{file} must hold 'corpora:' alone and under it a name and a path for each " "corpus."
+            f"{file} must hold only the key 'corpora:', with a name and a path for each corpus."
         )
     for name, corpus in corpora.items():
         if not isinstance(name, (str, int)) or not str(name).isprintable():

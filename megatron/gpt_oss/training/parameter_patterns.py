@@ -34,7 +34,7 @@ def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
             factor = -1.0
         if not pattern or not 0 <= factor < float("inf"):
             raise UsageError(
-                f"--lr-multiplier {word}: wanted PATTERN=FACTOR with a factor of 0 or more, for "
+                f"--lr-multiplier {word}: expected PATTERN=FACTOR with a factor of 0 or more, for "
                 "example '*.router.*=0.1'."
             )
         factors[pattern] = factor

@@ -108,7 +108,7 @@ def test_validation_sets(folder):
         ('  a: {path: nowhere}', 'no file .*nowhere.idx. Create the dataset with: gptoss tokenize'),
         ('  a: {path: ja, validation: nowhere}', 'validation: no file .*nowhere.idx'),
         ('  {', 'is not YAML'),
-        ('', "must hold 'corpora:'"),
+        ('', "must hold only the key 'corpora:'"),
         ('  a: {path: ja}\nmore: 1', "and nothing else"),
     ],
 )

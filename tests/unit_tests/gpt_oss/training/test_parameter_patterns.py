@@ -63,7 +63,7 @@ def start_weights(ranks, inputs, tmp_path_factory):
 def test_words():
     assert parse_multipliers(['*.a=0.1', 'b=c=2', '*.a=3']) == {'*.a': 3.0, 'b=c': 2.0}
     for word in ('*.a', '*.a=', '=2', '*.a=-1', '*.a=nan', '*.a=inf'):
-        with pytest.raises(UsageError, match='wanted PATTERN=FACTOR with a factor of 0 or more'):
+        with pytest.raises(UsageError, match='expected PATTERN=FACTOR with a factor of 0 or more'):
             parse_multipliers([word])
 
 
@@ -177,7 +177,7 @@ def test_patterns_that_do_not_fit(make_model, changes, words):
 @pytest.mark.parametrize(
     'changes, words',
     [
-        ({'lr_multiplier': ['*.router.*=x']}, 'wanted PATTERN=FACTOR'),
+        ({'lr_multiplier': ['*.router.*=x']}, 'expected PATTERN=FACTOR'),
         (
             {'lr_multiplier': ['*=2'], 'decoupled_lr': 1e-4},
             'both set the learning rate of embedding',
