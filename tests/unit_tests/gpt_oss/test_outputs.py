@@ -145,7 +145,7 @@ FOREIGN = {
     'tokenize-partial-link': (
         _all(_write('d/keep'), _link('.x.partial', 'd')),
         f'{TOKENIZE} x',
-        '.x.partial is a link',
+        '.x.partial is a symbolic link',
     ),
     'tokenize-partial-file': (_write('.x.partial'), f'{TOKENIZE} x', '.x.partial is a file'),
     'tokenize-partial-foreign': (_write('.x.partial/a'), f'{TOKENIZE} x', '.x.partial/a is not'),
@@ -165,13 +165,13 @@ FOREIGN = {
         '.x.partial/lock is not',
     ),
     'init-foreign': (_write('x/config.json'), 'init-tiny x', 'x exists and is not empty'),
-    'init-more': (_write('hf/sub/note'), 'init-tiny hf', 'sub/note is not as gptoss init-tiny'),
-    'init-changed': (_flip('hf/model.safetensors'), 'init-tiny hf', 'model.safetensors is not as'),
-    'init-changed-config': (_flip('hf/config.json'), 'init-tiny hf', 'config.json is not as'),
+    'init-more': (_write('hf/sub/note'), 'init-tiny hf', 'sub/note was not written by gptoss init-tiny'),
+    'init-changed': (_flip('hf/model.safetensors'), 'init-tiny hf', 'model.safetensors was not written by'),
+    'init-changed-config': (_flip('hf/config.json'), 'init-tiny hf', 'config.json was not written by'),
     'init-link': (
         _all(_move('hf/config.json', 'c.json'), _link('hf/config.json', '../c.json')),
         'init-tiny hf',
-        'config.json is not as',
+        'config.json was not written by',
     ),
     'init-file': (lambda f: None, 'init-tiny text.json', 'text.json exists and is a file'),
     'init-over-export': (lambda f: None, 'init-tiny back', 'gptoss init-tiny did not create it'),
@@ -201,7 +201,7 @@ FOREIGN = {
     'to-hf-partial-link': (
         _all(_write('d/keep'), _link('.x.partial', 'd')),
         f'{TO_HF} x',
-        '.x.partial is a link',
+        '.x.partial is a symbolic link',
     ),
     'to-hf-partial-foreign': (
         _write('.x.partial/keep'),
@@ -229,7 +229,7 @@ FOREIGN = {
     'to-hf-inside-link': (
         _all(_make('x'), _write('d/keep'), _link('x/.gptoss.partial', '../d')),
         f'{TO_HF} x',
-        '.gptoss.partial is a link',
+        '.gptoss.partial is a symbolic link',
     ),
     'plot-input': (lambda f: None, 'plot run/metrics.jsonl run/metrics.jsonl', 'an input'),
     'plot-foreign': (_write('x.png'), 'plot run/metrics.jsonl x.png', 'did not create it'),

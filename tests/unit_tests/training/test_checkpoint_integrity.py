@@ -384,7 +384,7 @@ def test_release(folder):
     assert checkpoint_integrity.choose(str(folder)) == (0, True, [])
     assert checkpoint_integrity.choose(str(folder), 3) == (3, False, [])
     cut(folder / 'release' / '__0_0.distcp', 10)
-    with pytest.raises(checkpoint_integrity.CheckpointError, match='release is not a whole'):
+    with pytest.raises(checkpoint_integrity.CheckpointError, match='release is not a complete'):
         checkpoint_integrity.choose(str(folder))
 
 

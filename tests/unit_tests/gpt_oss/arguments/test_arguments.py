@@ -173,7 +173,7 @@ def test_missing_files(tmp_path, tiny_hf):
         arguments.read(['--preset', 'tiny'])
     with pytest.raises(PresetError, match='num_layers = 4, the preset 2'):
         check('--load-hf', tiny_hf, '--preset-layers', 2)
-    with pytest.raises(PresetError, match='another model than --preset 20b'):
+    with pytest.raises(PresetError, match='a different model than --preset 20b'):
         arguments.read(['--preset', '20b', '--load-hf', str(tiny_hf)])
 
 

@@ -82,5 +82,5 @@ def test_damaged(prefix, change, words):
 def test_data_cut_short(prefix):
     content = open(f'{prefix}.bin', 'rb').read()
     open(f'{prefix}.bin', 'wb').write(content[:-4])
-    with pytest.raises(UsageError, match='data.bin has 2,820 bytes, .*data.idx is of one with'):
+    with pytest.raises(UsageError, match='data.bin has 2,820 bytes, .*data.idx expects'):
         check_dataset(prefix)

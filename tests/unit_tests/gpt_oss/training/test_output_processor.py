@@ -40,8 +40,8 @@ def test_whole_model(make_model, tied):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--lm-loss-chunk-size -1", "--lm-loss-chunk-size -1: wanted a number of tokens"),
-        ("--lm-loss-chunk-size 8 --use-mup", "does not go with --use-mup"),
+        ("--lm-loss-chunk-size -1", "--lm-loss-chunk-size -1: expected tokens per chunk"),
+        ("--lm-loss-chunk-size 8 --use-mup", "cannot be used with --use-mup"),
     ],
 )
 def test_refused(flags, message):
