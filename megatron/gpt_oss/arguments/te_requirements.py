@@ -207,7 +207,7 @@ def describe(versions: Versions | None = None) -> str:
     if _older(versions.te, SOFTMAX_TYPE_TE):
         attention = f"--sink-attention te needs TransformerEngine {_shown(SOFTMAX_TYPE_TE)}"
     elif versions.cudnn is None:
-        attention = "PyTorch finds no usable GPU"
+        attention = "no GPU that PyTorch can use"
     elif _older(versions.cudnn, LEARNABLE_CUDNN):
         attention = (
             f"--sink-attention te needs cuDNN {_shown(LEARNABLE_CUDNN)}, PyTorch has "

@@ -92,11 +92,11 @@ def test_validation_sets(folder):
     [
         ('  a: {weight: 1}', 'corpus a: no path'),
         ('  a: ja', 'corpus a: no path'),
-        ('  a: {path: ja, wieght: 1}', "unknown 'wieght'. Known are path, weight"),
+        ('  a: {path: ja, wieght: 1}', "unknown key 'wieght'. Known keys: path, weight"),
         ('  a: {path: ja, weight: -1}', 'weight is -1. Give a number'),
         ('  a: {path: ja, weight: yes}', 'weight is True'),
         ('  a: {path: ja, upsample: {20-up: x}}', "upsample 20-up is 'x'"),
-        ('  a: {path: ja, upsample: 3}', 'upsample is 3. Write'),
+        ('  a: {path: ja, upsample: 3}', 'upsample is 3. Give'),
         ('  a: {path: ja, upsample: {32k-up: 4}}', 'names 32k-up, and .*ja has 0-10, 10-20, 20-up'),
         ('  a: {path: code, upsample: {32k-up: 4}}', 'code has no length buckets. Split it'),
         (
