@@ -110,7 +110,7 @@ def test_bombs_and_altered_classes(saved):
         ),
         (lambda m: [setattr(p, 'offset', -1) for p in m.storage_data.values()], 'offset -1'),
         (lambda m: [setattr(p, 'length', 2.0) for p in m.storage_data.values()], 'length 2.0'),
-        (lambda m: setattr(m, 'state_dict_metadata', []), 'no metadata'),
+        (lambda m: setattr(m, 'state_dict_metadata', []), 'no checkpoint metadata'),
         (lambda m: setattr(m.state_dict_metadata['weight'], 'size', (2, -3)), 'size = (2, -3)'),
         (lambda m: setattr(m.state_dict_metadata['weight'], 'size', (1, 3)), 'a chunk of sizes'),
         (lambda m: setattr(m.state_dict_metadata['weight'], 'chunks', None), 'no list of chunks'),
