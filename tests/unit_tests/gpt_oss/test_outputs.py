@@ -116,7 +116,11 @@ TO_HF = 'convert to-hf --load m --out'
 JOURNAL = '{"task": {}}\n'
 FOREIGN = {
     # name: (what is there, command, words of the sentence)
-    'corpus-is-summary': (lambda f: None, 'tokenize text.json --output text', 'is an input and would be'),
+    'corpus-is-summary': (
+        lambda f: None,
+        'tokenize text.json --output text',
+        'is an input and would be',
+    ),
     'input-by-link': (_link('x.json', 'text.json'), 'tokenize x.json --output text', 'an input'),
     'input-by-hard-link': (
         lambda f: os.link('text.json', 'x.json'),
@@ -165,9 +169,21 @@ FOREIGN = {
         '.x.partial/lock is not',
     ),
     'init-foreign': (_write('x/config.json'), 'init-tiny x', 'x exists and is not empty'),
-    'init-more': (_write('hf/sub/note'), 'init-tiny hf', 'sub/note was not written by gptoss init-tiny'),
-    'init-changed': (_flip('hf/model.safetensors'), 'init-tiny hf', 'model.safetensors was not written by'),
-    'init-changed-config': (_flip('hf/config.json'), 'init-tiny hf', 'config.json was not written by'),
+    'init-more': (
+        _write('hf/sub/note'),
+        'init-tiny hf',
+        'sub/note was not written by gptoss init-tiny',
+    ),
+    'init-changed': (
+        _flip('hf/model.safetensors'),
+        'init-tiny hf',
+        'model.safetensors was not written by',
+    ),
+    'init-changed-config': (
+        _flip('hf/config.json'),
+        'init-tiny hf',
+        'config.json was not written by',
+    ),
     'init-link': (
         _all(_move('hf/config.json', 'c.json'), _link('hf/config.json', '../c.json')),
         'init-tiny hf',
@@ -195,8 +211,16 @@ FOREIGN = {
     ),
     'to-hf-like': (lambda f: None, f'{TO_HF} back --like back --overwrite', 'an input'),
     'to-hf-without-flag': (lambda f: None, f'{TO_HF} back', 'or give --overwrite'),
-    'to-hf-foreign': (_write('back/notes.txt'), f'{TO_HF} back --overwrite', 'notes.txt was not written by'),
-    'to-hf-changed': (_flip('back/model.safetensors'), f'{TO_HF} back --overwrite', 'changed since'),
+    'to-hf-foreign': (
+        _write('back/notes.txt'),
+        f'{TO_HF} back --overwrite',
+        'notes.txt was not written by',
+    ),
+    'to-hf-changed': (
+        _flip('back/model.safetensors'),
+        f'{TO_HF} back --overwrite',
+        'changed since',
+    ),
     'to-hf-other-model': (lambda f: None, f'{TO_HF} hf --overwrite', 'did not create it'),
     'to-hf-partial-link': (
         _all(_write('d/keep'), _link('.x.partial', 'd')),

@@ -246,7 +246,9 @@ def test_sigkill_in_the_first_save_starts_anew(ranks, saved, folder):
     (folder / 'iter_0000001' / 'manifest.json').write_text('{"state": "writing"}')
     choice = checkpoint_integrity.choose(str(folder))
     assert choice.iteration == -1
-    assert 'iter_0000001 is not a complete checkpoint: the save did not finish' in choice.messages[0]
+    assert (
+        'iter_0000001 is not a complete checkpoint: the save did not finish' in choice.messages[0]
+    )
     assert 'starting from step 0' in choice.messages[1]
 
 

@@ -222,5 +222,8 @@ def test_let_through(ranks, inputs, tmp_path):
     assert not (tmp_path / 'run').exists()
     argv += ['--allow-untested-flags']
     (printed,) = ranks.run(runs.main_in_rank, argv, world_size=1, init_process_group=False)
-    assert 'Allowed although not tested here: --moe-per-layer-logging, --img-h 3 (docs/flags.md)' in printed
+    assert (
+        'Allowed although not tested here: --moe-per-layer-logging, --img-h 3 (docs/flags.md)'
+        in printed
+    )
     assert len(runs.steps(read_metrics(tmp_path / 'run' / 'metrics.jsonl'))) == 2

@@ -83,7 +83,9 @@ def test_damaged_shard_is_refused(hf, saved, tmp_path):
         changed = bytearray(data)
         changed[place] ^= 64
         shard.write_bytes(changed)
-        with pytest.raises(CheckpointError, match=f'bytes 0 to .* of {shard.name} differ from what'):
+        with pytest.raises(
+            CheckpointError, match=f'bytes 0 to .* of {shard.name} differ from what'
+        ):
             export_hf(copy, tmp_path / 'out', like=hf)
     shard.write_bytes(data)
     export_hf(copy, tmp_path / 'out', like=hf)

@@ -60,7 +60,10 @@ def _at(offset, form, value):
     [
         (_cut, 'data.idx has 113 bytes; with 4 sequences it must have 122'),
         (lambda content: b'', 'data.idx is empty: not a Megatron index'),
-        (lambda content: b'<html>' + content, 'data.idx begins with .*html.*: not a Megatron index'),
+        (
+            lambda content: b'<html>' + content,
+            'data.idx begins with .*html.*: not a Megatron index',
+        ),
         (lambda content: content[:20], 'data.idx ends after 20 bytes, within its header'),
         (lambda content: content + b'xx', 'data.idx has 124 bytes'),
         (_at(9, '<Q', 2), 'version 2 and type 4'),

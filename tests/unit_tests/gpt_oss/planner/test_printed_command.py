@@ -129,7 +129,10 @@ def test_host_memory():
     flags = '--preset 20b --gpus 1 --gpu-memory 141'
     out, error = plan(flags)
     assert not error and '0 of 8 layouts fit, 4 more if a machine has enough CPU memory' in out
-    assert 'takes 335 GB of CPU memory on each machine' in out and 'not checked: give --host-memory' in out
+    assert (
+        'takes 335 GB of CPU memory on each machine' in out
+        and 'not checked: give --host-memory' in out
+    )
     assert 'CPU?' in out and ' yes ' not in out
     assert json.loads(plan(f'{flags} --json')[0])['best']['fits'] is None
     out, error = plan(f'{flags} --host-memory 512')

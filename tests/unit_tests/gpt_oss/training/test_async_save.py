@@ -105,7 +105,9 @@ def test_lines_and_metrics(ranks, inputs, tmp_path):
         if line.startswith('saved')
     ]
     assert [int(match[1]) for match in saved] == [1, 2, 3]
-    waits = 'saving the checkpoint of step 3 waits: the checkpoint of step 2 is still being written.'
+    waits = (
+        'saving the checkpoint of step 3 waits: the checkpoint of step 2 is still being written.'
+    )
     assert [line for line in lines if 'waits' in line and 'step 3' in line] == [
         f'{waits} A larger --save-interval avoids that.'
     ]

@@ -124,7 +124,9 @@ def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
     saved = checkpoint_integrity.choose(str(tmp_path / 'run' / 'checkpoints')).iteration
     assert saved >= 2
     assert 'Rank 1 lost contact with another rank' in lines[0]
-    assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_{saved:07d}' in lines[0]
+    assert (
+        f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_{saved:07d}' in lines[0]
+    )
     assert 'Traceback' in (tmp_path / 'run' / 'megatron-rank1.log').read_text()
     records = runs.start(ranks, inputs, tmp_path / 'run', f'{flags} --exit-interval 1', 2)
     assert max(runs.steps(records)) == saved + 1

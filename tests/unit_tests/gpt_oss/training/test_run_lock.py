@@ -94,7 +94,10 @@ def test_killed(tmp_path, holder, words):
     lines = []
     with RunLock(tmp_path, lines.append):
         assert kept(tmp_path)['pid'] == os.getpid()
-    assert len(lines) == 1 and f'ended without releasing its lock: process {process.pid} on' in lines[0]
+    assert (
+        len(lines) == 1
+        and f'ended without releasing its lock: process {process.pid} on' in lines[0]
+    )
 
 
 def test_killed_while_it_is_waited_for(tmp_path, holder):

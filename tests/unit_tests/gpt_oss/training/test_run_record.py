@@ -246,7 +246,9 @@ def test_record_of_an_older_version(ranks, inputs, run_dir):
 def test_somebody_elses_run_json(ranks, inputs, tmp_path):
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'run.json').write_text('{"mine": 1}')
-    with pytest.raises(Exception, match='run.json exists, but pretrain_gpt_oss.py did not create it'):
+    with pytest.raises(
+        Exception, match='run.json exists, but pretrain_gpt_oss.py did not create it'
+    ):
         start(ranks, inputs, tmp_path / 'run', '')
     assert (tmp_path / 'run' / 'run.json').read_text() == '{"mine": 1}'
 
