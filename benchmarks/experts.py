@@ -46,7 +46,7 @@ from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe import grouped_linear as grouped_linear_module
+from megatron.core.transformer.moe.grouped_mlp import linear as grouped_linear_module
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
 
-from megatron.core.transformer.moe import grouped_experts_triton as kernels
+from megatron.core.transformer.moe.grouped_mlp import activation_triton as kernels
 from megatron.core.transformer.moe.grouped_mlp.activation import (
     ClampedSwiGLU,
     swiglu_backward_ref,
