@@ -342,7 +342,7 @@ def test_whole_folders_of_upstream(folder):
     unseal(folder, 1, 2, 3, 4)
     assert checkpoint_integrity.choose(str(folder)) == (4, False, [])
     (folder / TRACKER).unlink()
-    with pytest.raises(checkpoint_integrity.CheckpointError, match='write 4 into .*latest_check'):
+    with pytest.raises(checkpoint_integrity.CheckpointError, match='write 4 to .*latest_check'):
         checkpoint_integrity.choose(str(folder))
 
 

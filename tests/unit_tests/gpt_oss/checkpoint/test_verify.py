@@ -80,7 +80,7 @@ def test_layer_and_token_of_the_logits(hf, tmp_path, capsys):
 
     assert not verify(hf, _altered(tmp_path, change))
     printed = capsys.readouterr().out
-    assert f'The first: model.embed_tokens.weight at [{int(ids[0, place])}, 0]' in printed
+    assert f'First difference: model.embed_tokens.weight at [{int(ids[0, place])}, 0]' in printed
     assert f'Hidden states differ first after layer 0, at token {place}.' in printed
     assert f'Logits differ first at token {place}.' in printed
 

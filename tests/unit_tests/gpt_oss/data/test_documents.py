@@ -99,10 +99,10 @@ def test_cut_short(tmp_path, packed):
     whole = texts(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     found = read(path)
-    assert found[-1][1].startswith('bad: not whole')
+    assert found[-1][1].startswith('bad: incomplete, or not ')
     assert len(found) < len(whole) and [text for _, text in found[:-1]] == whole[: len(found) - 1]
     other = write(tmp_path / 'x.txt', b'plain').rename(tmp_path / f'x.txt{packed}')
-    assert read(other)[0][1].startswith('bad: not whole, or not ' + packed[1:])
+    assert read(other)[0][1].startswith('bad: incomplete, or not ' + packed[1:])
 
 
 def test_parquet(tmp_path):
@@ -117,7 +117,7 @@ def test_parquet(tmp_path):
     assert [number for number, _ in found] == list(range(1, 801))
     assert [text for _, text in found if not text.startswith('bad')] == TEXTS * 100
     assert found[7] == (8, "bad: 'body' is not a string") and place_of(path, 8).endswith(', row 8')
-    with pytest.raises(UsageError, match="no column 'text', but id, body. .*--json-key"):
+    with pytest.raises(UsageError, match="no column 'text'; it has id, body\. .*--json-key"):
         read(path)
     path.write_bytes(path.read_bytes()[:500])
     assert read(path, 'body')[0][1].startswith('bad: not a complete parquet file')
