@@ -43,9 +43,9 @@ def test_tokenize(tmp_path, capsys):
     'argv, words',
     [
         (('tokenize', '/nope/x.txt', '--output', '/nope/y'), '/nope/x.txt: no file'),
-        (('sample', '/nope'), 'No folder /nope'),
+        (('sample', '/nope'), 'No directory /nope'),
         (('plot', '/nope/metrics.jsonl', '/nope/loss.png'), 'No file /nope/metrics.jsonl'),
-        (('convert', 'to-hf', '--load', '/nope', '--out', '/nope/out'), 'No folder /nope'),
+        (('convert', 'to-hf', '--load', '/nope', '--out', '/nope/out'), 'No directory /nope'),
         (('presets', 'huge'), "Unknown preset 'huge'"),
     ],
 )

@@ -55,7 +55,7 @@ def ranks(tmp_path, what, **options):
     [
         ('usage', 2, 'error: no such thing\n'),
         ('seven', 7, ''),
-        ('killed', 128 + signal.SIGKILL, 'was ended by SIGKILL. Start again'),
+        ('killed', 128 + signal.SIGKILL, 'was killed by SIGKILL. Rerun the same command'),
     ],
 )
 def test_status(tmp_path, what, code, error):

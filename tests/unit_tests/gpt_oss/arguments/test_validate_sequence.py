@@ -22,7 +22,7 @@ REFUSED = {
     'dropout': (f'{TINY} 2 --attention-dropout 0.1', '--attention-dropout 0.1 .*size 2. Give'),
     'mask': (f'{TINY} 2 --reset-attention-mask', 'Give --dataloader-inter-document-masking'),
     'unknown': (f'{TINY} 2 --cp-comm-type allgather', 'allgather is unknown.* all_gather'),
-    'number': (f'{TINY} 2 --cp-comm-type p2p a2a', 'names 2 layers, the model has 4'),
+    'number': (f'{TINY} 2 --cp-comm-type p2p a2a', 'lists 2 layers, the model has 4'),
     'no-hierarchy': (f'{TINY} 4 --cp-comm-type a2a+p2p', 'is not given; .*size 4'),
     'hierarchy': (f'{TINY} 4 --cp-comm-type a2a+p2p {HIERARCHY} 2 4', 'is 2 4; .* product'),
     'heads': (

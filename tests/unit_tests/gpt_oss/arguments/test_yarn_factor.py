@@ -76,7 +76,7 @@ def test_export_of_a_checkpoint_that_was_moved(run, inputs, tmp_path):
 @pytest.mark.parametrize(
     'words, message',
     [
-        ('--preset 20b --yarn-factor 16', '--yarn-factor 16: --preset 20b has 32 already'),
+        ('--preset 20b --yarn-factor 16', '--yarn-factor 16: --preset 20b already has 32'),
         ('--preset 20b --yarn-factor nan', '--yarn-factor nan'),
         ('--preset none --yarn-factor 64', "--preset is 'none'"),
         ('--preset 20b --rotary-scaling-factor 64', 'To extend the context give --yarn-factor 64'),

@@ -38,7 +38,7 @@ def test_without_a_gpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     'argv, words',
     [
-        (('--seqlen', '0'), '--seqlen 0: wanted'),
+        (('--seqlen', '0'), '--seqlen 0: give 2 or more'),
         (('--preset', 'huge'), "Unknown preset 'huge'"),
         (('--json', '/nope/x.json'), '--json /nope/x.json: no directory /nope'),
     ],

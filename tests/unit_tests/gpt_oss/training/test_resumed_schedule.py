@@ -283,7 +283,7 @@ def test_batch_size_schedule(ranks, inputs, tmp_path):
         ),
         ('--min-lr 1e-2', 'args.min_lr <= args.lr (--min-lr is 0.01, --lr is 0.001)'),
         ('--min-lr -0.01', '--min-lr -0.01: expected 0 or more, and at most --lr 0.001'),
-        ('--lr-warmup-init 1e-2', '--lr-warmup-init 0.01: wanted'),
+        ('--lr-warmup-init 1e-2', '--lr-warmup-init 0.01: expected'),
         ('--lr-warmup-fraction 1.5', '--lr-warmup-fraction 1.5: expected a fraction'),
         (
             '--use-checkpoint-opt-param-scheduler --override-opt-param-scheduler',
