@@ -83,7 +83,7 @@ def table() -> str:
     header = [
         "recipe",
         "layout",
-        "made again",
+        "recompute",
         "batch",
         "GB",
         "GB, busy",

@@ -22,7 +22,7 @@ SECONDS_FOR_RANK_0 = 6.0
 SECONDS_TO_EXIT = 12
 
 
-# Longer than any path: a name from a damaged file, which would hide the sentence around it.
+# Longer than paths in practice: a name from a damaged file, which would hide its sentence.
 _LONG_WORD = re.compile(r"\S{400,}")
 
 
