@@ -18,7 +18,7 @@ LOOK = """
 import multiprocessing, os, sys
 print(__name__, sys.argv, os.getcwd(), os.environ.get('INVENTED'), 'HOME' in os.environ)
 print(sys.path[0], globals().get('__file__'), sys.modules['__main__'].__dict__ is globals())
-print(multiprocessing.current_process().name, multiprocessing.parent_process(), os.getsid(0) > 0)
+print(multiprocessing.current_process().name, multiprocessing.parent_process())
 print(multiprocessing.get_start_method(allow_none=True), multiprocessing.get_start_method())
 print(sys.stdin.read(), sys.stdout.isatty(), sys.stdout.encoding, sys.stderr.errors)
 """
