@@ -11,7 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
 from megatron.gpt_oss.presets import Preset
 from tests.fuzz.case import Problem
-from tests.unit_tests.gpt_oss.builders import write_hf
+from tests.harness.models import write_hf
 
 # Lengths of documents, lowest and highest; the last token of each ends it.
 CORPORA = {

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from tests.fuzz import compare, data, oracle, rank
 from tests.fuzz.case import PLAIN, STEPS, Case, Layout, Problem
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.harness.checkpoint_entries import read_checkpoint
+from tests.harness.ranks import RankFailure, RankPool
 
 SECONDS_A_RUN = 240.0
 

@@ -23,11 +23,11 @@ import torch
 from benchmarks.report import machine
 from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
+from tests.harness import runs
+from tests.harness.checkpoint_entries import read_checkpoint
 from tests.soak import faults
 from tests.soak.attempt import Attempt, SoakError, kill_all
 from tests.soak.disk import Disk
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.gpt_oss import runs
 
 SAVE_INTERVAL = 5
 STEPS_A_FAULT = 12

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from tests.unit_tests import missing_packages
-from tests.unit_tests.distributed import RankPool
+from tests.harness import missing_packages
+from tests.harness.ranks import RankPool
 
 
 def pytest_sessionfinish(session):
@@ -50,7 +50,7 @@ def _parser_is_built_quickly():
     if 'megatron.training.argument_utils' in sys.modules:
         # Not in each of the releases that the patches are proved on.
         with contextlib.suppress(ImportError, AttributeError):
-            from tests.unit_tests.command_lines import docstrings_read_once
+            from tests.harness.command_lines import docstrings_read_once
 
             docstrings_read_once(for_good=True)
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import attention
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ["benchmarks/te_layers.py", "--smoke", "--seconds", "0.1"]

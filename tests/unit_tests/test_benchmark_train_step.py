@@ -11,7 +11,7 @@ import torch
 from benchmarks.activation_offload import ActivationOffload
 from benchmarks.work import num_parameters
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import whole_model
 from megatron.gpt_oss.planner.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.gpt_oss import runs
+from tests.harness import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -31,7 +31,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from tests.unit_tests.command_lines import ROOT, dry_run, joined_lines, torchrun_parts
+from tests.harness.command_lines import ROOT, dry_run, joined_lines, torchrun_parts
 
 FOLDER = ROOT / 'examples' / 'gpt_oss'
 PAGES = sorted(

@@ -133,8 +133,8 @@ def test_nvidia_resiliency_ext(case, imported):
 
 def test_run_with_old_nvidia_resiliency_ext(tmp_path):
     """A run starts, and its asynchronous checkpoint is written by our own thread."""
-    from tests.unit_tests.distributed import free_port
-    from tests.unit_tests.gpt_oss import runs
+    from tests.harness import runs
+    from tests.harness.ranks import free_port
 
     packages = write(tmp_path / "packages", CASES["nvrx-0.5.0"])
     inputs = tmp_path / "inputs"

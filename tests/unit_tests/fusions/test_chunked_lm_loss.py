@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
-from tests.unit_tests.triton_interpreter import run_in_interpreter
+from tests.harness.triton_interpreter import run_in_interpreter
 
 TOKENS, BATCH, HIDDEN, VOCAB = 22, 3, 12, 38
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.fusions import fused_bias_residual as fused
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from tests.unit_tests.triton_interpreter import run_in_interpreter
+from tests.harness.triton_interpreter import run_in_interpreter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.core.fusions import fused_qkv_rotary as fused
-from tests.unit_tests.triton_interpreter import run_in_interpreter
+from tests.harness.triton_interpreter import run_in_interpreter
 
 MSCALE = 1.3465735902799727  # gpt-oss: 0.1 ln(32) + 1
 # tokens, batch, groups, queries of a group, head dim

@@ -5,8 +5,8 @@
 import pytest
 import torch
 
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.builders import build_model
+from tests.harness import runs
+from tests.harness.models import build_model
 
 
 @pytest.fixture(scope='module')

@@ -20,7 +20,7 @@ from megatron.gpt_oss import cli, errors
 from megatron.gpt_oss.data.tokenize.documents import BadDocument, read_records, text_of
 from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
 from megatron.gpt_oss.training.metrics.report import write_report
-from tests.unit_tests.gpt_oss.reader_cases import READERS, good_files, read_damaged
+from tests.harness.reader_cases import READERS, good_files, read_damaged
 
 DEEP = '[' * 100_000
 

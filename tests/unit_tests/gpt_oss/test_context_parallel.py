@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.training.forward_step import losses_and_loss_func
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
-from tests.unit_tests.gpt_oss.gradients import gradient_errors
+from tests.harness.gradients import gradient_errors
+from tests.harness.models import TINY, build_model, trained_tensors, write_hf
+from tests.harness.ranks import RankPool
 
 # One windowed and one full layer. The window is longer than a chunk of cp 4 and YaRN's original
 # length is crossed; sinks are up to 8 and their rows of attention small or large against them.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = """

@@ -23,7 +23,7 @@ from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.presets import preset_flags
-from tests.unit_tests.gpt_oss.builders import (
+from tests.harness.models import (
     ODD,
     build_model,
     count_differing,

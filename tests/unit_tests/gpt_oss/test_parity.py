@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.checkpoint.mapping import hf_names, megatron_to_hf
 from megatron.gpt_oss.checkpoint.model_source import ModelSource
-from tests.unit_tests.gpt_oss.builders import ODD, TINY, trained_tensors, write_hf
+from tests.harness.models import ODD, TINY, trained_tensors, write_hf
 
 CASES = {
     # preset, sequence length, Megatron arguments

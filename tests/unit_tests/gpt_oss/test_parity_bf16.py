@@ -14,7 +14,7 @@ import torch
 
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
-from tests.unit_tests.gpt_oss.builders import ODD, TINY, build_model, trained_tensors, write_hf
+from tests.harness.models import ODD, TINY, build_model, trained_tensors, write_hf
 
 ALL_CHOSEN = dict(num_experts=4, num_experts_per_tok=4)
 CASES = {

@@ -21,9 +21,9 @@ from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.checkpoint.mapping import hf_names
 from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
 from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss.builders import TINY, build_model, trained_tensors, write_hf
-from tests.unit_tests.gpt_oss.gradients import gradient_errors
+from tests.harness.gradients import gradient_errors
+from tests.harness.models import TINY, build_model, trained_tensors, write_hf
+from tests.harness.ranks import RankPool
 
 # The window and YaRN's original length are crossed by short sequences.
 PRESET = dataclasses.replace(

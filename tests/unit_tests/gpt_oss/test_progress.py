@@ -9,7 +9,7 @@ from megatron.gpt_oss import progress
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.progress import Progress
-from tests.unit_tests.gpt_oss.builders import TINY, trained_tensors, write_hf
+from tests.harness.models import TINY, trained_tensors, write_hf
 
 
 class Terminal(io.StringIO):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.unit_tests.gpt_oss.reader_cases import READERS, good_files, read_damaged
+from tests.harness.reader_cases import READERS, good_files, read_damaged
 
 EXAMPLES = int(os.environ.get('READER_EXAMPLES', 15))
 SECONDS, BYTES = 10, 2**30

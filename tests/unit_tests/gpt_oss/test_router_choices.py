@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from tests.unit_tests.gpt_oss.builders import TINY
+from tests.harness.models import TINY
 
 COEFFICIENT = 0.01
 BATCHES = 3

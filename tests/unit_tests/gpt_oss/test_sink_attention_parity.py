@@ -11,7 +11,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.sink_attention import megatron_module
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
-from tests.unit_tests.gpt_oss.builders import ODD, trained_tensors, write_hf
+from tests.harness.models import ODD, trained_tensors, write_hf
 
 transformers = pytest.importorskip('transformers')
 

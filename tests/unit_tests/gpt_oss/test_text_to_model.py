@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[3]
 STEPS, SEQ_LENGTH, EVAL_SAMPLES = 15, 128, 8

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 from tests.unit_tests.optimizer.test_gradient_norm import Layout, build_model
 
 LENGTH, BATCH = 8, 2

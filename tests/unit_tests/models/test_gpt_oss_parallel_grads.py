@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 
 WORLD_SIZE = 4
 NUM_EXPERTS = 4
@@ -289,7 +289,7 @@ def run_layouts(path):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """{layout: {what: largest relative error over the ranks}}."""
-    from tests.unit_tests.gpt_oss_reference import SIZES, YARN, hf_model, to_megatron
+    from tests.harness.hf_reference import SIZES, YARN, hf_model, to_megatron
 
     folder = tmp_path_factory.mktemp("parallel")
     model = hf_model()

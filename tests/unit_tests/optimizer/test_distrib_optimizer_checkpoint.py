@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.distributed import RankFailure, RankPool
-from tests.unit_tests.optimizer import odd_model
-from tests.unit_tests.optimizer.odd_model import Case
+from tests.harness import odd_model
+from tests.harness.checkpoint_entries import read_checkpoint
+from tests.harness.odd_model import Case
+from tests.harness.ranks import RankFailure, RankPool
 
 
 @pytest.fixture(scope='module')

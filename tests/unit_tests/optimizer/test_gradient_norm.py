@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 
 NUM_LAYERS = 2
 NUM_EXPERTS = 4

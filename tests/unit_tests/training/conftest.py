@@ -8,6 +8,6 @@ import pytest
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     """The prefix of a random indexed dataset."""
-    from tests.unit_tests.training import tiny_pretrain  # needs megatron.training
+    from tests.harness import tiny_pretrain  # needs megatron.training
 
     return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('data') / 'data'))

@@ -20,9 +20,9 @@ from megatron.core.dist_checkpointing.strategies.async_thread import Abandoned, 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
-from tests.unit_tests.training.held_writer import SECONDS, Gate, HeldWriter
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.checkpoint_entries import read_checkpoint
+from tests.harness.held_writer import SECONDS, Gate, HeldWriter
 
 TRACKER = 'latest_checkpointed_iteration.txt'
 ASYNC = '--async-save --async-strategy mcore'

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader, HashingFileSystem
 from megatron.training import checkpoint_integrity
 from megatron.training.checkpoint_integrity import find_problem
-from tests.unit_tests.distributed import RankFailure
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.ranks import RankFailure
 
 TRACKER = 'latest_checkpointed_iteration.txt'
 STEPS = 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron.core.optimizer import clip_grads
-from tests.unit_tests.gpt_oss.planner.live_memory import LiveMemory
+from tests.harness.live_memory import LiveMemory
 
 
 def gradients(dtype=torch.float32):

@@ -14,8 +14,8 @@ import torch
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import step_callbacks
 from megatron.training.non_finite import NonFiniteError, Report, Sighting, describe
-from tests.unit_tests.distributed import RankFailure
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.ranks import RankFailure
 
 STEPS, PLANTED_AT = 4, 3
 EP2 = f'{tiny_pretrain.SMALL} --expert-model-parallel-size 2 --moe-token-dispatcher-type alltoall'

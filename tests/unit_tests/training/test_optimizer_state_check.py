@@ -17,8 +17,8 @@ from megatron.training.optimizer_state_check import (
     MisplacedOptimizerState,
     refuse_unloadable_state,
 )
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.checkpoint_entries import read_checkpoint
 
 STEPS = 4
 COMMON = (

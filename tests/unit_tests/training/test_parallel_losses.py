@@ -10,8 +10,8 @@ of them has moments of two gradients behind it.
 
 import pytest
 
-from tests.unit_tests.distributed import RankFailure, RankPool
-from tests.unit_tests.training import tiny_pretrain
+from tests.harness import tiny_pretrain
+from tests.harness.ranks import RankFailure, RankPool
 
 STEPS = 3
 # Additions in another order move a loss by 1.2e-7 and a norm by 3.3e-7 over ten steps.

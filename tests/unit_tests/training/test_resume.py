@@ -5,9 +5,9 @@
 import pytest
 import torch
 
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.distributed import RankFailure
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.checkpoint_entries import read_checkpoint
+from tests.harness.ranks import RankFailure
 
 STEPS, SAVE_INTERVAL, KILLED_AFTER = 4, 2, 3
 # Dropout on, so that the random number generators take part.

@@ -11,8 +11,8 @@ import pytest
 
 from megatron.core import num_microbatches_calculator as microbatches
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from tests.unit_tests.training import tiny_pretrain, watched_pretrain
-from tests.unit_tests.training.reference_schedule import parsed, rate
+from tests.harness import tiny_pretrain, watched_pretrain
+from tests.harness.reference_schedule import parsed, rate
 
 
 @pytest.fixture

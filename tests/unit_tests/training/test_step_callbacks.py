@@ -9,7 +9,7 @@ import re
 import pytest
 
 from megatron.training import step_callbacks
-from tests.unit_tests.training import tiny_pretrain
+from tests.harness import tiny_pretrain
 
 SAMPLES_PER_STEP = 4
 

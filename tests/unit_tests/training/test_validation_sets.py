@@ -10,7 +10,7 @@ import pytest
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.data.tokenize.files import tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
-from tests.unit_tests.distributed import RankFailure
+from tests.harness.ranks import RankFailure
 
 FLAGS = (
     '--preset tiny --preset-layers 2 --seq-length 32 --micro-batch-size 1 --global-batch-size 2 '

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.unit_tests.transformer.sink_attention.reference import (
+from tests.harness.attention_reference import (
     attention_ref,
     gradients,
     relative_error,

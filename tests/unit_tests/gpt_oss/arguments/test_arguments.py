@@ -16,7 +16,7 @@ from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
 from megatron.gpt_oss.planner.dry_run import validated
 from megatron.gpt_oss.presets import PRESETS
 from megatron.training import arguments as megatron_arguments
-from tests.unit_tests import commands
+from tests.harness import commands
 
 
 @pytest.fixture(scope='module')

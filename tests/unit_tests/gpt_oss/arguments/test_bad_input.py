@@ -17,7 +17,7 @@ from megatron.gpt_oss import cli
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.errors import UsageError
-from tests.unit_tests.gpt_oss.builders import TINY, mxfp4_tensors, trained_tensors, write_mxfp4
+from tests.harness.models import TINY, mxfp4_tensors, trained_tensors, write_mxfp4
 
 FIRST, SECOND = (f'model-0000{number}-of-00002.safetensors' for number in (0, 1))
 EXPERTS = 'model.layers.0.mlp.experts.'

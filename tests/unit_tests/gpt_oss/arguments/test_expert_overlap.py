@@ -20,9 +20,9 @@ import pytest
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.training import step_callbacks
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.training.tiny_pretrain import write_random_dataset
+from tests.harness import runs
+from tests.harness.ranks import RankPool
+from tests.harness.tiny_pretrain import write_random_dataset
 
 OVERLAP = '--overlap-moe-expert-parallel-comm'
 STEPS = 2

@@ -16,7 +16,7 @@ from megatron.gpt_oss.arguments.ledger import SUPPORTED
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.presets import get_preset, preset_flags
-from tests.unit_tests.gpt_oss.command_lines import whole_parser
+from tests.harness.parser import whole_parser
 
 ROOT = Path(__file__).resolve().parents[4]
 TESTS = ROOT / 'tests' / 'unit_tests'

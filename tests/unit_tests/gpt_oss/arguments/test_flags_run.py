@@ -11,8 +11,8 @@ import pytest
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from megatron.training import checkpoint_integrity
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss import runs
+from tests.harness import runs
+from tests.harness.ranks import RankPool
 
 STEPS = '--train-iters 2 --lr-warmup-iters 0 --save-interval 1000 --eval-interval 1000'
 

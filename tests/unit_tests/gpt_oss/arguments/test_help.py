@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron.gpt_oss.arguments.check_flags import entries_of
 from megatron.gpt_oss.arguments.flags import add_our_arguments
 from megatron.gpt_oss.arguments.help import COMMON, help_text
-from tests.unit_tests.gpt_oss.command_lines import whole_parser
+from tests.harness.parser import whole_parser
 
 ROOT = Path(__file__).resolve().parents[4]
 SCRIPT = """

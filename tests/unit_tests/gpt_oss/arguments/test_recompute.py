@@ -12,7 +12,7 @@ from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.arguments.recompute import POLICIES
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.output_processor import chunked_loss_processor
-from tests.unit_tests.gpt_oss.builders import ODD
+from tests.harness.models import ODD
 
 NULL = ['--tokenizer-type', 'NullTokenizer', '--vocab-size', '256']
 

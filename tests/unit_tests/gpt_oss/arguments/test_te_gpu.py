@@ -22,7 +22,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.gpt_oss.arguments.te_requirements import installed_versions
 from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 
 pytestmark = [
     pytest.mark.gpu,

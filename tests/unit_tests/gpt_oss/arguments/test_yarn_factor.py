@@ -13,8 +13,8 @@ from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.errors import CheckpointError, PresetError
 from megatron.gpt_oss.presets import extended, get_preset
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.builders import TINY, trained_tensors, write_hf
+from tests.harness import runs
+from tests.harness.models import TINY, trained_tensors, write_hf
 
 FACTOR = 64.0
 FLAGS = '--train-iters 2 --yarn-factor 64'

@@ -21,7 +21,7 @@ from megatron.gpt_oss.checkpoint.load_hf import load_hf, load_hf_hook
 from megatron.gpt_oss.checkpoint.model_source import ModelSource
 from megatron.gpt_oss.data.byte_tokenizer import write_byte_tokenizer
 from megatron.gpt_oss.errors import CheckpointError, UsageError
-from tests.unit_tests.gpt_oss.builders import (
+from tests.harness.models import (
     ODD,
     TINY,
     build_model,

@@ -21,14 +21,7 @@ from megatron.gpt_oss.checkpoint.hf.config import (
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.hf.writer import QUANTIZATION_CONFIG
 from megatron.gpt_oss.errors import UsageError
-from tests.unit_tests.gpt_oss.builders import (
-    TINY,
-    mxfp4_tensors,
-    trained_tensors,
-    write_hf,
-    write_mxfp4,
-)
-from tests.unit_tests.gpt_oss.hf_variations import (
+from tests.harness.hf_variations import (
     ABSENT,
     LENGTH,
     draw,
@@ -36,6 +29,13 @@ from tests.unit_tests.gpt_oss.hf_variations import (
     transformers_logits,
     varied,
     write_config,
+)
+from tests.harness.models import (
+    TINY,
+    mxfp4_tensors,
+    trained_tensors,
+    write_hf,
+    write_mxfp4,
 )
 
 ROOT = Path(__file__).resolve().parents[4]

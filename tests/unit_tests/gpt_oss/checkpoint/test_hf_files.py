@@ -18,7 +18,7 @@ from megatron.gpt_oss.checkpoint.hf.mxfp4 import dequantize
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors, write_tiny_hf
 from megatron.gpt_oss.errors import CheckpointError
-from tests.unit_tests.gpt_oss.builders import TINY
+from tests.harness.models import TINY
 
 EXPERT = 'model.layers.1.mlp.experts.'
 

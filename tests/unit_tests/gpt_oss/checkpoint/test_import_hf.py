@@ -30,9 +30,8 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, check_layout, 
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.training import checkpoint_integrity
-from tests.unit_tests import commands
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss.builders import (
+from tests.harness import commands
+from tests.harness.models import (
     TINY,
     build_model,
     count_differing,
@@ -41,6 +40,7 @@ from tests.unit_tests.gpt_oss.builders import (
     write_hf,
     write_mxfp4,
 )
+from tests.harness.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parents[4]
 PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: two ranks cannot share it evenly

@@ -15,8 +15,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.hf.safetensors_file import SafetensorsFile
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss.builders import (
+from tests.harness.models import (
     TINY,
     build_model,
     mxfp4_tensors,
@@ -24,6 +23,7 @@ from tests.unit_tests.gpt_oss.builders import (
     write_hf,
     write_mxfp4,
 )
+from tests.harness.ranks import RankPool
 
 PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: padded to 272 for four ranks
 PADDED = 272

@@ -16,7 +16,7 @@ from megatron.gpt_oss.checkpoint.mapping import (
     megatron_to_hf,
 )
 from megatron.gpt_oss.errors import CheckpointError
-from tests.unit_tests.gpt_oss.builders import ODD
+from tests.harness.models import ODD
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = 3, 5, 56, 80
 GROUPS, HEADS_PER_GROUP, HEAD_DIM = 3, 2, 16

@@ -14,7 +14,7 @@ from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
 from megatron.gpt_oss.checkpoint.verify import verify
 from megatron.gpt_oss.errors import CheckpointError
-from tests.unit_tests.gpt_oss.builders import (
+from tests.harness.models import (
     TINY,
     mxfp4_tensors,
     trained_tensors,

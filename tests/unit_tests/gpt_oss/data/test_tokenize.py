@@ -21,7 +21,7 @@ from megatron.gpt_oss.data.tokenize.files import tokenize_files
 from megatron.gpt_oss.data.tokenize.find_files import find_files
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
 from megatron.gpt_oss.errors import UsageError
-from tests.unit_tests import commands
+from tests.harness import commands
 
 END = 256
 

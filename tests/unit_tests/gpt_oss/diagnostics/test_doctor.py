@@ -14,7 +14,7 @@ from megatron.core.transformer.sink_attention import measure
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.gpt_oss import cli
 from megatron.gpt_oss.diagnostics import doctor
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).parents[4]
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason='describes a box without a GPU')

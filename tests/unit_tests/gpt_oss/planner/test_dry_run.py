@@ -23,7 +23,7 @@ from megatron.gpt_oss.planner.machines import TORCHRUN, Machines
 from megatron.gpt_oss.planner.memory import fullest_rank
 from megatron.gpt_oss.planner.search import Wanted, all_plans
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[4]
 NULL = '--tokenizer-type NullTokenizer --vocab-size 200000'.split()

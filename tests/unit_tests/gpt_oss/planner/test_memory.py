@@ -14,7 +14,7 @@ from megatron.gpt_oss.planner.layout import Layout, Recompute
 from megatron.gpt_oss.planner.memory import StageMoments, optimizer_memory, stage_memory
 from megatron.gpt_oss.planner.parameters import rank_parameters
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.gpt_oss.planner.live_memory import balanced_routing
+from tests.harness.live_memory import balanced_routing
 
 # No two sizes alike; small, so that activations are not hidden by what a process has anyway.
 ODD = dataclasses.replace(

@@ -23,12 +23,12 @@ from megatron.gpt_oss.planner.memory import (
     optimizer_memory,
 )
 from megatron.gpt_oss.presets import get_preset
-from tests.unit_tests.gpt_oss.planner import test_memory
-from tests.unit_tests.gpt_oss.planner.live_memory import (
+from tests.harness.live_memory import (
     LiveMemory,
     balanced_routing,
     kernels_of_cuda,
 )
+from tests.unit_tests.gpt_oss.planner import test_memory
 
 # Wide experts and little attention, as in gpt-oss; short, for the CPU's attention keeps all scores.
 MODEL = dataclasses.replace(

@@ -16,7 +16,7 @@ from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.planner import command as plan_command
 from megatron.gpt_oss.planner.machines import Machines
 from megatron.gpt_oss.planner.memory import GB, beside_tensors, card_memory
-from tests.unit_tests.command_lines import dry_run, planned_command, torchrun_parts
+from tests.harness.command_lines import dry_run, planned_command, torchrun_parts
 
 GPUS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 24, 48, 64, 96, 1000)
 PER_MACHINE = (1, 2, 3, 4, 8)

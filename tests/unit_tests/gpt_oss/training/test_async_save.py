@@ -15,10 +15,10 @@ from megatron.gpt_oss.arguments.validate_run import check_async_save
 from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests.distributed import RankFailure
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.command_lines import flags
-from tests.unit_tests.training.held_writer import Gate, HeldWriter
+from tests.harness import runs
+from tests.harness.held_writer import Gate, HeldWriter
+from tests.harness.parser import flags
+from tests.harness.ranks import RankFailure
 
 FLAGS = '--async-save --save-interval 1 --eval-interval 1000 --eval-iters 0 --global-batch-size 2'
 EXPERTS = '--expert-model-parallel-size 2 --use-distributed-optimizer'

@@ -20,7 +20,7 @@ def test_against_pytorchs_count(tmp_path):
     transformers = pytest.importorskip('transformers')
     from torch.utils.flop_counter import FlopCounterMode
 
-    from tests.unit_tests.gpt_oss.builders import TINY, trained_tensors, write_hf
+    from tests.harness.models import TINY, trained_tensors, write_hf
 
     length = 300  # beyond the window of 128
     folder = write_hf(tmp_path / 'hf', TINY, trained_tensors(TINY))

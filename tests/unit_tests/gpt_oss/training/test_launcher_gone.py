@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.unit_tests.distributed import free_port
+from tests.harness.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[4]
 # Starts a rank as torchrun does, says its number, and waits to be killed.

@@ -10,9 +10,9 @@ import torch
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from megatron.gpt_oss.training.metrics.module_norms import kind_of
 from megatron.gpt_oss.training.metrics.router_load import RouterLoad
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.builders import TINY, trained_tensors, write_hf
+from tests.harness import runs
+from tests.harness.models import TINY, trained_tensors, write_hf
+from tests.harness.ranks import RankPool
 
 DISTOPT = '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
 LAYOUTS = {

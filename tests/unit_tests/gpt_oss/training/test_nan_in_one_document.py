@@ -23,7 +23,7 @@ from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.training.forward_step import losses_and_loss_func
-from tests.unit_tests.gpt_oss.builders import ODD
+from tests.harness.models import ODD
 
 CUDA = torch.cuda.is_available()
 # In the window's length of 16, around it and far beyond it; documents of one token.

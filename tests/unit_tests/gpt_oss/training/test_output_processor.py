@@ -8,7 +8,7 @@ import torch
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.output_processor import chunked_loss_processor
-from tests.unit_tests.gpt_oss.builders import ODD
+from tests.harness.models import ODD
 
 
 def losses_and_gradients(model, options):

@@ -15,9 +15,9 @@ from megatron.gpt_oss.training.parameter_patterns import (
     parse_multipliers,
     pattern_hook,
 )
-from tests.unit_tests.checkpoint_entries import read_checkpoint
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.builders import TINY
+from tests.harness import runs
+from tests.harness.checkpoint_entries import read_checkpoint
+from tests.harness.models import TINY
 
 CONSTANT = '--lr-warmup-iters 0 --lr-decay-style constant --weight-decay 0.1'
 DISTOPT = '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'

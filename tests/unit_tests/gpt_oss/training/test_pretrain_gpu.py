@@ -8,7 +8,7 @@ import torch
 
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from megatron.training import checkpoint_integrity
-from tests.unit_tests.gpt_oss import runs
+from tests.harness import runs
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,9 @@ import shutil
 
 import pytest
 
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.training.reference_schedule import parsed, rate
+from tests.harness import runs
+from tests.harness.ranks import RankPool
+from tests.harness.reference_schedule import parsed, rate
 
 BASE = '--lr-decay-style linear --lr-warmup-iters 0 --lr 1e-3 --min-lr 1e-4 --eval-iters 0'
 

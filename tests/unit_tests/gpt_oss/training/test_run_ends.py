@@ -16,9 +16,8 @@ import torch
 
 from megatron.gpt_oss.errors import RunError
 from megatron.training import checkpoint_integrity, step_callbacks
-from tests.unit_tests import commands
-from tests.unit_tests.distributed import free_port
-from tests.unit_tests.gpt_oss import runs
+from tests.harness import commands, runs
+from tests.harness.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[4]
 

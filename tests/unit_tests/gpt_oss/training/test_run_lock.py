@@ -15,7 +15,7 @@ import pytest
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training import run_lock
 from megatron.gpt_oss.training.run_lock import RunLock
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[4]
 # Holds the lock of argv[1] until it is killed; argv[2] may say that locks are not known here.

@@ -14,9 +14,8 @@ from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.presets import architecture_flags, get_preset
 from megatron.gpt_oss.training import resume_rules
-from tests.unit_tests import commands
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.gpt_oss import runs
+from tests.harness import commands, runs
+from tests.harness.ranks import RankPool
 from tests.unit_tests.gpt_oss.training.test_run_lock import HOLD, ROOT
 
 SAVED = '--train-iters 2 --eval-interval 100 --save-interval 2'

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[4]
 

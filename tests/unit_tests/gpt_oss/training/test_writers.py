@@ -9,8 +9,8 @@ import pytest
 
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.metrics.writers import check_writers, flatten
-from tests.unit_tests.gpt_oss import runs
-from tests.unit_tests.gpt_oss.command_lines import flags
+from tests.harness import runs
+from tests.harness.parser import flags
 
 # A stand-in for the wandb package: it writes down what it is given.
 FAKE_WANDB = '''

@@ -7,8 +7,8 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.expert_bias import count_bias_once
-from tests.unit_tests.gpt_oss_reference import SIZES, hf_model, moe_to_megatron
-from tests.unit_tests.transformer.moe.grouped_experts_reference import moe_layer
+from tests.harness.experts_reference import moe_layer
+from tests.harness.hf_reference import SIZES, hf_model, moe_to_megatron
 
 
 @pytest.fixture(scope="module", autouse=True)

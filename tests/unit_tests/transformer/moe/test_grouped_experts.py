@@ -20,8 +20,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
-from tests.unit_tests.gpt_oss_reference import SIZES, hf_model, moe_to_megatron
-from tests.unit_tests.transformer.moe.grouped_experts_reference import (
+from tests.harness.experts_reference import (
     EXPERTS,
     HIDDEN,
     by_place,
@@ -31,7 +30,8 @@ from tests.unit_tests.transformer.moe.grouped_experts_reference import (
     randomize,
     relative_error,
 )
-from tests.unit_tests.triton_interpreter import run_in_interpreter
+from tests.harness.hf_reference import SIZES, hf_model, moe_to_megatron
+from tests.harness.triton_interpreter import run_in_interpreter
 
 COUNTS = {
     "odd": [3, 1, 7, 2],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 
 # Tokens, split over up to 4 ranks, and what is added to the router's biases.
 ROUTINGS = {
@@ -52,7 +52,7 @@ def build(grouped, layout):
     """A float64 MoE layer of this rank."""
     from megatron.core import parallel_state as ps
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from tests.unit_tests.transformer.moe.grouped_experts_reference import moe_layer
+    from tests.harness.experts_reference import moe_layer
 
     ps.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -74,7 +74,7 @@ def build(grouped, layout):
 def whole_case(sequence, batch, biases):
     """SequentialMLP in one process: {place: tensor} of parameters and gradients, in and outputs."""
     from megatron.core import parallel_state as ps
-    from tests.unit_tests.transformer.moe.grouped_experts_reference import (
+    from tests.harness.experts_reference import (
         HIDDEN,
         by_place,
         randomize,
@@ -119,7 +119,7 @@ def cut(tensors, place, shape):
 def run_layout(grouped, layout, case):
     """Largest relative errors of outputs and gradients on this rank, by name."""
     from megatron.core import parallel_state as ps
-    from tests.unit_tests.transformer.moe.grouped_experts_reference import by_place, relative_error
+    from tests.harness.experts_reference import by_place, relative_error
 
     layer = build(grouped, layout)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def save(grouped, layout, case, folder):
     """Write the case's parameters from one implementation at one layout."""
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
-    from tests.unit_tests.transformer.moe.grouped_experts_reference import by_place
+    from tests.harness.experts_reference import by_place
 
     layer = build(grouped, layout)
     with torch.no_grad():
@@ -203,7 +203,7 @@ def load(grouped, layout, case, folder):
     """Names of what differs from the case after loading, and how many parameters there are."""
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
-    from tests.unit_tests.transformer.moe.grouped_experts_reference import by_place
+    from tests.harness.experts_reference import by_place
 
     layer = build(grouped, layout)
     with torch.no_grad():

@@ -9,7 +9,7 @@ and the ranks hold unequal numbers of tokens that count.
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankPool
+from tests.harness.ranks import RankPool
 from tests.unit_tests.optimizer.test_gradient_norm import Layout, build_model
 
 LENGTH, COUNTED = 8, 5

@@ -11,7 +11,7 @@ import torch
 
 from megatron.core.transformer.moe.grouped_mlp.permute import add_rows, rows_of_tokens, take_rows
 from megatron.core.transformer.moe.moe_utils import permute, unpermute
-from tests.unit_tests import commands
+from tests.harness import commands
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS, HIDDEN, EXPERTS, TOPK = 37, 24, 8, 4

@@ -19,14 +19,14 @@ from megatron.core.transformer.sink_attention.backends import flex
 from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.ops import forward_op
 from megatron.core.transformer.sink_attention.registry import BACKENDS
-from tests.unit_tests.transformer.sink_attention.reference import (
+from tests.harness.attention_reference import (
     LARGE,
     SMALL,
     attention_ref,
     gradients,
     relative_error,
 )
-from tests.unit_tests.transformer.sink_attention.stub_kernels import stub
+from tests.harness.stub_kernels import stub
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 KERNELS = [name for name in BACKENDS if name not in ("math", "flex")]

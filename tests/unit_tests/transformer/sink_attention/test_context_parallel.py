@@ -23,8 +23,8 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     halo_bytes,
     local_tokens,
 )
-from tests.unit_tests.distributed import RankFailure, RankPool
-from tests.unit_tests.transformer.sink_attention.reference import Example, gradients
+from tests.harness.attention_reference import Example, gradients
+from tests.harness.ranks import RankFailure, RankPool
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 LIMIT = 1e-10

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.context_parallel_plan import plan
-from tests.unit_tests import commands
+from tests.harness import commands
 
 ROOT = Path(__file__).resolve().parents[4]
 SCRIPT = "benchmarks/context_parallel.py"

@@ -24,8 +24,8 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     halo_bytes,
     local_tokens,
 )
-from tests.unit_tests.distributed import RankPool
-from tests.unit_tests.transformer.sink_attention.reference import Example, gradients
+from tests.harness.attention_reference import Example, gradients
+from tests.harness.ranks import RankPool
 
 pytestmark = [
     pytest.mark.gpu,

@@ -33,8 +33,8 @@ from megatron.core.transformer.sink_attention.context_parallel.pieces import (
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.transformer.sink_attention.rescale import sink_gradient
-from tests.unit_tests.transformer.sink_attention.reference import Example, relative_error
-from tests.unit_tests.transformer.sink_attention.stub_kernels import stub
+from tests.harness.attention_reference import Example, relative_error
+from tests.harness.stub_kernels import stub
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 

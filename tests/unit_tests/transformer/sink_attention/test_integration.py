@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.transformer.sink_attention import autotable, registry, sink_attention
 from megatron.core.transformer.sink_attention.case import Case
-from tests.unit_tests.transformer.sink_attention.reference import SMALL, Example, gradients
+from tests.harness.attention_reference import SMALL, Example, gradients
 
 EXAMPLE = Example(tokens=20, batch=2, heads=4, groups=2, dim=8, window=7)
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.sink_attention import sink_attention
 from megatron.core.transformer.sink_attention.api import attend
 from megatron.core.transformer.sink_attention.backends.math import MathBackend, _Tiles
 from megatron.core.transformer.sink_attention.case import Call
-from tests.unit_tests.transformer.sink_attention.reference import (
+from tests.harness.attention_reference import (
     SMALL,
     Example,
     attention_ref,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit_tests import commands
-from tests.unit_tests.missing_packages import complaints
+from tests.harness import commands
+from tests.harness.missing_packages import complaints
 
-CONFTEST = Path(__file__).parent / 'conftest.py'
+CONFTEST = Path(__file__).parents[1] / 'conftest.py'
 
 
 @pytest.mark.parametrize(

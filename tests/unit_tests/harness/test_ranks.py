@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tests.unit_tests.distributed import RankFailure, RankPool
+from tests.harness.ranks import RankFailure, RankPool
 
 
 def add_ranks(offset: float) -> float:

@@ -15,7 +15,7 @@ from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.training import get_args, pretrain, step_callbacks
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.training import set_startup_timestamps
-from tests.unit_tests.training import tiny_pretrain
+from tests.harness import tiny_pretrain
 
 
 def run(

@@ -25,12 +25,14 @@ def write_inputs(folder: Path, num_layers: int = 2) -> Path:
     from megatron.gpt_oss.data.tokenize.files import tokenize_files
     from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
     from megatron.gpt_oss.presets import get_preset
-    from tests.unit_tests.gpt_oss.builders import trained_tensors, write_hf
+    from tests.harness.models import trained_tensors, write_hf
 
     preset = dataclasses.replace(get_preset('tiny'), num_layers=num_layers)
     write_hf(folder / 'hf', preset, trained_tensors(preset))
     write_byte_tokenizer(folder / 'hf')
-    files = sorted(str(path) for path in Path(__file__).parent.rglob('test_*.py'))
+    files = sorted(
+        str(path) for path in Path(__file__).parents[1].glob('unit_tests/gpt_oss/**/test_*.py')
+    )
     tokenizer = load_text_tokenizer(folder / 'hf')
     tokenize_files(files[:12], str(folder / 'data'), tokenizer)
     assert build_byte_tokenizer().get_vocab_size() <= preset.vocab_size

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 # What both ways have to do alike: (name, program, words, environment, standard input).
 LOOK = """
@@ -200,10 +201,10 @@ def test_a_command_that_hangs_is_ended():
 
 TESTS = """
 import multiprocessing, os, subprocess, sys
-from tests.unit_tests import commands
+from tests.harness import commands
 if __name__ == '__main__':
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.unit_tests.commands'])
+    context.set_forkserver_preload(['tests.harness.commands'])
     commands._context = lambda: context
     sleep = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'
     process = commands.Popen([sys.executable, '-c', sleep], stdout=subprocess.PIPE)
@@ -216,7 +217,7 @@ if __name__ == '__main__':
 @pytest.mark.parametrize('how', ['ended', 'killed'])
 def test_nothing_outlives_the_tests(how):
     """A server of its own, which is quick, for it imports neither torch nor Megatron."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    root = str(Path(__file__).resolve().parents[3])
     done = subprocess.run(
         [sys.executable, '-c', TESTS, how],
         cwd=root,

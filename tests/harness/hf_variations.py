@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset, read_hf_config
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
-from tests.unit_tests.gpt_oss.builders import ODD, build_model
+from tests.harness.models import ODD, build_model
 
 ABSENT = object()
 LENGTH = 90  # beyond ODD's window of 16 and YaRN's original length of 64

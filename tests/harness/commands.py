@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 from unittest import mock
 
-from tests.unit_tests.distributed import _context, free_port
+from tests.harness.ranks import _context, free_port
 
 # `rank_imports` imports this module, so that these are what a Python has that has just started.
 _MAIN_PROCESS = type(process.current_process())
@@ -301,7 +301,7 @@ def _server_of(environ: Dict[str, str]):
 @functools.cache
 def _interpreting() -> forkserver.ForkServer:
     server = forkserver.ForkServer()
-    server.set_forkserver_preload(['tests.unit_tests.rank_imports'])
+    server.set_forkserver_preload(['tests.harness.rank_imports'])
     return server
 
 

@@ -13,7 +13,7 @@ from argparse import ArgumentParser
 
 import pytest  # noqa: F401
 
-from tests.unit_tests import commands  # noqa: F401
+from tests.harness import commands  # noqa: F401
 
 with warnings.catch_warnings(), contextlib.suppress(Exception):
     warnings.simplefilter('ignore')
@@ -22,7 +22,7 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
     import megatron.training.training  # noqa: F401
     from megatron.gpt_oss.training import pretrain as run  # noqa: F401
     from megatron.training.arguments import add_megatron_arguments
-    from tests.unit_tests.command_lines import docstrings_read_once
+    from tests.harness.command_lines import docstrings_read_once
 
     # Megatron's parser reads the source of 26 classes for its help, each time, and pretrain() makes
     # another parser: a second a run.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit_tests import commands
+from tests.harness import commands
 
 
 def run_in_interpreter(tests: Path) -> None:

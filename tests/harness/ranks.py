@@ -202,7 +202,7 @@ def _context():
     if torch.cuda.is_available():
         return multiprocessing.get_context('spawn')
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.unit_tests.rank_imports'])
+    context.set_forkserver_preload(['tests.harness.rank_imports'])
     return context
 
 
