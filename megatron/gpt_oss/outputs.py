@@ -16,7 +16,7 @@ import shutil
 import stat
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Iterable, Iterator, Mapping
+from typing import IO, Iterable, Iterator, Mapping
 
 from megatron.gpt_oss.errors import UsageError
 
@@ -42,6 +42,12 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+def sync_to_disk(stream: IO) -> None:
+    """Write what a stream has buffered, and wait until the file is on disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def real_path(path: str | Path, what: str = "The output") -> Path:
@@ -218,16 +224,14 @@ def _copy(source: Path, target: Path, flags: int) -> None:
         handle = os.open(target, os.O_WRONLY | flags, 0o666)
         with open(handle, "wb") as writer:
             shutil.copyfileobj(reader, writer, 2**20)
-            writer.flush()
-            os.fsync(writer.fileno())
+            sync_to_disk(writer)
 
 
 def _write_in_place(target: Path, data: bytes) -> None:
     with open(target, "r+b") as file:
         file.truncate()
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_to_disk(file)
 
 
 def _write_beside(target: Path, data: bytes) -> Path:
@@ -242,8 +246,7 @@ def _write_beside(target: Path, data: bytes) -> Path:
                 with suppress(OSError):  # only root may
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_to_disk(file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

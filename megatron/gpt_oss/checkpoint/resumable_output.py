@@ -35,6 +35,7 @@ from megatron.gpt_oss.outputs import (
     real_path,
     record_of,
     remove_files,
+    sync_to_disk,
     write_record,
 )
 
@@ -283,8 +284,7 @@ class Unfinished:
     def _append(self, record: dict) -> None:
         with naming(self.folder / _JOURNAL):
             self._journal.write(json.dumps(record) + "\n")
-            self._journal.flush()
-            os.fsync(self._journal.fileno())
+            sync_to_disk(self._journal)
 
 
 def _moved_last(name: str) -> tuple[bool, bool, str]:

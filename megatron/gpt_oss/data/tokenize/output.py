@@ -29,12 +29,22 @@ from megatron.gpt_oss.data.corpus_record import (
 from megatron.gpt_oss.data.indexed_dataset import write_index
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import brief, read_json
-from megatron.gpt_oss.outputs import NO_LOCKS, files_in, move_file, naming, remove_files, sha256
+from megatron.gpt_oss.outputs import (
+    NO_LOCKS,
+    files_in,
+    move_file,
+    naming,
+    remove_files,
+    sha256,
+    sync_to_disk,
+    write_file,
+)
 
 _JOURNAL, _LOCK, _SKIPPED, _INDEX = "journal.json", "lock", "skipped.txt", "idx"
 # Whatever the datasets of an earlier start were: '', 'valid', '8k-32k', '32k-up'.
 _MINE = re.compile(
-    r"journal\.json(\.new)?|lock|skipped\.txt|idx|(valid|\d+k?-(\d+k?|up))?\.(bin|lengths)"
+    r"journal\.json(\.new)?|\.journal\.json\.[0-9a-f]{8}\.new|lock|skipped\.txt|idx|"
+    r"(valid|\d+k?-(\d+k?|up))?\.(bin|lengths)"
 )
 # Where Megatron keeps the samples that it cut from a dataset, by the dataset's path alone.
 _CACHE = Path("cache", "GPTDataset_indices")
@@ -117,14 +127,13 @@ class PartialOutput:
         sizes = {}
         for name, file in self._files.items():
             with naming(self.folder / name):
-                file.flush()
-                os.fsync(file.fileno())
+                sync_to_disk(file)
             sizes[name] = file.tell()
         journal = {"task": self._task, "state": state, "sizes": sizes, "complete": complete}
         if complete:
             self._recorded = {name: digest.hexdigest() for name, digest in self._digests.items()}
             journal["digests"] = self._recorded
-        self._write(_JOURNAL, json.dumps(journal).encode())
+        write_file(self.folder / _JOURNAL, json.dumps(journal))
         self.state, self.saved, self.complete = state, True, complete
 
     def lengths(self, name: str) -> numpy.ndarray:
@@ -159,8 +168,7 @@ class PartialOutput:
             if source.exists() or not index.exists():  # or an earlier process came so far
                 with naming(self.folder / _INDEX), open(self.folder / _INDEX, "wb") as stream:
                     write_index(stream, lengths, self._dtype)
-                    stream.flush()
-                    os.fsync(stream.fileno())
+                    sync_to_disk(stream)
                 # An old index never stands beside new data: without an index there is no dataset.
                 with naming(index):
                     index.resolve().unlink(missing_ok=True)
@@ -254,14 +262,6 @@ class PartialOutput:
                 "with its original arguments and files, or give --overwrite."
             )
         return journal
-
-    def _write(self, name: str, content: bytes) -> None:
-        temporary = self.folder / f"{name}.new"
-        with naming(temporary), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
 
 
 def _empty_cache(target: Path) -> None:
