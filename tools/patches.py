@@ -128,18 +128,18 @@ def _test(workspace: Workspace, args, what: str, tree: Tree, plan: Plan) -> None
 
 
 def _before(workspace: Workspace, tree: Tree, plan: Plan, after: dict) -> dict:
-    """The tests of the tree before it is patched, those of cpu/ apart.
+    """The tests of the tree before it is patched, those of device/ apart.
 
-    A test of another group runs with cpu/ in place: without it, a machine that has no GPU would
+    A test of another group runs with device/ in place: without it, a machine that has no GPU would
     stop long before the defect. What fails on the patched tree says nothing by failing before.
     """
     patches = testable(plan)
-    own = {test for patch in patches if patch.group == "cpu" for test in tests_of(patch)}
+    own = {test for patch in patches if patch.group == "device" for test in tests_of(patch)}
     passed = [test for test, result in after.items() if result.outcome == PASSED]
     runs = run_tests(workspace, tree, [test for test in passed if test in own])
-    on_cpu = make_plan(workspace.series, tree, ["cpu"])
+    on_device = make_plan(workspace.series, tree, ["device"])
     rest = [test for test in passed if test not in own]
-    return runs | run_tests(workspace, tree | on_cpu.tree, rest)
+    return runs | run_tests(workspace, tree | on_device.tree, rest)
 
 
 def show_table(workspace: Workspace, args: argparse.Namespace) -> None:

@@ -92,7 +92,7 @@ NOTES = {
     ),
     "unit_tests/test_checkpointing.py": (
         "`test_checkpointing.py` saves with arguments that lack `check_for_nan_in_loss_and_grad`, which a "
-        "patch read without a default. It has one since (`fixes/refuse_to_save_non_finite`)."
+        "patch read without a default. It has one since (`features/refuse_to_save_non_finite`)."
     ),
     "test_mlp_glu.py": (
         "`test_torch_dist.py` and `test_serialization.py` use a folder that a process of another file beside "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .errors import QueueError
 
-GROUPS = ("fixes", "sink", "experts", "cpu")
+GROUPS = ("fixes", "features", "perf", "device", "hooks", "sink", "experts")
 REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Upstream", "Last-Update", "Test")
 _DIFF = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.M)
 _INDEX = re.compile(r"^index ([0-9a-f]{40})\.\.([0-9a-f]{40})", re.M)

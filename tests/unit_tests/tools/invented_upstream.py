@@ -54,7 +54,7 @@ def root(tmp_path, wheel):
     workspace = Workspace(root)
     workspace.materialise()
     add_patch(root, "fixes/first", {"megatron/core/a.py": ("line 5\n", "line five\n")})
-    add_patch(root, "cpu/second", {"megatron/core/a.py": ("line 30\n", "line thirty\n")})
+    add_patch(root, "device/second", {"megatron/core/a.py": ("line 30\n", "line thirty\n")})
     return root
 
 

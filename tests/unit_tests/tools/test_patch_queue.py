@@ -52,7 +52,7 @@ def test_round_trip_edit_refresh_wipe_materialise(root):
 def test_refresh_folds_into_an_early_patch_and_rewrites_the_later_one(root):
     edit(root, "megatron/core/a.py", "line 6\n", "line six\n")
     written = refresh(Workspace(root), "fixes/first", [])
-    assert written == ["fixes/first.patch", "cpu/second.patch"]
+    assert written == ["fixes/first.patch", "device/second.patch"]
     series = Workspace(root).series
     assert "line six" in series["first"].diff and "line six" not in series["second"].diff
 
@@ -78,13 +78,13 @@ def test_refresh_of_some_files_leaves_the_other_edits(root):
 
 def test_refresh_without_a_name_mends_stale_index_lines(root):
     """Two branches that each touch a file merge to patches whose index lines are of no tree."""
-    path = root / "patches/cpu/second.patch"
+    path = root / "patches/device/second.patch"
     text = path.read_text()
     stale = text.replace(Workspace(root).series["second"].results["megatron/core/a.py"], "1" * 40)
     path.write_text(stale)
     with pytest.raises(DoesNotApply, match="patches.py refresh"):
         Workspace(root).expected()
-    assert refresh(Workspace(root), None, []) == ["cpu/second.patch"]
+    assert refresh(Workspace(root), None, []) == ["device/second.patch"]
     assert path.read_text() == text
 
 

@@ -52,12 +52,12 @@ def outcomes(plan):
 
 
 def test_one_group_then_all(root, fork):
-    plan = apply_to(root, series(root), fork, ["cpu"])
-    assert outcomes(plan) == {"cpu/second": (APPLIES, "")}
+    plan = apply_to(root, series(root), fork, ["device"])
+    assert outcomes(plan) == {"device/second": (APPLIES, "")}
     text = (fork / A).read_text()
     assert "line thirty" in text and "line 5\n" in text and "theirs\n" in text
     plan = apply_to(root, series(root), fork, list(GROUPS))
-    assert outcomes(plan) == {"fixes/first": (APPLIES, ""), "cpu/second": (PRESENT, "")}
+    assert outcomes(plan) == {"fixes/first": (APPLIES, ""), "device/second": (PRESENT, "")}
 
 
 def test_already_patched(root, fork, monkeypatch, capsys):
@@ -82,7 +82,7 @@ def test_half_patched(root, fork):
     plan = apply_to(root, series(root), fork, list(GROUPS))
     assert outcomes(plan) == {
         "fixes/first": (PRESENT, ""),
-        "cpu/second": (APPLIES, ""),
+        "device/second": (APPLIES, ""),
         "sink/third": (PRESENT, ""),
         "fixes/fourth": (PRESENT, ""),
     }
@@ -110,7 +110,7 @@ def test_local_edits_in_the_same_lines(root, fork):
     text = str(refusal.value)
     assert "2 do not fit" in text and "left as it was" in text
     assert "fixes/first.patch: megatron/core/a.py: hunk 1 of 1 expects the line 'line 4'" in text
-    assert "cpu/second.patch: megatron/core/a.py: hunk 1 of 1 expects the line 'line 30'" in text
+    assert "device/second.patch: megatron/core/a.py: hunk 1 of 1 expects the line 'line 30'" in text
     assert snapshot(fork) == before
 
 
@@ -234,7 +234,7 @@ def test_variant_of_nothing(root):
 def test_left_out(root, tmp_path):
     """By the header, with the reason; from the version on that holds the fix; without training."""
     add_header(root, "fixes/first", "Not-Needed: 0.15-0.16 the file is new in 0.17")
-    add_header(root, "cpu/second", "Applied-Upstream: 0.18.0", "Not-Ported: 0.16 no use there")
+    add_header(root, "device/second", "Applied-Upstream: 0.18.0", "Not-Ported: 0.16 no use there")
     add_patch(root, "sink/third", {"megatron/training/c.py": ("c = 1", "c = 2")})
     found = {}
     for version in ("0.16.1", "0.17.1", "0.18.2"):
@@ -243,17 +243,17 @@ def test_left_out(root, tmp_path):
     assert found == {
         "0.16.1": {
             "fixes/first": (NOT_NEEDED, "the file is new in 0.17"),
-            "cpu/second": (LEFT_OUT, "no use there"),
+            "device/second": (LEFT_OUT, "no use there"),
             "sink/third": (LEFT_OUT, "about megatron/training, which is patched from 0.17 on"),
         },
         "0.17.1": {
             "fixes/first": (APPLIES, ""),
-            "cpu/second": (APPLIES, ""),
+            "device/second": (APPLIES, ""),
             "sink/third": (APPLIES, ""),
         },
         "0.18.2": {
             "fixes/first": (APPLIES, ""),
-            "cpu/second": (NOT_NEEDED, "fixed upstream since 0.18.0"),
+            "device/second": (NOT_NEEDED, "fixed upstream since 0.18.0"),
             "sink/third": (APPLIES, ""),
         },
     }
@@ -266,7 +266,7 @@ def test_try_takes_folders_wheels_and_releases(root, fork, wheel, monkeypatch, c
     with zipfile.ZipFile(wheel) as archive:
         assert A in archive.namelist()
     assert command_line.main(["try", "--no-tests", str(fork), str(wheel)]) == 0
-    assert capsys.readouterr().out.count("fixes/first.patch  applies") == 2
+    assert capsys.readouterr().out.count("fixes/first.patch    applies") == 2
     assert snapshot(fork) == before
     assert command_line.main(["try", "--no-tests", "0.18.77"]) == 2
     assert "0.18.77 is not one of the releases known here: 0.15.3, " in capsys.readouterr().err
@@ -275,7 +275,7 @@ def test_try_takes_folders_wheels_and_releases(root, fork, wheel, monkeypatch, c
 @pytest.mark.parametrize("training", [True, False], ids=["training", "core-alone"])
 def test_export_goes_through_git_am(root, fork, tmp_path, training):
     """With our module in it; a second export has the same bytes."""
-    add_header(root, "cpu/second", "Requires: megatron/core/own.py")
+    add_header(root, "device/second", "Requires: megatron/core/own.py")
     add_patch(root, "sink/third", {"megatron/training/c.py": ("c = 1", "c = 2")})
     if not training:
         (fork / "megatron/training/c.py").unlink()
@@ -290,7 +290,7 @@ def test_export_goes_through_git_am(root, fork, tmp_path, training):
     log = subprocess.run(
         ["git", "log", "--format=%s"], cwd=fork, check=True, capture_output=True, text=True
     )
-    subjects = ["a: Change for cpu/second", "a: Change for fixes/first"]
+    subjects = ["a: Change for device/second", "a: Change for fixes/first"]
     subjects = ["c: Change for sink/third"] * training + subjects
     assert log.stdout.splitlines()[: len(subjects)] == subjects
     assert (fork / "megatron/core/own.py").read_text() == "ours = True\n"
@@ -300,7 +300,7 @@ def test_export_goes_through_git_am(root, fork, tmp_path, training):
 def test_export_of_a_tree_that_refuses_writes_nothing(root, fork, tmp_path):
     edit(fork, A, "line 30\n", "line 30 of theirs\n")
     plan = make_plan(series(root), read_target(fork), list(GROUPS))
-    with pytest.raises(QueueError, match="cpu/second"):
+    with pytest.raises(QueueError, match="device/second"):
         export(root, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
