@@ -154,7 +154,7 @@ def make_trees(folder: Path) -> dict[str, Path]:
     from zipfile import ZipFile
 
     from patch_queue.materialise import Workspace
-    from patch_queue.target import apply_to
+    from patch_queue.foreign_tree import apply_to
     from patch_queue.upstream import locate_wheel
 
     trees = {name: folder / name for name in ("upstream", "cpu")}

@@ -23,12 +23,12 @@ from patch_queue import table
 from patch_queue.errors import QueueError
 from patch_queue.evidence import PASSED, run_tests, testable, tests_of
 from patch_queue.export import export
-from patch_queue.fold import new_patch, refresh
+from patch_queue.foreign_tree import apply_to, read_target
+from patch_queue.leave_one_out import FAILS, PASSES, prove
 from patch_queue.materialise import Workspace
-from patch_queue.plan import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
-from patch_queue.prove import FAILS, PASSES, prove
+from patch_queue.refresh import new_patch, refresh
+from patch_queue.resolve import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from patch_queue.series import GROUPS
-from patch_queue.target import apply_to, read_target
 from patch_queue.tree import Tree, apply_series, diff_trees
 from patch_queue.upstream import RELEASES, VERSION, locate_release, read_wheel
 

@@ -2,8 +2,9 @@
 """The patch queue: upstream's wheel + patches/ = the materialised megatron/ tree.
 
 ``upstream`` finds the wheels, ``series`` reads the patches, ``tree`` applies and diffs file trees in
-memory, ``materialise`` writes them to disk, ``fold`` turns edits back into a patch. For other
-people's trees, ``versions`` tells what a tree is, ``plan`` chooses patches and variants, ``target``
-writes them, ``export`` makes a mailbox series, ``evidence`` runs the patches' tests on it and
-``table`` keeps patches/README.md.
+memory, ``materialise`` writes them to disk, ``refresh`` turns edits back into a patch. For other
+source trees, ``versions`` detects the version, ``resolve`` chooses patches and variants,
+``foreign_tree`` writes them, ``static_check`` looks for undefined names, ``export`` writes a mailbox
+series, ``pull_requests`` and ``test_extract`` the series of one pull request. ``evidence`` runs the
+patches' tests, ``leave_one_out`` without one patch, and ``table`` writes patches/README.md.
 """

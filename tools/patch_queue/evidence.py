@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .materialise import PACKAGE, Workspace
-from .plan import APPLIES, PRESENT, VARIANT, Plan
 from .reporter import LIST, REPORT
+from .resolve import APPLIES, PRESENT, VARIANT, Plan
 from .series import Patch
 from .tree import Tree
 

@@ -4,9 +4,9 @@
 from pathlib import Path
 
 from .errors import QueueError
-from .plan import APPLIES, REFUSED, VARIANT, Plan
+from .foreign_tree import modules_for
+from .resolve import APPLIES, REFUSED, VARIANT, Plan
 from .series import Patch
-from .target import modules_for
 from .tree import diff_trees
 from .versions import TRAINING
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from .errors import QueueError
 from .evidence import FAILED, PASSED, SKIPPED, tests_of
 from .materialise import Workspace
-from .names import broken_by
-from .plan import (
+from .resolve import (
     APPLIES,
     LEFT_OUT,
     NOT_NEEDED,
@@ -20,6 +19,7 @@ from .plan import (
     make_plan,
 )
 from .series import GROUPS, Patch
+from .static_check import broken_by
 from .upstream import RELEASES, VERSION, locate_release, read_wheel
 
 README = "README.md"

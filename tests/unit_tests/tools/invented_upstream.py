@@ -13,8 +13,8 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from patch_queue import upstream  # noqa: E402
-from patch_queue.fold import new_patch, refresh  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
+from patch_queue.refresh import new_patch, refresh  # noqa: E402
 from patch_queue.tree import diff_trees  # noqa: E402
 
 NUMBERS = "".join(f"line {i}\n" for i in range(40))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from patch_queue import materialise  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
-from patch_queue.fold import refresh  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
+from patch_queue.refresh import refresh  # noqa: E402
 from patch_queue.series import Patch  # noqa: E402
 from patch_queue.tree import DoesNotApply, apply_patch, diff_trees  # noqa: E402
 

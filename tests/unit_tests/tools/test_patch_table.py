@@ -8,10 +8,10 @@ import pytest
 from patch_queue import evidence, table  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
 from patch_queue.export import export  # noqa: E402
+from patch_queue.foreign_tree import apply_to, read_target  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.plan import PRESENT, make_plan  # noqa: E402
+from patch_queue.resolve import PRESENT, make_plan  # noqa: E402
 from patch_queue.series import GROUPS  # noqa: E402
-from patch_queue.target import apply_to, read_target  # noqa: E402
 from patch_queue.upstream import RELEASES, locate_release, read_wheel  # noqa: E402
 
 from tests.unit_tests.tools.invented_upstream import add_patch, make_fork  # noqa: I001

@@ -11,10 +11,10 @@ import pytest
 from patch_queue import upstream  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
 from patch_queue.export import export  # noqa: E402
-from patch_queue.fold import new_patch  # noqa: E402
+from patch_queue.foreign_tree import apply_to, read_target  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.names import broken_by, undefined_names  # noqa: E402
-from patch_queue.plan import (  # noqa: E402
+from patch_queue.refresh import new_patch  # noqa: E402
+from patch_queue.resolve import (  # noqa: E402
     APPLIES,
     LEFT_OUT,
     NOT_NEEDED,
@@ -24,7 +24,7 @@ from patch_queue.plan import (  # noqa: E402
     make_plan,
 )
 from patch_queue.series import GROUPS  # noqa: E402
-from patch_queue.target import apply_to, read_target  # noqa: E402
+from patch_queue.static_check import broken_by, undefined_names  # noqa: E402
 from patch_queue.versions import detect, in_ranges, nearest  # noqa: E402
 
 import patches as command_line  # noqa: E402

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import QueueError
-from .plan import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
+from .resolve import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from .series import Patch, Series
 from .tree import Tree
 from .versions import TRAINING
