@@ -153,8 +153,8 @@ def make_trees(folder: Path) -> dict[str, Path]:
     """Upstream as released, and with group cpu/ and the modules that it needs."""
     from zipfile import ZipFile
 
-    from patch_queue.materialise import Workspace
     from patch_queue.foreign_tree import apply_to
+    from patch_queue.materialise import Workspace
     from patch_queue.upstream import locate_wheel
 
     trees = {name: folder / name for name in ("upstream", "cpu")}
