@@ -187,14 +187,14 @@ def row(name: str, runs: list[dict], interval: int) -> Row:
             if step > 1:
                 follows = step > interval and step % interval == 1
                 (beside if follows else quiet).append(seconds)
-    held_up = [save["seconds_held_up"] for save in saves]
+    held_up = [save["blocking_seconds"] for save in saves]
     return Row(
         case=name,
         saves=len(saves),
         gigabytes=runs[0]["bytes"] / 1e9,
         held_up_s=statistics.median(held_up),
         held_up_worst_s=max(held_up),
-        write_s=statistics.median(save["seconds_in_background"] for save in saves),
+        write_s=statistics.median(save["background_seconds"] for save in saves),
         step_s=statistics.median(quiet),
         step_beside_s=statistics.median(beside),
         disk_s=statistics.median(run["disk"] for run in runs),

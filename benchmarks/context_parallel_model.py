@@ -49,7 +49,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.gpt_oss.planner.layout import Layout, Recompute
 from megatron.gpt_oss.planner.memory import fullest_rank
 from megatron.gpt_oss.presets import get_preset
-from megatron.gpt_oss.training.metrics.router_load import busiest_rank
+from megatron.gpt_oss.training.metrics.router_load import ep_load_imbalance
 
 GB = 1e9
 # bf16 has 3 digits; the mean over thousands of tokens is far better than one of them.
@@ -224,7 +224,7 @@ class RoutedRows:
 
 def load_of(counts: torch.Tensor, ranks: int) -> float:
     """The most of `counts` [forwards, experts] that one of the ranks has, over the mean."""
-    return busiest_rank(counts.double(), ranks).max().item()
+    return ep_load_imbalance(counts.double(), ranks).max().item()
 
 
 def free_bytes() -> float:

@@ -357,7 +357,7 @@ def row_of(
         seconds: from the start of torchrun to its end.
     """
     steps = [record for record in records if "tokens_per_second" in record]
-    looked = [record["experts"]["busiest_rank"] for record in records if "experts" in record]
+    looked = [record["experts"]["ep_load_imbalance"] for record in records if "experts" in record]
     watched = {record["step"] for record in records if "experts" in record}
     # The first steps compile and warm up, and a step that is looked at does more than train.
     counted = [s for s in steps[max(1, len(steps) // 5) :] if s["step"] not in watched] or steps[

@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint that is written while the training goes on, as the training loop meets it.
+"""Checkpoints of --async-save in the training loop.
 
-One at a time: two would hold two copies of the state in host memory. What is unfinished when a run
-ends is finished where all ranks still answer, else given up: the folder's manifest says so then.
+Only one is written at a time: two would need two copies of the state in CPU memory. When a run ends,
+a checkpoint that is still being written is completed if all ranks still respond, and aborted
+otherwise; the manifest of its directory then stays incomplete.
 """
 
 from time import time
@@ -18,7 +19,7 @@ _iteration_of_last_save: Optional[int] = None
 
 
 def wait_for_previous(iteration: int) -> None:
-    """Before a save: wait until the one before is complete, and say so. Collective."""
+    """Before a save, wait for the previous checkpoint, with a warning. Collective."""
     global _iteration_of_last_save
     async_utils.maybe_finalize_async_save(blocking=False)
     if not async_utils.is_empty_async_queue():
@@ -26,49 +27,48 @@ def wait_for_previous(iteration: int) -> None:
             f'WARNING: the checkpoint of iteration {iteration} waits: that of iteration '
             f'{_iteration_of_last_save} is still being written. Save less often (--save-interval).'
         )
-        step_callbacks.checkpoint_waits(iteration=iteration, waits_for=_iteration_of_last_save)
+        step_callbacks.publish(step_callbacks.CheckpointWaits(iteration, _iteration_of_last_save))
         async_utils.maybe_finalize_async_save(blocking=True)
     _iteration_of_last_save = iteration
 
 
 def finish() -> None:
-    """Complete what is being written, at the end of a run that all ranks end. Collective."""
+    """Complete the checkpoint that is being written, when all ranks end the run. Collective."""
     if not async_utils.is_empty_async_queue():
         async_utils.maybe_finalize_async_save(blocking=True)
 
 
 def abandon() -> None:
-    """Give up what is being written, in a run of which other ranks may be gone."""
+    """Abort the checkpoint that is being written, when other ranks may have exited."""
     if not async_utils.is_empty_async_queue():
         async_utils._get_async_calls_queue().close(abort=True)
 
 
-class SaveClock:
-    """Seconds of one save: of the training, which stands still, and of the write beside it.
+class SaveTimer:
+    """Seconds that one save blocks training for, and seconds of its background write.
 
     Args:
-        since: time() at the save's beginning.
+        start: time() when the save began.
     """
 
-    def __init__(self, since: float) -> None:
-        self._since = since
-        self._held_up = 0.0
+    def __init__(self, start: float) -> None:
+        self._blocked_since = start
+        self._blocking_seconds = 0.0
         self._in_background = False
 
     def scheduled(self) -> None:
-        """The training goes on, the write has begun."""
-        self._held_up += time() - self._since
+        """The background write has begun, and training continues."""
+        self._blocking_seconds += time() - self._blocked_since
         self._in_background = True
 
-    def finalising(self) -> None:
-        """Every rank has written; the training stands still again, until seconds() is asked."""
-        self._since = time()
+    def finalizing(self) -> None:
+        """Every rank has written; finalization blocks training until `seconds` is called."""
+        self._blocked_since = time()
 
     def seconds(self) -> Dict[str, float]:
-        """`seconds_held_up`, and `seconds_in_background`: of this rank's write, 0 in the
-        foreground."""
+        """`blocking_seconds`, and `background_seconds` of this rank (0 without --async-save)."""
         background = (seconds_of_last_write() or 0.0) if self._in_background else 0.0
         return {
-            'seconds_held_up': self._held_up + time() - self._since,
-            'seconds_in_background': background,
+            'blocking_seconds': self._blocking_seconds + time() - self._blocked_since,
+            'background_seconds': background,
         }

@@ -24,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from . import step_callbacks
 from .saved_schedule import ADDED, SavedSchedule, holds_optimizer, rate_word
+from .utils import print_rank_0
 
 # ---------------------------------------------------------------------------------------------
 # The counter.
@@ -125,7 +126,8 @@ def resume(
     if changes:
         now += f" ({'; '.join(changes)})"
     if changes or restart:
-        step_callbacks.resumed(iteration=iteration, line=now)
+        print_rank_0(f'> {now}')
+        step_callbacks.publish(step_callbacks.ScheduleChanged(iteration, now))
 
 
 def _why_moments_restart(state: Dict[str, Any], args: Namespace) -> str:

@@ -51,8 +51,12 @@ def train(argv: list[str], preset: Preset, keep_batches: bool = False) -> RankRe
     record = RankRecord()
     PRESETS[preset.name] = preset
     step_callbacks.clear()
-    step_callbacks.on_training_log(record.steps.append)
-    step_callbacks.on_evaluation(lambda values: record.evaluation.update(values["losses"]))
+    step_callbacks.subscribe(
+        step_callbacks.TrainingLogged, lambda event: record.steps.append(vars(event))
+    )
+    step_callbacks.subscribe(
+        step_callbacks.SetEvaluated, lambda event: record.evaluation.update(event.losses)
+    )
     set_startup_timestamps(program_start=time.time())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     sys.argv = ["pretrain_gpt_oss.py", *argv]  # parts of Megatron parse it again

@@ -90,10 +90,10 @@ def _write_small_files(folder: Path) -> None:
     (folder / 'recipe.txt').write_text('# why\n--preset 20b\n--lr "1e-3"\n')
     run = folder / 'run'
     run.mkdir()
-    load = {'busiest_share': [0.3, 0.2], 'load_cv': [0.5, 0.1], 'router_entropy': [2.0, 1.9]}
+    load = {'max_expert_share': [0.3, 0.2], 'load_cv': [0.5, 0.1], 'router_entropy': [2.0, 1.9]}
     records = [
         {'step': 1, 'loss': 4.5, 'learning_rate': 1e-3, 'tokens': 64, 'grad_norm': 1.0},
-        {'step': 2, 'loss': 4.0, 'experts': load, 'norms': {'sinks': {'lowest': -1.0}}},
+        {'step': 2, 'loss': 4.0, 'experts': load, 'norms': {'sinks': {'min': -1.0}}},
         {'step': 2, 'set': 'a', 'valid_loss': 2.5},
         {'step': 2, 'sample': {'prompt': '', 'text': '<b>'}},
     ]

@@ -138,14 +138,18 @@ def run_pretrain(flags, data_prefix: str, model_flags=MODEL_FLAGS, silent: bool 
     """Train with upstream's own loop; returns what this rank's callbacks received."""
     received = {'steps': [], 'evaluations': [], 'checkpoints': []}
     step_callbacks.clear()
-    step_callbacks.on_training_log(received['steps'].append)
-    step_callbacks.on_evaluation(received['evaluations'].append)
 
-    def checkpoint_saved(values):
-        tracker = pathlib.Path(values['save_dir'], 'latest_checkpointed_iteration.txt')
-        received['checkpoints'].append({**values, 'tracker': tracker.read_text()})
+    def checkpoint_saved(event):
+        tracker = pathlib.Path(event.save_dir, 'latest_checkpointed_iteration.txt')
+        received['checkpoints'].append({**vars(event), 'tracker': tracker.read_text()})
 
-    step_callbacks.on_checkpoint_saved(checkpoint_saved)
+    step_callbacks.subscribe(
+        step_callbacks.TrainingLogged, lambda event: received['steps'].append(vars(event))
+    )
+    step_callbacks.subscribe(
+        step_callbacks.SetEvaluated, lambda event: received['evaluations'].append(vars(event))
+    )
+    step_callbacks.subscribe(step_callbacks.CheckpointSaved, checkpoint_saved)
     step_callbacks.silence_upstream_log(silent)
     args = parse(flags, data_prefix, model_flags)
     # As entry scripts do; each rank must, or the ranks do not agree on an all-reduce of these.

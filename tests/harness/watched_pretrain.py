@@ -32,9 +32,9 @@ def run(
     """
     received = {'steps': [], 'samples': []}
 
-    def on_step(values):
-        received['steps'].append(values)
-        if values['iteration'] == kill_after:
+    def on_step(event):
+        received['steps'].append(vars(event))
+        if event.iteration == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def forward_step(data_iterator, model):
@@ -43,7 +43,7 @@ def run(
         return tiny_pretrain.forward_step(_Recorded(data_iterator, received['samples']), model)
 
     step_callbacks.clear()
-    step_callbacks.on_training_log(on_step)
+    step_callbacks.subscribe(step_callbacks.TrainingLogged, on_step)
     # Upstream reduces it over the ranks where it is set, as an earlier run leaves it on some.
     set_startup_timestamps(program_start=time.time())
     args = tiny_pretrain.parse(flags, data_prefix, tiny_pretrain.MODEL_FLAGS)

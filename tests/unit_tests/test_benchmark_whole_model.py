@@ -126,7 +126,7 @@ def test_row_leaves_out_what_is_not_training():
         }
         for step, seconds in enumerate([90, 9, 2, 50, 2.5, 2.2, 60, 2.4, 2.1, 70], start=1)
     ]
-    records += [{'step': s, 'experts': {'busiest_rank': [1.0, 3.0]}} for s in (4, 7, 10)]
+    records += [{'step': s, 'experts': {'ep_load_imbalance': [1.0, 3.0]}} for s in (4, 7, 10)]
     case = whole_model.CASES[0]
     layout = Layout(get_preset('20b'), 4, ep=4, seq_length=4096, global_batch_size=32)
     row = whole_model.row_of(case, [], layout, records, 1.0)

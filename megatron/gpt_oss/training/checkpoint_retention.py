@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Keep the newest checkpoints of a run and delete older ones.
+"""--keep-checkpoints: keep the newest checkpoints of a run and delete older ones.
 
-A folder is moved out of sight before its files are deleted, so that a kill in between leaves no half
-checkpoint, and only once the new one is whole; the deletion itself is done beside the training.
+After a new checkpoint is complete, the directory of an old one is renamed and then deleted in a
+thread. A kill in between therefore leaves no partly deleted checkpoint.
 """
 
 import json
@@ -13,43 +13,46 @@ from pathlib import Path
 
 from megatron.gpt_oss.outputs import files_in
 from megatron.training import checkpoint_integrity
+from megatron.training.step_callbacks import CheckpointSaved
 
 TRASH = ".deleted-"
 
 
 class CheckpointKeeper:
-    """Deletes what is older than the `keep` newest whole checkpoints. For rank 0.
+    """Deletes checkpoints that are older than the `keep` newest complete ones. For rank 0.
+
+    Never deletes checkpoints without a manifest (upstream's), links, the checkpoint that the tracker
+    file names, and directories with files that no save wrote. Incomplete checkpoints are deleted if
+    they are older than the oldest one that is kept.
 
     Args:
-        keep: how many stay, 1 or more. Folders that are not whole do not count, and stay if they
-            are newer than the oldest that is kept; so do checkpoints of upstream, which have no
-            manifest, links, and folders with files that no save wrote.
+        keep: number of complete checkpoints to keep, 1 or more.
     """
 
     def __init__(self, keep: int):
         self._keep = keep
         self._thread: threading.Thread | None = None
 
-    def after_save(self, values: dict) -> None:
-        """For `step_callbacks.on_checkpoint_saved`."""
-        self.clean(Path(values["save_dir"]))
+    def after_save(self, event: CheckpointSaved) -> None:
+        """Callback for `step_callbacks.CheckpointSaved`."""
+        self.clean(Path(event.save_dir))
 
     def clean(self, save_dir: Path) -> list[str]:
-        """Move old checkpoints away and begin to delete them; returns their names."""
-        whole, others = [], []
+        """Rename old checkpoints and start to delete them; returns their names."""
+        complete, incomplete = [], []
         for folder in sorted(save_dir.glob("iter_*"), key=_iteration, reverse=True):
             is_ours = _iteration(folder) >= 0 and not folder.is_symlink()
             if not is_ours or not checkpoint_integrity.has_manifest(str(folder)):
                 continue
             problem = checkpoint_integrity.find_problem(str(folder))
-            (others if problem else whole).append(folder)
-        if len(whole) < self._keep:
+            (incomplete if problem else complete).append(folder)
+        if len(complete) < self._keep:
             return []
-        oldest = _iteration(whole[self._keep - 1])
+        oldest = _iteration(complete[self._keep - 1])
         named = self._named_by_tracker(save_dir)
         doomed = [
             folder
-            for folder in whole + others
+            for folder in complete + incomplete
             if _iteration(folder) < oldest and folder.name != named and not _holds_more(folder)
         ]
         for folder in doomed:
@@ -58,7 +61,7 @@ class CheckpointKeeper:
         return [folder.name for folder in doomed]
 
     def wait(self) -> None:
-        """Until what was moved away is deleted."""
+        """Wait until the renamed checkpoints are deleted."""
         if self._thread is not None:
             self._thread.join()
 
@@ -71,7 +74,7 @@ class CheckpointKeeper:
 
     def _empty_trash(self, save_dir: Path) -> None:
         self.wait()
-        trash = list(save_dir.glob(TRASH + "iter_*"))  # also what a killed run left
+        trash = list(save_dir.glob(TRASH + "iter_*"))  # also those of a killed run
         if not trash:
             return
         self._thread = threading.Thread(target=_delete, args=(trash,))
@@ -79,11 +82,11 @@ class CheckpointKeeper:
 
 
 def _holds_more(folder: Path) -> bool:
-    """Whether a checkpoint folder has files that no save wrote; then it is not ours to delete."""
+    """Whether a checkpoint directory has files that no save wrote."""
     try:
         text = (folder / checkpoint_integrity.MANIFEST).read_text(encoding="utf-8")
         listed = json.loads(text).get("files")
-        if listed is None:  # a save that was not finished lists nothing
+        if listed is None:  # an incomplete checkpoint
             return False
         own = {*listed, checkpoint_integrity.MANIFEST, checkpoint_integrity.MANIFEST + ".tmp"}
         return bool(set(files_in(folder, ())) - own)

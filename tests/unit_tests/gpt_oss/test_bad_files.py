@@ -312,11 +312,11 @@ def test_nothing_of_a_run_is_markup(tmp_path):
     run = tmp_path / '<b>run'
     run.mkdir()
     evil = '<script>alert(1)</script>\ud800\x00"&'
-    load = {'busiest_share': [0.3], 'load_cv': [None], evil: [1]}
+    load = {'max_expert_share': [0.3], 'load_cv': [None], evil: [1]}
     records = [
         {'step': 1, 'loss': 1e308, 'tokens': None, evil: evil},
         {'step': 2, 'loss': -1e308, 'grad_norm': 5e-324, 'experts': load},
-        {'step': 3, 'loss': None, 'experts': {'busiest_share': []}, 'grad_norm': 0.0},
+        {'step': 3, 'loss': None, 'experts': {'max_expert_share': []}, 'grad_norm': 0.0},
         {'step': 3, 'set': evil, 'valid_loss': 2.5, 'norms': {'grad_norm': {evil: 1.0}}},
         {'step': 3, 'sample': {'text': evil}, 'norms': {}},
     ]

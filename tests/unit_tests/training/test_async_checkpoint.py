@@ -233,18 +233,20 @@ def run_slow(flags, data, seconds):
     order, registered, output = [], [], io.StringIO()
 
     def note(name, key):
-        def on(values):
+        def on(event):
             tracker = Path(flags[1]) / TRACKER
             named = tracker.read_text() if tracker.exists() else None
-            order.append((name, values['iteration'], values.get(key), named))
+            order.append((name, event.iteration, getattr(event, key), named))
 
         return on
 
     def before_forward(step, model):
         if not registered:  # here, because run() forgets what was registered before it
             registered.append(step)
-            step_callbacks.on_checkpoint_waits(note('waits', 'waits_for'))
-            step_callbacks.on_checkpoint_saved(note('saved', 'seconds_in_background'))
+            step_callbacks.subscribe(step_callbacks.CheckpointWaits, note('waits', 'waits_for'))
+            step_callbacks.subscribe(
+                step_callbacks.CheckpointSaved, note('saved', 'background_seconds')
+            )
 
     def before(iteration):
         if iteration == 1:

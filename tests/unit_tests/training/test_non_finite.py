@@ -121,13 +121,13 @@ def nan_after_update(flags, data):
     """The weights go bad between the update and the save of step 3."""
 
     def before_forward(step, model):
-        def spoil(values):
-            if values['iteration'] == PLANTED_AT and torch.distributed.get_rank() == 1:
+        def spoil(event):
+            if event.iteration == PLANTED_AT and torch.distributed.get_rank() == 1:
                 with torch.no_grad():
                     expert(model, 0, 0).linear_fc1.weight[0, 0] = math.inf
 
         if not planted:
-            planted.append(step_callbacks.on_training_log(spoil))
+            planted.append(step_callbacks.subscribe(step_callbacks.TrainingLogged, spoil))
 
     planted = []
     return watched_pretrain.run(flags, data, before_forward=before_forward)

@@ -21,9 +21,12 @@ def position(monkeypatch):
     from megatron.training import run_position, step_callbacks
 
     lines = []
-    monkeypatch.setattr(step_callbacks, 'resumed', lambda **values: lines.append(values['line']))
+    step_callbacks.clear()
+    step_callbacks.subscribe(step_callbacks.ScheduleChanged, lambda event: lines.append(event.line))
+    monkeypatch.setattr(run_position, 'print_rank_0', lambda line: None)
     monkeypatch.setattr(run_position, 'lines', lines, raising=False)
     yield run_position
+    step_callbacks.clear()
     microbatches.destroy_num_microbatches_calculator()
 
 

@@ -106,8 +106,8 @@ def test_checkpoint_saved(ranks, data, tmp_path, mode):
             assert checkpoint['save_dir'] == str(tmp_path)
             assert checkpoint['checkpoint'] == str(tmp_path / f"iter_{checkpoint['iteration']:07d}")
             assert checkpoint['tracker'] == str(checkpoint['iteration'])
-            assert 0 < checkpoint['seconds_held_up'] < 60
-            assert (checkpoint['seconds_in_background'] > 0) == bool(mode)
+            assert 0 < checkpoint['blocking_seconds'] < 60
+            assert (checkpoint['background_seconds'] > 0) == bool(mode)
 
 
 def run_with_model_callbacks(flags, data) -> dict:
@@ -117,20 +117,22 @@ def run_with_model_callbacks(flags, data) -> dict:
     def weights(model):
         return sum(float(p.detach().double().sum()) for p in model[0].parameters())
 
-    def ready(values):
-        gradients = [p.main_grad for p in values['model'][0].parameters()]
+    def ready(event):
+        gradients = [p.main_grad for p in event.model[0].parameters()]
         norm = sum(float(g.double().square().sum()) for g in gradients) ** 0.5
-        seen['ready'].append((values['iteration'], norm, weights(values['model'])))
+        seen['ready'].append((event.iteration, norm, weights(event.model)))
 
-    def ended(values):
-        assert hasattr(values['optimizer'], 'param_groups')
-        seen['ended'].append((values['iteration'], weights(values['model']), len(seen['steps'])))
+    def ended(event):
+        assert hasattr(event.optimizer, 'param_groups')
+        seen['ended'].append((event.iteration, weights(event.model), len(seen['steps'])))
 
     step_callbacks.clear()
-    step_callbacks.on_gradients_ready(ready)
-    step_callbacks.on_step_ended(ended)
+    step_callbacks.subscribe(step_callbacks.GradientsReady, ready)
+    step_callbacks.subscribe(step_callbacks.StepEnded, ended)
     args = tiny_pretrain.parse(flags, data)
-    step_callbacks.on_training_log(seen['steps'].append)
+    step_callbacks.subscribe(
+        step_callbacks.TrainingLogged, lambda event: seen['steps'].append(vars(event))
+    )
     tiny_pretrain.pretrain(
         tiny_pretrain.pretrain_cfg_container_from_args(
             args, tiny_pretrain.gpt_config_from_args(args)
@@ -160,12 +162,14 @@ def test_model_callbacks(ranks, data):
 
 def test_clear():
     calls = []
-    step_callbacks.on_checkpoint_saved(calls.append)
+    first, second = (step_callbacks.CheckpointWaits(number, None) for number in (1, 2))
+    step_callbacks.subscribe(step_callbacks.CheckpointWaits, calls.append)
     step_callbacks.silence_upstream_log()
-    step_callbacks.checkpoint_saved(iteration=1)
+    step_callbacks.publish(first)
+    step_callbacks.publish(step_callbacks.ScheduleChanged(1, ''))
     step_callbacks.clear()
-    step_callbacks.checkpoint_saved(iteration=2)
-    assert calls == [{'iteration': 1}]
+    step_callbacks.publish(second)
+    assert calls == [first]
     assert not step_callbacks.upstream_log_silenced()
 
 

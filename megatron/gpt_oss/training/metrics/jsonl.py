@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""metrics.jsonl: one JSON object a line, in the order in which a run logged them."""
+"""metrics.jsonl: one JSON object per line, in the order in which a run logged them."""
 
 import json
 import math
@@ -17,14 +17,24 @@ _NUMBERS = frozenset(
     """loss valid_loss test_loss learning_rate grad_norm tokens tokens_per_second_per_gpu
     tflops_per_gpu mfu load_balancing_loss global_load_balancing_loss z_loss""".split()
 )
-# Fields that say something of a step.
-_OF_A_STEP = ("loss", "valid_loss", "test_loss", "experts", "norms", "sample")
+# Records with one of these need a step.
+_STEP_FIELDS = ("loss", "valid_loss", "test_loss", "experts", "norms", "sample")
+# Keys within a field that the previous version named differently.
+_RENAMED = {
+    "checkpoint": {
+        "seconds_held_up": "blocking_seconds",
+        "seconds_in_background": "background_seconds",
+    },
+    "experts": {"busiest_share": "max_expert_share", "busiest_rank": "ep_load_imbalance"},
+    "norms": {"lowest": "min", "highest": "max"},
+}
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl.
 
-    A last line that a killed run left half-written is dropped.
+    A truncated last line of a killed run is dropped. Keys of the previous version get their new
+    names.
 
     Raises:
         UsageError: no such file, or a line that is no record; names line and field.
@@ -39,7 +49,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, bool, dict[str, Any] | str]]:
-    """(line, whether it is cut off at the end of the file, record or what is wrong with it)."""
+    """(line number, whether it is the truncated last line, record or what is wrong with it)."""
     if not path.is_file():
         raise UsageError(f"No file {path}. Give the metrics.jsonl of a run.")
     try:
@@ -53,19 +63,19 @@ def _records(path: Path) -> Iterator[tuple[int, bool, dict[str, Any] | str]]:
                 except ValueError as error:
                     yield number, is_last, f"not JSON ({error})"
                 else:
-                    yield number, False, _problem(record) or record
+                    yield number, False, _problem(record) or _with_current_keys(record)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _problem(record: Any) -> str | None:
-    """What keeps a JSON value from being a record, with the name of the field."""
+    """What is wrong with a record, with the name of the field; None if it is valid."""
     if not isinstance(record, dict):
         return f"not a record but {brief(record)}"
     step = record.get("step")
     if "step" in record and not (type(step) is int and 0 <= step < 2**53):
         return f"step is {brief(step)}, not a step number"
-    for name in _OF_A_STEP:
+    for name in _STEP_FIELDS:
         if name in record and step is None:
             return f"it has {name} but no step"
     for name in _NUMBERS & record.keys():
@@ -87,6 +97,20 @@ def _problem(record: Any) -> str | None:
     return None
 
 
+def _with_current_keys(record: dict[str, Any]) -> dict[str, Any]:
+    """A valid record without key names of the previous version."""
+    for field, names in _RENAMED.items():
+        if isinstance(found := record.get(field), dict):
+            record[field] = _renamed(found, names)
+    return record
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+
+
 def _is_list_of_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(item is None or _is_number(item) for item in value)
 
@@ -96,7 +120,7 @@ def _is_number(value: Any) -> bool:
 
 
 def append_metrics(path: Path, record: dict[str, Any]) -> None:
-    """Add one record; numbers that are not finite become null."""
+    """Append one record; NaN and infinity become null."""
     with naming(path), open(path, "a", encoding="utf-8") as stream:
         stream.write(_line(record))
 
@@ -115,12 +139,12 @@ def _finite(value: Any) -> Any:
 
 
 def drop_from(path: Path, step: int, evaluations_only: bool = False) -> None:
-    """Keep what was logged before `step`: the steps from there on will be recomputed.
+    """Remove the records from `step` on, because the run resumes before it.
 
-    A line that is no record is told and left out: it must not keep a run from being resumed.
+    An invalid line is reported and removed; it must not prevent a resume.
 
     Args:
-        evaluations_only: of records of validation and test sets; all others stay.
+        evaluations_only: remove only records of validation and test sets.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""What a person sees of a run: one aligned line a step, and metrics.jsonl."""
+"""The log of a run: one aligned line per step on the console, and metrics.jsonl."""
 
 import math
 from datetime import timedelta
@@ -8,6 +8,12 @@ from typing import Any, Callable, TextIO
 
 from megatron.gpt_oss.training.metrics.jsonl import append_metrics, drop_from
 from megatron.gpt_oss.training.metrics.writers import Writers
+from megatron.training.step_callbacks import (
+    CheckpointSaved,
+    CheckpointWaits,
+    SetEvaluated,
+    TrainingLogged,
+)
 
 LOSS = "lm loss"
 NO_LOSS = "no unmasked tokens, or the weights are not finite"
@@ -23,19 +29,19 @@ def short_count(number: float) -> str:
 
 
 class TrainingLog:
-    """Turns Megatron's step callbacks into lines; made on the rank that holds the loss.
+    """Logs the events of `step_callbacks`; created on the rank that has the loss.
 
     Args:
-        console: where lines for people go.
-        metrics: path of metrics.jsonl, or None. A line is one JSON object; a run that resumes
-            before its last logged step replaces what came after.
-        seq_length: tokens a sample.
-        num_ranks: over which a step's work is divided.
-        flops_of: FLOPs of the model over a number of tokens, whose documents' squared lengths have
-            the sum that is given, or None.
-        peak_tflops: of one rank's device, or None where it is not known: no MFU then.
-        writers: where the numbers go besides.
-        consumed_tokens: of the run, from its consumed samples; by default all had `seq_length`.
+        console: stream of the lines.
+        metrics: path of metrics.jsonl, or None. A run that resumes before its last logged step
+            replaces the later records.
+        seq_length: tokens per sample.
+        num_ranks: GPUs of the run.
+        flops_of: FLOPs of the model for a number of tokens and the sum of the squared document
+            lengths (None if not packed).
+        peak_tflops: of one GPU; None if unknown, then no MFU is logged.
+        writers: TensorBoard and Weights & Biases.
+        consumed_tokens: tokens of the run by its consumed samples; default: `seq_length` each.
     """
 
     def __init__(
@@ -61,90 +67,97 @@ class TrainingLog:
         self._trimmed = False
         self._evaluations_trimmed = False
 
-    def step(self, values: dict[str, Any]) -> None:
-        """A log interval ended (see `step_callbacks.on_training_log`)."""
-        step, last = values["iteration"], values["train_iters"]
-        elapsed = values["elapsed_per_iteration"]
-        # Exponential mean: a slow step (a checkpoint, the first one) should not swing the ETA.
-        mean = elapsed if self._seconds_per_step is None else self._seconds_per_step
-        self._seconds_per_step = 0.9 * mean + 0.1 * elapsed
-        remaining = timedelta(seconds=round(self._seconds_per_step * max(0, last - step)))
-        tokens_per_second = values["batch_size"] * self._seq_length / elapsed
-        tflops = self._tflops(values, elapsed)
-        mfu = tflops / self._peak_tflops if tflops and self._peak_tflops else None
-        record = {
-            "step": step,
-            "loss": values["losses"].get(LOSS),
+    def step(self, event: TrainingLogged) -> None:
+        """Log an interval of steps."""
+        record = self._step_record(event)
+        self._write(self._step_line(event, record), record, "train", replaces_from=record["step"])
+
+    def _step_record(self, event: TrainingLogged) -> dict[str, Any]:
+        elapsed = event.elapsed_per_iteration
+        tokens_per_second = event.batch_size * self._seq_length / elapsed
+        tflops = self._tflops(event)
+        return {
+            "step": event.iteration,
+            "loss": event.losses.get(LOSS),
             **{
                 name.replace(" ", "_"): value
-                for name, value in values["losses"].items()
+                for name, value in event.losses.items()
                 if name != LOSS
             },
-            "learning_rate": values["learning_rate"],
-            "grad_norm": values["grad_norm"],
+            "learning_rate": event.learning_rate,
+            "grad_norm": event.grad_norm,
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_gpu": tokens_per_second / self._num_ranks,
             "tflops_per_gpu": tflops,
-            "mfu": mfu,
-            "peak_memory_bytes": values["peak_memory"],
-            "tokens": self._consumed_tokens(values["consumed_samples"]),
+            "mfu": tflops / self._peak_tflops if tflops and self._peak_tflops else None,
+            "peak_memory_bytes": event.peak_memory,
+            "tokens": self._consumed_tokens(event.consumed_samples),
             "seconds_per_step": elapsed,
-            "skipped_steps": values["skipped_iterations"],
+            "skipped_steps": event.skipped_iterations,
         }
-        width = len(str(last))
+
+    def _step_line(self, event: TrainingLogged, record: dict[str, Any]) -> str:
+        step, last = event.iteration, event.train_iters
         fields = [
-            f"step {step:>{width}}/{last}",
+            f"step {step:>{len(str(last))}}/{last}",
             f"loss {_number(record['loss'], '7.4f')}",
             f"lr {_number(record['learning_rate'], '.2e')}",
             f"grad norm {_number(record['grad_norm'], '7.3f')}",
             f"{short_count(record['tokens_per_second_per_gpu']):>7} tokens/s/GPU",
-            f"{_number(tflops, '6.1f'):>6} TFLOP/s",
-            f"MFU {_number(mfu, '5.1%'):>5}",
+            f"{_number(record['tflops_per_gpu'], '6.1f'):>6} TFLOP/s",
+            f"MFU {_number(record['mfu'], '5.1%'):>5}",
             f"{record['peak_memory_bytes'] / GIB:6.2f} GiB",
             f"{short_count(record['tokens']):>7} tokens",
-            f"ETA {remaining}",
+            f"ETA {self._remaining(event)}",
         ]
         if record["skipped_steps"]:
             fields.append(f"{record['skipped_steps']} skipped")
         if _is_nan(record["loss"]):
             fields.append(NO_LOSS)
-        self._write(" | ".join(fields), record, "train", remade_from=step)
+        return " | ".join(fields)
 
-    def _tflops(self, values: dict[str, Any], elapsed: float) -> float | None:
-        """Of the model, on one rank."""
+    def _remaining(self, event: TrainingLogged) -> timedelta:
+        elapsed = event.elapsed_per_iteration
+        # Exponential mean: one slow step (the first, a checkpoint) must not change the ETA much.
+        mean = elapsed if self._seconds_per_step is None else self._seconds_per_step
+        self._seconds_per_step = 0.9 * mean + 0.1 * elapsed
+        steps = max(0, event.train_iters - event.iteration)
+        return timedelta(seconds=round(self._seconds_per_step * steps))
+
+    def _tflops(self, event: TrainingLogged) -> float | None:
+        """Model TFLOP/s per GPU."""
         if self._flops_of is None:
             return None
-        squares = values.get("squared_lengths_in_batch")
-        tokens = values["batch_size"] * self._seq_length
-        if squares is not None:
-            tokens = values["tokens_in_batch"]
-        return self._flops_of(tokens, squares) / elapsed / self._num_ranks / 1e12
+        squares = event.squared_lengths_in_batch
+        tokens = event.batch_size * self._seq_length if squares is None else event.tokens_in_batch
+        flops = self._flops_of(tokens, squares)
+        return flops / event.elapsed_per_iteration / self._num_ranks / 1e12
 
-    def evaluation(self, values: dict[str, Any]) -> None:
-        """A validation or test set was evaluated (see `step_callbacks.on_evaluation`)."""
-        loss = values["losses"].get(LOSS)
+    def evaluation(self, event: SetEvaluated) -> None:
+        """Log the loss of a validation or test set."""
+        loss = event.losses.get(LOSS)
         key, name = ("valid_loss", "validation")
-        if "test set" in values["prefix"]:
+        if "test set" in event.prefix:
             key, name = ("test_loss", "test")
-        name += f" {values['name']}" if values["name"] else ""
-        text = f"{name} at step {values['iteration']}: "
+        name += f" {event.name}" if event.name else ""
+        text = f"{name} at step {event.iteration}: "
         if _is_nan(loss):
             text += f"loss nan, {NO_LOSS}"
-            loss = None  # no point of a curve
+            loss = None
         else:
             perplexity = math.exp(min(loss, 20.0)) if loss is not None else None
             text += f"loss {_number(loss, '.4f')}, perplexity {_number(perplexity, '.3f')}"
         self._write(
             text,
-            {"step": values["iteration"], "set": name, key: loss},
+            {"step": event.iteration, "set": name, key: loss},
             name,
-            remade_from=values["iteration"] + 1,
+            replaces_from=event.iteration + 1,
             evaluation=True,
         )
 
     def experts(self, step: int, load: dict[str, list[float]]) -> None:
-        """Load of the experts and entropy of the routers (see `RouterLoad.take`)."""
-        shares, entropies = load["busiest_share"], load["router_entropy"]
+        """Log expert load and router entropy (see `RouterLoad.take`)."""
+        shares, entropies = load["max_expert_share"], load["router_entropy"]
         worst = max(range(len(shares)), key=shares.__getitem__)
         mean_cv = sum(load["load_cv"]) / len(shares)
         self._write(
@@ -153,49 +166,47 @@ class TrainingLog:
             f"router entropy {min(entropies):.2f} to {max(entropies):.2f}",
             {"step": step, "experts": load},
             "experts",
-            remade_from=step,
+            replaces_from=step,
         )
 
     def norms(self, step: int, norms: dict[str, dict[str, float]]) -> None:
-        """Norms by kind of module (see `module_norms`)."""
+        """Log norms by kind of module (see `module_norms`)."""
         gradients = ", ".join(f"{kind} {value:.3g}" for kind, value in norms["grad_norm"].items())
         sinks = norms.get("sinks")
-        tail = f"; sinks {sinks['lowest']:.2f} to {sinks['highest']:.2f}" if sinks else ""
+        tail = f"; sinks {sinks['min']:.2f} to {sinks['max']:.2f}" if sinks else ""
         self._write(
             f"grad norms at step {step}: {gradients}{tail}",
             {"step": step, "norms": norms},
             "norms",
-            remade_from=step,
+            replaces_from=step,
         )
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """A text that the model wrote."""
+        """Log a generated sample."""
         self._write(
             f"sample at step {step}: {text!r}",
             {"step": step, "sample": {"prompt": prompt, "text": text}},
             "sample",
-            remade_from=step + 1,
+            replaces_from=step + 1,
         )
 
-    def checkpoint(self, values: dict[str, Any]) -> None:
-        """A checkpoint is complete (see `step_callbacks.on_checkpoint_saved`)."""
-        held_up, beside = values["seconds_held_up"], values["seconds_in_background"]
-        tail = f", background write {beside:.1f} s" if beside else ""
+    def checkpoint(self, event: CheckpointSaved) -> None:
+        """Log a complete checkpoint."""
+        blocking, background = event.blocking_seconds, event.background_seconds
+        tail = f", background write {background:.1f} s" if background else ""
+        seconds = {"blocking_seconds": blocking, "background_seconds": background}
         self._write(
-            f"saved {values['checkpoint']} (blocked for {held_up:.1f} s{tail})",
-            {
-                "step": values["iteration"],
-                "checkpoint": {"seconds_held_up": held_up, "seconds_in_background": beside},
-            },
+            f"saved {event.checkpoint} (blocked for {blocking:.1f} s{tail})",
+            {"step": event.iteration, "checkpoint": seconds},
             None,
-            remade_from=values["iteration"] + 1,
+            replaces_from=event.iteration + 1,
         )
 
-    def checkpoint_waits(self, values: dict[str, Any]) -> None:
-        """A save waits for the one before (see `step_callbacks.on_checkpoint_waits`)."""
+    def checkpoint_waits(self, event: CheckpointWaits) -> None:
+        """Print that a save waits for the previous one."""
         print(
-            f"saving the checkpoint of step {values['iteration']} waits: the checkpoint of step "
-            f"{values['waits_for']} is still being written. A larger --save-interval avoids that.",
+            f"saving the checkpoint of step {event.iteration} waits: the checkpoint of step "
+            f"{event.waits_for} is still being written. A larger --save-interval avoids that.",
             file=self._console,
             flush=True,
         )
@@ -205,12 +216,15 @@ class TrainingLog:
         line: str,
         record: dict[str, Any],
         section: str | None,
-        remade_from: int,
+        replaces_from: int,
         evaluation: bool = False,
     ) -> None:
-        """Print and log; the first record says which steps of an earlier start are made anew.
+        """Print a line and append its record.
 
-        Without a section, writers do not get it: W&B takes no step that is behind another.
+        Args:
+            section: of the writers; None keeps the record from them, as W&B refuses a step that is
+                lower than an earlier one.
+            replaces_from: the first record of a start removes older records from this step on.
         """
         print(line, file=self._console, flush=True)
         if self._writers is not None and section is not None:
@@ -222,10 +236,10 @@ class TrainingLog:
         if self._metrics is None:
             return
         if not self._trimmed:
-            drop_from(self._metrics, remade_from)
+            drop_from(self._metrics, replaces_from)
             self._trimmed = True
         if evaluation and not self._evaluations_trimmed:
-            # A finished run that is started again evaluates its last step again.
+            # A finished run that is restarted evaluates its last step again.
             drop_from(self._metrics, record["step"], evaluations_only=True)
             self._evaluations_trimmed = True
         append_metrics(self._metrics, record)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Norms of weights and gradients by kind of module, each weight counted once, whatever the layout."""
+"""Weight and gradient norms by kind of module; each weight counts once in every parallel layout."""
 
 import math
 from typing import Iterator
@@ -11,7 +11,7 @@ from megatron.core import mpu
 from megatron.core.device_utils import current_device
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
-# The first that a parameter's name holds; 'norm' before 'attention', where some norms live.
+# The first match in a parameter's name; 'norm' comes before 'attention', which contains norms.
 KINDS = (
     ("embedding", "embedding."),
     ("norms", "norm"),
@@ -34,13 +34,13 @@ def module_norms(model_chunks: list[torch.nn.Module]) -> dict[str, dict[str, flo
     """Norms over all ranks, between backward and update. Collective.
 
     Args:
-        model_chunks: this rank's, wrapped by DistributedDataParallel; gradients reduced.
+        model_chunks: of this rank, wrapped by DistributedDataParallel; gradients are reduced.
     Returns:
-        'grad_norm' and 'weight_norm', each by kind, kinds without a (trained) parameter left out;
-        'sinks': 'lowest' and 'highest' sink of the model.
+        'grad_norm' and 'weight_norm', each by kind; kinds without (trained) parameters are left out;
+        'sinks': 'min' and 'max' sink of the model.
     """
     squares = torch.zeros(4, len(NAMES), dtype=torch.float64, device=current_device())
-    # Lowest and highest by one maximum: of -sinks and of sinks.
+    # Minimum and maximum with one all-reduce: the maximum of -sinks and of sinks.
     extremes = squares.new_full((2,), -math.inf)
     names = {
         parameter: name for chunk in model_chunks for name, parameter in chunk.named_parameters()
@@ -65,7 +65,7 @@ def module_norms(model_chunks: list[torch.nn.Module]) -> dict[str, dict[str, flo
     }
     low, high = extremes.tolist()
     if math.isfinite(high):
-        norms["sinks"] = {"lowest": -low, "highest": high}
+        norms["sinks"] = {"min": -low, "max": high}
     return norms
 
 
@@ -78,10 +78,10 @@ def _by_kind(squares: list[float], numbers: list[float]) -> dict[str, float]:
 def owned_gradients(
     model_chunks: list[torch.nn.Module],
 ) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """This rank's part of the gradients: every element of the model's is on exactly one rank.
+    """This rank's part of the gradients; each element of the model belongs to exactly one rank.
 
-    With the distributed optimizer a rank has the sums of its shard of each bucket only; without it
-    each data-parallel rank has all, and the first one answers for them.
+    With the distributed optimizer a rank has the reduced gradients of its shard of each bucket.
+    Without it every data-parallel rank has all of them, and the first rank counts them.
     """
     for chunk in model_chunks:
         for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
@@ -94,7 +94,7 @@ def owned_gradients(
 
 
 def _owned_range(group, num_elements: int) -> tuple[int, int]:
-    """Which elements of a bucket of this rank are reduced, and no other's to count."""
+    """The range of a bucket whose elements this rank counts."""
     if not group.ddp_config.use_distributed_optimizer:
         is_first = torch.distributed.get_rank(group.data_parallel_group) == 0
         return (0, num_elements) if is_first else (0, 0)
@@ -107,7 +107,7 @@ def _owned_range(group, num_elements: int) -> tuple[int, int]:
 
 
 def _is_first_copy(parameter: torch.nn.Parameter) -> bool:
-    """Not one of the copies that other tensor-parallel ranks hold of the same weight."""
+    """Whether this is not a tensor-parallel duplicate of a weight."""
     return param_is_not_tensor_parallel_duplicate(
         parameter,
         mpu.get_tensor_model_parallel_group(),
@@ -122,5 +122,5 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 
 
 def _square_sum(tensor: Tensor) -> Tensor:
-    # Of elements in fp32: their sum in fp64 is exact enough to add up over ranks.
+    # The norm of the elements in fp32; only the sum over parameters and ranks needs fp64.
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32).double() ** 2

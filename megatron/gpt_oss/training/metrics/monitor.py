@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""What is looked at every --monitor-interval and --sample-interval steps."""
+"""--monitor-interval and --sample-interval: expert load, norms and samples during training."""
 
 from argparse import Namespace
 
@@ -9,15 +9,15 @@ from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
 from megatron.gpt_oss.training.metrics.log import TrainingLog
 from megatron.gpt_oss.training.metrics.module_norms import module_norms
 from megatron.gpt_oss.training.metrics.router_load import RouterLoad
-from megatron.training import step_callbacks
+from megatron.training.step_callbacks import GradientsReady, StepEnded, subscribe
 
 
 class Monitor:
-    """Registers itself with `step_callbacks` on every rank; the last one writes.
+    """Subscribes to events of the training loop on every rank; the last rank logs.
 
     Args:
         args: Megatron's arguments.
-        log: on the last rank; None on the others.
+        log: the log on the last rank; None on the others.
     """
 
     def __init__(self, args: Namespace, log: TrainingLog | None):
@@ -27,39 +27,39 @@ class Monitor:
             self._load = RouterLoad(
                 args.num_layers,
                 args.num_experts,
-                self._is_step_looked_at,
+                self._is_monitored,
                 args.expert_model_parallel_size,
             )
-            step_callbacks.on_gradients_ready(self.look)
+            subscribe(GradientsReady, self.monitor)
         if args.sample_interval:
             self._tokenizer = load_text_tokenizer(args.tokenizer_model)
-            step_callbacks.on_step_ended(self.sample)
+            subscribe(StepEnded, self.sample)
 
     def watch(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
-        """A hook for `GPTModelConfig.pre_wrap_hooks`."""
+        """Hook for `GPTModelConfig.pre_wrap_hooks`: register forward hooks on the routers."""
         if self._args.monitor_interval:
             self._load.watch(model)
         return model
 
-    def look(self, values: dict) -> None:
-        """For `on_gradients_ready`."""
-        if values["iteration"] % self._args.monitor_interval:
+    def monitor(self, event: GradientsReady) -> None:
+        """Log expert load and norms every --monitor-interval steps. Collective."""
+        if event.iteration % self._args.monitor_interval:
             return
-        load, norms = self._load.take(), module_norms(values["model"])
+        load, norms = self._load.take(), module_norms(event.model)
         if self._log is not None:
-            self._log.experts(values["iteration"], load)
-            self._log.norms(values["iteration"], norms)
+            self._log.experts(event.iteration, load)
+            self._log.norms(event.iteration, norms)
 
-    def sample(self, values: dict) -> None:
-        """For `on_step_ended`."""
+    def sample(self, event: StepEnded) -> None:
+        """Log a generated sample every --sample-interval steps. Collective."""
         from megatron.gpt_oss.training.metrics.live_sample import sample_live
 
-        args, step = self._args, values["iteration"]
-        if step % args.sample_interval:
+        args = self._args
+        if event.iteration % args.sample_interval:
             return
         text = sample_live(
-            values["model"],
-            values["optimizer"],
+            event.model,
+            event.optimizer,
             self._tokenizer,
             args.sample_prompt,
             args.sample_tokens,
@@ -67,7 +67,7 @@ class Monitor:
             args.seed,
         )
         if self._log is not None:
-            self._log.sample(step, args.sample_prompt, text)
+            self._log.sample(event.iteration, args.sample_prompt, text)
 
-    def _is_step_looked_at(self) -> bool:
+    def _is_monitored(self) -> bool:
         return (self._args.curr_iteration + 1) % self._args.monitor_interval == 0

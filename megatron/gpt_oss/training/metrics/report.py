@@ -107,7 +107,7 @@ def _layer_charts(records: list[dict]) -> str:
     looked = [(r["step"], r["experts"]) for r in records if "experts" in r]
     parts = []
     for key, title in (
-        ("busiest_share", "Share of the most loaded expert, by layer"),
+        ("max_expert_share", "Share of the most loaded expert, by layer"),
         ("load_cv", "Coefficient of variation of the expert load, by layer"),
         ("router_entropy", "Entropy of the router (nats), by layer"),
     ):

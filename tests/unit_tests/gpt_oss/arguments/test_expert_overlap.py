@@ -118,8 +118,8 @@ def train_in_rank(argv: list[str]) -> list:
         plans.append(1)
         return run(*args, **kwargs)
 
-    def gradients(values):
-        model = values['model']
+    def gradients(event):
+        model = event.model
         steps.append(
             {
                 'gradients': digests(model, lambda p: getattr(p, 'main_grad', None)),
@@ -127,13 +127,13 @@ def train_in_rank(argv: list[str]) -> list:
             }
         )
 
-    def log(values):
-        steps[-1]['loss'] = values['losses']
-        steps[-1]['grad_norm'] = values['grad_norm']
+    def log(event):
+        steps[-1]['loss'] = event.losses
+        steps[-1]['grad_norm'] = event.grad_norm
 
     def prepare():
-        step_callbacks.on_gradients_ready(gradients)
-        step_callbacks.on_training_log(log)
+        step_callbacks.subscribe(step_callbacks.GradientsReady, gradients)
+        step_callbacks.subscribe(step_callbacks.TrainingLogged, log)
 
     model_chunk_schedule_plan.TransformerModelChunkSchedulePlan.run = staticmethod(counted)
     try:

@@ -56,11 +56,11 @@ def run_in_rank(argv, folder, hurt):
 
 
 def after_step(step, action):
-    def on_step(values):
-        if values['iteration'] == step:
+    def on_step(event):
+        if event.iteration == step:
             action()
 
-    step_callbacks.on_training_log(on_step)
+    step_callbacks.subscribe(step_callbacks.TrainingLogged, on_step)
 
 
 def whole(run_dir):
@@ -116,12 +116,12 @@ def test_lines_and_metrics(ranks, inputs, tmp_path):
     assert lines.index(step_3) < lines.index(saved[1][0])
     seconds = runs.only(read_metrics(run_dir / 'metrics.jsonl'), 'checkpoint')
     assert sorted(seconds) == [1, 2, 3]
-    assert seconds[2]['seconds_in_background'] >= 1.5 and seconds[1]['seconds_in_background'] > 0
-    assert 0 < seconds[2]['seconds_held_up'] < seconds[3]['seconds_held_up']
+    assert seconds[2]['background_seconds'] >= 1.5 and seconds[1]['background_seconds'] > 0
+    assert 0 < seconds[2]['blocking_seconds'] < seconds[3]['blocking_seconds']
     for match in saved:
         record = seconds[int(match[1])]
-        assert float(match[3]) == pytest.approx(record['seconds_in_background'], abs=0.06)
-        assert float(match[2]) == pytest.approx(record['seconds_held_up'], abs=0.06)
+        assert float(match[3]) == pytest.approx(record['background_seconds'], abs=0.06)
+        assert float(match[2]) == pytest.approx(record['blocking_seconds'], abs=0.06)
     assert whole(run_dir) == 3
     # And another layout goes on from it.
     flags = '--train-iters 4 --context-parallel-size 2 --no-load-optim'
@@ -310,9 +310,9 @@ def nan_while_writing(folder, seen):
     """Step 2's embedding puts out NaN, while checkpoint 1 is being written."""
     gate = Gate()
 
-    def hook_embedding(values):
-        if values['iteration'] == 1:
-            model = values['model'][0]
+    def hook_embedding(event):
+        if event.iteration == 1:
+            model = event.model[0]
             embedding = next(m for m in model.modules() if hasattr(m, 'word_embeddings'))
             embedding.register_forward_hook(nan)
 
@@ -320,7 +320,7 @@ def nan_while_writing(folder, seen):
         gate.open()
         return output * float('nan')
 
-    step_callbacks.on_gradients_ready(hook_embedding)
+    step_callbacks.subscribe(step_callbacks.GradientsReady, hook_embedding)
 
     def before(iteration):
         gate.wait()

@@ -47,7 +47,7 @@ def test_resume(ranks, inputs, tmp_path, on_gpu, more):
     if more:
         seconds = runs.only(read_metrics(tmp_path / 'run' / 'metrics.jsonl'), 'checkpoint')
         assert sorted(seconds) == [1, 2, 3, 4, 5, 6]
-        assert all(second['seconds_in_background'] > 0 for second in seconds.values())
+        assert all(second['background_seconds'] > 0 for second in seconds.values())
 
 
 @pytest.mark.parametrize('more', ['', '--async-save --save-interval 1'])

@@ -54,9 +54,9 @@ def test_page(tmp_path, capsys):
         {'step': s, 'loss': 5.0 - s, 'grad_norm': 1.0, 'learning_rate': 1e-3, 'tokens': 64 * s}
         for s in (1, 2, 3)
     ]
-    load = {'busiest_share': [0.3, 0.2], 'load_cv': [0.5, 0.1], 'router_entropy': [2.0, 1.9]}
+    load = {'max_expert_share': [0.3, 0.2], 'load_cv': [0.5, 0.1], 'router_entropy': [2.0, 1.9]}
     norms = {'grad_norm': {'router': 0.5}, 'weight_norm': {'router': 9.0}}
-    norms['sinks'] = {'lowest': -1.0, 'highest': 2.0}
+    norms['sinks'] = {'min': -1.0, 'max': 2.0}
     records += [{'step': s, 'experts': load} for s in (1, 3)]
     records += [{'step': s, 'norms': norms} for s in (1, 3)]
     records += [

@@ -169,13 +169,16 @@ def main_with_groups(argv):
 
     groups = []
 
-    def step_ended(values):
+    def step_ended(event):
         groups[:] = [
             {name: value for name, value in group.items() if name != 'params'}
-            for group in values['optimizer'].param_groups
+            for group in event.optimizer.param_groups
         ]
 
-    printed = runs.main_in_rank(argv, prepare=lambda: step_callbacks.on_step_ended(step_ended))
+    def prepare():
+        step_callbacks.subscribe(step_callbacks.StepEnded, step_ended)
+
+    printed = runs.main_in_rank(argv, prepare=prepare)
     return printed, groups
 
 

@@ -212,11 +212,11 @@ def run_hurt(ranks, inputs, run_dir, flags, hurt, world_size=1):
 
 
 def after_step(step, action):
-    def on_step(values):
-        if values['iteration'] == step:
-            action(values)
+    def on_step(event):
+        if event.iteration == step:
+            action(event)
 
-    step_callbacks.on_training_log(on_step)
+    step_callbacks.subscribe(step_callbacks.TrainingLogged, on_step)
 
 
 def full_disk_at_step_2(folder):
@@ -243,11 +243,11 @@ def test_full_disk_in_a_checkpoint(inputs, ranks, tmp_path):
 
 
 def lose_folder_of_step_2(folder):
-    after_step(3, lambda values: shutil.rmtree(folder / 'iter_0000002'))
+    after_step(3, lambda event: shutil.rmtree(folder / 'iter_0000002'))
 
 
 def lose_all(folder):
-    after_step(3, lambda values: shutil.rmtree(folder))
+    after_step(3, lambda event: shutil.rmtree(folder))
 
 
 @pytest.mark.parametrize('hurt', [lose_folder_of_step_2, lose_all], ids=['newest', 'all'])
@@ -272,7 +272,7 @@ def lose_folder_in_save(folder):
             shutil.rmtree(folder / 'iter_0000002')
         fsync(handle)
 
-    after_step(1, lambda values: setattr(os, 'fsync', fsync_or_lose))
+    after_step(1, lambda event: setattr(os, 'fsync', fsync_or_lose))
 
 
 def test_checkpoint_deleted_while_it_is_written(inputs, ranks, tmp_path):
@@ -287,13 +287,13 @@ def test_checkpoint_deleted_while_it_is_written(inputs, ranks, tmp_path):
 def nan_batch_at_step_3(folder):
     """What the embedding makes of the tokens of step 3 on the last rank."""
 
-    def hook_embedding(values):
-        if values['iteration'] != 2 or torch.distributed.get_rank() != 1:
+    def hook_embedding(event):
+        if event.iteration != 2 or torch.distributed.get_rank() != 1:
             return
-        embedding = next(m for m in values['model'][0].modules() if hasattr(m, 'word_embeddings'))
+        embedding = next(m for m in event.model[0].modules() if hasattr(m, 'word_embeddings'))
         embedding.register_forward_hook(lambda module, tokens, output: output * float('nan'))
 
-    step_callbacks.on_gradients_ready(hook_embedding)
+    step_callbacks.subscribe(step_callbacks.GradientsReady, hook_embedding)
 
 
 def test_nan_batch(inputs, ranks, tmp_path):

@@ -102,8 +102,8 @@ def test_both_get_what_metrics_jsonl_gets(ranks, inputs, tmp_path):
         assert found == pytest.approx({step: steps[step][name] for step in steps}, rel=1e-6)
     assert board.Scalars('validation/valid_loss')[0].value == pytest.approx(validation[0], rel=1e-6)
     load = runs.only(records, 'experts')[2]
-    share = board.Scalars('experts/busiest_share/1')[0]
-    assert (share.step, share.value) == (2, pytest.approx(load['busiest_share'][1], rel=1e-6))
+    share = board.Scalars('experts/max_expert_share/1')[0]
+    assert (share.step, share.value) == (2, pytest.approx(load['max_expert_share'][1], rel=1e-6))
 
     calls = runs.read_metrics(tmp_path / 'run' / 'wandb' / 'calls.jsonl')
     assert calls[0] == {'call': 'init', 'name': 'run', 'project': 'tiny'}

@@ -1,0 +1,52 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+"""From what a run starts: its own checkpoint, other weights or random ones."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from megatron.gpt_oss.errors import UsageError
+from megatron.training import checkpoint_integrity
+
+
+def has_checkpoint(directory: str | None) -> bool:
+    """Whether a --save or --load directory has a checkpoint to load, complete or not."""
+    if directory is None:
+        return False
+    tracker = Path(directory) / checkpoint_integrity.TRACKER
+    return tracker.is_file() or checkpoint_integrity.holds_checkpoint(directory)
+
+
+def resumes(args: Namespace) -> bool:
+    """Whether the run continues at the step of a checkpoint, with its optimizer state."""
+    return has_checkpoint(args.load) and not args.finetune
+
+
+def check_save(args: Namespace) -> None:
+    """Refuse to overwrite the checkpoints of a run that this one does not resume.
+
+    Raises:
+        UsageError: names the directory and what to give.
+    """
+    if args.skip_train or not has_checkpoint(args.save):
+        return
+    if resumes(args) and os.path.realpath(args.load) == os.path.realpath(args.save):
+        return
+    other = f"--load {args.load} --finetune" if args.finetune else f"--load {args.load}"
+    hint = f"Give --load {args.save} to resume from them"
+    if has_checkpoint(args.load):
+        hint = f"To resume from them, give --pretrained-checkpoint {args.load} for {other}"
+    raise UsageError(
+        f"--save {args.save} holds checkpoints that this run would not resume from and would "
+        f"overwrite. {hint}; or save to another directory."
+    )
+
+
+def describe_start(args: Namespace) -> str:
+    """The weights of the first step, once the checkpoint is loaded."""
+    if args.iteration:
+        return f"resumed at step {args.iteration}"
+    for directory in (args.load, args.pretrained_checkpoint):
+        if has_checkpoint(directory):
+            return f"starts at step 0 from the weights of {directory}"
+    return f"starts from {args.load_hf}" if args.load_hf else "starts from random weights"
