@@ -1,18 +1,17 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which checkpoints are whole, and which one a run goes on from.
+"""Which checkpoints are complete, and which one a run resumes from.
 
-A save first marks its iteration folder as unfinished, and when every file is durable writes the
-list of them, with their sizes, into the folder's manifest.json; only then does the tracker
-latest_checkpointed_iteration.txt name the iteration. A load verifies what the tracker names, and
-falls back to the newest whole checkpoint before it. Rank 0 looks, every rank gets its decision.
+A save first marks its iteration directory as incomplete. When every file is on disk, it lists the
+files with their sizes in manifest.json, and then writes the iteration to the tracker
+latest_checkpointed_iteration.txt. A load verifies the checkpoint that the tracker names, and falls
+back to the newest complete one before it. Rank 0 decides and broadcasts the decision.
 
-A folder without manifest.json was written by upstream. It counts as whole when its own metadata is
-readable and every file that the metadata refers to is there, and large enough.
+A directory without manifest.json was written by upstream. It is complete if its metadata is readable
+and every file in the metadata exists and is large enough.
 
-Sizes cost one stat a file, so that a checkpoint of thousands of large shards is verified in
-moments. Of small files the contents are hashed; those of shards by whoever reads them (see
-megatron/core/dist_checkpointing/block_hashes.py).
+Verification checks file sizes and hashes small files, so it takes moments for thousands of large
+shards. Shards are hashed when they are read (megatron/core/dist_checkpointing/block_hashes.py).
 """
 
 import hashlib
@@ -28,75 +27,78 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.core.dist_checkpointing import block_hashes, restricted_pickle
 from megatron.core.dist_checkpointing.block_hashes import DamagedShard
+from megatron.core.dist_checkpointing.checkpoint_names import (
+    MANIFEST,
+    RELEASE,
+    TRACKER,
+    iteration_name,
+)
 from megatron.core.msc_utils import MultiStorageClientFeature
 
-MANIFEST = 'manifest.json'
-# 2: shards have hashes. Manifests of before have no version.
+# 2: shards have hashes. Older manifests have no version.
 VERSION = 2
-TRACKER = 'latest_checkpointed_iteration.txt'
-# Hashing this much takes about 10 ms. Metadata is smaller, also that of large models' shards.
+# Hashing this much takes about 10 ms. Metadata is smaller, even for large models.
 LARGEST_HASHED_FILE = 16 * 2**20
 
-_reported = set()
-# What a load found out about the shards of a folder.
+_reported: Set[str] = set()
+# Damaged shards that a load found, by the real path of the checkpoint directory.
 _damaged: Dict[str, str] = {}
 
 
-class CheckpointError(RuntimeError):
-    """There is a checkpoint, but none that can be used."""
+class CheckpointLoadError(RuntimeError):
+    """There are checkpoints, but this run can load none of them."""
 
 
 class Choice(NamedTuple):
-    """What to load, as upstream's read_metadata() returns it, and what to tell the user."""
+    """The checkpoint to load, as upstream's read_metadata() returns it, with warnings."""
 
     iteration: int  # -1: there is no checkpoint.
     release: bool
     messages: List[str]
 
 
-# ---------------------------------------------------------------------------------------------
-# Saving
-# ---------------------------------------------------------------------------------------------
+# What the tracker file names: an iteration, RELEASE, '' if it is damaged, None if there is no file.
+Tracker = Union[int, str, None]
 
 
-def begin_save(folder: str) -> None:
-    """Mark a checkpoint folder as unfinished, before any rank writes into it.
+def begin_save(directory: str) -> None:
+    """Mark a checkpoint directory as incomplete, before any rank writes to it. Collective.
 
-    Collective. The folder may hold an earlier checkpoint of the same iteration, whose files the
-    save replaces one by one with others of the same size.
+    The directory may hold an earlier checkpoint of the same iteration, whose files the save replaces
+    one by one with files of the same size.
     """
     if MultiStorageClientFeature.is_enabled():
-        return  # Objects appear whole or not at all, and cannot be renamed.
+        return  # Objects appear complete or not at all, and cannot be renamed.
     if _rank() == 0:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(directory, exist_ok=True)
         manifest = {'version': VERSION, 'state': 'writing'}
-        _write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest))
-        for name in _files(folder):  # they are of the earlier checkpoint's shards
+        _write_atomically(os.path.join(directory, MANIFEST), json.dumps(manifest))
+        for name in _files(directory):  # of the earlier checkpoint's shards
             if name.endswith(block_hashes.SUFFIX):
-                os.unlink(os.path.join(folder, name))
-        _damaged.pop(os.path.realpath(folder), None)
+                os.unlink(os.path.join(directory, name))
+        _damaged.pop(os.path.realpath(directory), None)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
 
 
-def finish_save(folder: str) -> None:
-    """List the files of a finished checkpoint. For rank 0, once every rank has written its own."""
+def finish_save(directory: str) -> None:
+    """Write the manifest of a complete checkpoint. For rank 0, when all ranks have written."""
     if MultiStorageClientFeature.is_enabled():
         return
     files = {}
-    for name in _files(folder):
-        path = os.path.join(folder, name)
+    for name in _files(directory):
+        path = os.path.join(directory, name)
         files[name] = {'size': os.path.getsize(path)}
         if files[name]['size'] <= LARGEST_HASHED_FILE and not name.endswith('.distcp'):
-            # Shards are durable: their writers call fsync. The metadata was written by this rank.
+            # The writers of shards call fsync; this rank wrote the metadata without it.
             _sync(path)
             files[name]['sha256'] = _sha256(path)
     manifest = {'version': VERSION, 'state': 'complete', 'files': files}
-    _write_atomically(os.path.join(folder, MANIFEST), json.dumps(manifest, indent=1))
+    _write_atomically(os.path.join(directory, MANIFEST), json.dumps(manifest, indent=1))
 
 
 def write_tracker(path: str, text: str) -> None:
-    """Let the tracker name another iteration; a reader finds the old name or the new one."""
+    """Replace the content of the tracker file; a reader finds the old one or the new one."""
     if MultiStorageClientFeature.is_enabled():
         with MultiStorageClientFeature.import_package().open(path, 'w') as file:
             file.write(text)
@@ -104,35 +106,30 @@ def write_tracker(path: str, text: str) -> None:
         _write_atomically(path, text)
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading
-# ---------------------------------------------------------------------------------------------
-
-
 def resolve(load_dir: str, ckpt_step: Optional[int] = None) -> Tuple[int, bool]:
-    """The checkpoint of `load_dir` to load: the newest whole one, but none after the tracker's.
+    """The checkpoint to load: the newest complete one that is not newer than the tracker's.
 
-    A tracker that names a folder which is not there says nothing about newer ones.
-    Collective where torch.distributed is initialised.
+    If the tracker names a directory that does not exist, newer checkpoints count as well.
+    Collective if torch.distributed is initialized.
 
     Args:
-        load_dir: the folder of iter_XXXXXXX folders.
-        ckpt_step: the iteration that the user asks for (--ckpt-step); no other will do then.
+        load_dir: directory with iter_XXXXXXX directories.
+        ckpt_step: the only iteration to accept (--ckpt-step).
     Returns:
-        (iteration, release); iteration is -1 where there is no checkpoint to go on from.
+        (iteration, release); iteration is -1 if there is no checkpoint to resume from.
     Raises:
-        CheckpointError: on every rank, if there are checkpoints but none is whole, or not the one
-            that was asked for.
+        CheckpointLoadError: on every rank, if there are checkpoints but none is complete, or not the
+            requested one.
     """
-    outcome: List[Union[Choice, CheckpointError, None]] = [None]
+    outcome: List[Union[Choice, CheckpointLoadError, None]] = [None]
     if _rank() == 0:
         try:
             outcome[0] = choose(load_dir, ckpt_step)
-        except CheckpointError as error:
+        except CheckpointLoadError as error:
             outcome[0] = error
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], CheckpointError):
+    if isinstance(outcome[0], CheckpointLoadError):
         raise outcome[0]
     iteration, release, messages = outcome[0]
     for message in messages:
@@ -143,52 +140,76 @@ def resolve(load_dir: str, ckpt_step: Optional[int] = None) -> Tuple[int, bool]:
 
 
 def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
-    """What resolve() decides, on this rank alone."""
+    """The decision of resolve(), without communication and output."""
     if MultiStorageClientFeature.is_enabled():
         return _choose_without_verifying(load_dir, ckpt_step)
     if ckpt_step:
-        problem = find_problem(_folder(load_dir, ckpt_step))
-        if problem:
-            raise CheckpointError(
-                f'--ckpt-step {ckpt_step}: {problem} {_whole_ones(load_dir, ckpt_step)}'
-            )
-        return Choice(ckpt_step, False, [])
-
+        return _choose_step(load_dir, ckpt_step)
     tracker, messages = _read_tracker(load_dir)
-    if tracker == 'release':
-        problem = find_problem(os.path.join(load_dir, 'release'))
-        if problem:
-            raise CheckpointError(f'{os.path.join(load_dir, TRACKER)} names "release": {problem}')
-        return Choice(0, True, [])
+    if tracker == RELEASE:
+        return _choose_release(load_dir)
+    return _choose_newest(load_dir, tracker, messages)
 
-    found = _iterations(load_dir)
-    if isinstance(tracker, int) and tracker not in found and any(i > tracker for i in found):
-        # Nobody goes back to what is not there: a number that lost its end, or a deleted folder.
-        messages.append(
-            f'{os.path.join(load_dir, TRACKER)} names {tracker}, which has no directory.'
+
+def _choose_step(load_dir: str, ckpt_step: int) -> Choice:
+    problem = find_problem(iteration_dir(load_dir, ckpt_step))
+    if problem:
+        complete = [
+            str(iteration)
+            for iteration in _iterations(load_dir)
+            if iteration != ckpt_step and not find_problem(iteration_dir(load_dir, iteration))
+        ]
+        raise CheckpointLoadError(
+            f'--ckpt-step {ckpt_step}: {problem} Complete checkpoints in {load_dir}: '
+            f'{", ".join(complete) or "none"}.'
         )
-        tracker = ''
+    return Choice(ckpt_step, False, [])
+
+
+def _choose_release(load_dir: str) -> Choice:
+    problem = find_problem(os.path.join(load_dir, RELEASE))
+    if problem:
+        raise CheckpointLoadError(f'{os.path.join(load_dir, TRACKER)} names "{RELEASE}": {problem}')
+    return Choice(0, True, [])
+
+
+def _choose_newest(load_dir: str, tracker: Tracker, messages: List[str]) -> Choice:
+    """The newest complete checkpoint up to the one that the tracker names."""
+    candidates = _iterations(load_dir)
+    if isinstance(tracker, int) and tracker not in candidates:
+        if any(iteration > tracker for iteration in candidates):
+            # The number was truncated or the directory deleted: not a return to an earlier step.
+            messages.append(
+                f'{os.path.join(load_dir, TRACKER)} names {tracker}, which has no directory.'
+            )
+            tracker = ''
     if isinstance(tracker, int):
-        for iteration in [iteration for iteration in found if iteration > tracker]:
-            messages.append(_describe_newer(load_dir, iteration, tracker))
-        found = [tracker] + [iteration for iteration in found if iteration < tracker]
-    for iteration in found:
-        folder = _folder(load_dir, iteration)
-        problem = find_problem(folder)
-        if not problem and tracker is None and not has_manifest(folder):
+        newer = [iteration for iteration in candidates if iteration > tracker]
+        messages += [_describe_newer(load_dir, iteration, tracker) for iteration in newer]
+        candidates = [tracker] + [iteration for iteration in candidates if iteration < tracker]
+    for iteration in candidates:
+        directory = iteration_dir(load_dir, iteration)
+        problem = find_problem(directory)
+        if not problem and tracker is None and not has_manifest(directory):
             problem = (
-                f'{folder} has no {MANIFEST} and no {TRACKER} names it. To use it, write '
+                f'{directory} has no {MANIFEST} and no {TRACKER} names it. To use it, write '
                 f'{iteration} to {os.path.join(load_dir, TRACKER)}.'
             )
         if not problem:
             if messages or iteration != tracker:
-                messages.append(f'{folder} is the newest complete checkpoint: resuming from it.')
+                messages.append(f'{directory} is the newest complete checkpoint: resuming from it.')
             return Choice(iteration, False, messages)
         messages.append(problem)
+    return _choose_none(load_dir, tracker, candidates, messages)
 
-    if tracker is None and all(_is_unfinished(_folder(load_dir, i)) for i in found):
-        # Nothing was ever completed here, so that nothing is lost.
-        if found:
+
+def _choose_none(
+    load_dir: str, tracker: Tracker, candidates: List[int], messages: List[str]
+) -> Choice:
+    """Start from step 0 if no save ever completed, so that nothing is lost; refuse otherwise."""
+    directories = [iteration_dir(load_dir, iteration) for iteration in candidates]
+    if tracker is None and all(map(_is_incomplete_save, directories)):
+        if candidates:
             messages.append(f'{load_dir} never held a complete checkpoint: starting from step 0.')
         return Choice(-1, False, messages)
     messages.append(
@@ -196,17 +217,17 @@ def choose(load_dir: str, ckpt_step: Optional[int] = None) -> Choice:
         'there. Restore the files named above, give --load another directory, or move this one '
         'away to restart training.'
     )
-    raise CheckpointError('\n'.join(messages))
+    raise CheckpointLoadError('\n'.join(messages))
 
 
 def pass_over_damaged(load: Callable) -> Callable:
-    """A load that finds a damaged shard begins again, with the newest complete one before it.
+    """Decorator: a load that reads a damaged shard restarts with an earlier complete checkpoint.
 
-    Every rank learns of a damage that one rank reads, so that all begin again.
+    All ranks restart, also if only one rank read the damaged shard.
     """
 
     @wraps(load)
-    def load_whole(*args, **kwargs):
+    def load_complete(*args, **kwargs):
         while True:
             try:
                 with block_hashes.reading_together():
@@ -218,11 +239,11 @@ def pass_over_damaged(load: Callable) -> Callable:
                 for damage in found:
                     _damaged[os.path.realpath(damage.folder)] = str(damage)
 
-    return load_whole
+    return load_complete
 
 
 def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
-    """An error, what caused it, and what other ranks of a save or a load reported."""
+    """An error, its causes, and the errors of other ranks in a save or a load."""
     seen: Set[int] = set()
     stack = [error]
     while stack:
@@ -236,46 +257,46 @@ def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
         stack += [current.__cause__, current.__context__]
 
 
-def find_problem(folder: str) -> Optional[str]:
-    """One sentence on why a checkpoint folder is not whole, or None if it is."""
-    if not os.path.isdir(folder):
-        return f'{folder} does not exist.'
-    if damage := _damaged.get(os.path.realpath(folder)):
-        return f'{folder} is not a complete checkpoint: {damage}'
+def find_problem(directory: str) -> Optional[str]:
+    """One sentence on why a checkpoint directory is incomplete, or None if it is complete."""
+    if not os.path.isdir(directory):
+        return f'{directory} does not exist.'
+    if damage := _damaged.get(os.path.realpath(directory)):
+        return f'{directory} is not a complete checkpoint: {damage}'
     try:
-        if has_manifest(folder):
-            wrong = _compare_with_manifest(folder)
+        if has_manifest(directory):
+            wrong = _compare_with_manifest(directory)
         else:
-            wrong = _check_without_manifest(folder)
+            wrong = _check_without_manifest(directory)
     except OSError as error:
         wrong = [f'it cannot be read ({error})']
     if not wrong:
         return None
     more = f', and {len(wrong) - 4} more' if len(wrong) > 4 else ''
-    return f'{folder} is not a complete checkpoint: {"; ".join(wrong[:4])}{more}.'
+    return f'{directory} is not a complete checkpoint: {"; ".join(wrong[:4])}{more}.'
 
 
-def has_manifest(folder: str) -> bool:
-    """Whether a save of ours began in this checkpoint folder."""
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+def has_manifest(directory: str) -> bool:
+    """Whether `begin_save` was called for this checkpoint directory."""
+    return os.path.isfile(os.path.join(directory, MANIFEST))
 
 
 def holds_checkpoint(load_dir: str) -> bool:
-    """Whether there is something to go on from though no tracker may say so."""
+    """Whether a save completed in `load_dir`, even if there is no tracker file."""
     if MultiStorageClientFeature.is_enabled() or not os.path.isdir(load_dir):
         return False
-    folders = [_folder(load_dir, iteration) for iteration in _iterations(load_dir)]
-    return any(has_manifest(folder) and not _is_unfinished(folder) for folder in folders)
+    directories = [iteration_dir(load_dir, iteration) for iteration in _iterations(load_dir)]
+    return any(has_manifest(path) and not _is_incomplete_save(path) for path in directories)
 
 
-# ---------------------------------------------------------------------------------------------
-# One folder
-# ---------------------------------------------------------------------------------------------
+def iteration_dir(load_dir: str, iteration: int) -> str:
+    """The directory of one iteration's checkpoint."""
+    return os.path.join(load_dir, iteration_name(iteration))
 
 
-def _compare_with_manifest(folder: str) -> List[str]:
+def _compare_with_manifest(directory: str) -> List[str]:
     try:
-        manifest = _read_json(os.path.join(folder, MANIFEST))
+        manifest = _read_json(os.path.join(directory, MANIFEST))
         if manifest.get('version', 1) not in range(1, VERSION + 1):
             return [f'{MANIFEST} has the unsupported version {manifest["version"]}']
         if manifest['state'] == 'writing':
@@ -287,24 +308,24 @@ def _compare_with_manifest(folder: str) -> List[str]:
         return [f'{MANIFEST} is damaged ({error!r:.200})']
     wrong = []
     for name, properties in expected:
-        path = os.path.join(folder, name)
+        path = os.path.join(directory, name)
         complaint = _check_size(path, name, properties['size'], exact=True)
         if complaint is None and 'sha256' in properties and _sha256(path) != properties['sha256']:
             complaint = f'{name} has different contents than when it was saved (SHA-256)'
         if complaint:
             wrong.append(complaint)
     if not wrong and '.metadata' in manifest['files']:
-        wrong += _check_metadata(folder)
+        wrong += _check_metadata(directory)
     return wrong
 
 
-def _check_metadata(folder: str) -> List[str]:
-    """What the manifest does not say: whether the metadata is what a save writes."""
+def _check_metadata(directory: str) -> List[str]:
+    """Problems of the metadata files, whose sizes and hashes agree with the manifest."""
     try:
-        restricted_pickle.read_metadata(folder)
+        restricted_pickle.read_metadata(directory)
     except restricted_pickle.RestrictedPickleError as error:
         return [f'.metadata is damaged ({error})']
-    path = os.path.join(folder, 'metadata.json')
+    path = os.path.join(directory, 'metadata.json')
     try:
         if os.path.isfile(path) and not isinstance(_read_json(path), dict):
             return ['metadata.json is damaged (not a JSON object)']
@@ -313,36 +334,39 @@ def _check_metadata(folder: str) -> List[str]:
     return []
 
 
-def _check_without_manifest(folder: str) -> List[str]:
-    names = _files(folder)
+def _check_without_manifest(directory: str) -> List[str]:
+    names = _files(directory)
     if (
         'metadata.json' in names
         or '.metadata' in names
         or any(name.endswith('.distcp') for name in names)
     ):
-        return _check_distributed(folder, names)
+        return _check_distributed(directory, names)
     if any(name.startswith('mp_rank_') for name in names):
-        return _check_torch_files(folder, [name for name in names if name.endswith('.pt')])
+        return _check_torch_files(directory, [name for name in names if name.endswith('.pt')])
     return ['it holds neither metadata.json nor .metadata nor an mp_rank_ directory']
 
 
-def _check_distributed(folder: str, names: List[str]) -> List[str]:
+def _check_distributed(directory: str, names: List[str]) -> List[str]:
     """Formats torch_dist, torch_dcp and fsdp_dtensor."""
     wrong = []
     if 'metadata.json' in names:
         try:
-            if _read_json(os.path.join(folder, 'metadata.json'))['sharded_backend'] != 'torch_dist':
-                return []  # An older format, of whose files nothing is known.
+            if (
+                _read_json(os.path.join(directory, 'metadata.json'))['sharded_backend']
+                != 'torch_dist'
+            ):
+                return []  # An older format with unknown files.
         except (ValueError, KeyError, TypeError) as error:
             wrong.append(f'metadata.json is damaged ({error!r:.200})')
     if '.metadata' not in names:
         return wrong + ['.metadata is missing']
     try:
-        metadata = restricted_pickle.read_metadata(folder)
+        metadata = restricted_pickle.read_metadata(directory)
     except restricted_pickle.RestrictedPickleError as error:
-        size = os.path.getsize(os.path.join(folder, '.metadata'))
+        size = os.path.getsize(os.path.join(directory, '.metadata'))
         return wrong + [f'.metadata is damaged ({size} bytes; {error})']
-    # Since 0.19 the objects that are no tensors are shards, too; before, they had a file.
+    # Objects other than tensors are shards since 0.19; before, they were in common.pt.
     has_common_state = any(key.startswith('common_state') for key in metadata.state_dict_metadata)
     if 'metadata.json' in names:
         if not has_common_state and 'common.pt' not in names:
@@ -350,24 +374,24 @@ def _check_distributed(folder: str, names: List[str]) -> List[str]:
     elif has_common_state or 'common.pt' in names or hasattr(metadata, 'mcore_data'):
         wrong.append('metadata.json is missing')
     if 'common.pt' in names:
-        wrong += _check_torch_files(folder, ['common.pt'])
+        wrong += _check_torch_files(directory, ['common.pt'])
 
     needed: Dict[str, int] = {}
     for place in (metadata.storage_data or {}).values():
         end = place.offset + place.length
         needed[place.relative_path] = max(end, needed.get(place.relative_path, 0))
     for name, size in sorted(needed.items()):
-        complaint = _check_size(os.path.join(folder, name), name, size, exact=False)
+        complaint = _check_size(os.path.join(directory, name), name, size, exact=False)
         if complaint:
             wrong.append(complaint)
     return wrong
 
 
-def _check_torch_files(folder: str, names: List[str]) -> List[str]:
-    """Files of torch.save: a zip archive, whose table of contents is at its end."""
+def _check_torch_files(directory: str, names: List[str]) -> List[str]:
+    """Files of torch.save: zip archives, whose directory is at the end of the file."""
     wrong = []
     for name in names:
-        path = os.path.join(folder, name)
+        path = os.path.join(directory, name)
         with open(path, 'rb') as file:
             start = file.read(2)
         if not start or (start == b'PK' and not zipfile.is_zipfile(path)):
@@ -385,40 +409,31 @@ def _check_size(path: str, name: str, expected: int, exact: bool) -> Optional[st
     return None
 
 
-def _is_unfinished(folder: str) -> bool:
-    """Whether a save of ours began here and did not end."""
+def _is_incomplete_save(directory: str) -> bool:
+    """Whether `begin_save` was called for this directory, and `finish_save` was not."""
     try:
-        return _read_json(os.path.join(folder, MANIFEST))['state'] == 'writing'
+        return _read_json(os.path.join(directory, MANIFEST))['state'] == 'writing'
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-# ---------------------------------------------------------------------------------------------
-# The folder of folders
-# ---------------------------------------------------------------------------------------------
-
-
-def _folder(load_dir: str, iteration: int) -> str:
-    return os.path.join(load_dir, f'iter_{iteration:07d}')
-
-
 def _iterations(load_dir: str) -> List[int]:
-    """Iterations that have a folder, newest first."""
+    """Iterations that have a directory, newest first."""
     if not os.path.isdir(load_dir):
         return []
     matches = (re.fullmatch(r'iter_(\d{7,})', name) for name in os.listdir(load_dir))
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def _read_tracker(load_dir: str) -> Tuple[Union[int, str, None], List[str]]:
-    """(what the tracker names, complaints): an iteration, 'release', None: no file, '': damaged."""
+def _read_tracker(load_dir: str) -> Tuple[Tracker, List[str]]:
+    """What the tracker names, and warnings."""
     path = os.path.join(load_dir, TRACKER)
     try:
         with open(path, errors='replace') as file:
             text = file.read().strip()
     except FileNotFoundError:
         return None, []
-    if text == 'release':
+    if text == RELEASE:
         return text, []
     if re.fullmatch(r'[0-9]{1,18}', text):
         return int(text), []
@@ -427,23 +442,14 @@ def _read_tracker(load_dir: str) -> Tuple[Union[int, str, None], List[str]]:
 
 
 def _describe_newer(load_dir: str, iteration: int, tracker: int) -> str:
-    folder = _folder(load_dir, iteration)
-    problem = find_problem(folder)
+    directory = iteration_dir(load_dir, iteration)
+    problem = find_problem(directory)
     if problem:
         return problem
     return (
-        f'{folder} is complete, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is '
+        f'{directory} is complete, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is '
         f'used. Write {iteration} to it to resume from there.'
     )
-
-
-def _whole_ones(load_dir: str, but: int) -> str:
-    whole = [
-        str(iteration)
-        for iteration in _iterations(load_dir)
-        if iteration != but and not find_problem(_folder(load_dir, iteration))
-    ]
-    return f'Complete checkpoints in {load_dir}: {", ".join(whole) or "none"}.'
 
 
 def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice:
@@ -455,28 +461,25 @@ def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice
         return Choice(-1, False, [])
     with msc.open(path, 'r') as file:
         text = file.read().strip()
-    if text == 'release':
+    if text == RELEASE:
         return Choice(0, True, [])
     if not re.fullmatch(r'[0-9]{1,18}', text):
-        raise CheckpointError(f'{path} holds {text[:40]!r}; expected an iteration, or "release".')
+        raise CheckpointLoadError(
+            f'{path} holds {text[:40]!r}; expected an iteration, or "release".'
+        )
     return Choice(int(text), False, [])
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------
-
-
-def _files(folder: str) -> List[str]:
-    """Every file below a folder, by its path from there, the manifest left out."""
+def _files(directory: str) -> List[str]:
+    """Relative paths of all files in a directory tree, without the manifest."""
     names = []
-    for parent, _, files in os.walk(folder):
-        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
+    for parent, _, files in os.walk(directory):
+        names += [os.path.relpath(os.path.join(parent, name), directory) for name in files]
     return sorted(name for name in names if name not in (MANIFEST, MANIFEST + '.tmp'))
 
 
 def _read_json(path: str) -> dict:
-    """A JSON file; ValueError, without the text, on what is none."""
+    """Read a JSON file; ValueError, without the text, if it is invalid."""
     with open(path, encoding='utf-8') as file:
         try:
             return json.load(file)
@@ -487,7 +490,7 @@ def _read_json(path: str) -> dict:
 
 
 def _check_entry(name: str, properties: dict) -> None:
-    """Refuse a file of a manifest that is not in its folder, or of which no size is known."""
+    """Raise ValueError for a file outside the directory, or without a valid size."""
     if os.path.isabs(name) or '..' in name.split('/') or '\0' in name:
         raise ValueError(f'{name!r:.80} is not in the directory')
     size = properties['size']
@@ -496,7 +499,7 @@ def _check_entry(name: str, properties: dict) -> None:
 
 
 def _write_atomically(path: str, text: str) -> None:
-    """A reader, also one after a power cut, finds the old contents or the new ones."""
+    """Replace a file; a reader finds the old or the new content, also after a power failure."""
     with open(path + '.tmp', 'w') as file:
         file.write(text)
         file.flush()
@@ -510,7 +513,7 @@ def _sync(path: str) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        pass  # Some network file systems refuse it for folders.
+        pass  # Some network file systems refuse fsync for directories.
     finally:
         os.close(handle)
 

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 
-from .checkpoint_integrity import CheckpointError
+from .checkpoint_integrity import CheckpointLoadError
 
 # In the content metadata of a checkpoint: offsets in the buffers count the padding of buckets.
 MARK = 'distrib_optim_fully_reshardable_padded_offsets'
@@ -32,7 +32,7 @@ SMALLEST = 1e-7
 CHUNK = 2**24
 
 
-class MisplacedOptimizerState(CheckpointError):
+class MisplacedOptimizerState(CheckpointLoadError):
     """The optimizer state of a checkpoint is that of other parameters."""
 
 
@@ -59,7 +59,7 @@ def refuse_unloadable_state(
         metadata: content metadata of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank; says what was saved, what is wanted, what can be done.
+        CheckpointLoadError: on every rank; says what was saved, what is wanted, what can be done.
     """
     _refuse_other_optimizer(args, saved_args)
     size, saved = (
@@ -69,7 +69,7 @@ def refuse_unloadable_state(
     bound = size != saved if kind == 'dp_reshardable' else kind is None and 1 in (size, saved)
     if size == saved or not bound:
         return
-    raise CheckpointError(
+    raise CheckpointLoadError(
         f"The checkpoint's optimizer state was written with --expert-model-parallel-size {saved}"
         f" ({kind or 'without --use-distributed-optimizer'}) and does not load with {size}: "
         f"continue with {saved}, or give --no-load-optim or --finetune to load the weights alone; "
@@ -82,7 +82,7 @@ def _refuse_other_optimizer(args: Namespace, saved_args: Namespace) -> None:
     of_run, of_checkpoint = _optimizer_flags(args), _optimizer_flags(saved_args)
     if of_checkpoint is None or of_run is None or of_run == of_checkpoint:
         return
-    raise CheckpointError(
+    raise CheckpointLoadError(
         f"The checkpoint's optimizer state was written {of_checkpoint}, and this run is "
         f"{of_run}: the two keep it in different formats. Continue {of_checkpoint}, or give "
         "--no-load-optim or --finetune to load the weights alone."

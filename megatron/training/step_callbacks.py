@@ -11,10 +11,12 @@ Callbacks run on every rank, in the order of subscription. An exception in a cal
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Type, TypeVar
 
 import torch
+
+from megatron.core import device_utils
 
 Event = TypeVar('Event')
 
@@ -84,7 +86,7 @@ class TrainingLogged:
     skipped_iterations: int
     nan_iterations: int
     loss_scale: float
-    peak_memory: int
+    peak_memory: int = field(default_factory=device_utils.max_memory_allocated)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron.core.dist_checkpointing.block_hashes import SUFFIX, HashingFileSystem
+from megatron.core.dist_checkpointing.checkpoint_names import MANIFEST, RELEASE, TRACKER
 from megatron.gpt_oss.checkpoint.hf.auxiliary_files import (
     check_tokenizer,
     companion_files,
@@ -68,15 +69,12 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import (
     Part,
     checkpoint_files,
 )
-from megatron.gpt_oss.checkpoint.torch_dist.reader import COMPANIONS_NAME, TRACKER_NAME
+from megatron.gpt_oss.checkpoint.torch_dist.reader import COMPANIONS_NAME
 from megatron.gpt_oss.presets import preset_flags
 from megatron.gpt_oss.progress import Progress
 
-RELEASE = "release"
 _COMMON_STATE = "common_state/shard_0_1"
 _COMMON_PREFIX = "__0_common_"
-# checkpoint_integrity's; importing it takes seconds.
-MANIFEST = "manifest.json"
 
 
 def convert_to_megatron(
@@ -148,7 +146,7 @@ class Job:
                 if (self.hf / name).is_file():
                     shutil.copyfile(self.hf / name, companions / name)
             checkpoint_integrity.finish_save(str(work.folder / RELEASE))
-            checkpoint_integrity.write_tracker(str(work.folder / TRACKER_NAME), RELEASE)
+            checkpoint_integrity.write_tracker(str(work.folder / TRACKER), RELEASE)
         return out
 
     def names(self) -> set[str]:
@@ -161,7 +159,7 @@ class Job:
             *(shard + SUFFIX for shard in shards),
             *(f"{RELEASE}/{name}" for name in release),
             *(f"{COMPANIONS_NAME}/{name}" for name in companions),
-            TRACKER_NAME,
+            TRACKER,
         }
 
     def bytes_total(self) -> int:

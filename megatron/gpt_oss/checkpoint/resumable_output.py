@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Collection, Iterable, Iterator
 
+from megatron.core.dist_checkpointing.checkpoint_names import TRACKER
 from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME
 from megatron.gpt_oss.errors import UsageError, as_os_sentence, os_error_in
 from megatron.gpt_oss.json_file import parse_json
@@ -43,7 +44,7 @@ TO_HF, TO_MEGATRON = "gptoss convert to-hf", "gptoss convert to-megatron"
 _JOURNAL = "conversion.jsonl"
 _INSIDE = ".gptoss.partial"
 # Without these a directory is no model and no checkpoint to anybody: removed first, moved last.
-_LOOKED_AT_FIRST = (CONFIG_NAME, "latest_checkpointed_iteration.txt")
+_LOOKED_AT_FIRST = (CONFIG_NAME, TRACKER)
 # What file systems and small files take beyond the bytes of the tensors.
 _RESERVE = 64 * 2**20
 _MOST_IN_MEMORY = 256 * 2**20

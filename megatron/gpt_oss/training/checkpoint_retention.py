@@ -11,6 +11,7 @@ import shutil
 import threading
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.checkpoint_names import MANIFEST, TRACKER, iteration_name
 from megatron.gpt_oss.outputs import files_in
 from megatron.training import checkpoint_integrity
 from megatron.training.step_callbacks import CheckpointSaved
@@ -67,10 +68,10 @@ class CheckpointKeeper:
 
     def _named_by_tracker(self, save_dir: Path) -> str | None:
         try:
-            text = (save_dir / checkpoint_integrity.TRACKER).read_text().strip()
+            text = (save_dir / TRACKER).read_text().strip()
         except OSError:
             return None
-        return f"iter_{int(text):07d}" if text.isdigit() else None
+        return iteration_name(int(text)) if text.isdigit() else None
 
     def _empty_trash(self, save_dir: Path) -> None:
         self.wait()
@@ -84,11 +85,11 @@ class CheckpointKeeper:
 def _holds_more(folder: Path) -> bool:
     """Whether a checkpoint directory has files that no save wrote."""
     try:
-        text = (folder / checkpoint_integrity.MANIFEST).read_text(encoding="utf-8")
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
         listed = json.loads(text).get("files")
         if listed is None:  # an incomplete checkpoint
             return False
-        own = {*listed, checkpoint_integrity.MANIFEST, checkpoint_integrity.MANIFEST + ".tmp"}
+        own = {*listed, MANIFEST, MANIFEST + ".tmp"}
         return bool(set(files_in(folder, ())) - own)
     except (OSError, ValueError, AttributeError, TypeError):
         return False

@@ -7,7 +7,6 @@ import re
 import sys
 import traceback
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,7 +42,7 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
         error: that ended pretrain().
         args: Megatron's, for what was saved and where.
     """
-    if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointError, ScheduleError)):
+    if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointLoadError, ScheduleError)):
         return RunError(str(error), everywhere=True)
     chain = list(checkpoint_integrity.causes(error))
     for cause in chain:
@@ -107,9 +106,9 @@ def _what_is_saved(args: Namespace) -> str:
         return "Nothing was saved (no --save or --run-dir)."
     try:
         choice = checkpoint_integrity.choose(args.save)
-    except (checkpoint_integrity.CheckpointError, OSError):
+    except (checkpoint_integrity.CheckpointLoadError, OSError):
         return f"{args.save} has no complete checkpoint."
     if choice.iteration < 0:
         return f"{args.save} has no complete checkpoint yet."
-    folder = Path(args.save) / f"iter_{choice.iteration:07d}"
-    return f"The last complete checkpoint is {folder}."
+    directory = checkpoint_integrity.iteration_dir(args.save, choice.iteration)
+    return f"The last complete checkpoint is {directory}."

@@ -5,16 +5,16 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from megatron.core.dist_checkpointing.checkpoint_names import TRACKER
 from megatron.gpt_oss.errors import UsageError
-from megatron.training import checkpoint_integrity
+from megatron.training.checkpoint_integrity import holds_checkpoint
 
 
 def has_checkpoint(directory: str | None) -> bool:
     """Whether a --save or --load directory has a checkpoint to load, complete or not."""
     if directory is None:
         return False
-    tracker = Path(directory) / checkpoint_integrity.TRACKER
-    return tracker.is_file() or checkpoint_integrity.holds_checkpoint(directory)
+    return (Path(directory) / TRACKER).is_file() or holds_checkpoint(directory)
 
 
 def resumes(args: Namespace) -> bool:

@@ -59,7 +59,7 @@ def printing_run(flags, data):
 
 
 def refused_run(flags, data):
-    with pytest.raises(checkpoint_integrity.CheckpointError) as failure:
+    with pytest.raises(checkpoint_integrity.CheckpointLoadError) as failure:
         watched_pretrain.run(flags, data)
     return str(failure.value)
 
@@ -342,7 +342,7 @@ def test_whole_folders_of_upstream(folder):
     unseal(folder, 1, 2, 3, 4)
     assert checkpoint_integrity.choose(str(folder)) == (4, False, [])
     (folder / TRACKER).unlink()
-    with pytest.raises(checkpoint_integrity.CheckpointError, match='write 4 to .*latest_check'):
+    with pytest.raises(checkpoint_integrity.CheckpointLoadError, match='write 4 to .*latest_check'):
         checkpoint_integrity.choose(str(folder))
 
 
@@ -373,7 +373,7 @@ def test_ckpt_step(folder):
     """The step that was asked for, or an error that lists the others."""
     assert checkpoint_integrity.choose(str(folder), 2) == (2, False, [])
     cut(shard(folder, 2), 10)
-    with pytest.raises(checkpoint_integrity.CheckpointError) as failure:
+    with pytest.raises(checkpoint_integrity.CheckpointLoadError) as failure:
         checkpoint_integrity.choose(str(folder), 2)
     assert '--ckpt-step 2: ' in str(failure.value) and 'has 10 bytes' in str(failure.value)
     assert 'Complete checkpoints in' in str(failure.value) and ': 4, 3, 1.' in str(failure.value)
@@ -386,7 +386,7 @@ def test_release(folder):
     assert checkpoint_integrity.choose(str(folder)) == (0, True, [])
     assert checkpoint_integrity.choose(str(folder), 3) == (3, False, [])
     cut(folder / 'release' / '__0_0.distcp', 10)
-    with pytest.raises(checkpoint_integrity.CheckpointError, match='release is not a complete'):
+    with pytest.raises(checkpoint_integrity.CheckpointLoadError, match='release is not a complete'):
         checkpoint_integrity.choose(str(folder))
 
 

@@ -11,7 +11,7 @@ import torch
 
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.training import checkpointing
-from megatron.training.checkpoint_integrity import CheckpointError
+from megatron.training.checkpoint_integrity import CheckpointLoadError
 from megatron.training.optimizer_state_check import (
     MARK,
     MisplacedOptimizerState,
@@ -256,7 +256,7 @@ def test_other_expert_sizes(saved, size, kind, refused):
     """Both sizes and what to do, where there was a traceback about entries or shapes."""
     args, saved_args = (Namespace(expert_model_parallel_size=value) for value in (size, saved))
     metadata = None if kind is None else {'distrib_optim_sharding_type': kind}
-    with pytest.raises(CheckpointError) if refused else contextlib.nullcontext() as info:
+    with pytest.raises(CheckpointLoadError) if refused else contextlib.nullcontext() as info:
         refuse_unloadable_state(args, saved_args, metadata)
     if refused:
         told = str(info.value)

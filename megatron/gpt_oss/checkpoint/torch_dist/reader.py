@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader
+from megatron.core.dist_checkpointing.checkpoint_names import RELEASE, TRACKER, iteration_name
 from megatron.core.dist_checkpointing.restricted_pickle import (
     RestrictedPickleError,
     load_saved,
@@ -33,7 +34,6 @@ from megatron.gpt_oss.checkpoint.torch_dist.torch_zip import find_tensor
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
 
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
 # Folder of a converted checkpoint with what its Hugging Face source had beside the weights.
 COMPANIONS_NAME = "hf"
 # Where Megatron keeps what is no tensor: a file of its own, or an entry of the checkpoint.
@@ -52,7 +52,7 @@ def find_iteration(folder: str | Path) -> Path:
         raise CheckpointError(
             f"No directory {folder}. Give a --save directory or one of its iter_*."
         )
-    tracker = folder / TRACKER_NAME
+    tracker = folder / TRACKER
     if tracker.is_file():
         folder = folder / _named_by(tracker)
     if not (folder / ".metadata").is_file():
@@ -74,14 +74,14 @@ def _named_by(tracker: Path) -> str:
             word = stream.read(100).strip()
     except OSError as error:
         raise CheckpointError(f"{tracker} cannot be read: {error.strerror}.") from error
-    if word == b"release":
-        return "release"
+    if word == RELEASE.encode():
+        return RELEASE
     if not re.fullmatch(rb"[0-9]{1,18}", word):
         raise CheckpointError(
             f"{tracker} holds {brief(word)}; expected the number of an iteration, or 'release'. "
             "Write it there, or give one of the iter_* directories."
         )
-    return f"iter_{int(word):07d}"
+    return iteration_name(int(word))
 
 
 class TorchDistReader:
