@@ -26,7 +26,7 @@ from patch_queue.export import export
 from patch_queue.foreign_tree import apply_to, read_target
 from patch_queue.leave_one_out import FAILS, PASSES, prove
 from patch_queue.materialise import Workspace
-from patch_queue.refresh import new_patch, refresh
+from patch_queue.refresh import new_patch, refresh_patch, refresh_series
 from patch_queue.resolve import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from patch_queue.series import GROUPS
 from patch_queue.tree import Tree, apply_series, diff_trees
@@ -161,9 +161,12 @@ def new(workspace: Workspace, args: argparse.Namespace) -> None:
     )
 
 
-def fold(workspace: Workspace, args: argparse.Namespace) -> None:
-    """Fold edits into a patch, or write the series afresh."""
-    written = refresh(workspace, args.patch, args.files)
+def refresh(workspace: Workspace, args: argparse.Namespace) -> None:
+    """Add edits of megatron/ to a patch; without a patch, rewrite the line numbers of all."""
+    if args.patch:
+        written = refresh_patch(workspace, args.patch, args.files)
+    else:
+        written = refresh_series(workspace)
     print("\n".join(f"wrote patches/{name}" for name in written) or "nothing to write")
 
 
@@ -258,9 +261,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("name", help="GROUP/NAME.patch")
     sub.add_argument("-m", "--message", required=True, help="subject in the imperative")
     sub.add_argument("--test", default="TODO", help="the test that fails without the patch")
-    sub = command("refresh", fold)
+    sub = command("refresh", refresh)
     sub.add_argument("patch", nargs="?")
-    sub.add_argument("files", nargs="*", help="fold only these files' edits")
+    sub.add_argument("files", nargs="*", help="add the edits of these files only")
     sub = command("prove", prove_tests)
     sub.add_argument("patch", nargs="*")
     sub = command("export", mailbox)

@@ -9,7 +9,21 @@ from pathlib import Path
 from .errors import QueueError
 
 GROUPS = ("fixes", "features", "perf", "device", "hooks", "sink", "experts")
-REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Upstream", "Last-Update", "Test")
+# Names of 0.19.2+gptoss before this version, accepted for one version: `--group cpu`, and patches
+# by their former name or with their former group.
+FORMER_GROUPS = {"cpu": ("device", "hooks")}
+FORMER_NAMES = {
+    "async_checkpoint_in_a_thread": "async_checkpoint_thread",
+    "dataset_cache_of_other_data": "dataset_cache_key",
+    "gradient_norm_waits_once": "gradient_norm_single_sync",
+    "hybrid_optimizer_casts_on_host": "hybrid_optimizer_pinned_copies",
+    "hybrid_optimizer_released": "hybrid_optimizer_memory_leak",
+    "hybrid_optimizer_state_on_its_side": "hybrid_optimizer_state_device",
+    "load_whole_checkpoint": "load_complete_checkpoint",
+    "nvrx_of_another_version": "nvrx_old_version",
+    "resume_this_schedule": "resume_schedule",
+}
+REQUIRED_FIELDS = ("Description", "Origin", "Forwarded", "Last-Update", "Test")
 _DIFF = re.compile(r"^diff --git a/(\S+) b/(\S+)$", re.M)
 _INDEX = re.compile(r"^index ([0-9a-f]{40})\.\.([0-9a-f]{40})", re.M)
 
@@ -63,6 +77,11 @@ class Patch:
         return self.name.split("/")[0]
 
     @property
+    def base(self) -> str:
+        """The name without group and suffix."""
+        return self.name.split("/")[1].removesuffix(".patch")
+
+    @property
     def text(self) -> str:
         return f"{self.header}\n---\n{self.diff}"
 
@@ -111,11 +130,8 @@ class Series:
     def __init__(self, folder: Path):
         self.folder = folder
         self.path = folder / "series"
-        names = [
-            n
-            for n in self.path.read_text(encoding="utf-8").splitlines()
-            if n and not n.startswith("#")
-        ]
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        names = [line for line in lines if line and not line.startswith("#")]
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise QueueError(f"patches/series names files that do not exist: {', '.join(missing)}")
@@ -132,12 +148,13 @@ class Series:
         return self.patches[self.index(name)]
 
     def index(self, name: str) -> int:
-        """Position of a patch, named in full or by its last part with or without .patch."""
-        short = name.removesuffix(".patch")
+        """Position of a patch: GROUP/NAME or NAME, with or without .patch, or a former name."""
+        group, _, base = name.removesuffix(".patch").rpartition("/")
+        base = FORMER_NAMES.get(base, base)
         found = [
-            i
-            for i, patch in enumerate(self.patches)
-            if short in (patch.name[:-6], patch.name[:-6].split("/")[1])
+            position
+            for position, patch in enumerate(self.patches)
+            if patch.base == base and group in ("", patch.group, "cpu", "fixes")
         ]
         if len(found) != 1:
             known = "\n  ".join(patch.name for patch in self.patches)
@@ -146,17 +163,18 @@ class Series:
 
     def in_groups(self, groups: list[str]) -> list[Patch]:
         """The patches of some groups, in order. Raises QueueError for an unknown group."""
-        unknown = [group for group in groups if group not in GROUPS]
+        unknown = [group for group in groups if group not in (*GROUPS, *FORMER_GROUPS)]
         if unknown:
             raise QueueError(f"Unknown group {unknown[0]!r}; the groups are {', '.join(GROUPS)}.")
-        return [patch for patch in self.patches if patch.group in groups]
+        current = {new for group in groups for new in FORMER_GROUPS.get(group, (group,))}
+        return [patch for patch in self.patches if patch.group in current]
 
     def owners(self, path: str) -> list[str]:
         """Names of the patches that touch a file."""
         return [patch.name for patch in self.patches if path in patch.paths]
 
     def write(self, patch: Patch) -> None:
-        """Write a patch file in place, whole or not at all."""
+        """Write a patch file atomically."""
         target = self.folder / patch.name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_suffix(".tmp")
@@ -164,7 +182,7 @@ class Series:
         temporary.replace(target)
 
     def problems(self) -> list[str]:
-        """What a maintainer would object to: strays, unknown groups, incomplete headers."""
+        """Files that are not in the series, unknown groups, incomplete headers."""
         listed = {patch.name for patch in self.patches}
         found = [
             f"{path.relative_to(self.folder)} is not in patches/series"
@@ -177,19 +195,27 @@ class Series:
             for variant in variants
             if name not in listed
         ]
-        for patch in self.patches:
-            if patch.group not in GROUPS:
-                found.append(f"{patch.name}: group is not one of {', '.join(GROUPS)}")
-            absent = [name for name in REQUIRED_FIELDS if not patch.fields.get(name)]
-            if absent:
-                found.append(f"{patch.name}: header lacks {', '.join(absent)}")
-            if "TODO" in patch.header:
-                found.append(f"{patch.name}: header still says TODO")
-            root = self.folder.parent
-            for module in patch.requires:
-                if not (root / module).exists():
-                    found.append(f"{patch.name}: requires {module}, which does not exist")
-            for test in re.findall(r"tests/\S+?\.py", patch.fields.get("Test", "")):
-                if not (root / test).is_file():
-                    found.append(f"{patch.name}: its test {test} does not exist")
-        return found
+        return found + [text for patch in self.patches for text in self._problems_of(patch)]
+
+    def _problems_of(self, patch: Patch) -> list[str]:
+        """Problems of one patch's group and header."""
+        root = self.folder.parent
+        found = []
+        if patch.group not in GROUPS:
+            found.append(f"group is not one of {', '.join(GROUPS)}")
+        absent = [name for name in REQUIRED_FIELDS if not patch.fields.get(name)]
+        if absent:
+            found.append(f"header lacks {', '.join(absent)}")
+        if "TODO" in patch.header:
+            found.append("header still contains TODO")
+        found += [
+            f"requires {module}, which does not exist"
+            for module in patch.requires
+            if not (root / module).exists()
+        ]
+        found += [
+            f"its test {test} does not exist"
+            for test in re.findall(r"tests/\S+?\.py", patch.fields.get("Test", ""))
+            if not (root / test).is_file()
+        ]
+        return [f"{patch.name}: {text}" for text in found]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(TOOLS))
 
 from patch_queue import upstream  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.refresh import new_patch, refresh  # noqa: E402
+from patch_queue.refresh import new_patch, refresh_patch  # noqa: E402
 from patch_queue.tree import diff_trees  # noqa: E402
 
 NUMBERS = "".join(f"line {i}\n" for i in range(40))
@@ -46,7 +46,7 @@ def root(tmp_path, wheel):
     """A checkout with one own module and two patches, inside a git work tree as in real life."""
     root = tmp_path / "checkout"
     (root / "patches").mkdir(parents=True)
-    (root / "patches" / "series").write_text("")
+    (root / "patches" / "series").write_text("# Upstream: abc\n")
     subprocess.run(["git", "init", "-q", root], check=True)
     own = root / "megatron" / "core" / "own.py"
     own.parent.mkdir(parents=True)
@@ -69,7 +69,7 @@ def add_patch(root, name, changes, **header):
     new_patch(Workspace(root), name, f"Change for {name}", "tests/x.py::test")
     for path, (old, new) in changes.items():
         edit(root, path, old, new)
-    refresh(Workspace(root), name, [])
+    refresh_patch(Workspace(root), name)
 
 
 def snapshot(root):

@@ -13,7 +13,7 @@ import pytest
 from patch_queue import materialise  # noqa: E402
 from patch_queue.errors import QueueError  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.refresh import refresh  # noqa: E402
+from patch_queue.refresh import refresh_patch, refresh_series  # noqa: E402
 from patch_queue.series import Patch  # noqa: E402
 from patch_queue.tree import DoesNotApply, apply_patch, diff_trees  # noqa: E402
 
@@ -38,7 +38,7 @@ def test_round_trip_edit_refresh_wipe_materialise(root):
     """The same bytes come back after the tree was wiped, deletions and new lines included."""
     edit(root, "megatron/core/a.py", "line 7\n", "line seven\nand a half\n")
     (root / "megatron/core/b.py").unlink()
-    refresh(Workspace(root), "first", [])
+    refresh_patch(Workspace(root), "first")
     before = snapshot(root)
     assert Workspace(root).edits() == []
     for path in Workspace(root).manifest()["files"]:
@@ -51,7 +51,7 @@ def test_round_trip_edit_refresh_wipe_materialise(root):
 
 def test_refresh_folds_into_an_early_patch_and_rewrites_the_later_one(root):
     edit(root, "megatron/core/a.py", "line 6\n", "line six\n")
-    written = refresh(Workspace(root), "fixes/first", [])
+    written = refresh_patch(Workspace(root), "fixes/first")
     assert written == ["fixes/first.patch", "device/second.patch"]
     series = Workspace(root).series
     assert "line six" in series["first"].diff and "line six" not in series["second"].diff
@@ -61,7 +61,7 @@ def test_refresh_refuses_lines_of_a_later_patch(root):
     edit(root, "megatron/core/a.py", "line thirty\n", "LINE THIRTY\n")
     patches = {p: p.read_bytes() for p in (root / "patches").rglob("*.patch")}
     with pytest.raises(QueueError, match="later patch"):
-        refresh(Workspace(root), "first", [])
+        refresh_patch(Workspace(root), "first")
     assert patches == {p: p.read_bytes() for p in (root / "patches").rglob("*.patch")}
     assert "LINE THIRTY" in (root / "megatron/core/a.py").read_text()
 
@@ -69,7 +69,7 @@ def test_refresh_refuses_lines_of_a_later_patch(root):
 def test_refresh_of_some_files_leaves_the_other_edits(root):
     edit(root, "megatron/core/b.py", "b = 1", "b = 2")
     edit(root, "megatron/training/c.py", "c = 1", "c = 2")
-    refresh(Workspace(root), "first", ["megatron/core/b.py"])
+    refresh_patch(Workspace(root), "first", ["megatron/core/b.py"])
     assert Workspace(root).edits() == ["megatron/core/b.py", "megatron/training/c.py"]
     Workspace(root).materialise()
     assert Workspace(root).edits() == ["megatron/training/c.py"]
@@ -84,7 +84,7 @@ def test_refresh_without_a_name_mends_stale_index_lines(root):
     path.write_text(stale)
     with pytest.raises(DoesNotApply, match="patches.py refresh"):
         Workspace(root).expected()
-    assert refresh(Workspace(root), None, []) == ["device/second.patch"]
+    assert refresh_series(Workspace(root)) == ["device/second.patch"]
     assert path.read_text() == text
 
 

@@ -13,7 +13,7 @@ from patch_queue.errors import QueueError  # noqa: E402
 from patch_queue.export import export  # noqa: E402
 from patch_queue.foreign_tree import apply_to, read_target  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
-from patch_queue.refresh import new_patch  # noqa: E402
+from patch_queue.refresh import new_patch, refresh_patch  # noqa: E402
 from patch_queue.resolve import (  # noqa: E402
     APPLIES,
     LEFT_OUT,
@@ -60,6 +60,19 @@ def test_one_group_then_all(root, fork):
     assert outcomes(plan) == {"fixes/first": (APPLIES, ""), "device/second": (PRESENT, "")}
 
 
+def test_former_names(root):
+    """--group cpu is device and hooks; a patch is found by its former group and former name."""
+    assert [patch.name for patch in series(root).in_groups(["cpu"])] == ["device/second.patch"]
+    assert {
+        series(root)[name].name for name in ("second", "cpu/second", "device/second.patch")
+    } == {"device/second.patch"}
+    add_patch(root, "features/load_complete_checkpoint", {A: ("line 20\n", "line twenty\n")})
+    assert series(root)["fixes/load_whole_checkpoint"].group == "features"
+    for wrong in ("sink/second", "third"):
+        with pytest.raises(QueueError, match="No patch is called"):
+            series(root)[wrong]
+
+
 def test_already_patched(root, fork, monkeypatch, capsys):
     """Says so, exits 0 and writes nothing, though the second patch covers lines of the first."""
     add_patch(root, "sink/third", {A: ("line five\n", "line five and more\n")})
@@ -92,7 +105,7 @@ def test_half_patched(root, fork):
 def test_one_hunk_of_two_is_there(root, fork):
     """Half of one patch is no state to build on: refused by the hunk, nothing touched."""
     edit(root, A, "line 15\n", "line fifteen\n")
-    command_line.refresh(Workspace(root), "fixes/first", [])
+    refresh_patch(Workspace(root), "fixes/first")
     edit(fork, A, "line 5\n", "line five\n")
     before = snapshot(fork)
     with pytest.raises(QueueError, match=r"fixes/first.*a\.py: hunk 1 of 2 .*'line 5'"):
@@ -185,7 +198,7 @@ def test_variants(root, tmp_path):
     """The variant's file replaces the patch's on its version and older; the other files stay."""
     edit(root, "megatron/core/b.py", "b = 1", "b = 2")
     edit(root, "megatron/training/c.py", "c = 1", "c = 2")
-    command_line.refresh(Workspace(root), "fixes/first", [])
+    refresh_patch(Workspace(root), "fixes/first")
     changed = OLD.replace("line 5\n", "line five\n")
     header = "Without: megatron/core/b.py\n"
     add_variant(root, "0.17", "fixes/first", {A: OLD}, {A: changed}, header)
