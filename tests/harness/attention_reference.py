@@ -190,9 +190,3 @@ LARGE = {
         cu=(0, 300, 301, 1000), heads=64, groups=8, fused_qkv=True
     ),
 }
-
-
-def relative_error(value, expected, scale=None):
-    """Norm of the difference over the norm of the expected (or of `scale`)."""
-    scale = expected if scale is None else scale
-    return ((value.double() - expected).norm() / scale.norm().clamp_min(1e-30)).item()

@@ -89,10 +89,3 @@ def experts_ref(x, weight1, bias1, weight2, bias2, counts, probs):
         hidden = (up + 1) * (gate / (1 + torch.exp(-1.702 * gate)))
         outputs.append((hidden @ weight2[e] + bias2[e]) * p[:, None])
     return torch.cat(outputs)
-
-
-def relative_error(value, reference):
-    """Of a whole tensor; of two empty or zero ones 0."""
-    value, reference = value.detach().double(), reference.detach().double()
-    assert value.shape == reference.shape
-    return ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()

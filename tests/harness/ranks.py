@@ -1,19 +1,16 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Several gloo ranks for a test module: started once, used again by every test.
+"""Several gloo ranks for a test module, started once and shared by its tests.
 
-    @pytest.fixture(scope='module')
-    def ranks():
-        with RankPool(4) as pool:
-            yield pool
+    pytestmark = pytest.mark.ranks(4)  # processes in the pool; 2 without the line
 
     def test_sum(ranks):
         assert ranks.run(all_reduce_one, world_size=2) == [2.0, 2.0]
 
-Importing torch and Megatron costs seconds a process, so the ranks stay; what a test leaves behind
-in a rank (Megatron's globals, process groups) is taken down after each call. A rank that raises
-ends the call with its traceback, and a call that takes too long ends with the stack of
-every rank that hangs; the ranks are then replaced, for the others may wait in a collective.
+Each process needs seconds to import torch and Megatron, so the ranks stay alive between tests. After
+a call a rank destroys Megatron's globals and the process groups. A rank that raises ends the call
+with its traceback. A call that exceeds its timeout ends with the stack of every rank that hangs. The
+ranks are then replaced, because the others may wait in a collective.
 """
 
 import faulthandler

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Two ranks for a test module (one that needs more has a `ranks` of its own), poisoned memory."""
+"""Fixtures of all tests: a pool of ranks, poisoned memory, checks of the environment."""
 
 import contextlib
 import os
@@ -56,8 +56,11 @@ def _parser_is_built_quickly():
 
 
 @pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
+def ranks(request):
+    """The rank pool of a module: two ranks, or as `pytestmark = pytest.mark.ranks(4)` says."""
+    marker = request.node.get_closest_marker('ranks')
+    args, options = (marker.args, marker.kwargs) if marker else ((2,), {})
+    with RankPool(*args, **options) as pool:
         yield pool
 
 

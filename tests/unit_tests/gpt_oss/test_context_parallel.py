@@ -23,6 +23,8 @@ from tests.harness.gradients import gradient_errors
 from tests.harness.models import TINY, build_model, trained_tensors, write_hf
 from tests.harness.ranks import RankPool
 
+pytestmark = pytest.mark.ranks(4)
+
 # One windowed and one full layer. The window is longer than a chunk of cp 4 and YaRN's original
 # length is crossed; sinks are up to 8 and their rows of attention small or large against them.
 PRESET = dataclasses.replace(
@@ -87,12 +89,6 @@ LAYOUTS = {
     'cp2-ep2-dp2': Layout(4, 2, ep=2, loss_chunk=5),
     'cp2-dp2-distributed-optimizer': Layout(4, 2, 'a2a', distributed_optimizer=True, loss_chunk=9),
 }
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,8 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
 from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
 from tests.harness.gradients import gradient_errors
 from tests.harness.models import TINY, build_model, trained_tensors, write_hf
-from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.ranks(4)
 
 # The window and YaRN's original length are crossed by short sequences.
 PRESET = dataclasses.replace(
@@ -43,12 +44,6 @@ LAYOUTS = {
     'ep2': (Layout(ep=2), Layout(ep=2, pp=2)),
     'ep2-pp2': (Layout(ep=2, pp=2), Layout(tp=2)),
 }
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

@@ -8,7 +8,9 @@ import time
 import pytest
 import torch
 
-from tests.harness.ranks import RankFailure, RankPool
+from tests.harness.ranks import RankFailure
+
+pytestmark = pytest.mark.ranks(3)
 
 
 def add_ranks(offset: float) -> float:
@@ -36,12 +38,6 @@ def exit_on_rank_one() -> None:
 def sleep_on_rank_one() -> None:
     if torch.distributed.get_rank() == 1:
         time.sleep(600)
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(3) as pool:
-        yield pool
 
 
 def test_ranks_are_used_again_with_any_world_size(ranks):

@@ -5,7 +5,6 @@
 import pytest
 import torch
 
-from tests.harness.ranks import RankPool
 from tests.unit_tests.optimizer.test_gradient_norm import Layout, build_model
 
 LENGTH, BATCH = 8, 2
@@ -49,12 +48,6 @@ def loss_and_gradient(parallel_output, runtime_gather_output, fusion):
         value.sum().backward()
         results.append((value.detach(), model.output_layer.weight.grad.clone()))
     return results
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("fusion", [False, True], ids=["plain", "fused"])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.harness.compare import relative_error
 from tests.harness.ranks import RankPool
 
 WORLD_SIZE = 4
@@ -145,11 +146,6 @@ def shard(name, full):
 def kind(name):
     """The parameter's name without the numbers of its layer and expert."""
     return re.sub(r"\.\d+\.", ".", name)
-
-
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.detach().double()
-    return ((value - reference).norm() / reference.norm().clamp(min=1e-300)).item()
 
 
 def run_layout(layout, case, seq_length=SEQ_LENGTH):

@@ -10,13 +10,9 @@ import torch
 from tests.harness import odd_model
 from tests.harness.checkpoint_entries import read_checkpoint
 from tests.harness.odd_model import Case
-from tests.harness.ranks import RankFailure, RankPool
+from tests.harness.ranks import RankFailure
 
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
+pytestmark = pytest.mark.ranks(4)
 
 
 def equal(case, found, steps=odd_model.STEPS):

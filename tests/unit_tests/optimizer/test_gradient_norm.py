@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.harness.ranks import RankPool
+pytestmark = pytest.mark.ranks(4)
 
 NUM_LAYERS = 2
 NUM_EXPERTS = 4
@@ -199,12 +199,6 @@ def gradients_of(layout):
             what = f"{str(dtype)[6:]}{', distributed optimizer' if distributed else ''}"
             found[what] = float(optimizer.get_grad_norm()), int(optimizer.count_zeros())
     return whole, found
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -11,7 +11,9 @@ of them has moments of two gradients behind it.
 import pytest
 
 from tests.harness import tiny_pretrain
-from tests.harness.ranks import RankFailure, RankPool
+from tests.harness.ranks import RankFailure
+
+pytestmark = pytest.mark.ranks(4)
 
 STEPS = 3
 # Additions in another order move a loss by 1.2e-7 and a norm by 3.3e-7 over ten steps.
@@ -90,12 +92,6 @@ PACKED_LAYOUTS = {
 
 # The others train tiny_pretrain's small model.
 FOUR_LAYERS = ('pp2-vpp2', 'cp4-each-layer', 'cp2-pp2-vpp2')
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

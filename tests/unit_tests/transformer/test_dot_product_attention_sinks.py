@@ -15,8 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.harness.attention_reference import (
     attention_ref,
     gradients,
-    relative_error,
 )
+from tests.harness.compare import relative_error
 
 HEADS, GROUPS, DIM = 4, 2, 8
 

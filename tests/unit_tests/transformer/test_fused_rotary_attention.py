@@ -15,6 +15,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.fused_rotary_attention import FusedRotarySelfAttention
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.harness.compare import relative_error
 
 HEAD_DIM = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,10 +224,7 @@ def check_bf16(packed):
     expected = run(exact, hidden.double(), **kwargs)
     found, theirs = (run(layer, hidden, **kwargs) for layer in layers)
     for name, reference in expected.items():
-        errors = [
-            ((values[name].double() - reference).norm() / reference.norm()).item()
-            for values in (found, theirs)
-        ]
+        errors = [relative_error(values[name], reference) for values in (found, theirs)]
         # 80 biases are few: their errors' norm is known to about a tenth.
         assert errors[0] <= 1.3 * errors[1] + 1e-6, (name, errors)
     assert found["value"].is_contiguous() and not theirs["value"].is_contiguous()

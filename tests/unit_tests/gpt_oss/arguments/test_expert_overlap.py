@@ -21,8 +21,9 @@ from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import UsageError
 from megatron.training import step_callbacks
 from tests.harness import runs
-from tests.harness.ranks import RankPool
 from tests.harness.tiny_pretrain import write_random_dataset
+
+pytestmark = pytest.mark.ranks(4)
 
 OVERLAP = '--overlap-moe-expert-parallel-comm'
 STEPS = 2
@@ -70,12 +71,6 @@ CASES = {
 
 # What other cases have too.
 SLOW = ('sequential-all-logits-mbs2', 'fp16-one-microbatch', 'cp2-packed-router-losses')
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

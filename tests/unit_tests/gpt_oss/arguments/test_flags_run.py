@@ -12,15 +12,10 @@ from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from megatron.training import checkpoint_integrity
 from tests.harness import runs
-from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.ranks(1)
 
 STEPS = '--train-iters 2 --lr-warmup-iters 0 --save-interval 1000 --eval-interval 1000'
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(1) as pool:
-        yield pool
 
 
 def losses(ranks, inputs, run_dir, flags):

@@ -22,9 +22,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.gpt_oss.arguments.te_requirements import installed_versions
 from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.presets import get_preset
-from tests.harness.ranks import RankPool
+from tests.harness.compare import relative_error
 
 pytestmark = [
+    pytest.mark.ranks(2, threads=4),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(installed_versions().te is None, reason="needs TransformerEngine"),
@@ -51,12 +52,6 @@ def group():
     start_alone()
     yield
     torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2, threads=4) as pool:
-        yield pool
 
 
 def pieces(model) -> dict:
@@ -185,7 +180,7 @@ def test_fp8_router_padding(group):
     padded, _ = run(
         PRESETS["top4-of-32"], weights, moe_router_padding_for_quantization=True, **flags
     )
-    error = ((padded - logits).double().norm() / logits.double().norm()).item()
+    error = relative_error(padded, logits)
     assert error < 0.05, error
 
 

@@ -40,7 +40,8 @@ from tests.harness.models import (
     write_hf,
     write_mxfp4,
 )
-from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.ranks(4)
 
 ROOT = Path(__file__).resolve().parents[4]
 PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: two ranks cannot share it evenly
@@ -84,12 +85,6 @@ def _build(layout, preset):
         padded_vocab_size=preset.vocab_size + preset.vocab_size % layout.tp,
     )
     return [chunk.bfloat16() for chunk in (model if isinstance(model, list) else [model])]
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,8 @@ from tests.harness.models import (
     write_hf,
     write_mxfp4,
 )
-from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.ranks(4)
 
 PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: padded to 272 for four ranks
 PADDED = 272
@@ -44,12 +45,6 @@ LAYOUTS = {
     ),
     'tp2-pp2': (4, dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
 }
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

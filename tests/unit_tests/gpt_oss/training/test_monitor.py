@@ -12,7 +12,8 @@ from megatron.gpt_oss.training.metrics.module_norms import kind_of
 from megatron.gpt_oss.training.metrics.router_load import RouterLoad
 from tests.harness import runs
 from tests.harness.models import TINY, trained_tensors, write_hf
-from tests.harness.ranks import RankPool
+
+pytestmark = pytest.mark.ranks(4)
 
 DISTOPT = '--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather'
 LAYOUTS = {
@@ -37,12 +38,6 @@ FLAGS = (
     '--train-iters 2 --monitor-interval 1 --sample-interval 2 --sample-tokens 4 --clip-grad 0.5 '
     '--sample-temperature 0 --sample-prompt def'
 )
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

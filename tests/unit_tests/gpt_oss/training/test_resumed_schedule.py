@@ -11,16 +11,9 @@ import shutil
 import pytest
 
 from tests.harness import runs
-from tests.harness.ranks import RankPool
 from tests.harness.reference_schedule import parsed, rate
 
 BASE = '--lr-decay-style linear --lr-warmup-iters 0 --lr 1e-3 --min-lr 1e-4 --eval-iters 0'
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

@@ -15,17 +15,12 @@ from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.presets import architecture_flags, get_preset
 from megatron.gpt_oss.training import resume_rules
 from tests.harness import commands, runs
-from tests.harness.ranks import RankPool
 from tests.unit_tests.gpt_oss.training.test_run_lock import HOLD, ROOT
+
+pytestmark = pytest.mark.ranks(1)
 
 SAVED = '--train-iters 2 --eval-interval 100 --save-interval 2'
 LONGER = SAVED.replace('--train-iters 2', '--train-iters 3')
-
-
-@pytest.fixture(scope='module')
-def ranks():
-    with RankPool(1) as pool:
-        yield pool
 
 
 @pytest.fixture(scope='module')

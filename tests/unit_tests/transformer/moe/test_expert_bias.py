@@ -7,6 +7,7 @@ import torch
 
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.expert_bias import count_bias_once
+from tests.harness.compare import relative_error
 from tests.harness.experts_reference import moe_layer
 from tests.harness.hf_reference import SIZES, hf_model, moe_to_megatron
 
@@ -38,11 +39,6 @@ def sequential_layer(dtype):
 
 # Float64 but for the softmax over the chosen experts, which the router does in float32.
 TOLERANCE = 5e-7
-
-
-def relative_error(value, reference):
-    value, reference = value.detach().double(), reference.detach().double()
-    return ((value - reference).norm() / reference.norm().clamp(min=1e-300)).item()
 
 
 def test_backward():

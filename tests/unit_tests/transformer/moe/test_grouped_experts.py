@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
+from tests.harness.compare import relative_error
 from tests.harness.experts_reference import (
     EXPERTS,
     HIDDEN,
@@ -28,7 +29,6 @@ from tests.harness.experts_reference import (
     experts_ref,
     moe_layer,
     randomize,
-    relative_error,
 )
 from tests.harness.hf_reference import SIZES, hf_model, moe_to_megatron
 from tests.harness.triton_interpreter import run_in_interpreter

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.harness.ranks import RankPool
+from tests.harness.compare import relative_error
+
+pytestmark = pytest.mark.ranks(4)
 
 # Tokens, split over up to 4 ranks, and what is added to the router's biases.
 ROUTINGS = {
@@ -40,12 +42,6 @@ LAYOUTS = {
     "tp2-etp1-ep2": (2, Layout(tp=2, ep=2)),
     "tp2-ep2-etp2": (4, Layout(tp=2, ep=2, etp=2)),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(4) as pool:
-        yield pool
 
 
 def build(grouped, layout):
@@ -119,7 +115,7 @@ def cut(tensors, place, shape):
 def run_layout(grouped, layout, case):
     """Largest relative errors of outputs and gradients on this rank, by name."""
     from megatron.core import parallel_state as ps
-    from tests.harness.experts_reference import by_place, relative_error
+    from tests.harness.experts_reference import by_place
 
     layer = build(grouped, layout)
     with torch.no_grad():

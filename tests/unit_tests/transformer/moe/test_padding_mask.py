@@ -9,7 +9,6 @@ and the ranks hold unequal numbers of tokens that count.
 import pytest
 import torch
 
-from tests.harness.ranks import RankPool
 from tests.unit_tests.optimizer.test_gradient_norm import Layout, build_model
 
 LENGTH, COUNTED = 8, 5
@@ -62,12 +61,6 @@ def router_gradients(tp, sp, stage, per_token, losses, own_groups=False, padded=
     if tp > 1:
         torch.distributed.all_reduce(gradients)
     return gradients
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2) as pool:
-        yield pool
 
 
 def compare(ranks, *args, **kwargs):

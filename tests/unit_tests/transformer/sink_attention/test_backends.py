@@ -24,8 +24,8 @@ from tests.harness.attention_reference import (
     SMALL,
     attention_ref,
     gradients,
-    relative_error,
 )
+from tests.harness.compare import relative_error
 from tests.harness.stub_kernels import stub
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")

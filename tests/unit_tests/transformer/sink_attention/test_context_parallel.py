@@ -24,7 +24,10 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     local_tokens,
 )
 from tests.harness.attention_reference import Example, gradients
+from tests.harness.compare import relative_error
 from tests.harness.ranks import RankFailure, RankPool
+
+pytestmark = pytest.mark.ranks(8)
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 LIMIT = 1e-10
@@ -50,12 +53,6 @@ EXAMPLES = {
     "packed-H24_3-parts-of-groups": Example(cu=(0, 30, 96), heads=24, groups=3, dim=4),
     "H6_3-not-shareable": Example(tokens=96, heads=6, groups=3, dim=4, scale=2.0),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(8) as pool:
-        yield pool
 
 
 def make_groups(cp, size=None):
@@ -113,7 +110,7 @@ def worst_errors(values, expected, group):
     errors = {}
     for name, value, target in zip(NAMES, values, expected):
         part = target if name == "dsink" else local_tokens(target, group)
-        errors[name] = ((value - part).norm() / target.norm()).item()
+        errors[name] = relative_error(value, part, target)
     return errors
 
 
@@ -245,7 +242,7 @@ def rounding(cp, dtype):
         exact = example.reference(q, k, v, sink, dout)
         out = sink_attention(q, k, v, sink, **example.options())
         alone = [out.detach(), *gradients(out, (q, k, v, sink), dout)]
-        limits = [error_of(x, y) for x, y in zip(alone[:4], exact)]
+        limits = [relative_error(x, y) for x, y in zip(alone[:4], exact)]
         for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
             values = run_in(dtype, example, where, scheme)
             parts = [torch.empty(group.size(), *x.shape, dtype=x.dtype) for x in values[:4]]
@@ -253,12 +250,8 @@ def rounding(cp, dtype):
                 torch.distributed.all_gather(list(gathered.unbind(0)), value, group=group)
             whole = [from_zigzag(x.flatten(0, 1), group.size()) for x in parts]
             for label, value, target, limit in zip(NAMES, whole, exact, limits):
-                found.append((f"{scheme} {name} {label}", error_of(value, target), limit))
+                found.append((f"{scheme} {name} {label}", relative_error(value, target), limit))
     return found
-
-
-def error_of(value, target):
-    return ((value.double() - target).norm() / target.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -25,9 +25,10 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     local_tokens,
 )
 from tests.harness.attention_reference import Example, gradients
-from tests.harness.ranks import RankPool
+from tests.harness.compare import relative_error
 
 pytestmark = [
+    pytest.mark.ranks(2, threads=4),
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
@@ -43,12 +44,6 @@ EXAMPLES = {
     "packed-W128": Example(cu=(0, 97, 250, 251, 700, 1024), window=128),
     "packed-short": Example(cu=(0, 100, 101, 200, *range(320, 1025, 64))),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with RankPool(2, threads=4) as pool:
-        yield pool
 
 
 def start():
@@ -86,23 +81,18 @@ def compare(backend, names):
         out = sink_attention(*exact[:4], **example.options("cuda"), backend="math")
         expected = [out.detach(), *gradients(out, exact[:4], exact[4])]
         alone = run_one(example, torch.bfloat16, None, "auto", backend)
-        limits = [relative(x, y) for x, y in zip(alone, expected)]
+        limits = [relative_error(x, y) for x, y in zip(alone, expected)]
         for scheme, where in [(s, group) for s in FLAT] + [("a2a+p2p", pair) for pair in levels]:
             values = run_one(example, torch.bfloat16, where, scheme, backend)
             for label, value, target, limit in zip(NAMES, values, expected, limits):
                 # What the sink's gradient is rounded to, and its few heads scatter.
                 limit = 1.5 * limit if label != "dsink" else 3 * limit + 2e-3
                 part = target if label == "dsink" else local_tokens(target, where)
-                error = relative(value, part, target)
+                error = relative_error(value, part, target)
                 number += 1
                 if not error < limit:
                     wrong.append(f"{scheme} {name} {label}: {error:.2e}, limit {limit:.2e}")
     return wrong, number
-
-
-def relative(value, target, whole=None):
-    whole = target if whole is None else whole
-    return ((value.double() - target).norm() / whole.norm()).item()
 
 
 def able(backend, example):

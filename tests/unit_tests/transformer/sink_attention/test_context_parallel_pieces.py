@@ -33,7 +33,8 @@ from megatron.core.transformer.sink_attention.context_parallel.pieces import (
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.transformer.sink_attention.rescale import sink_gradient
-from tests.harness.attention_reference import Example, relative_error
+from tests.harness.attention_reference import Example
+from tests.harness.compare import relative_error
 from tests.harness.stub_kernels import stub
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")

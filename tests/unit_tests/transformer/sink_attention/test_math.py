@@ -14,8 +14,8 @@ from tests.harness.attention_reference import (
     Example,
     attention_ref,
     gradients,
-    relative_error,
 )
+from tests.harness.compare import relative_error
 
 NAMES = ("out", "dq", "dk", "dv", "dsink")
 
