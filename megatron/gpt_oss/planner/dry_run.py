@@ -16,7 +16,7 @@ import torch
 
 from megatron.core.transformer.sink_attention import available_backends
 from megatron.gpt_oss.arguments.flags import DRY_RUN
-from megatron.gpt_oss.arguments.parse import validate_for_plan
+from megatron.gpt_oss.arguments.megatron_validation import validate_for_plan
 from megatron.gpt_oss.arguments.run_spec import RunSpec
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.planner.layout import Layout, Recompute

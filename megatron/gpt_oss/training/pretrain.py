@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron.core import device_utils
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
-from megatron.gpt_oss.arguments.parse import read, validate
+from megatron.gpt_oss.arguments.megatron_validation import validate
+from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.arguments.run_spec import RunSpec
 from megatron.gpt_oss.arguments.validate_run import check_schedule
 from megatron.gpt_oss.checkpoint.load_hf import load_hf_hook

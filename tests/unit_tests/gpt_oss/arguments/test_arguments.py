@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 from megatron.gpt_oss.arguments import parse as arguments
+from megatron.gpt_oss.arguments.megatron_validation import validate
 from megatron.gpt_oss.data.indexed_dataset import write_index
 from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
@@ -193,9 +194,9 @@ def test_refusals_of_megatron_are_one_sentence():
     argv += NULL
     before = list(sys.argv)
     with pytest.raises(UsageError, match='world size .1. is not divisible'):
-        arguments.parse(argv)
+        validate(arguments.read(argv))
     with pytest.raises(UsageError, match='args.micro_batch_size > 0 .--micro-batch-size is 0.'):
-        arguments.parse(['--preset', 'tiny', '--micro-batch-size', '0', *NULL])
+        validate(arguments.read(['--preset', 'tiny', '--micro-batch-size', '0', *NULL]))
     assert sys.argv == before
 
 
@@ -254,10 +255,11 @@ def test_exit_code_and_rank(capsys, monkeypatch):
 
 SCRIPT = '''
 import sys, torch
-from megatron.gpt_oss.arguments.parse import parse
+from megatron.gpt_oss.arguments.megatron_validation import validate
+from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import run_main
 def main():
-    args = parse(sys.argv[1:])
+    args = validate(read(sys.argv[1:]))
     print(args.num_layers, args.hidden_size, args.moe_router_topk)
 run_main(main)
 assert not torch.distributed.is_initialized()
