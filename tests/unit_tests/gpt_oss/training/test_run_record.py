@@ -177,7 +177,7 @@ def other_data(inputs, prefix):
     from megatron.gpt_oss.data.tokenize.files import tokenize_files
     from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
 
-    files = sorted(str(path) for path in Path(runs.__file__).parent.rglob('test_*.py'))
+    files = sorted(str(path) for path in Path(__file__).parents[1].rglob('test_*.py'))
     tokenize_files(files[-12:], str(prefix), load_text_tokenizer(inputs / 'hf'))
 
 
