@@ -11,6 +11,8 @@ new GROUP/NAME -m SUBJECT    start a patch
 refresh PATCH [FILE ...]     fold edits of megatron/ into a patch
 refresh                      rewrite line numbers and index lines after a merge
 export --out DIR [VERSION]   a `git am` series, our new modules included
+export --pull-request NAME --out DIR    the commits of one pull request, with their tests
+pull-requests [--write]      list the pull requests; write docs/upstreaming.md
 check                        what CI asks of the series
 """
 
@@ -26,12 +28,14 @@ from patch_queue.export import export
 from patch_queue.foreign_tree import apply_to, read_target
 from patch_queue.leave_one_out import FAILS, PASSES, prove
 from patch_queue.materialise import Workspace
+from patch_queue.pull_requests import export_pull_request, find, page, read_pull_requests
 from patch_queue.refresh import new_patch, refresh_patch, refresh_series
 from patch_queue.resolve import APPLIES, PRESENT, REFUSED, VARIANT, Plan, make_plan
 from patch_queue.series import GROUPS
 from patch_queue.tree import Tree, apply_series, diff_trees
 from patch_queue.upstream import RELEASES, VERSION, locate_release, read_wheel
 
+UPSTREAMING = "docs/upstreaming.md"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -178,10 +182,25 @@ def diff(workspace: Workspace, args: argparse.Namespace) -> None:
 
 
 def mailbox(workspace: Workspace, args: argparse.Namespace) -> None:
-    """Write a `git am` series."""
-    plan = make_plan(workspace.series, _read(args.what), _groups(args))
-    for path in export(ROOT, plan, args.out, args.without_training):
+    """Write a `git am` series: all patches, or the commits and tests of one pull request."""
+    if args.pull_request:
+        request = find(workspace.series, args.pull_request)
+        written = export_pull_request(ROOT, request, workspace.pristine(), args.out)
+    else:
+        plan = make_plan(workspace.series, _read(args.what), _groups(args))
+        written = export(ROOT, plan, args.out, args.without_training)
+    for path in written:
         print(path)
+
+
+def pull_requests(workspace: Workspace, args: argparse.Namespace) -> None:
+    """List the pull requests to Megatron-LM, or write docs/upstreaming.md."""
+    if args.write:
+        (ROOT / UPSTREAMING).write_text(page(workspace.series), encoding="utf-8")
+        print(ROOT / UPSTREAMING)
+        return
+    for request in read_pull_requests(workspace.series):
+        print(f"{request.name:<24}  {len(request.patches)}  {request.title}")
 
 
 def check(workspace: Workspace, args: argparse.Namespace) -> None:
@@ -272,7 +291,12 @@ def parser() -> argparse.ArgumentParser:
         "--without-training", action="store_true", help="for a repository of megatron/core alone"
     )
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument(
+        "--pull-request", metavar="NAME", help="one of patches/pull_requests.toml, with its tests"
+    )
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
+    sub = command("pull-requests", pull_requests)
+    sub.add_argument("--write", action="store_true", help=f"write {UPSTREAMING}")
     return top
 
 

@@ -512,7 +512,7 @@ def test_blocks(page, seed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', ['README.md', 'patches/README.md'])
+@pytest.mark.parametrize('page', ['README.md', 'patches/README.md', 'docs/upstreaming.md'])
 def test_patch_commands(page, seed, tmp_path):
     """A checkout of the release is tried, patched, and gets the series as commits."""
     wrong = failures(page, seed, tmp_path / 'root', patches=True)

@@ -41,17 +41,13 @@ def export(root: Path, plan: Plan, out: Path, without_training: bool = False) ->
     """Write ``out/0001-....patch`` onwards: our modules first, then what the plan applies.
 
     Args:
-        without_training: leave files of megatron/training out, for a repository without them.
+        without_training: omit files of megatron/training, for a repository without them.
     Raises:
-        QueueError: ``out`` exists and is not empty, or a patch does not fit the plan's tree.
+        QueueError: ``out`` exists and is not empty, or a patch does not apply to the plan's tree.
     """
-    if out.exists() and not out.is_dir():
-        raise QueueError(f"{out} is a file; give an empty or a new folder.")
-    if out.exists() and any(out.iterdir()):
-        raise QueueError(f"{out} is not empty; give an empty or a new folder.")
     refused = [f"{outcome.patch.name}: {outcome.detail}" for outcome in plan.with_status(REFUSED)]
     if refused:
-        raise QueueError("Nothing was written; these do not fit:\n" + "\n".join(refused))
+        raise QueueError("Nothing was written; these do not apply:\n" + "\n".join(refused))
 
     def keep(path: str) -> bool:
         return not (without_training and path.startswith(TRAINING))
@@ -65,18 +61,35 @@ def export(root: Path, plan: Plan, out: Path, without_training: bool = False) ->
         form = Patch.parse(outcome.patch.name, f"\n---\n{outcome.diff}").restricted(keep)
         if form.paths:
             mails.append((*_message(outcome.patch, form.paths), form.diff))
+    return write_mails(out, mails)
+
+
+def write_mails(out: Path, mails: list[tuple[str, str, str]]) -> list[Path]:
+    """Write (subject, body, diff) as ``out/0001-subject.patch`` onwards.
+
+    Raises:
+        QueueError: ``out`` exists and is not an empty directory.
+        OSError: a file cannot be written; none of them remains.
+    """
+    if out.exists() and not out.is_dir():
+        raise QueueError(f"{out} is a file; give an empty or a new directory.")
+    if out.exists() and any(out.iterdir()):
+        raise QueueError(f"{out} is not empty; give an empty or a new directory.")
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for number, (subject, body, diff) in enumerate(mails, 1):
-        slug = "".join(c if c.isalnum() else "-" for c in subject.lower())
-        slug = "-".join(filter(None, slug.split("-")))[:52].strip("-")
-        path = out / f"{number:04d}-{slug}.patch"
+        path = out / f"{number:04d}-{_slug(subject)}.patch"
         text = _mail(number, len(mails), subject, body, diff)
         written.append(path)
         try:
             path.write_text(text, encoding="utf-8", newline="\n")
-        except OSError as error:  # the same command must find the folder as it was
-            for begun in written:
-                begun.unlink(missing_ok=True)
+        except OSError as error:  # the next run must find an empty directory
+            for started in written:
+                started.unlink(missing_ok=True)
             raise OSError(error.errno, error.strerror, str(path)) from error
     return written
+
+
+def _slug(subject: str) -> str:
+    words = "".join(c if c.isalnum() else "-" for c in subject.lower()).split("-")
+    return "-".join(filter(None, words))[:52].strip("-")

@@ -121,6 +121,8 @@ def _variant_order(path: Path) -> tuple[int, ...]:
 class Series:
     """The patches in order, and their variants for older trees.
 
+    ``upstream`` is the comment on top of the series file: what upstream's newest commit has.
+
     ``variants/0.17/GROUP/NAME.patch`` holds those files of GROUP/NAME that look different in 0.17
     and older: the same change in other surroundings. Files that it does not name are as in the
     variant of a newer version, and at last as in the patch; ``Without:`` in its header names files
@@ -132,6 +134,8 @@ class Series:
         self.path = folder / "series"
         lines = self.path.read_text(encoding="utf-8").splitlines()
         names = [line for line in lines if line and not line.startswith("#")]
+        self.upstream = " ".join(line.lstrip("# ") for line in lines if line.startswith("#"))
+        self.upstream = self.upstream.removeprefix("Upstream: ")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise QueueError(f"patches/series names files that do not exist: {', '.join(missing)}")
