@@ -3,11 +3,11 @@
 """Upstream's own unit tests, on the release as it is and with the series applied.
 
 run --checkout MEGATRON_LM --out FILE   run them; MEGATRON_LM is a checkout near the pinned release
-run ... --only REGEX --out FILE         run some files; what FILE says of the others stays
-build --checkout MEGATRON_LM DIR        write both trees, for a machine that gets no more than them
+run ... --only REGEX --out FILE         run some files; FILE keeps its results of the others
+build --checkout MEGATRON_LM DIR        write both trees, for another machine
 run --trees DIR --out FILE              run those
 report FILE ...                         write docs/upstream_tests.md from the results of machines
-again FILE                              a section of that page about files that were run again
+rerun FILE                              a section of that page about files that were rerun
 
 The tests are not in upstream's package and not in this repository: they are read from the checkout.
 On a machine with GPUs each process has one (world size 1); without, most tests cannot run.
@@ -30,13 +30,18 @@ from pathlib import Path
 from patch_queue.materialise import Workspace
 from patch_queue.reporter import REPORT
 from patch_queue.tree import Tree
-from patch_queue.upstream import VERSION
+from upstream_tests_page import (
+    TESTS,
+    TREES,
+    regressions,
+    render,
+    render_rerun,
+    with_section,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "upstream_tests.md"
-TREES = ("unpatched", "patched")
-TESTS = "tests/unit_tests"
-# Of tests/unit_tests/: what the series touches, and its neighbours.
+# Files below tests/unit_tests/ that test what the series changes, by topic.
 TOPICS = {
     "RoPE, YaRN": ["transformer/test_rope.py", "fusions/test_mla_yarn_rope_apply.py"],
     "attention, softmax": [
@@ -83,26 +88,9 @@ TOPICS = {
     "others": ["test_*.py", "utils/test_*.py"],
 }
 
-# What to say of tests that the series changes on purpose.
-NOTES = {
-    "training/models/test_dist_utils.py": (
-        "`test_dist_utils.py` replaces `torch.cuda` by a mock and counts calls that the patched code "
-        "makes only where there is a CUDA device. Told that there is one (`device_utils.device_type`), it passes "
-        "them all."
-    ),
-    "unit_tests/test_checkpointing.py": (
-        "`test_checkpointing.py` saves with arguments that lack `check_for_nan_in_loss_and_grad`, which a "
-        "patch read without a default. It has one since (`features/refuse_to_save_non_finite`)."
-    ),
-    "test_mlp_glu.py": (
-        "`test_torch_dist.py` and `test_serialization.py` use a folder that a process of another file beside "
-        "them removed (each process has its own since); `test_mlp_glu.py` was stopped at 120 s."
-    ),
-}
-
 
 def files_of(checkout: Path) -> dict[str, list[str]]:
-    """Topic -> test files below tests/unit_tests of the checkout, none twice."""
+    """Topic -> test files below tests/unit_tests of the checkout, each once."""
     seen: set[str] = set()
     found = {}
     for topic, patterns in TOPICS.items():
@@ -114,7 +102,7 @@ def files_of(checkout: Path) -> dict[str, list[str]]:
 
 
 def write_tree(folder: Path, tree: Tree, checkout: Path) -> None:
-    """A tree to test: upstream's files, the checkout's tests and what else it has beside."""
+    """A tree to test: upstream's files, and the checkout's tests and other files."""
     for name, content in tree.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -128,7 +116,7 @@ def write_tree(folder: Path, tree: Tree, checkout: Path) -> None:
 
 
 def write_trees(folder: Path, checkout: Path) -> None:
-    """folder/unpatched and folder/patched."""
+    """Write folder/unpatched and folder/patched."""
     workspace = Workspace(ROOT)
     trees = {"unpatched": workspace.pristine(), "patched": workspace.expected()}
     for name, tree in trees.items():
@@ -142,30 +130,32 @@ def write_trees(folder: Path, checkout: Path) -> None:
         shutil.copy2(ROOT / name, target)
 
 
-def run_files(folder: Path, files: list[str], gpu: int | None, timeout: float, args) -> dict:
-    """Test id -> [outcome, reason] of one process."""
+def run_files(folder: Path, files: list[str], gpu: int | None, timeout: float, site) -> dict:
+    """Run some test files in one process, which is killed at the timeout.
+
+    Args:
+        folder: one of the two trees.
+        gpu: index of the only visible device; None: all.
+        timeout: in seconds.
+        site: directories of additional packages.
+    Returns:
+        Test id -> [outcome, reason]; files that gave no result count as failed.
+    """
     with tempfile.TemporaryDirectory() as tmp:
         report, output = Path(tmp) / "report", Path(tmp) / "output"
         report.touch()
-        paths = [str(folder), str(ROOT / "tools"), *args.site]
-        environ = os.environ | {"PYTHONPATH": os.pathsep.join(paths), REPORT: str(report)}
-        environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-        environ |= {"MASTER_ADDR": "localhost"}
-        environ |= {"MASTER_PORT": str(random.SystemRandom().randrange(15000, 32000))}
-        if gpu is not None:
-            environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        # Two levels down: upstream's checkpoint tests write into the parent of pytest's directory,
+        # and each process empties that directory and removes it at its end.
+        (Path(tmp) / "pytest").mkdir()
         command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-p", "patch_queue.reporter", "--continue-on-collection-errors"]
-        # Two levels down: upstream's checkpoint tests write into the parent of pytest's folder, and
-        # each process empties that place and removes it at its end.
         command += ["--basetemp", str(Path(tmp) / "pytest" / "base")]
-        (Path(tmp) / "pytest").mkdir()
         command += [f"{TESTS}/{file}" for file in files]
         with open(output, "w") as stream:
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environ,
+                env=_environment([folder, ROOT / "tools", *site], report, gpu),
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,
@@ -183,174 +173,118 @@ def run_files(folder: Path, files: list[str], gpu: int | None, timeout: float, a
     return found
 
 
+def _environment(path: list, report: Path, gpu: int | None) -> dict[str, str]:
+    """Of one process of world size 1, with a port of its own."""
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path)), REPORT: str(report)}
+    environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    environ |= {"MASTER_ADDR": "localhost"}
+    environ |= {"MASTER_PORT": str(random.SystemRandom().randrange(15000, 32000))}
+    return environ if gpu is None else environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}
+
+
+class Results:
+    """Results of both trees, written after each chunk, so that an interrupted run compares the
+    same tests of both.
+
+    Args:
+        path: the JSON file; its results of other files on the same machine are kept.
+        chunks: the test files, by process.
+    """
+
+    def __init__(self, path: Path, machine: str, topics: dict, chunks: list[list[str]]):
+        self.path, self.chunks = path, chunks
+        self.results = {"machine": machine, "topics": topics}
+        files = [file for chunk in chunks for file in chunk]
+        self.results |= known_results(path, machine, files)
+        self.done: dict[int, dict] = {}  # chunk -> tree -> test id -> [outcome, reason]
+
+    def add(self, number: int, tree: str, found: dict) -> None:
+        """Add one tree's results of a chunk; write the file once both trees have run it."""
+        trees = self.done.setdefault(number, {})
+        trees[tree] = found
+        if len(trees) == len(TREES):
+            for tree, tests in trees.items():
+                self.results[tree] |= tests
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.results, indent=0))
+
+    def not_run(self) -> list[list[str]]:
+        """The chunks that did not run on both trees."""
+        numbers = range(len(self.chunks))
+        return [self.chunks[n] for n in numbers if len(self.done.get(n, ())) < len(TREES)]
+
+
 def run(args) -> None:
-    """Run both trees, file by file, so that an interrupted run still compares the same tests."""
+    """Run the tests on both trees and write the results."""
     import torch
 
-    gpus, start = torch.cuda.device_count(), time.monotonic()
+    gpus = torch.cuda.device_count()
     device = torch.cuda.get_device_name(0) if gpus else "CPU"
     topics = files_of(args.trees / TREES[0] if args.trees else args.checkout)
     files = [f for names in topics.values() for f in names if re.search(args.only, f)]
     if not files:
         sys.exit(f"upstream_tests.py: --only {args.only!r} matches none of the test files.")
     chunks = [files[i : i + args.chunk] for i in range(0, len(files), args.chunk)]
-    results = {"machine": f"{device}, torch {torch.__version__}", "topics": topics}
-    before = known_results(args.out, results["machine"], files)
-    done: dict[int, dict] = {}
-
-    def write() -> None:
-        whole = [found for found in list(done.values()) if len(found) == len(TREES)]
-        for tree in TREES:
-            results[tree] = dict(before[tree])
-            for found in whole:
-                results[tree] |= found[tree]
-        args.out.write_text(json.dumps(results, indent=0))
-
+    results = Results(args.out, f"{device}, torch {torch.__version__}", topics, chunks)
     with tempfile.TemporaryDirectory() as tmp:
-        folder = args.trees or Path(tmp)
         if not args.trees:
-            write_trees(folder, args.checkout)
+            write_trees(Path(tmp), args.checkout)
+        _run_chunks(results, args.trees or Path(tmp), gpus, args)
+    for chunk in results.not_run():
+        print("no time left for:", *chunk)
+    for test in regressions(results.results):
+        print("passes unpatched only:", test, results.results["patched"].get(test))
 
-        def one(task):
-            number, tree = task
-            left = args.total - (time.monotonic() - start)
-            if left < 1:
-                return
-            gpu = number % gpus if gpus else None
-            timeout = min(args.timeout, left)
-            found = run_files(folder / tree, chunks[number], gpu, timeout, args)
-            done.setdefault(number, {})[tree] = found
-            print(
-                f"{time.monotonic() - start:5.0f} s  {tree}  {' '.join(chunks[number])}", flush=True
-            )
 
-        tasks = [(number, tree) for number in range(len(chunks)) for tree in TREES]
-        with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-            for _ in concurrent.futures.as_completed([pool.submit(one, task) for task in tasks]):
-                write()
-    for number, chunk in enumerate(chunks):
-        if len(done.get(number, ())) < len(TREES):
-            print("no time was left for:", *chunk)
-    for test in worse(results):
-        print("passes unpatched only:", test, results["patched"].get(test))
+def _run_chunks(results: Results, folder: Path, gpus: int, args) -> None:
+    """Run every chunk on both trees with ``args.jobs`` processes, within ``args.total`` seconds."""
+    start = time.monotonic()
+
+    def run_one(number: int, tree: str) -> None:
+        left = args.total - (time.monotonic() - start)
+        if left < 1:
+            return
+        gpu = number % gpus if gpus else None
+        timeout = min(args.timeout, left)
+        found = run_files(folder / tree, results.chunks[number], gpu, timeout, args.site)
+        results.add(number, tree, found)
+        shown = " ".join(results.chunks[number])
+        print(f"{time.monotonic() - start:5.0f} s  {tree}  {shown}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        tasks = [
+            pool.submit(run_one, number, tree)
+            for number in range(len(results.chunks))
+            for tree in TREES
+        ]
+        for task in concurrent.futures.as_completed(tasks):
+            task.result()
+            results.write()
 
 
 def known_results(path: Path, machine: str, files: list[str]) -> dict:
-    """What an earlier run on such a machine said of other files: tree -> test id -> found."""
+    """Results of an earlier run on the same kind of machine, without those of some files.
+
+    Returns:
+        Tree -> test id -> [outcome, reason].
+    Raises:
+        SystemExit: the results are from another machine.
+    """
     if not path.is_file():
         return {tree: {} for tree in TREES}
     known = json.loads(path.read_text())
     if known["machine"] != machine:
         sys.exit(f"upstream_tests.py: {path} is from {known['machine']}; this is {machine}.")
-    anew = {f"{TESTS}/{file}" for file in files}
+    replaced = {f"{TESTS}/{file}" for file in files}
     return {
         tree: {
-            test: found for test, found in known[tree].items() if test.split("::")[0] not in anew
+            test: found
+            for test, found in known[tree].items()
+            if test.split("::")[0] not in replaced
         }
         for tree in TREES
     }
-
-
-def worse(results: dict) -> list[str]:
-    """The tests that pass on the release and do not once it is patched."""
-    passed = [test for test, found in results["unpatched"].items() if found[0] == "passed"]
-    return [t for t in passed if results["patched"].get(t, ["missing"])[0] != "passed"]
-
-
-def render(machines: list[dict]) -> str:
-    """docs/upstream_tests.md."""
-    lines = [
-        "# Upstream's own tests",
-        "",
-        f"Unit tests of Megatron-LM run on Megatron-Core {VERSION} as released and on the same with all patches. They are "
-        "not in this repository:",
-        "`tools/upstream_tests.py` reads them from a checkout (branch `core_r0.19.0` at f8837c04ef, the one nearest to the "
-        "release), runs both",
-        "trees and writes this page. World size 1; tests that need more ranks, TransformerEngine or another package skip or "
-        "fail on both.",
-        "",
-    ]
-    for results in machines:
-        counts = {
-            tree: {o: sum(f[0] == o for f in results[tree].values()) for o in _OUTCOMES}
-            for tree in TREES
-        }
-        bad = worse(results)
-        better = [
-            test
-            for test, found in results["patched"].items()
-            if found[0] == "passed" and results["unpatched"].get(test, [""])[0] != "passed"
-        ]
-        lines += [
-            f"## {results['machine']}",
-            "",
-            "| tree | passed | failed | skipped |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {t} | " + " | ".join(str(counts[t][o]) for o in _OUTCOMES) + " |" for t in TREES
-        ]
-        lines += [
-            "",
-            f"Pass unpatched and not patched: {len(bad)}. Pass patched alone: {len(better)}.",
-            "",
-        ]
-        lines += [
-            f"- `{test}`: {' '.join(results['patched'].get(test, ['missing']))}" for test in bad
-        ]
-        known = {note for name, note in NOTES.items() if any(name in test for test in bad)}
-        lines += ["", *sorted(known), ""] if known else [""] * bool(bad)
-        reasons: dict[str, int] = {}
-        for outcome, reason in results["patched"].values():
-            if outcome != "passed":
-                key = f"{outcome}: {reason.removeprefix('Skipped: ')[:90]}"
-                reasons[key] = reasons.get(key, 0) + 1
-        device = sum(
-            any(word in r for word in _NEED_DEVICE)
-            for o, r in results["patched"].values()
-            if o != "passed"
-        )
-        lines += [
-            f"Of the tests that do not pass on the patched tree, {device} ask for a CUDA device or for several.",
-            "",
-        ]
-        common = sorted(reasons.items(), key=lambda item: -item[1])[:8]
-        lines += ["The most frequent reasons:", ""]
-        lines += [f"- {count}: {reason}" for reason, count in common] + [""]
-    lines += ["## What was run", ""]
-    head = " | ".join(results["machine"].split(",")[0] for results in machines)
-    lines += [
-        f"| file below tests/unit_tests: passed of all, patched | {head} |",
-        "|---" * (len(machines) + 1) + "|",
-    ]
-    ran = {test.split("::")[0].removeprefix(f"{TESTS}/") for r in machines for test in r["patched"]}
-    for topic, names in machines[0]["topics"].items():
-        files = [name for name in names if name in ran]
-        if not files:
-            continue
-        lines.append(f"| **{topic}** |" + " |" * len(machines))
-        lines += [
-            f"| {file} | " + " | ".join(_passed(r, file) for r in machines) + " |" for file in files
-        ]
-    return "\n".join(lines) + "\n"
-
-
-# "integer modulo by zero": upstream's tests divide the rank by the number of devices.
-_NEED_DEVICE = (
-    "integer modulo by zero",
-    "CUDA",
-    "cuda",
-    "NCCL",
-    "world size",
-    "world_size",
-    "ranks",
-)
-_OUTCOMES = ("passed", "failed", "skipped")
-
-
-def _passed(results: dict, file: str, tree: str = "patched") -> str:
-    found = [f for t, f in results[tree].items() if t.split("::")[0] == f"{TESTS}/{file}"]
-    return f"{sum(f[0] == 'passed' for f in found)} / {len(found)}"
 
 
 def report(args) -> None:
@@ -359,53 +293,20 @@ def report(args) -> None:
     print(PAGE)
 
 
-def render_again(results: dict) -> str:
-    """A section about some files, for a page whose whole results are not at hand."""
-    bad = worse(results)
-    ran = dict.fromkeys(
-        test.split("::")[0].removeprefix(f"{TESTS}/") for test in results["patched"]
-    )
-    lines = [
-        f"## Run again on {results['machine']}",
-        "",
-        "These files count here, not above.",
-        "",
-        "| file below tests/unit_tests: passed of all | " + " | ".join(TREES) + " |",
-        "|---" * (len(TREES) + 1) + "|",
-    ]
-    lines += [
-        f"| {file} | " + " | ".join(_passed(results, file, tree) for tree in TREES) + " |"
-        for names in results["topics"].values()
-        for file in names
-        if file in ran
-    ]
-    lines += ["", f"Pass unpatched and not patched: {len(bad)}.", ""]
-    lines += [f"- `{t}`: {' '.join(results['patched'].get(t, ['missing']))}" for t in bad]
-    return "\n".join(lines + [""] * bool(bad)) + "\n"
-
-
-def with_section(page: str, section: str) -> str:
-    """The page with a section in the place of the one of the same heading, or before the last."""
-    heading = section.splitlines()[0]
-    parts = re.split(r"^(?=## )", page, flags=re.M)
-    parts = [part for part in parts if part.splitlines()[:1] != [heading]]
-    return "".join([*parts[:-1], section, parts[-1]])
-
-
-def again(args) -> None:
-    """Put a section about files that were run again into the page."""
-    section = render_again(json.loads(args.results.read_text()))
+def rerun(args) -> None:
+    """Write a section about files that were rerun into the page."""
+    section = render_rerun(json.loads(args.results.read_text()))
     PAGE.write_text(with_section(PAGE.read_text(), section))
     print(PAGE)
 
 
 def build(args) -> None:
-    """Write both trees into a folder."""
+    """Write both trees into a directory."""
     write_trees(args.folder, args.checkout)
 
 
 def main() -> None:
-    """Parse and go."""
+    """The command line."""
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -423,13 +324,13 @@ def main() -> None:
     sub.add_argument("--chunk", type=int, default=1, help="files a process")
     sub.add_argument("--timeout", type=float, default=300, help="seconds a process")
     sub.add_argument("--total", type=float, default=float("inf"), help="seconds for all of it")
-    sub.add_argument("--site", action="append", default=[], help="one more folder of packages")
+    sub.add_argument("--site", action="append", default=[], help="one more directory of packages")
     sub = commands.add_parser("build", help=build.__doc__)
     sub.set_defaults(function=build)
     sub.add_argument("--checkout", type=Path, required=True)
     sub.add_argument("folder", type=Path)
-    sub = commands.add_parser("again", help=again.__doc__)
-    sub.set_defaults(function=again)
+    sub = commands.add_parser("rerun", aliases=["again"], help=rerun.__doc__)
+    sub.set_defaults(function=rerun)
     sub.add_argument("results", type=Path)
     sub = commands.add_parser("report", help=report.__doc__)
     sub.set_defaults(function=report)

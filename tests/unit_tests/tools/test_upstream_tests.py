@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""tools/upstream_tests.py: runs of some files beside earlier ones, on invented trees."""
+"""tools/upstream_tests.py on invented trees."""
 
 import json
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def trees(tmp_path):
 
 
 def run(trees, out, only, **others):
-    args = dict(checkout=None, chunk=1, jobs=2, timeout=60, total=120, site=[]) | others
+    args = dict(checkout=None, chunk=1, jobs=2, timeout=300, total=600, site=[]) | others
     upstream_tests.run(SimpleNamespace(trees=trees, out=out, only=only, **args))
     return json.loads(out.read_text())
 
@@ -38,14 +38,14 @@ def outcomes(results, tree):
     return {test.split("/")[-1]: found[0] for test, found in results[tree].items()}
 
 
-def test_files_beside_earlier_ones(trees, tmp_path):
+def test_rerun_keeps_other_results(trees, tmp_path):
     out = tmp_path / "out.json"
     first = run(trees, out, "test_(same|worse)")
     assert outcomes(first, "patched") == {
         "test_same.py::test_x": "passed",
         "test_worse.py::test_x": "failed",
     }
-    assert [test.split("/")[-1] for test in upstream_tests.worse(first)] == [
+    assert [test.split("/")[-1] for test in upstream_tests.regressions(first)] == [
         "test_worse.py::test_x"
     ]
     worse = trees / "patched" / upstream_tests.TESTS / "test_worse.py"
@@ -55,7 +55,7 @@ def test_files_beside_earlier_ones(trees, tmp_path):
 
 
 def test_processes_share_no_folder(trees, tmp_path):
-    """Upstream's checkpoint tests empty and remove a folder beside pytest's own."""
+    """Upstream's checkpoint tests empty and remove the parent of pytest's directory."""
     run(trees, tmp_path / "out.json", "test_folder")
     first, second = (path.read_text() for path in (tmp_path / "seen").iterdir())
     assert first != second
@@ -74,9 +74,9 @@ def test_results_of_another_machine_are_refused(tmp_path):
 
 def test_section_is_put_in_once(trees, tmp_path):
     results = run(trees, tmp_path / "out.json", "test_(same|worse)")
-    page = upstream_tests.with_section(PAGE, upstream_tests.render_again(results))
+    page = upstream_tests.with_section(PAGE, upstream_tests.render_rerun(results))
     assert (
         "| test_worse.py | 1 / 1 | 0 / 1 |" in page and "| test_same.py | 1 / 1 | 1 / 1 |" in page
     )
-    assert page.index("## CPU") < page.index("## Run again on") < page.index("## What was run")
-    assert upstream_tests.with_section(page, upstream_tests.render_again(results)) == page
+    assert page.index("## CPU") < page.index("## Rerun on") < page.index("## What was run")
+    assert upstream_tests.with_section(page, upstream_tests.render_rerun(results)) == page
