@@ -38,7 +38,7 @@ import torch
 from benchmarks import report
 from megatron.core.transformer.sink_attention import autotable, registry
 from megatron.core.transformer.sink_attention.backends.base import package_version
-from megatron.core.transformer.sink_attention.measure import (
+from megatron.gpt_oss.diagnostics.attention_timing import (
     Workload,
     device,
     errors,
@@ -218,7 +218,7 @@ def check(workload: Workload, name: str) -> tuple[dict, str | None]:
 
 def chosen_by_auto(workload: Workload) -> str:
     """The kernel that "auto" takes, by asking the registry as the function does."""
-    from megatron.core.transformer.sink_attention.case import Case
+    from megatron.core.transformer.sink_attention.attention_params import Case
 
     window = workload.window
     case = Case(

@@ -43,7 +43,7 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     halo_bytes,
     local_tokens,
 )
-from megatron.core.transformer.sink_attention.measure import (
+from megatron.gpt_oss.diagnostics.attention_timing import (
     Workload,
     device,
     quantiles,

@@ -40,7 +40,8 @@ from benchmarks.attention import ERROR_LIMIT, machine, names
 from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.context_parallel import local_tokens
-from megatron.core.transformer.sink_attention.measure import (
+from megatron.gpt_oss.arguments.te_requirements import installed_versions
+from megatron.gpt_oss.diagnostics.attention_timing import (
     Workload,
     device,
     peak_memory,
@@ -48,7 +49,6 @@ from megatron.core.transformer.sink_attention.measure import (
     run_once,
     time_interleaved,
 )
-from megatron.gpt_oss.arguments.te_requirements import installed_versions
 from megatron.gpt_oss.presets import get_preset
 
 K = 1024

@@ -12,8 +12,8 @@ import types
 
 import torch
 
+from megatron.core.transformer.sink_attention.attention_params import Call
 from megatron.core.transformer.sink_attention.backends.math import MathBackend
-from megatron.core.transformer.sink_attention.case import Call
 
 _MATH = MathBackend()
 

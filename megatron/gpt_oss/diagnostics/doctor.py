@@ -19,10 +19,10 @@ import torch
 
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.api import available_backends
+from megatron.core.transformer.sink_attention.attention_params import Case
 from megatron.core.transformer.sink_attention.backends.base import package_version
-from megatron.core.transformer.sink_attention.case import Case
-from megatron.core.transformer.sink_attention.measure import Workload, errors, time_interleaved
 from megatron.gpt_oss.arguments.te_requirements import describe
+from megatron.gpt_oss.diagnostics.attention_timing import Workload, errors, time_interleaved
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.outputs import MADE_BY, check_file, write_file
 from megatron.gpt_oss.presets import get_preset

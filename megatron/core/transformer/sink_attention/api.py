@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.attend import attend
-from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.attention_params import Case
 from megatron.core.transformer.sink_attention.context_parallel import (
     context_parallel_attention,
     group_size,

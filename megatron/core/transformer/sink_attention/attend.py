@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.transformer.sink_attention import registry
-from megatron.core.transformer.sink_attention.case import Call, case_of
+from megatron.core.transformer.sink_attention.attention_params import Call, case_of
 from megatron.core.transformer.sink_attention.ops import forward_op
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.attention_params import Case
 
 PATH = Path(__file__).with_name("autotable.json")
 

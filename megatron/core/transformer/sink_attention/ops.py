@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.sink_attention.case import Call, case_of
+from megatron.core.transformer.sink_attention.attention_params import Call, case_of
 from megatron.core.transformer.sink_attention.registry import BACKENDS, choose
 
 

@@ -4,6 +4,7 @@
 
 from functools import lru_cache
 
+from megatron.core.transformer.sink_attention.attention_params import Case
 from megatron.core.transformer.sink_attention.autotable import order
 from megatron.core.transformer.sink_attention.backends.aten_fa2 import AtenFlashBackend
 from megatron.core.transformer.sink_attention.backends.base import Backend
@@ -13,7 +14,6 @@ from megatron.core.transformer.sink_attention.backends.fa3 import Flash3Backend
 from megatron.core.transformer.sink_attention.backends.fa4 import Flash4Backend, Flash4NativeBackend
 from megatron.core.transformer.sink_attention.backends.flex import FlexBackend
 from megatron.core.transformer.sink_attention.backends.math import MathBackend
-from megatron.core.transformer.sink_attention.case import Case
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend

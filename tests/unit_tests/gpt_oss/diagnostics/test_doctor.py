@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.core.transformer.sink_attention import measure
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.gpt_oss import cli
-from megatron.gpt_oss.diagnostics import doctor
+from megatron.gpt_oss.diagnostics import attention_timing, doctor
 from tests.harness import commands
 
 ROOT = Path(__file__).parents[4]
@@ -52,7 +51,7 @@ def test_mistakes(argv, words, capsys):
 @cpu_only
 def test_measured_case(monkeypatch):
     """The flow that a GPU takes: checked, then timed; a kernel that fails hides no other one."""
-    workload = measure.Workload('tiny', 64, heads=4, groups=2, dim=8)
+    workload = attention_timing.Workload('tiny', 64, heads=4, groups=2, dim=8)
     rows = {name: {'able': name in ('math', 'fa2'), 'reason': None} for name in BACKENDS}
     monkeypatch.setattr(doctor, '_NOT_MEASURED', ('flex',))
     doctor._measure(workload, rows, compile_flex=False)
@@ -65,29 +64,29 @@ def test_measured_case(monkeypatch):
 def test_visible_pairs(window):
     row, key = torch.arange(20)[:, None], torch.arange(20)[None]
     seen = (key <= row) & ((row - key < window) if window else True)
-    assert measure.visible_pairs(20, window) == int(seen.sum())
+    assert attention_timing.visible_pairs(20, window) == int(seen.sum())
 
 
 def test_flops():
     """8k causal with 64 heads of 64: the figure that published TFLOP/s rest on, causal half."""
-    assert measure.Workload('x', 8192).flops == pytest.approx(
+    assert attention_timing.Workload('x', 8192).flops == pytest.approx(
         3.5 * 4 * 8192**2 / 2 * 4096, rel=2e-4
     )
-    packed = measure.Workload('x', 20, documents=(5, 15), batch=1)
+    packed = attention_timing.Workload('x', 20, documents=(5, 15), batch=1)
     assert packed.pairs == 5 * 6 // 2 + 15 * 16 // 2
 
 
 def test_wrong_kernel_is_noticed(monkeypatch):
     """The check before any figure: a backend whose sink is dropped."""
-    workload = measure.Workload('tiny', 64, heads=4, groups=2, dim=8)
-    assert max(measure.errors(workload, 'math').values()) < 1e-2
-    original = measure.sink_attention
+    workload = attention_timing.Workload('tiny', 64, heads=4, groups=2, dim=8)
+    assert max(attention_timing.errors(workload, 'math').values()) < 1e-2
+    original = attention_timing.sink_attention
 
     def forgetful(q, k, v, sink, **options):
         return original(q, k, v, sink if q.dtype == torch.float64 else 0 * sink, **options)
 
-    monkeypatch.setattr(measure, 'sink_attention', forgetful)
-    assert max(measure.errors(workload, 'math').values()) > 0.1
+    monkeypatch.setattr(attention_timing, 'sink_attention', forgetful)
+    assert max(attention_timing.errors(workload, 'math').values()) > 0.1
 
 
 @cpu_only

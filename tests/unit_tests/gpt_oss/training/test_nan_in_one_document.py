@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron.core import device_utils
-from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.attention_params import Case
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.utils import get_attr_wrapped_model

@@ -303,9 +303,7 @@ def test_dispatcher_does_not_wait():
     assert points == ["before_finish", "no_sync"]
 
 
-@pytest.mark.parametrize(
-    "name", ["test_grouped_experts_triton.py", "test_grouped_product_triton.py"]
-)
+@pytest.mark.parametrize("name", ["test_grouped_experts_triton.py", "test_grouped_gemm_triton.py"])
 def test_triton_kernels_in_interpreter(name):
     run_in_interpreter(Path(__file__).with_name(name))
 

@@ -15,8 +15,8 @@ import torch._dynamo
 
 from megatron.core.transformer.sink_attention import available_backends, sink_attention
 from megatron.core.transformer.sink_attention.api import attend
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends import flex
-from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.ops import forward_op
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from tests.harness.attention_reference import (

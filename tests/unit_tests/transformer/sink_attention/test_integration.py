@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron.core.transformer.sink_attention import autotable, registry, sink_attention
-from megatron.core.transformer.sink_attention.case import Case
+from megatron.core.transformer.sink_attention.attention_params import Case
 from tests.harness.attention_reference import SMALL, Example, gradients
 
 EXAMPLE = Example(tokens=20, batch=2, heads=4, groups=2, dim=8, window=7)

@@ -7,8 +7,8 @@ import torch
 
 from megatron.core.transformer.sink_attention import sink_attention
 from megatron.core.transformer.sink_attention.api import attend
+from megatron.core.transformer.sink_attention.attention_params import Call
 from megatron.core.transformer.sink_attention.backends.math import MathBackend, _Tiles
-from megatron.core.transformer.sink_attention.case import Call
 from tests.harness.attention_reference import (
     SMALL,
     Example,

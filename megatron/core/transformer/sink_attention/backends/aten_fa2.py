@@ -13,6 +13,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
@@ -20,7 +21,6 @@ from megatron.core.transformer.sink_attention.backends.base import (
     lse_to_flash,
     why_not_flash,
 )
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 
 class AtenFlashBackend(Backend):

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.sink_attention.case import Call, Case
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.rescale import apply_sink_, sink_gradient
 
 HALF = (torch.bfloat16, torch.float16)

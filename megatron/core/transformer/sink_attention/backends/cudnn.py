@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import Backend, why_not_flash
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 
 class CudnnBackend(Backend):

@@ -5,6 +5,7 @@
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
@@ -14,7 +15,6 @@ from megatron.core.transformer.sink_attention.backends.base import (
     package_version,
     why_not_flash,
 )
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 _MODULE = "flash_attn.flash_attn_interface"
 

@@ -10,6 +10,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
@@ -18,7 +19,6 @@ from megatron.core.transformer.sink_attention.backends.base import (
     lse_to_flash,
     why_not_flash,
 )
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 _MODULES = ("flash_attn_interface", "flash_attn_3.flash_attn_interface")
 

@@ -9,6 +9,7 @@ is faster is a matter of the card and the length; "auto" goes by measurement.
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
@@ -16,7 +17,6 @@ from megatron.core.transformer.sink_attention.backends.base import (
     package_version,
     why_not_flash,
 )
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 _MODULE = "flash_attn.cute.interface"
 

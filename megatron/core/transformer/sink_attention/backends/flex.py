@@ -11,9 +11,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import Backend, import_problem
 from megatron.core.transformer.sink_attention.backends.math import key_ranges
-from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.rescale import apply_sink
 
 _BLOCK = 128

@@ -9,8 +9,8 @@ online softmax runs over tiles of queries and keys in fp32 (fp64 with fp64 input
 import torch
 from torch import Tensor
 
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends.base import Backend
-from megatron.core.transformer.sink_attention.case import Call, Case
 
 # Elements of one tile of scores: 64 MiB in fp32.
 _TILE = 1 << 24

@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.transformer.sink_attention.context_parallel.collectives import (
-    Pending,
-    all_gather,
-    reduce_scatter,
-)
-from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
-from megatron.core.transformer.sink_attention.context_parallel.pieces import (
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import (
     Piece,
     PieceAttention,
     finish_,
     merge_,
     sink_gradient_here,
 )
+from megatron.core.transformer.sink_attention.context_parallel.collectives import (
+    Pending,
+    all_gather,
+    reduce_scatter,
+)
+from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
 
 
 class AllGatherAttention(torch.autograd.Function):

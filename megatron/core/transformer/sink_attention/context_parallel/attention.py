@@ -15,16 +15,16 @@ from megatron.core.transformer.sink_attention.context_parallel.all_gather import
 from megatron.core.transformer.sink_attention.context_parallel.choose import (
     choose_exchange,
 )
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import PieceAttention
 from megatron.core.transformer.sink_attention.context_parallel.halo import halo_attention
 from megatron.core.transformer.sink_attention.context_parallel.layout import (
     Group,
     group_size,
 )
-from megatron.core.transformer.sink_attention.context_parallel.matching import (
+from megatron.core.transformer.sink_attention.context_parallel.rank_consistency import (
     check_ranks_match,
     contents,
 )
-from megatron.core.transformer.sink_attention.context_parallel.pieces import PieceAttention
 from megatron.core.transformer.sink_attention.context_parallel.ring import RingAttention
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import (
     kv_copies,

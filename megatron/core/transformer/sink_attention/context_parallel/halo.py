@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core.transformer.sink_attention.attend import attend
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import bounds_within
 from megatron.core.transformer.sink_attention.context_parallel.collectives import all_to_all
 from megatron.core.transformer.sink_attention.context_parallel.layout import (
     chunk_length,
     chunk_ranges,
 )
-from megatron.core.transformer.sink_attention.context_parallel.pieces import bounds_within
 
 
 class Segment(NamedTuple):

@@ -14,15 +14,15 @@ gradients in fp32, which are home after the last step.
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron.core.transformer.sink_attention.context_parallel.collectives import to_next
-from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
-from megatron.core.transformer.sink_attention.context_parallel.pieces import (
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import (
     Piece,
     PieceAttention,
     finish_,
     merge_,
     sink_gradient_here,
 )
+from megatron.core.transformer.sink_attention.context_parallel.collectives import to_next
+from megatron.core.transformer.sink_attention.context_parallel.layout import chunk_ranges
 
 
 class RingAttention(torch.autograd.Function):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.transformer.sink_attention import registry
-from megatron.core.transformer.sink_attention.case import Call, case_of
+from megatron.core.transformer.sink_attention.attention_params import Call, case_of
 from megatron.core.transformer.sink_attention.ops import as_kernel, batch_first
 from megatron.core.transformer.sink_attention.rescale import (
     apply_sink_,

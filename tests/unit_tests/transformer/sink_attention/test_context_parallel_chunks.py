@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megatron.core.transformer.sink_attention import registry
+from megatron.core.transformer.sink_attention.attention_params import Call, Case
 from megatron.core.transformer.sink_attention.backends import flex
-from megatron.core.transformer.sink_attention.case import Call, Case
 from megatron.core.transformer.sink_attention.context_parallel import (
     choose,
     chunk_length,
@@ -19,16 +19,16 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     to_zigzag,
 )
 from megatron.core.transformer.sink_attention.context_parallel.choose import halo_window
-from megatron.core.transformer.sink_attention.context_parallel.halo import (
-    halo_segments,
-    halo_tokens,
-)
-from megatron.core.transformer.sink_attention.context_parallel.pieces import (
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import (
     Piece,
     PieceAttention,
     bounds_within,
     finish_,
     merge_,
+)
+from megatron.core.transformer.sink_attention.context_parallel.halo import (
+    halo_segments,
+    halo_tokens,
 )
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
 from megatron.core.transformer.sink_attention.registry import BACKENDS
