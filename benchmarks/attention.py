@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import report
-from megatron.core.transformer.sink_attention import autotable, registry
+from megatron.core.transformer.sink_attention import measured_order, registry
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.diagnostics.attention_timing import (
     Workload,
@@ -61,18 +61,20 @@ K = 1024
 CASES = [
     Workload("causal-8k", 8 * K),
     Workload("causal-32k", 32 * K),
-    Workload("window-32k", 32 * K, window=128),
+    Workload("window-32k", 32 * K, window_size=(127, 0)),
     Workload("packed-32k", 32 * K, documents=documents(32 * K, 32)),
     Workload("causal-1k-batch-32", K, batch=32),
     Workload("causal-128k", 128 * K),
-    Workload("window-8k", 8 * K, window=128),
-    Workload("packed-window-32k", 32 * K, documents=documents(32 * K, 32), window=128),
+    Workload("window-8k", 8 * K, window_size=(127, 0)),
+    Workload("packed-window-32k", 32 * K, documents=documents(32 * K, 32), window_size=(127, 0)),
     Workload("causal-4k-batch-4", 4 * K, batch=4),
 ]
 QUICK = ("causal-8k", "window-32k", "packed-32k", "causal-1k-batch-32")
 TINY = [
     Workload("tiny", 96, heads=8, groups=2, dim=16),
-    Workload("tiny-packed", 96, documents=(1, 40, 55), window=8, heads=8, groups=2, dim=16),
+    Workload(
+        "tiny-packed", 96, documents=(1, 40, 55), window_size=(7, 0), heads=8, groups=2, dim=16
+    ),
 ]
 # Compiling FlexAttention takes half a minute a case: here only unless it is asked for by name.
 FLEX_CASES = ("causal-8k", "causal-32k", "window-32k")
@@ -158,7 +160,7 @@ def names(workloads: list[Workload]) -> list[str]:
 def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], list[list[str]]]:
     """Check, time, measure memory. Returns rows, and [case, reason] for what is left out."""
     checked, left_out = {}, []
-    for name, reason in workload.able().items():
+    for name, reason in workload.unsupported_reasons().items():
         label = f"{workload.name} {name}"
         if args.backends and name not in args.backends:
             continue
@@ -181,7 +183,7 @@ def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], l
         calls[name] = (workload.call(name), True)
     auto = None
     if not args.backends:
-        auto = chosen_by_auto(workload)
+        auto = workload.selected_backend()
         calls["auto"] = (workload.call("auto"), True)
     times = time_interleaved(calls, tensors, args.seconds)
     rows = [
@@ -214,26 +216,6 @@ def check(workload: Workload, name: str) -> tuple[dict, str | None]:
     if not found[worst] < ERROR_LIMIT:
         return {}, f"WRONG: relative error of {worst} is {found[worst]:.1e}, no figure"
     return found, None
-
-
-def chosen_by_auto(workload: Workload) -> str:
-    """The kernel that "auto" takes, by asking the registry as the function does."""
-    from megatron.core.transformer.sink_attention.attention_params import Case
-
-    window = workload.window
-    case = Case(
-        device=torch.device(device()),
-        dtype=workload.dtype,
-        batch=1 if workload.documents else workload.batch,
-        seqlen_q=workload.seqlen,
-        seqlen_k=workload.seqlen,
-        num_heads=workload.heads,
-        num_kv_heads=workload.groups,
-        head_dim=workload.dim,
-        window=window,
-        packed=workload.documents is not None,
-    )
-    return registry.choose(case).name
 
 
 def make_row(workload, name, kernel, times, tensors, found) -> Row:
@@ -362,9 +344,9 @@ def write_table(rows: list[Row], workloads: list[Workload]) -> None:
             {"min_seqlen": start, "order": by_length[length]}
             for start, length in zip(starts, lengths)
         ]
-    card = autotable.card_family(torch.cuda.get_device_capability())
-    autotable.write(card, entries, {**machine(), "date": time.strftime("%Y-%m-%d")})
-    print(f"{autotable.PATH}: {card} {', '.join(entries)}")
+    card = measured_order.card_family(torch.cuda.get_device_capability())
+    measured_order.write(card, entries, {**machine(), "date": time.strftime("%Y-%m-%d")})
+    print(f"{measured_order.PATH}: {card} {', '.join(entries)}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ from torch.distributed import ReduceOp
 from benchmarks import clock, report
 from benchmarks.attention import documents, machine, names
 from megatron.core import device_utils
-from megatron.core.transformer.sink_attention.autotable import card_family
+from megatron.core.transformer.sink_attention import measured_order
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.context_parallel import (
     choose,
     count_traffic,
@@ -57,14 +58,14 @@ CASES = [
     Workload("full-32k", 32 * K),
     Workload("full-64k", 64 * K),
     Workload("full-128k", 128 * K),
-    Workload("window-128k", 128 * K, window=128),
+    Workload("window-128k", 128 * K, window_size=(127, 0)),
     Workload("packed-64k", 64 * K, documents=documents(64 * K, 32)),
-    Workload("packed-window-128k", 128 * K, documents=documents(128 * K, 32), window=128),
+    Workload("packed-window-128k", 128 * K, documents=documents(128 * K, 32), window_size=(127, 0)),
 ]
 SMALL = dict(heads=8, groups=2, dim=16)
 TINY = [
     Workload("tiny", 96, **SMALL),
-    Workload("tiny-window", 96, window=8, **SMALL),
+    Workload("tiny-window", 96, window_size=(7, 0), **SMALL),
     Workload("tiny-packed", 96, documents=(1, 40, 55), **SMALL),
 ]
 FLAT = ("all_gather", "p2p", "a2a")
@@ -169,7 +170,7 @@ def run_case(workload: Workload, args: argparse.Namespace):
     group = torch.distributed.group.WORLD
     ranks = group.size()
     wanted = args.schemes or ("auto", *FLAT)
-    if workload.window is not None:  # a halo, whatever is asked for
+    if workload.window_size is not None:  # always a halo
         wanted = ("auto",)
     errors = {scheme: check(workload, scheme, args.backend, group) for scheme in wanted}
     whole = workload.tensors()
@@ -182,18 +183,13 @@ def run_case(workload: Workload, args: argparse.Namespace):
     for scheme, rounds in times.items():
         p20, median, p80 = quantiles(slowest(rounds))
         forward, total, peak = one_pass(*calls[scheme], group)
-        taken, _ = choose.choose_exchange(
-            *local[:2],
-            group,
-            scheme,
-            window=workload.window,
-            packed=workload.documents is not None,
-            max_seqlen=max(workload.documents or (workload.seqlen,)),
-        )
+        taken = choose.choose_scheme(*local[:2], params_of(workload, *local[:2]), group, scheme)[0]
         computed = matches = None
-        if taken == "halo" and workload.window is not None:
+        if taken == "halo" and workload.window_size is not None:
             token = 2 * workload.batch * workload.groups * workload.dim * local[1].element_size()
-            computed = halo_bytes(group.rank(), ranks, workload.seqlen, workload.window, token)
+            computed = halo_bytes(
+                group.rank(), ranks, workload.seqlen, workload.window_size[0], token
+            )
             matches = all(over_ranks(float(computed == forward["all_to_all"])))
         if errors[scheme] >= ERROR_LIMIT:
             median = p20 = p80 = math.nan  # wrong: no figure
@@ -214,6 +210,14 @@ def run_case(workload: Workload, args: argparse.Namespace):
             peak_mib=max(over_ranks(peak)),
             error=errors[scheme],
         )
+
+
+def params_of(workload: Workload, query: torch.Tensor, key: torch.Tensor) -> AttentionParams:
+    """The call on this rank's tokens, with the lengths of the complete sequence."""
+    longest = max(workload.documents or (workload.seqlen,))
+    lengths = dict(max_seqlen_q=longest, max_seqlen_k=longest)
+    params = AttentionParams.of(query, key, window_size=workload.window_size, **lengths)
+    return replace(params, packed=workload.documents is not None)
 
 
 def call(workload: Workload, group, scheme: str, backend: str):
@@ -342,9 +346,11 @@ def write_table(rows: list[Row], facts: dict) -> None:
     ]
     if not entries:
         return print("--write-table: no full case was measured with all schemes")
-    card = card_family(torch.cuda.get_device_capability())
-    choose.write(card, entries, {**facts, "date": time.strftime("%Y-%m-%d")})
-    print(f"{choose.PATH}: {card}")
+    card = measured_order.card_family(torch.cuda.get_device_capability())
+    measured_order.write(
+        card, {"context_parallel": entries}, {**facts, "date": time.strftime("%Y-%m-%d")}
+    )
+    print(f"{measured_order.PATH}: {card}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ node at once.
 import json
 from pathlib import Path
 
-from megatron.gpt_oss.diagnostics.attention_timing import visible_pairs
+from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
 MEASURED = Path(__file__).parent / "results" / "attention_h100.json"
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"

@@ -55,12 +55,12 @@ K = 1024
 CASES = [
     Workload("causal-8k", 8 * K),
     Workload("causal-32k", 32 * K),
-    Workload("window-8k", 8 * K, window=128),
-    Workload("window-32k", 32 * K, window=128),
+    Workload("window-8k", 8 * K, window_size=(127, 0)),
+    Workload("window-32k", 32 * K, window_size=(127, 0)),
 ]
 TINY = [
     Workload("tiny", 96, heads=8, groups=2, dim=16),
-    Workload("tiny-window", 96, window=8, heads=8, groups=2, dim=16),
+    Workload("tiny-window", 96, window_size=(7, 0), heads=8, groups=2, dim=16),
 ]
 TE = dict(transformer_impl="transformer_engine")
 STEPS = {
@@ -178,8 +178,8 @@ def te_call(workload: Workload, group=None):
             cp_stream=torch.cuda.Stream(),
             cp_comm_type="a2a",
         )
-    if workload.window is not None:
-        options["window_size"] = (workload.window - 1, 0)
+    if workload.window_size is not None:
+        options["window_size"] = workload.window_size
     with_sink, without = (
         DotProductAttention(
             workload.heads,
@@ -287,7 +287,7 @@ def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
         p20 = median = p80 = math.nan
     kernel = "cuDNN"
     if name == "auto":
-        kernel = registry.BACKENDS[attention.chosen_by_auto(workload)].kernel
+        kernel = registry.BACKENDS[workload.selected_backend()].kernel
     return AttentionRow(
         case=workload.name,
         backend=name,

@@ -21,10 +21,14 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.fused_rotary_attention import FusedRotarySelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
+from megatron.core.transformer.sink_attention.sink_dot_product_attention import (
+    SinkDotProductAttention,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -39,11 +43,21 @@ from megatron.training.models.gpt import GPTModelConfig
 
 
 class GptOssSpecProvider(LocalSpecProvider):
-    """Which module does what in a gpt-oss layer, in plain PyTorch."""
+    """Modules of a gpt-oss layer without TransformerEngine."""
+
+    def core_attention(self) -> type:
+        """Which module to use for attention"""
+        return SinkDotProductAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """Which module and submodules to use for grouped mlp"""
+        if moe_use_grouped_gemm:
+            return GroupedExperts
+        return super().grouped_mlp_modules(moe_use_grouped_gemm)
 
 
 class TEGptOssSpecProvider(TESpecProvider):
-    """TransformerEngine's norms, linears and grouped linears around our attention or its own.
+    """TransformerEngine's norms, linears and grouped linears, with either attention.
 
     Args:
         sink_attention: "megatron" for the kernels of sink_attention, "te" for TransformerEngine's.
@@ -54,7 +68,7 @@ class TEGptOssSpecProvider(TESpecProvider):
 
     def core_attention(self) -> type:
         """Which module to use for attention"""
-        return super().core_attention() if self._sink_attention == "te" else DotProductAttention
+        return super().core_attention() if self._sink_attention == "te" else SinkDotProductAttention
 
     def layer_norm(
         self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Attention with a sink, written down from its definition, and the cases of the tests.
+"""Attention with sinks from its definition, and the examples of the tests.
 
-The reference builds the matrix of scores of one document and one head, puts the sink beside it as
-a column, takes an ordinary softmax over all of it and drops the column. Autograd gives the
-gradients. Nothing of the formulas under test is in it.
+The reference builds the scores of one document and one head, appends the sink as a column, takes
+the softmax over all columns and drops that of the sink. Autograd gives the gradients. It uses none
+of the formulas under test. `window` is Hugging Face's sliding_window: 128 is window_size (127, 0).
 """
 
 import dataclasses
@@ -62,6 +62,11 @@ def gradients(out, inputs, dout):
     return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs)]
 
 
+def window_size(window):
+    """(left, right) of Hugging Face's sliding_window."""
+    return None if window is None else (window - 1, 0)
+
+
 @dataclasses.dataclass
 class Example:
     """One case: shapes, mask, and what is awkward about the numbers."""
@@ -107,7 +112,7 @@ class Example:
 
     def options(self, device="cpu"):
         """Keyword arguments of sink_attention."""
-        options = dict(scale=self.scale, window=self.window)
+        options = dict(softmax_scale=self.scale, window_size=window_size(self.window))
         if self.cu:
             lengths = [b - a for a, b in zip(self.cu, self.cu[1:])]
             options["cu_seqlens"] = torch.tensor(self.cu, dtype=torch.int32, device=device)

@@ -12,17 +12,32 @@ import types
 
 import torch
 
-from megatron.core.transformer.sink_attention.attention_params import Call
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.math import MathBackend
 
 _MATH = MathBackend()
 
 
-def _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
+def _params(q, k, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
     assert right in ((0, None) if causal else (-1, None))
-    window = None if left is None or left < 0 else left + 1
-    assert causal or window is None
-    return Call(scale, window, cu_q, cu_k, max_q, max_k, False, False, causal)
+    left = -1 if left is None else left
+    assert causal or left == -1
+    dim = 0 if q.dim() == 3 else 1
+    return AttentionParams(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        num_tokens_q=q.shape[dim],
+        num_tokens_k=k.shape[dim],
+        packed=cu_q is not None,
+        window_size=(left, 0 if causal else -1),
+        same_lengths=False,
+        softmax_scale=scale,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+    )
 
 
 def _forward(q, k, v, empty_lse, scale, left, cu_q, cu_k, max_q, max_k, causal, right=None):
@@ -30,8 +45,8 @@ def _forward(q, k, v, empty_lse, scale, left, cu_q, cu_k, max_q, max_k, causal, 
     assert (q.dim() == 4) == (cu_q is None)
     if cu_q is not None:
         assert max_q >= (cu_q[1:] - cu_q[:-1]).max() and max_k >= (cu_k[1:] - cu_k[:-1]).max()
-    call = _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right)
-    out, lse = _MATH.forward(q, k, v, call)
+    params = _params(q, k, scale, left, cu_q, cu_k, max_q, max_k, causal, right)
+    out, lse = _MATH.forward(q, k, v, params)
     return out, lse.masked_fill(lse == -torch.inf, empty_lse)
 
 
@@ -41,8 +56,8 @@ def _backward(dout, q, k, v, out, lse, scale, left, cu_q, cu_k, max_q, max_k, ca
     assert lse.shape == shape and not (lse == -torch.inf).any()
     assert dout.shape == out.shape == q.shape and dout.dtype == q.dtype
     lse = lse.masked_fill(lse == torch.inf, -torch.inf)
-    call = _call(scale, left, cu_q, cu_k, max_q, max_k, causal, right)
-    grads = _MATH.backward(q, k, v, out, lse, dout, call)
+    params = _params(q, k, scale, left, cu_q, cu_k, max_q, max_k, causal, right)
+    grads = _MATH.backward(q, k, v, out, lse, dout, params)
     if cu_q is not None:  # what a kernel may leave unwritten
         for rows in (slice(a, b) for a, b, n in zip(cu_k, cu_k[1:], cu_q.diff()) if n == 0):
             for grad in grads[1:]:
@@ -200,8 +215,8 @@ def flash4_module():
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is None:
             lengths = (None, None, q.shape[1], k.shape[1])
-        call = _call(softmax_scale, window_size_left, *lengths, causal, window_size_right)
-        result, lse = _MATH.forward_sink(q, k, v, learnable_sink, call)
+        params = _params(q, k, softmax_scale, window_size_left, *lengths, causal, window_size_right)
+        result, lse = _MATH.forward_with_sinks(q, k, v, learnable_sink, params)
         return out.copy_(result), lse, None, None, None
 
     def _flash_attn_bwd(
@@ -213,8 +228,8 @@ def flash4_module():
         lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         if cu_seqlens_q is None:
             lengths = (None, None, q.shape[1], k.shape[1])
-        call = _call(softmax_scale, window_size_left, *lengths, causal, window_size_right)
-        grads = _MATH.backward_sink(q, k, v, learnable_sink, out, lse, dout, call, True)
+        params = _params(q, k, softmax_scale, window_size_left, *lengths, causal, window_size_right)
+        grads = _MATH.backward_with_sinks(q, k, v, learnable_sink, out, lse, dout, params, True)
         return grads if learnable_sink is not None else grads[:3]
 
     return _module("flash_attn.cute.interface", locals())

@@ -1,9 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Speed, memory and error of the backends, for `gptoss doctor` and the benchmark.
+"""Time, memory and error of the attention backends, for `gptoss doctor` and the benchmarks.
 
-On the GPU where there is one. On the CPU the same functions run, with a clock for the events and
-without figures of memory.
+On the CPU a clock replaces CUDA events, and there are no memory figures.
 """
 
 import math
@@ -17,15 +16,19 @@ import torch
 from torch import Tensor
 
 from megatron.core.transformer.sink_attention.api import available_backends, sink_attention
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
+from megatron.core.transformer.sink_attention.measured_order import kind_of_mask
+from megatron.core.transformer.sink_attention.registry import select_backend
+from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
-# Cycles of idling (about 5 ms) in front of a measurement: the host gets ahead of the device, as it
-# is in training, and short kernels are not timed by their launches. With 1 ms, flash-attn-4's at a
-# window of 128 and 8k tokens read 0.7 to 1.6 ms.
-_HEAD_START = 10_000_000
+# GPU cycles of sleep (about 5 ms) before a measurement: the CPU runs ahead of the GPU, as in
+# training, so that short kernels are not timed by their launches. With 1 ms, flash-attn-4 at a
+# window of 128 and 8k tokens measured 0.7 to 1.6 ms.
+_SLEEP_CYCLES = 10_000_000
 
 
 def device() -> str:
-    """Where everything here runs."""
+    """Device of all measurements."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -34,15 +37,16 @@ class Workload:
     """One attention layer: gpt-oss' heads by default.
 
     Attributes:
-        seqlen: tokens of a sequence; of the whole pack with documents.
-        documents: lengths of the documents of a pack; None for a dense batch.
+        seqlen: tokens of a sequence, or of all packed documents.
+        documents: lengths of packed documents; None for a dense batch.
+        window_size: as in `sink_attention`.
     """
 
     name: str
     seqlen: int
     batch: int = 1
     documents: tuple[int, ...] | None = None
-    window: int | None = None
+    window_size: tuple[int, int] | None = None
     heads: int = 64
     groups: int = 8
     dim: int = 64
@@ -50,8 +54,8 @@ class Workload:
 
     @property
     def kind(self) -> str:
-        mask = "causal" if self.window is None else "window"
-        return f"packed_{mask}" if self.documents else mask
+        """Key in the table of measured orders."""
+        return kind_of_mask(self.window_size is not None, self.documents is not None)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -61,25 +65,32 @@ class Workload:
     def pairs(self) -> int:
         """Query-key pairs that are seen, of one head over the batch."""
         lengths = self.documents or (self.seqlen,) * self.batch
-        return sum(visible_pairs(length, self.window) for length in lengths)
+        window = None if self.window_size is None else self.window_size[0] + 1
+        return int(sum(visible_pairs(length, window) for length in lengths))
 
     @property
     def flops(self) -> int:
-        """Model FLOPs of forward and backward: 2 products of pairs x hn forward, 5 backward."""
+        """Model FLOPs of forward and backward: 2 GEMMs of pairs x hn forward, 5 backward."""
         return 14 * self.pairs * self.heads * self.dim
 
-    def able(self) -> dict[str, str | None]:
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of query and key."""
+        return (*self.lead, self.heads, self.dim), (*self.lead, self.groups, self.dim)
+
+    def unsupported_reasons(self) -> dict[str, str | None]:
         """For every backend None, or why it cannot run this."""
-        return available_backends(
-            (*self.lead, self.heads, self.dim),
-            (*self.lead, self.groups, self.dim),
-            self.dtype,
-            device(),
-            window=self.window,
+        return available_backends(*self.shapes, self.dtype, device(), window_size=self.window_size)
+
+    def selected_backend(self) -> str:
+        """Name of the backend that "auto" selects."""
+        params = AttentionParams.of_shapes(
+            *self.shapes, self.dtype, device(), window_size=self.window_size
         )
+        return select_backend(params).name
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """q, k, v, sink, dout, unfilled but for the sink."""
+        """q, k, v, sinks, dout; only the sinks have values."""
 
         def empty(heads):
             return torch.empty(*self.lead, heads, self.dim, dtype=self.dtype, device=device())
@@ -89,15 +100,15 @@ class Workload:
         return (*leaves, sink, empty(self.heads))
 
     def short(self) -> "Workload":
-        """One of the same kind that plain PyTorch in float64 can check."""
+        """A short workload of the same kind, which plain PyTorch in float64 can check."""
         short = replace(self, seqlen=min(1024, self.seqlen))
         if self.documents and self.seqlen > 1024:
             short = replace(short, documents=(1, 200, 311, 512))
         return short
 
     def call(self, backend: str, **options) -> Callable:
-        """sink_attention with this workload's options and those given, of q, k, v, sink."""
-        options = dict(options, window=self.window, backend=backend)
+        """sink_attention of (q, k, v, sinks) with the options of this workload and the given ones."""
+        options = dict(options, window_size=self.window_size, backend=backend)
         if self.documents:
             bounds = torch.tensor([0, *self.documents]).cumsum(0)
             options["cu_seqlens"] = bounds.int().to(device())
@@ -105,16 +116,9 @@ class Workload:
         return lambda *tensors: sink_attention(*tensors, **options)
 
 
-def visible_pairs(length: int, window: int | None) -> int:
-    """Query-key pairs of one sequence."""
-    if window is None or window >= length:
-        return length * (length + 1) // 2
-    return window * (window + 1) // 2 + (length - window) * window
-
-
 @torch.no_grad()
 def refill(tensors: tuple[Tensor, ...]) -> None:
-    """Other random numbers: nothing stays in the cache, and power draw is that of real data."""
+    """New random values: nothing stays in the L2 cache, and power draw is that of real data."""
     q, k, v, _, dout = tensors
     for x in (q, k, v, dout):
         x.normal_()
@@ -129,14 +133,14 @@ def run_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> li
 
 
 def time_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> float:
-    """Milliseconds of one forward and backward on fresh numbers, by CUDA events."""
+    """Milliseconds of one forward and backward on new values, by CUDA events."""
     refill(tensors)
     if device() == "cpu":
         start = time.perf_counter()
         run_once(call, tensors, with_sink)
         return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_HEAD_START)
+    torch.cuda._sleep(_SLEEP_CYCLES)
     begin.record()
     run_once(call, tensors, with_sink)
     end.record()
@@ -150,12 +154,12 @@ def time_interleaved(
     seconds: float,
     max_rounds: int = 20,
 ) -> dict[str, list[float]]:
-    """Times of several calls (function, with sink) in turn, so that all see the same clocks.
+    """Times of several calls (function, with sinks), interleaved so that GPU clocks are the same.
 
-    The order is drawn anew for every round: a kernel after one that draws little power runs faster.
+    The order is random in each round: a kernel after one that draws little power runs faster.
 
     Args:
-        seconds: for all rounds together; three rounds are done in any case.
+        seconds: limit for all rounds; at least three rounds run.
     """
     times = {name: [] for name in calls}
     for name, (call, with_sink) in calls.items():  # warm: plans, workspaces, allocator
@@ -172,7 +176,7 @@ def time_interleaved(
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
-    """20 %, median, 80 %."""
+    """20 % quantile, median, 80 % quantile."""
     if len(times) < 2:
         return times[0], times[0], times[0]
     cuts = statistics.quantiles(times, n=5, method="inclusive")
@@ -182,10 +186,10 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 def peak_memory(
     call: Callable, tensors: tuple[Tensor, ...], with_sink: bool = True
 ) -> tuple[float, float]:
-    """MiB at the peak of a forward and backward, and the part beyond its tensors.
+    """MiB at the peak of a forward and backward, and the part that is workspace of the kernel.
 
-    Those are q, k, v, out, lse and their gradients: what is left is the kernel's workspace, such as
-    the sums of dq in fp32 that every flash backward keeps.
+    The rest is q, k, v, out, lse and their gradients. Workspace is, for example, the dq in fp32 of
+    every flash backward.
     """
     if device() == "cpu":
         return math.nan, math.nan

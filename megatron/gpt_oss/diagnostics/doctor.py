@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 
 from megatron.core.transformer.sink_attention import registry
-from megatron.core.transformer.sink_attention.api import available_backends
-from megatron.core.transformer.sink_attention.attention_params import Case
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.arguments.te_requirements import describe
 from megatron.gpt_oss.diagnostics.attention_timing import Workload, errors, time_interleaved
@@ -108,18 +106,13 @@ def versions() -> dict[str, str]:
 
 def examine(workload: Workload, cuda: bool, measure: bool, compile_flex: bool) -> dict:
     """One case: for every backend whether it can run, and its speed."""
-    device = "cuda" if cuda else "cpu"
-    reasons = available_backends(
-        (*workload.lead, workload.heads, workload.dim),
-        (*workload.lead, workload.groups, workload.dim),
-        workload.dtype,
-        device,
-        window=workload.window,
-    )
-    chosen = registry.choose(_as_case(workload, device)).name
-    rows = {name: {"able": reason is None, "reason": reason} for name, reason in reasons.items()}
+    reasons = workload.unsupported_reasons()
+    chosen = workload.selected_backend()
+    rows = {name: {"supported": r is None, "reason": r} for name, r in reasons.items()}
     if measure:
         _measure(workload, rows, compile_flex)
+    for row in rows.values():
+        row["able"] = row["supported"]  # former name, kept for one version
     return {"case": workload.kind, "seqlen": workload.seqlen, "auto": chosen, "backends": rows}
 
 
@@ -128,14 +121,14 @@ def _measure(workload: Workload, rows: dict, compile_flex: bool) -> None:
     tensors = workload.tensors()
     calls = {}
     for name, row in rows.items():
-        if not row["able"] or name in skipped:
+        if not row["supported"] or name in skipped:
             continue
         try:  # one kernel that fails must not hide the others
             row["error"] = _first_run(workload, name)
             calls[name] = (workload.call(name), True)
         except Exception as error:
             row["reason"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
-            row["able"] = False
+            row["supported"] = False
     for name, times in time_interleaved(calls, tensors, seconds=1.0).items():
         rows[name]["ms"] = statistics.median(times)
         rows[name]["tflops"] = workload.flops / rows[name]["ms"] / 1e9
@@ -160,9 +153,9 @@ def advice(report: dict) -> list[str]:
         )
     by_name = [case["backends"] for case in report["cases"]]
     for name, backend in registry.BACKENDS.items():
-        gap = by_name and all(not rows[name]["able"] for rows in by_name)
-        if torch.cuda.is_available() and gap and backend.remedy and name != "fa4_native":
-            lines.append(f"{name}: {by_name[0][name]['reason']}. {backend.remedy}")
+        gap = by_name and all(not rows[name]["supported"] for rows in by_name)
+        if torch.cuda.is_available() and gap and backend.hint and name != "fa4_native":
+            lines.append(f"{name}: {by_name[0][name]['reason']}. {backend.hint}")
     mismatch = cudnn_mismatch()
     if mismatch:
         lines.append(mismatch)
@@ -189,33 +182,18 @@ def _workloads(preset, seqlen: int) -> list[Workload]:
     heads = dict(
         heads=preset.num_attention_heads, groups=preset.num_query_groups, dim=preset.head_dim
     )
-    window = min(preset.sliding_window, seqlen)
+    window_size = (min(preset.sliding_window, seqlen) - 1, 0)
     half = seqlen // 2
     return [
         Workload("full", seqlen, **heads),
-        Workload("window", seqlen, window=window, **heads),
+        Workload("window", seqlen, window_size=window_size, **heads),
         Workload("packed", seqlen, documents=(half, seqlen - half), **heads),
     ]
 
 
-def _as_case(workload: Workload, device: str) -> Case:
-    window = workload.window
-    return Case(
-        device=torch.device(device),
-        dtype=workload.dtype,
-        batch=workload.batch,
-        seqlen_q=workload.seqlen,
-        seqlen_k=workload.seqlen,
-        num_heads=workload.heads,
-        num_kv_heads=workload.groups,
-        head_dim=workload.dim,
-        window=None if window is None or window >= workload.seqlen else window,
-        packed=workload.documents is not None,
-    )
-
-
 def _title(workload: Workload) -> str:
-    mask = "all keys" if workload.window is None else f"window of {workload.window}"
+    left = None if workload.window_size is None else workload.window_size[0]
+    mask = "all keys" if left is None else f"window of {left + 1}"
     shape = f"{workload.heads} heads, {workload.groups} groups, dim {workload.dim}"
     packed = f", {len(workload.documents)} documents packed" if workload.documents else ""
     return f"{workload.seqlen} tokens, causal, {mask}{packed}; {shape}, bf16"
@@ -229,7 +207,7 @@ def _table(case: dict) -> str:
         if "ms" in row:
             figures = [f"{row['ms']:.2f}", f"{row['tflops']:.0f}"]
         text = row["reason"] or registry.BACKENDS[name].kernel + mark
-        lines.append([name, "yes" if row["able"] else "no", *figures, text])
+        lines.append([name, "yes" if row["supported"] else "no", *figures, text])
     return aligned(lines)
 
 

@@ -1,19 +1,19 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Causal attention with a learnable sink, on whichever kernel the machine has.
+"""Causal attention with a learnable sink per head, on the fastest kernel of the machine.
 
-api.py          the public function and the checks of its arguments
-attend.py       one call on this rank; context_parallel/: on the ranks of a group
-ops.py          forward and backward as operators of PyTorch
-rescale.py      the mathematics of the sink: pure functions on (out, lse)
-registry.py     which backend can run what; autotable.py: which one "auto" takes
-backends/       one file a kernel
+api.py               the public functions; check_arguments.py: their checks
+attention_params.py  one call without its tensors
+attend.py            one call on one rank; context_parallel/: over the ranks of a group
+ops.py               forward and backward as custom operators of PyTorch
+rescale.py           applying sinks to (out, lse); rescale_triton.py: its kernels
+registry.py          the backends and their selection; measured_order.py: the order of "auto"
+backends/            one file per kernel
+packed.py            documents in a sequence that context parallelism splits
+megatron_module.py   SinkDotProductAttention, the core attention of a layer spec
 """
 
-from megatron.core.transformer.sink_attention.api import (
-    available_backends,
-    check_cu_seqlens,
-    sink_attention,
-)
+from megatron.core.transformer.sink_attention.api import available_backends, sink_attention
+from megatron.core.transformer.sink_attention.check_arguments import check_cu_seqlens
 
 __all__ = ["available_backends", "check_cu_seqlens", "sink_attention"]

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which backends there are, which of them can run a case, and which one "auto" takes."""
+"""The attention backends, and which of them runs a call."""
 
 from functools import lru_cache
 
-from megatron.core.transformer.sink_attention.attention_params import Case
-from megatron.core.transformer.sink_attention.autotable import order
+from megatron.core.kernel_selection import KernelChoice
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.aten_fa2 import AtenFlashBackend
 from megatron.core.transformer.sink_attention.backends.base import Backend
 from megatron.core.transformer.sink_attention.backends.cudnn import CudnnBackend
@@ -14,10 +14,14 @@ from megatron.core.transformer.sink_attention.backends.fa3 import Flash3Backend
 from megatron.core.transformer.sink_attention.backends.fa4 import Flash4Backend, Flash4NativeBackend
 from megatron.core.transformer.sink_attention.backends.flex import FlexBackend
 from megatron.core.transformer.sink_attention.backends.math import MathBackend
+from megatron.core.transformer.sink_attention.measured_order import backend_order
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (
+# Supports every call.
+REFERENCE = "math"
+
+_CHOICE = KernelChoice(
+    "backend",
+    (
         Flash4Backend(),
         Flash4NativeBackend(),
         Flash3Backend(),
@@ -26,38 +30,39 @@ BACKENDS: dict[str, Backend] = {
         AtenFlashBackend(),
         FlexBackend(),
         MathBackend(),
-    )
-}
+    ),
+    order=backend_order,
+)
+BACKENDS: dict[str, Backend] = _CHOICE.implementations
+# Those that the operators of ops.py can run.
+_OPERATORS = KernelChoice(
+    "backend",
+    (backend for backend in BACKENDS.values() if not backend.differentiable),
+    order=lambda params: (n for n in backend_order(params) if not BACKENDS[n].differentiable),
+)
 
 
-def why_not(case: Case) -> dict[str, str | None]:
-    """For every backend: None if it can run the case, else the reason in one sentence."""
-    return {name: backend.why_not(case) for name, backend in BACKENDS.items()}
+def unsupported_reasons(params: AttentionParams) -> dict[str, str | None]:
+    """For every backend: None if it can run the call, else the reason why not."""
+    return _CHOICE.unsupported_reasons(params)
+
+
+def select_backend(params: AttentionParams) -> Backend:
+    """The backend of a call: the fastest that can run it for "auto", else the named one.
+
+    Raises:
+        ValueError: the name is unknown, or that backend cannot run the call.
+    """
+    return _select(_CHOICE, params.without_cu_seqlens())
+
+
+def operator_backend(params: AttentionParams) -> Backend:
+    """The backend inside the operators: eager code has selected it, compiled code passes "auto"."""
+    if params.backend != "auto":
+        return BACKENDS[params.backend]
+    return _select(_OPERATORS, params.without_cu_seqlens())
 
 
 @lru_cache(maxsize=1024)
-def choose(case: Case, name: str = "auto", operators_only: bool = False) -> Backend:
-    """The backend of a call.
-
-    Args:
-        name: "auto" or a backend's. One that is named must be able to run the case.
-        operators_only: leave out, for "auto", what is made of differentiable operations.
-    Raises:
-        ValueError: the name is unknown, or that backend cannot run the case; says which can.
-    """
-    if name == "auto":
-        # math runs everything, so there always is one.
-        backends = (BACKENDS[n] for n in order(case))
-        backends = (b for b in backends if not (operators_only and b.differentiable))
-        return next(b for b in backends if b.why_not(case) is None)
-    if name not in BACKENDS:
-        raise ValueError(f"backend: '{name}' is unknown; wanted 'auto' or one of {_names()}.")
-    reason = BACKENDS[name].why_not(case)
-    if reason is not None:
-        able = ", ".join(n for n, problem in why_not(case).items() if problem is None)
-        raise ValueError(f"backend: '{name}' cannot run this call: {reason}. Able here: {able}.")
-    return BACKENDS[name]
-
-
-def _names() -> str:
-    return ", ".join(f"'{name}'" for name in BACKENDS)
+def _select(choice: KernelChoice, params: AttentionParams) -> Backend:
+    return choice.select(params, name=params.backend)

@@ -9,9 +9,11 @@ import pytest
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.fused_rotary_attention import FusedRotarySelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.sink_attention.sink_dot_product_attention import (
+    SinkDotProductAttention,
+)
 from megatron.gpt_oss import layer_specs
 from megatron.gpt_oss.arguments.te_requirements import (
     Versions,
@@ -172,5 +174,5 @@ def test_layer_spec(choice):
     assert layer.input_layernorm is IdentityOp and layer.sharded_state_dict_keys_map == {}
     assert attention.submodules.linear_qkv is theirs.column_parallel_layer_norm_linear()
     assert attention.submodules.linear_proj is theirs.row_parallel_linear()
-    expected = TEDotProductAttention if choice == 'te' else DotProductAttention
+    expected = TEDotProductAttention if choice == 'te' else SinkDotProductAttention
     assert attention.submodules.core_attention is expected

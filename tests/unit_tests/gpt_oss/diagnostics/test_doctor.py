@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss doctor`, the benchmark's measure and its command line, without a GPU."""
+"""`gptoss doctor`, attention_timing and the benchmark's command line, without a GPU."""
 
 import json
 import os
@@ -28,7 +28,8 @@ def test_without_a_gpu(tmp_path, capsys):
     assert [case['case'] for case in report['cases']] == ['causal', 'window', 'packed_causal']
     for case in report['cases']:
         assert list(case['backends']) == list(BACKENDS) and case['auto'] == 'math'
-        assert all(row['able'] or 'cpu' in row['reason'] for row in case['backends'].values())
+        assert all(row['supported'] == row['able'] for row in case['backends'].values())
+        assert all(row['supported'] or 'cpu' in row['reason'] for row in case['backends'].values())
     assert report['versions']['PyTorch'] == torch.__version__
     assert printed.count('<- auto') == 3 and 'No GPU: attention runs in plain PyTorch' in printed
     assert '64 heads, 8 groups, dim 64' in printed and 'window of 128' in printed
@@ -52,19 +53,21 @@ def test_mistakes(argv, words, capsys):
 def test_measured_case(monkeypatch):
     """The flow that a GPU takes: checked, then timed; a kernel that fails hides no other one."""
     workload = attention_timing.Workload('tiny', 64, heads=4, groups=2, dim=8)
-    rows = {name: {'able': name in ('math', 'fa2'), 'reason': None} for name in BACKENDS}
+    rows = {name: {'supported': name in ('math', 'fa2'), 'reason': None} for name in BACKENDS}
     monkeypatch.setattr(doctor, '_NOT_MEASURED', ('flex',))
     doctor._measure(workload, rows, compile_flex=False)
     assert rows['math']['ms'] > 0 and rows['math']['error'] < 1e-2
-    assert not rows['fa2']['able'] and rows['fa2']['reason'].startswith('failed: ValueError')
+    assert not rows['fa2']['supported'] and rows['fa2']['reason'].startswith('failed: ValueError')
     assert 'ms' in rows['math'] and 'ms' not in rows['fa2']
 
 
 @pytest.mark.parametrize('window', [None, 1, 7, 20, 30])
-def test_visible_pairs(window):
+def test_pairs(window):
     row, key = torch.arange(20)[:, None], torch.arange(20)[None]
     seen = (key <= row) & ((row - key < window) if window else True)
-    assert attention_timing.visible_pairs(20, window) == int(seen.sum())
+    window_size = None if window is None else (window - 1, 0)
+    workload = attention_timing.Workload('x', 20, window_size=window_size)
+    assert workload.pairs == int(seen.sum())
 
 
 def test_flops():

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from megatron.core import device_utils
-from megatron.core.transformer.sink_attention.attention_params import Case
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.core.utils import get_attr_wrapped_model
@@ -160,21 +160,12 @@ def test_cuda(group, packed, backend, recompute):
         ends, spoilt = (0, 1, 180, 256, 556, 557, 640), 400
     else:
         ends, spoilt = (0, 320, 640, 960), 500
-    case = Case(
-        torch.device('cuda'),
-        torch.bfloat16,
-        1 if packed else 3,
-        *(2 * [640 if packed else 320]),
-        preset.num_attention_heads,
-        preset.num_query_groups,
-        preset.head_dim,
-        None,
-        packed,
-        True,
-    )
-    reason = None if backend == 'auto' else BACKENDS[backend].why_not(case)
+    tokens, size = (640, 1) if packed else (320, 3)
+    heads = (preset.num_attention_heads, preset.head_dim)
+    shape = (tokens, *heads) if packed else (tokens, size, *heads)
+    params = AttentionParams.of_shapes(shape, shape, torch.bfloat16, 'cuda')
+    reason = None if backend == 'auto' else BACKENDS[backend].unsupported_reason(params)
     if reason is not None:
         pytest.skip(f'{backend}: {reason}')
-    size = 1 if packed else 3
     options = dict(micro_batch_size=size, sink_attention_backend=backend, **recompute)
     check(preset, ends, spoilt, packed, (1e-3, 1e-2), **options)

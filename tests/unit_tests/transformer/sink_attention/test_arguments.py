@@ -20,12 +20,12 @@ def dense(s=6, b=2, heads=4, groups=2, dim=8, dtype=torch.float32):
         query=torch.zeros(s, b, heads, dim, dtype=dtype),
         key=torch.zeros(s, b, groups, dim, dtype=dtype),
         value=torch.zeros(s, b, groups, dim, dtype=dtype),
-        sink=torch.zeros(heads),
+        sinks=torch.zeros(heads),
     )
 
 
 def packed(cu, t=6, dtype=torch.int32, **changes):
-    arguments = {name: x[:, 0] for name, x in dense(t).items() if name != "sink"}
+    arguments = {name: x[:, 0] for name, x in dense(t).items() if name != "sinks"}
     return {**arguments, "cu_seqlens": torch.tensor(cu, dtype=dtype), **changes}
 
 
@@ -42,9 +42,12 @@ WRONG = {
         {**dense(), "value": torch.zeros(6, 2, 2, 8, device="meta")},
         "value: is on meta; wanted cpu",
     ),
-    "sink-device": ({**dense(), "sink": torch.zeros(4, device="meta")}, "sink: is on meta"),
-    "sink-length": ({**dense(), "sink": torch.zeros(2)}, "sink: is [2]; wanted [4]"),
-    "sink-dtype": ({**dense(), "sink": torch.zeros(4, dtype=torch.int32)}, "sink: is torch.int32"),
+    "sinks-device": ({**dense(), "sinks": torch.zeros(4, device="meta")}, "sinks: is on meta"),
+    "sinks-length": ({**dense(), "sinks": torch.zeros(2)}, "sinks: is [2]; wanted [4]"),
+    "sinks-dtype": (
+        {**dense(), "sinks": torch.zeros(4, dtype=torch.int32)},
+        "sinks: is torch.int32",
+    ),
     "value-shape": (
         {**dense(), "value": torch.zeros(6, 2, 4, 8)},
         "value: is [6, 2, 4, 8]; wanted",
@@ -63,8 +66,9 @@ WRONG = {
     ),
     "dimensions": ({**dense(), "query": torch.zeros(6, 8)}, "query: has 2 dimensions, [6, 8]"),
     "integers": ({k: v.long() for k, v in dense().items()}, "query: is torch.int64"),
-    "window-0": ({**dense(), "window": 0}, "window: is 0; wanted"),
-    "window-pair": ({**dense(), "window": (127, 0)}, "window: is (127, 0); wanted"),
+    "window-int": ({**dense(), "window_size": 128}, "window_size: is 128; wanted"),
+    "window-left": ({**dense(), "window_size": (-2, 0)}, "window_size: is (-2, 0); wanted"),
+    "window-right": ({**dense(), "window_size": (127, 1)}, "window_size: is (127, 1); wanted"),
     "no-cu": (packed([0, 6], cu_seqlens=None), "cu_seqlens: is missing"),
     "cu-with-batch": (
         {**dense(), "cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)},
@@ -88,7 +92,7 @@ WRONG = {
     "backend-unknown": ({**dense(), "backend": "fa5"}, "backend: 'fa5' is unknown; wanted 'auto'"),
     "backend-unable": (
         {**dense(), "backend": "cudnn"},
-        "backend: 'cudnn' cannot run this call: needs a CUDA device, the tensors are on cpu. Able "
+        "backend: 'cudnn' cannot run this call: needs a CUDA device, the tensors are on cpu. Supported "
         "here: math.",
     ),
     "cp-comm-type": ({**dense(), "cp_comm_type": "ring"}, "cp_comm_type: 'ring' is unknown"),
@@ -103,11 +107,13 @@ def test_refused(name):
 
 
 def test_neighbours_are_accepted():
-    """The same calls, put right."""
+    """The same calls, corrected."""
     assert sink_attention(**dense()).shape == (6, 2, 4, 8)
     assert sink_attention(**packed([0, 5, 5, 6], max_seqlen=5)).shape == (6, 4, 8)
     assert sink_attention(**packed([0, 5, 6], max_seqlen=6)).shape == (6, 4, 8)
-    assert sink_attention(**{**dense(), "window": 1, "backend": "math"}).shape == (6, 2, 4, 8)
+    for window_size in ((0, 0), (-1, 0), (-1, -1), (3, -1), [3, 0]):
+        options = {**dense(), "window_size": window_size, "backend": "math"}
+        assert sink_attention(**options).shape == (6, 2, 4, 8)
     assert sink_attention(**dense(s=0)).shape == (0, 2, 4, 8)
 
 

@@ -2,7 +2,7 @@
 
 """Every backend against the definition.
 
-On the CPU our side of each kernel's door, with stand-ins behind the door. On a GPU the kernels:
+On the CPU our calls of each kernel, with stubs in place of the kernels. On a GPU the kernels:
 error at most 1.2 times that of the same kernel without a sink on the same data.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch._dynamo
 
 from megatron.core.transformer.sink_attention import available_backends, sink_attention
-from megatron.core.transformer.sink_attention.api import attend
-from megatron.core.transformer.sink_attention.attention_params import Call, Case
+from megatron.core.transformer.sink_attention.attend import attend
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends import flex
 from megatron.core.transformer.sink_attention.ops import forward_op
 from megatron.core.transformer.sink_attention.registry import BACKENDS
@@ -24,6 +24,7 @@ from tests.harness.attention_reference import (
     SMALL,
     attention_ref,
     gradients,
+    window_size,
 )
 from tests.harness.compare import relative_error
 from tests.harness.stub_kernels import stub
@@ -44,11 +45,25 @@ DEVICE = "cuda" if CUDA else "cpu"
 
 
 def run_operator(name, q, k, v, sink, options):
-    """sink_attention past the choice of the backend, which would refuse the CPU."""
-    cu, length = options.get("cu_seqlens"), options.get("max_seqlen", q.shape[0])
-    scale = options["scale"] or q.shape[-1] ** -0.5
-    window = options["window"]
-    return forward_op(q, k, v, sink, cu, cu, length, length, scale, window, True, False, name)[0]
+    """sink_attention without the selection of the backend, which would reject the CPU."""
+    params = params_of(q, k, options, backend=name)
+    return forward_op(q, k, v, sink, *params.flatten())[0]
+
+
+def params_of(q, k, options, **changes):
+    """AttentionParams of the keyword arguments of sink_attention, on one rank."""
+    cu, length = options.get("cu_seqlens"), options.get("max_seqlen")
+    return AttentionParams.of(
+        q,
+        k,
+        softmax_scale=options["softmax_scale"],
+        window_size=options["window_size"],
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=length,
+        max_seqlen_k=length,
+        **changes,
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +102,18 @@ def test_rows_without_a_key(name, monkeypatch):
     q, k, v, sink = (torch.randn(s, generator=generator).requires_grad_() for s in shapes)
     lengths = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
     with stub(name, monkeypatch):
-        out = forward_op(q, k, v, sink, *lengths, 5, 9, 1.0, None, False, False, name)[0]
+        params = AttentionParams.of(
+            q,
+            k,
+            softmax_scale=1.0,
+            cu_seqlens_q=lengths[0],
+            cu_seqlens_k=lengths[1],
+            max_seqlen_q=5,
+            max_seqlen_k=9,
+            same_lengths=False,
+            backend=name,
+        )
+        out = forward_op(q, k, v, sink, *params.flatten())[0]
         dout = torch.randn(out.shape, generator=generator)
         values = [out, *gradients(out, (q, k, v, sink), dout)]
     expected = attention_ref(q, k, v, sink, 1.0, None, cu_q, cu_k)
@@ -102,12 +128,9 @@ def test_flex_on_the_cpu(example):
 
     example = SMALL[example]
     q, k, v, sink, dout = (x.detach() for x in example.tensors(torch.float32))
-    options = example.options()
-    cu, length = options.get("cu_seqlens"), options.get("max_seqlen", q.shape[0])
-    scale = example.scale or q.shape[-1] ** -0.5
-    call = Call(scale, example.window, cu, cu, length, length, False, True)
+    params = params_of(q, k, example.options())
     first = [x.transpose(0, 1) if x.dim() == 4 else x for x in (q, k, v)]
-    out = flex._attend(*first, sink, call, flex_attention)
+    out = flex._attend(*first, sink, params, flex_attention)
     out = out.transpose(0, 1) if out.dim() == 4 else out
     expected = example.reference(q, k, v, sink, dout)[0]
     assert relative_error(out, expected) < (1e-3 if example.one_hot else 1e-5)
@@ -119,12 +142,9 @@ def test_block_mask(cu, window):
     """Blocks of the mask are exactly those in which something is seen, and the full ones full."""
     num = 641
     cu_tensor = None if cu is None else torch.tensor(cu, dtype=torch.int32)
-    mask = flex.block_mask(
-        num,
-        num,
-        Call(1.0, window, cu_tensor, cu_tensor, num, num, False, True),
-        torch.device("cpu"),
-    )
+    q = torch.empty(num, 1, 8) if cu else torch.empty(num, 1, 1, 8)
+    options = dict(window_size=window_size(window), cu_seqlens=cu_tensor, softmax_scale=1.0)
+    mask = flex.block_mask(params_of(q, q, options))
     row, key = torch.arange(768)[:, None], torch.arange(768)[None]
     seen = (key <= row) & (row < num) & (key < num)
     if window is not None:
@@ -149,11 +169,11 @@ def _as_dense(count, indices):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_reasons(name):
-    """On a machine of another kind, every backend says what it misses."""
+    """Without a GPU every backend but math reports what is missing."""
     backend = BACKENDS[name]
     assert backend.name == name and backend.kernel
-    case = Case(torch.device("cpu"), torch.bfloat16, 1, 8, 8, 8, 2, 64)
-    reason = backend.why_not(case)
+    params = AttentionParams(torch.device("cpu"), torch.bfloat16, 64, 8, 8)
+    reason = backend.unsupported_reason(params)
     assert (reason is None) == (name == "math")
 
 
@@ -167,12 +187,12 @@ def test_the_measure_notices(monkeypatch):
     """A backend that drops the sink in the backward only."""
     math = BACKENDS["math"]
 
-    def forgetful(q, k, v, sink, out, lse, dout, call, need_dsink):
-        own_lse = math.forward(q, k, v, call)[1]
+    def forgetful(q, k, v, sink, out, lse, dout, params, need_dsinks):
+        own_lse = math.forward(q, k, v, params)[1]
         dsink = None if sink is None else torch.zeros_like(sink)
-        return (*math.backward(q, k, v, out, own_lse, dout, call), dsink)
+        return (*math.backward(q, k, v, out, own_lse, dout, params), dsink)
 
-    monkeypatch.setattr(math, "backward_sink", forgetful)
+    monkeypatch.setattr(math, "backward_with_sinks", forgetful)
     with pytest.raises(AssertionError, match="dq: .*dk: .*dv: .*dsink: "):
         compare(LARGE["T127-D64-W128"], "math", torch.bfloat16)
 
@@ -184,7 +204,7 @@ def require(name, example, dtype, deterministic=False):
         (*lead, example.groups, example.dim),
         dtype,
         "cuda",
-        window=example.window,
+        window_size=window_size(example.window),
         deterministic=deterministic,
     )[name]
     if reason is not None:
@@ -280,15 +300,26 @@ def test_gpu_rows_without_a_key(name):
     tensors = [torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes]
     sink = torch.linspace(-3, 8, heads, device="cuda")
     lengths = [torch.tensor(cu, dtype=torch.int32, device="cuda") for cu in (cu_q, cu_k)]
-    case = Case(torch.device("cuda"), dtype, 1, 370, 502, heads, 2, dim, None, True, False)
-    reason = BACKENDS[name].why_not(case)
+    params = AttentionParams.of(
+        *tensors[:2],
+        cu_seqlens_q=lengths[0],
+        cu_seqlens_k=lengths[1],
+        max_seqlen_q=300,
+        max_seqlen_k=300,
+        same_lengths=False,
+        backend=name,
+    )
+    reason = BACKENDS[name].unsupported_reason(params)
     if reason is not None:
         pytest.skip(f"{name}: {reason}")
     inputs = [x.requires_grad_() for x in (*tensors, sink)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     dout = torch.randn(shapes[0], generator=generator).to("cuda", dtype)
     for window in (None, 100):
-        out = attend(*inputs, *lengths, 300, 300, window=window, backend=name)
+        window_params = params.with_tensors(
+            *tensors[:2], window_size=window_size(window) or (-1, 0)
+        )
+        out = attend(*inputs, window_params)
         expected = attention_ref(*exact, None, window, cu_q, cu_k)
         assert out[64:66].eq(0).all() and out[366:368].eq(0).all()
         values = [out, *gradients(out, inputs, dout)]
@@ -305,15 +336,13 @@ def test_gpu_backward_needs_the_merged_lse(name):
     example = LARGE["packed-D64"]
     require(name, example, torch.bfloat16)
     q, k, v, sink, dout = (x.detach() for x in example.tensors(torch.bfloat16, "cuda"))
-    options = example.options("cuda")
-    cu, length = options["cu_seqlens"], options["max_seqlen"]
-    call = Call(0.125, None, cu, cu, length, length, False, True)
+    params = params_of(q, k, example.options("cuda"))
     backend = BACKENDS[name]
-    _, own_lse = backend.forward(q, k, v, call)
-    out, lse = backend.forward_sink(q, k, v, sink, call)
+    _, own_lse = backend.forward(q, k, v, params)
+    out, lse = backend.forward_with_sinks(q, k, v, sink, params)
     expected = example.reference(q, k, v, sink, dout)[1:4]
-    right = backend.backward(q, k, v, out, lse, dout, call)
-    wrong = backend.backward(q, k, v, out, own_lse, dout, call)
+    right = backend.backward(q, k, v, out, lse, dout, params)
+    wrong = backend.backward(q, k, v, out, own_lse, dout, params)
     for good, bad, target in zip(right, wrong, expected):
         assert relative_error(good, target) < 5e-3 and relative_error(bad, target) > 0.1
 
@@ -328,7 +357,7 @@ def test_gpu_deterministic(name, example):
     require(name, example, torch.bfloat16)
     q, k, v, sink, dout = example.tensors(torch.bfloat16, "cuda")
     if not BACKENDS[name].deterministic:
-        with pytest.raises(ValueError, match="deterministic.*Able here"):
+        with pytest.raises(ValueError, match="deterministic.*Supported here"):
             with_gradients(example, name, sink, q, k, v, dout, deterministic=True)
         return
     runs = [

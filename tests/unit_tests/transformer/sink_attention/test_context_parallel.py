@@ -23,7 +23,7 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     halo_bytes,
     local_tokens,
 )
-from tests.harness.attention_reference import Example, gradients
+from tests.harness.attention_reference import Example, gradients, window_size
 from tests.harness.compare import relative_error
 from tests.harness.ranks import RankFailure, RankPool
 
@@ -122,11 +122,11 @@ def unwritten_memory():
     """
     math = registry.BACKENDS["math"]
 
-    def backward(q, k, v, out, lse, dout, call):
-        grads = type(math).backward(math, q, k, v, out, lse, dout, call)
-        if call.packed:
-            queries = call.cu_seqlens_q.diff()
-            for start, end, n in zip(call.cu_seqlens_k, call.cu_seqlens_k[1:], queries):
+    def backward(q, k, v, out, lse, dout, params):
+        grads = type(math).backward(math, q, k, v, out, lse, dout, params)
+        if params.packed:
+            queries = params.cu_seqlens_q.diff()
+            for start, end, n in zip(params.cu_seqlens_k, params.cu_seqlens_k[1:], queries):
                 for grad in grads[1:] if n == 0 else ():
                     grad[start:end] = torch.nan
         return grads
@@ -270,7 +270,7 @@ def traffic(cp, window):
     q, k, v, sink, dout = example.tensors(torch.float32)
     q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
     with count_traffic() as forward:
-        out = sink_attention(q, k, v, sink, window=window, cp_group=group)
+        out = sink_attention(q, k, v, sink, window_size=window_size(window), cp_group=group)
     with count_traffic() as backward:
         gradients(out, (q, k, v, sink), local_tokens(dout, group))
     return dict(forward), dict(backward)
@@ -292,7 +292,7 @@ def test_bytes(ranks, window):
             reach = range(max(0, chunk * length - window + 1), chunk * length)
             needed += sum(t // length not in (rank, 2 * cp - 1 - rank) for t in reach)
         assert forward == {"all_to_all": needed * token_bytes}
-        assert halo_bytes(rank, cp, tokens, window, token_bytes) == needed * token_bytes
+        assert halo_bytes(rank, cp, tokens, window - 1, token_bytes) == needed * token_bytes
         sent = 0  # gradients come back for every key that another rank's halo reached
         for other in set(range(cp)) - {rank}:
             for chunk in (other, 2 * cp - 1 - other):
@@ -356,7 +356,7 @@ def refusals(cp):
 def test_refusals(ranks):
     wanted = [
         r"Sequence length 28 is not a multiple of 2 \* context parallel size = 8\. Pad it to 32",
-        r"a2a shares out 6 query heads over 4 ranks.*take 'all_gather' or 'p2p'",
+        r"a2a splits 6 query heads over 4 ranks.*use 'all_gather' or 'p2p'",
         r"needs two, \[a2a, p2p\].*--hierarchical-context-parallel-sizes",
         r"is 'p2p' with two groups",
         r"is 3 groups; wanted one, or two",
@@ -376,13 +376,13 @@ def mismatch(what):
     group = torch.distributed.group.WORLD
     other = group.rank() == 1
     tokens = 16 if what == "tokens" and other else 8
-    window = 3 if what == "window" and other else 4
+    left = 2 if what == "window_size" and other else 3
     dtype = torch.float64 if what == "dtype" and other else torch.float32
     cut = 5 if what == "cu_seqlens" and other else 6
     q = torch.zeros(tokens, 4, 4, dtype=dtype)
     cu = torch.tensor([0, cut, 2 * tokens], dtype=torch.int32)
     try:
-        sink_attention(q, q, q, window=window, cu_seqlens=cu, cp_group=group)
+        sink_attention(q, q, q, window_size=(left, 0), cu_seqlens=cu, cp_group=group)
     except RuntimeError as error:
         return str(error)
 
@@ -391,7 +391,7 @@ def test_ranks_that_differ(ranks):
     """Every rank says what differs, and each rank's value."""
     wanted = {
         "tokens": r"query: rank 0: \(\[8, 4, 4\].*rank 1: \(\[16, 4, 4\]",
-        "window": r"window: rank 0: 4, rank 1: 3\.$",
+        "window_size": r"window_size: rank 0: \(3, 0\), rank 1: \(2, 0\)\.$",
         "dtype": r"query: .*torch.float32.*rank 1: .*torch.float64",
         "cu_seqlens": r"cu_seqlens: rank 0: \[3\] (\w+), rank 1: \[3\] (?!\1)",
     }

@@ -7,8 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from megatron.core.transformer.sink_attention import registry
-from megatron.core.transformer.sink_attention.attention_params import Call, Case
+from megatron.core.transformer.sink_attention import measured_order, registry
+from megatron.core.transformer.sink_attention.attention_params import (
+    CAUSAL,
+    NO_MASK,
+    AttentionParams,
+)
 from megatron.core.transformer.sink_attention.backends import flex
 from megatron.core.transformer.sink_attention.context_parallel import (
     choose,
@@ -18,12 +22,12 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     global_positions,
     to_zigzag,
 )
-from megatron.core.transformer.sink_attention.context_parallel.choose import halo_window
+from megatron.core.transformer.sink_attention.context_parallel.choose import SCHEMES, halo_size
 from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import (
-    Piece,
-    PieceAttention,
+    ChunkAttention,
+    ChunkPair,
+    apply_sinks_,
     bounds_within,
-    finish_,
     merge_,
 )
 from megatron.core.transformer.sink_attention.context_parallel.halo import (
@@ -79,7 +83,7 @@ def test_halo_segments(cp, tokens, window):
     for rank in range(cp):
         received = 0
         for (start, _), halo in zip(
-            chunk_ranges(rank, cp, tokens), halo_segments(rank, cp, tokens, window)
+            chunk_ranges(rank, cp, tokens), halo_segments(rank, cp, tokens, window - 1)
         ):
             named = [
                 position
@@ -88,53 +92,63 @@ def test_halo_segments(cp, tokens, window):
             ]
             assert named == list(range(max(0, start - window + 1), start))
             received += sum(s.end - s.start for s in halo if s.owner != rank)
-        assert received == halo_tokens(rank, cp, tokens, window)
+        assert received == halo_tokens(rank, cp, tokens, window - 1)
 
 
 def test_when_a_halo_is_enough():
     """A window always; of packs, documents that are not longer than a chunk."""
-    assert halo_window(128, packed=False, max_seqlen=4096, length=512) == 128
-    assert halo_window(4096, packed=False, max_seqlen=4096, length=512) is None
-    assert halo_window(None, packed=True, max_seqlen=512, length=512) == 512
-    assert halo_window(None, packed=True, max_seqlen=513, length=512) is None
-    assert halo_window(None, packed=False, max_seqlen=512, length=512) is None
-    assert halo_window(900, packed=True, max_seqlen=300, length=512) == 300
+    q, cu = torch.empty(1024, 1, 1, 8), torch.tensor([0, 4096], dtype=torch.int32)
+
+    def size(window, max_seqlen, packed=False, by_documents=True):
+        lengths = dict(max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+        documents = dict(cu_seqlens_q=cu, cu_seqlens_k=cu) if packed else {}
+        options = dict(window_size=window, **lengths, **documents)
+        return halo_size(AttentionParams.of(q, q, **options), by_documents, length=512)
+
+    assert size((127, 0), 4096) == 127
+    assert size((4095, 0), 4096) is None
+    assert size(None, 512, packed=True) == 511
+    assert size(None, 512, packed=True, by_documents=False) is None
+    assert size(None, 513, packed=True) is None
+    assert size(None, 512) is None
+    assert size((899, 0), 300, packed=True) == 299
 
 
 def test_auto_goes_by_the_table(monkeypatch, tmp_path):
     """By card and length on one machine, by the ranks over several, by heads for a2a."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(choose, "PATH", tmp_path / "table.json")
+    monkeypatch.setattr(measured_order, "PATH", tmp_path / "table.json")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    choose.load.cache_clear()
+    measured_order.load.cache_clear()
     cuda = torch.device("cuda")
     try:
-        assert choose.order(cuda, 8192, range(8, 16)) == choose.DEFAULT
+        assert choose.order(cuda, 8192, range(8, 16)) == [*choose.DEFAULT]
         rows = [
             {"min_seqlen": 0, "order": ["a2a", "all_gather", "p2p"]},
             {"min_seqlen": 50000, "order": ["p2p", "a2a", "all_gather"]},
         ]
-        choose.write("sm90", rows, {"torch": "x"})
+        measured_order.write("sm90", {"context_parallel": rows}, {"torch": "x"})
         assert choose.order(cuda, 8192, range(8, 16))[0] == "a2a"
         assert choose.order(cuda, 131072, range(8))[0] == "p2p"
-        assert choose.order(cuda, 131072, range(0, 16, 8)) == ("p2p",)
+        assert choose.order(cuda, 131072, range(0, 16, 8)) == ["p2p"]
         assert choose.order(cuda, 131072, range(32))[0] == "a2a"
-        assert choose.order(torch.device("cpu"), 131072, range(8)) == choose.DEFAULT
+        assert choose.order(torch.device("cpu"), 131072, range(8)) == [*choose.DEFAULT]
     finally:
-        choose.load.cache_clear()
+        measured_order.load.cache_clear()
     monkeypatch.setattr(choose, "order", lambda *arguments: ("a2a", "p2p"))
     for heads, groups, ranks, taken in (
         (64, 8, 8, "a2a"),
         (64, 8, 16, "p2p"),  # copies of key heads
         (64, 8, 32, "a2a"),
-        (20, 4, 8, "p2p"),  # cannot be shared out
+        (20, 4, 8, "p2p"),  # not divisible
     ):
         q, k = torch.empty(4, 1, heads, 8), torch.empty(4, 1, groups, 8)
-        assert choose._measured_best(q, k, range(ranks)) == taken
+        assert SCHEMES.select(q, k, range(ranks)).name == taken
 
 
 def test_the_shipped_table():
-    for rows in choose.load().get("cards", {}).values():
+    for card in measured_order.load()["cards"].values():
+        rows = card["context_parallel"]
         assert rows[0]["min_seqlen"] == 0
         assert all(sorted(row["order"]) == sorted(choose.DEFAULT) for row in rows)
 
@@ -153,12 +167,12 @@ def test_kv_copies():
         kv_copies(6, 3, 4)
 
 
-# The pieces of rank 1 of 4 among 32 tokens: its own, and the others' keys for each chunk.
+# Chunk pairs of rank 1 of 4 among 32 tokens: its own, and keys of other ranks for each chunk.
 CHUNKS = ((4, 8), (24, 28))
-PIECES = [
-    (slice(0, 8), Piece(CHUNKS, CHUNKS, causal=True)),
-    (slice(0, 4), Piece(CHUNKS[:1], ((0, 4),))),
-    (slice(4, 8), Piece(CHUNKS[1:], ((0, 4), (8, 24)))),
+PAIRS = [
+    (slice(0, 8), ChunkPair(CHUNKS, CHUNKS, causal=True)),
+    (slice(0, 4), ChunkPair(CHUNKS[:1], ((0, 4),))),
+    (slice(4, 8), ChunkPair(CHUNKS[1:], ((0, 4), (8, 24)))),
 ]
 EXAMPLES = {
     "dense-B2": Example(tokens=32, batch=2, dim=16),
@@ -174,14 +188,14 @@ def positions(ranges):
 
 @pytest.fixture
 def fresh_choice():
-    """choose() remembers what a backend said of a case."""
+    """select_backend() caches its result."""
     yield
-    registry.choose.cache_clear()
+    registry._select.cache_clear()
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "flex"])
-def test_kernels_on_pieces(name, example, monkeypatch, fresh_choice):
+def test_kernels_on_chunk_pairs(name, example, monkeypatch, fresh_choice):
     """Rank 1's queries over its pieces, each backend's kernels behind our side of the call.
 
     The stand-ins leave nan where a document has keys and no query, as a kernel may.
@@ -196,26 +210,36 @@ def test_kernels_on_pieces(name, example, monkeypatch, fresh_choice):
     expected[0], expected[1] = expected[0][rows], expected[1][rows]
     q, k, v, sink, dout = (x.detach() for x in (q[rows], k, v, sink, dout[rows]))
     backend = BACKENDS[name]
-    monkeypatch.setattr(backend, "why_not", lambda case: None)
-    registry.choose.cache_clear()
+    monkeypatch.setattr(backend, "unsupported_reason", lambda params: None)
+    registry._select.cache_clear()
     options = example.options()
-    kernels = PieceAttention(
-        example.scale or 0.25, options.get("cu_seqlens"), options.get("max_seqlen", 32), name
+    cu, length = options.get("cu_seqlens"), options.get("max_seqlen", 32)
+    kernels = ChunkAttention(
+        AttentionParams.of(
+            q,
+            k,
+            softmax_scale=example.scale,
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=length,
+            max_seqlen_k=length,
+            backend=name,
+        )
     )
     with stub(name, monkeypatch):
-        for index, (part, piece) in enumerate(PIECES):
-            keys = positions(piece.keys)
-            found = kernels.forward(q[part], k[keys], v[keys], piece)
+        for index, (part, pair) in enumerate(PAIRS):
+            keys = positions(pair.keys)
+            found = kernels.forward(q[part], k[keys], v[keys], pair)
             if index == 0:
                 out, lse = (x.clone(memory_format=torch.contiguous_format) for x in found)
             else:
                 merge_(out[part], lse[..., part], *found)
-        finish_(out, lse, sink)
+        apply_sinks_(out, lse, sink)
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part, piece in PIECES:
-            keys = positions(piece.keys)
+        for part, pair in PAIRS:
+            keys = positions(pair.keys)
             tensors = (q[part], k[keys], v[keys], out[part], lse[..., part], dout[part])
-            dq_i, dk_i, dv_i = kernels.backward(*tensors, piece)
+            dq_i, dk_i, dv_i = kernels.backward(*tensors, pair)
             dq[part] += dq_i
             dk.index_add_(0, keys, dk_i)
             dv.index_add_(0, keys, dv_i)
@@ -233,9 +257,11 @@ def test_flex_backward(causal, monkeypatch):
     FlexAttention has no backward on the CPU: its place is taken by a softmax.
     """
 
-    def out_and_lse(q, k, v, call, flex):
-        scores = call.scale * torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(4, 2))
-        if call.causal:
+    def out_and_lse(q, k, v, params, flex):
+        scores = params.softmax_scale * torch.einsum(
+            "bqhd,bkhd->bhqk", q, k.repeat_interleave(4, 2)
+        )
+        if params.causal:
             scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -torch.inf)
         out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v.repeat_interleave(4, 2))
         return out, scores.logsumexp(-1)
@@ -249,19 +275,21 @@ def test_flex_backward(causal, monkeypatch):
 
     tensors = [normal(2, 5, 8, 6), normal(2, 5, 2, 6), normal(2, 5, 2, 6)]
     others = [normal(2, 5, 8, 1), normal(2, 5, 8, 6), normal(2, 5, 8, 6)]
-    call = Call(0.5, None, None, None, 5, 5, False, causal, causal)
-    out_i, lse_i = out_and_lse(*tensors, call, None)
+    window_size = CAUSAL if causal else NO_MASK
+    q = tensors[0].transpose(0, 1)
+    params = AttentionParams.of(q, q, softmax_scale=0.5, window_size=window_size)
+    out_i, lse_i = out_and_lse(*tensors, params, None)
     # The other part and the sink: a column of any score with any value.
     column, values, dout = others
     lse = torch.logaddexp(lse_i, column.squeeze(-1).transpose(1, 2))
     weight = (lse_i - lse).exp().transpose(1, 2).unsqueeze(-1)
     out = out_i * weight + values * (1 - weight)
     expected = torch.autograd.grad(out, tensors, dout)
-    grads = BACKENDS["flex"].backward(*tensors, out.detach(), lse.detach(), dout.detach(), call)
+    grads = BACKENDS["flex"].backward(*tensors, out.detach(), lse.detach(), dout.detach(), params)
     for value, target in zip(grads, expected):
         assert relative_error(value, target) < 1e-12
     unseen = torch.full_like(lse, -torch.inf).detach()
-    grads = BACKENDS["flex"].backward(*tensors, out.detach(), unseen, dout.detach(), call)
+    grads = BACKENDS["flex"].backward(*tensors, out.detach(), unseen, dout.detach(), params)
     assert all(grad.eq(0).all() for grad in grads)
 
 
@@ -275,8 +303,17 @@ def test_flex_on_documents_of_other_lengths(causal):
     shapes = [(200, 8, 16), (350, 2, 16), (350, 2, 16)]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     bounds = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
-    call = Call(0.3, None, *bounds, 145, 151, False, False, causal)
-    out, lse = flex._out_and_lse(*tensors, call, flex_attention)
+    params = AttentionParams.of(
+        *tensors[:2],
+        softmax_scale=0.3,
+        window_size=CAUSAL if causal else NO_MASK,
+        cu_seqlens_q=bounds[0],
+        cu_seqlens_k=bounds[1],
+        max_seqlen_q=145,
+        max_seqlen_k=151,
+        same_lengths=False,
+    )
+    out, lse = flex._out_and_lse(*tensors, params, flex_attention)
     assert out[150:152].eq(0).all() and lse[:, 150:152].eq(-torch.inf).all()
     for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
         q, k, v = (x.double() for x in (tensors[0][a:b], tensors[1][c:d], tensors[2][c:d]))
@@ -291,12 +328,13 @@ def test_flex_on_documents_of_other_lengths(causal):
         assert torch.allclose(lse[:, a:b].double(), scores.logsumexp(-1), atol=1e-5)
 
 
-def test_full_pieces_of_cudnn(monkeypatch):
+def test_full_chunk_pairs_of_cudnn(monkeypatch):
     """Fewer queries than keys: only without the causal mask."""
-    case = Case(torch.device("cuda"), torch.bfloat16, 1, 8, 24, 8, 2, 64, same_lengths=False)
-    monkeypatch.setattr(Case, "capability", (9, 0))
+    params = AttentionParams(torch.device("cuda"), torch.bfloat16, 64, 8, 24, same_lengths=False)
+    monkeypatch.setattr(AttentionParams, "capability", (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    why_not = BACKENDS["cudnn"].why_not
-    assert "fewer" in why_not(case)
-    assert why_not(dataclasses.replace(case, causal=False)) is None
-    assert "one token" in why_not(dataclasses.replace(case, causal=False, seqlen_q=1))
+    reason = BACKENDS["cudnn"].unsupported_reason
+    assert "fewer" in reason(params)
+    params = dataclasses.replace(params, window_size=NO_MASK)
+    assert reason(params) is None
+    assert "one token" in reason(dataclasses.replace(params, num_tokens_q=1))

@@ -24,7 +24,7 @@ from megatron.core.transformer.sink_attention.context_parallel import (
     halo_bytes,
     local_tokens,
 )
-from tests.harness.attention_reference import Example, gradients
+from tests.harness.attention_reference import Example, gradients, window_size
 from tests.harness.compare import relative_error
 
 pytestmark = [
@@ -95,14 +95,14 @@ def compare(backend, names):
     return wrong, number
 
 
-def able(backend, example):
+def unsupported_reason(backend, example):
     lead = (example.cu[-1],) if example.cu else (example.tokens, example.batch)
     return available_backends(
         (*lead, example.heads, example.dim),
         (*lead, example.groups, example.dim),
         torch.bfloat16,
         "cuda",
-        window=example.window,
+        window_size=window_size(example.window),
     )[backend]
 
 
@@ -119,7 +119,7 @@ FEW = {
 def test_equals_one_gpu(ranks, backend):
     names, reason = list(FEW.get(backend, EXAMPLES)), None
     if backend != "auto":
-        reasons = {name: able(backend, EXAMPLES[name]) for name in names}
+        reasons = {name: unsupported_reason(backend, EXAMPLES[name]) for name in names}
         names = [name for name in names if reasons[name] is None]
         reason = next((r for r in reasons.values() if r is not None), None)
     if not names:
@@ -181,7 +181,7 @@ def halo_traffic():
     with count_traffic() as counted:
         run_one(example, torch.bfloat16, group, "auto", "auto")
     token = 2 * example.batch * example.groups * example.dim * 2
-    mine, other = (halo_bytes(r, 2, 1024, 128, token) for r in (group.rank(), 1 - group.rank()))
+    mine, other = (halo_bytes(r, 2, 1024, 127, token) for r in (group.rank(), 1 - group.rank()))
     return counted["all_to_all"], mine + other  # gradients come back for what the other received
 
 

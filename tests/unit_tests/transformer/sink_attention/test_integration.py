@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
-from megatron.core.transformer.sink_attention import autotable, registry, sink_attention
-from megatron.core.transformer.sink_attention.attention_params import Case
+from megatron.core.transformer.sink_attention import measured_order, registry, sink_attention
+from megatron.core.transformer.sink_attention.attention_params import SCHEMA, AttentionParams
+from megatron.core.transformer.sink_attention.context_parallel.choose import COMM_TYPES
 from tests.harness.attention_reference import SMALL, Example, gradients
 
 EXAMPLE = Example(tokens=20, batch=2, heads=4, groups=2, dim=8, window=7)
@@ -20,7 +21,7 @@ def test_activation_checkpointing(reentrant):
     q, k, v, sink, dout = EXAMPLE.tensors(torch.float32)
 
     def attention(*tensors):
-        return sink_attention(*tensors, window=7)
+        return sink_attention(*tensors, window_size=(6, 0))
 
     out = attention(q, k, v, sink)
     expected = [out, *gradients(out, (q, k, v, sink), dout)]
@@ -34,9 +35,9 @@ def test_autocast():
     """In autocast's dtype, as PyTorch's own attention; gradients in that of the inputs."""
     q, k, v, sink, dout = EXAMPLE.tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = sink_attention(q, k, v, sink, window=7)
+        out = sink_attention(q, k, v, sink, window_size=(6, 0))
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    expected = sink_attention(*half, sink, window=7)
+    expected = sink_attention(*half, sink, window_size=(6, 0))
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     grads = gradients(out, (q, k, v, sink), dout.bfloat16())
     assert all(grad.dtype == torch.float32 for grad in grads)
@@ -69,12 +70,23 @@ def test_operators_keep_their_promises():
         q, k, v, sink, dout = example.tensors(torch.float32)
         options = example.options()
         cu, length = options.get("cu_seqlens"), options.get("max_seqlen", q.shape[0])
-        tail = (cu, cu, length, length, 0.3, example.window, True, False, "math")
+        tail = AttentionParams.of(
+            q,
+            k,
+            softmax_scale=0.3,
+            window_size=options["window_size"],
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=length,
+            max_seqlen_k=length,
+            backend="math",
+        ).flatten()
+        assert len(tail) == len(SCHEMA)
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(forward_op, (q, k, v, sink, *tail), test_utils=tests)
         out, lse = (x.detach() for x in forward_op(q, k, v, sink, *tail))
         tensors = [x.detach() for x in (dout, q, k, v, sink)]
-        arguments = (*tensors, out, lse, *tail, True)
+        arguments = (*tensors, out, lse, True, *tail)
         torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -96,21 +108,19 @@ def test_saves_nothing_but_inputs_and_results():
     q, k, v, sink, _ = EXAMPLE.tensors(torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        sink_attention(q, k, v, sink, window=7)
+        sink_attention(q, k, v, sink, window_size=(6, 0))
     expected = 2 * q.numel() + k.numel() + v.numel() + sink.numel() + q.numel() // q.shape[-1]
     assert sum(x.numel() for x in saved) == expected
 
 
 def h100(**changes):
-    facts = dict(
-        device=torch.device("meta"), dtype=torch.bfloat16, batch=1, seqlen_q=8192, seqlen_k=8192,
-        num_heads=64, num_kv_heads=8, head_dim=64,
-    )  # fmt: skip
-    return Case(**{**facts, **changes})
+    properties = dict(device=torch.device("meta"), dtype=torch.bfloat16, head_dim=64)
+    tokens = dict(num_tokens_q=8192, num_tokens_k=8192)
+    return AttentionParams(**{**properties, **tokens, **changes})
 
 
 def test_auto_follows_the_table(tmp_path, monkeypatch):
-    """By card, kind of mask and length; what the table leaves out comes after it."""
+    """By GPU family, kind of call and length; backends that no row names follow."""
     table = {
         "sm90": {
             "causal": [
@@ -121,46 +131,52 @@ def test_auto_follows_the_table(tmp_path, monkeypatch):
         }
     }
     (tmp_path / "table.json").write_text(json.dumps({"cards": table}))
-    monkeypatch.setattr(autotable, "PATH", tmp_path / "table.json")
-    monkeypatch.setattr(Case, "capability", (9, 0))
-    autotable.load.cache_clear()
+    monkeypatch.setattr(measured_order, "PATH", tmp_path / "table.json")
+    monkeypatch.setattr(AttentionParams, "capability", (9, 0))
+    measured_order.load.cache_clear()
     try:
-        assert autotable.order(h100())[:3] == ["cudnn", "fa4", "fa4_native"]
-        assert autotable.order(h100(seqlen_q=20000))[:2] == ["fa4_native", "fa4"]
-        assert autotable.order(h100(packed=True, window=128))[0] == "fa2"
-        assert autotable.order(h100(window=128))[0] == autotable.DEFAULT[0]
-        assert autotable.order(h100(dtype=torch.float32))[0] == "math"
-        assert all(sorted(autotable.order(h100(dtype=d))) == sorted(registry.BACKENDS)
+        assert measured_order.backend_order(h100())[:3] == ["cudnn", "fa4", "fa4_native"]
+        assert measured_order.backend_order(h100(num_tokens_q=20000))[:2] == ["fa4_native", "fa4"]
+        assert measured_order.backend_order(h100(packed=True, window_size=(127, 0)))[0] == "fa2"
+        assert (
+            measured_order.backend_order(h100(window_size=(127, 0)))[0] == measured_order.DEFAULT[0]
+        )
+        assert measured_order.backend_order(h100(dtype=torch.float32))[0] == "math"
+        assert all(sorted(measured_order.backend_order(h100(dtype=d))) == sorted(registry.BACKENDS)
                    for d in (torch.bfloat16, torch.float32))  # fmt: skip
-        autotable.write("sm100", {"causal": [{"min_seqlen": 0, "order": ["fa4"]}]}, {"torch": "x"})
-        assert autotable.load()["cards"]["sm90"] == table["sm90"]
-        assert autotable.load()["cards"]["sm100"]["causal"][0]["order"] == ["fa4"]
+        measured_order.write(
+            "sm100", {"causal": [{"min_seqlen": 0, "order": ["fa4"]}]}, {"torch": "x"}
+        )
+        assert measured_order.load()["cards"]["sm90"] == table["sm90"]
+        assert measured_order.load()["cards"]["sm100"]["causal"][0]["order"] == ["fa4"]
     finally:
-        autotable.load.cache_clear()
+        measured_order.load.cache_clear()
 
 
 def test_the_shipped_table():
-    for card in autotable.load()["cards"].values():
+    kinds = {"causal", "window", "packed_causal", "packed_window", "context_parallel"}
+    for card in measured_order.load()["cards"].values():
         for kind, rows in card.items():
-            assert kind in ("causal", "window", "packed_causal", "packed_window")
+            assert kind in kinds
+            known = registry.BACKENDS if kind != "context_parallel" else COMM_TYPES
             assert rows[0]["min_seqlen"] == 0
-            assert all(name in registry.BACKENDS for row in rows for name in row["order"])
+            assert all(name in known for row in rows for name in row["order"])
 
 
-def test_choose(monkeypatch):
-    """The first that is able; a named one that is not able is refused with its reason."""
-    able = {"cudnn", "math"}
+def test_select_backend(monkeypatch):
+    """The first supported one; a named one that is not supported is rejected with its reason."""
+    supported = {"cudnn", "math"}
     for name, backend in registry.BACKENDS.items():
-        reason = None if name in able else "it is broken"
-        monkeypatch.setattr(backend, "why_not", lambda case, reason=reason: reason)
-    monkeypatch.setattr(Case, "capability", (9, 0))
-    registry.choose.cache_clear()
+        reason = None if name in supported else "it is broken"
+        monkeypatch.setattr(backend, "unsupported_reason", lambda params, reason=reason: reason)
+    monkeypatch.setattr(AttentionParams, "capability", (9, 0))
+    registry._select.cache_clear()
     try:
-        assert registry.choose(h100()).name == "cudnn"
-        assert registry.choose(h100(), "math").name == "math"
+        assert registry.select_backend(h100()).name == "cudnn"
+        assert registry.select_backend(h100(backend="math")).name == "math"
         with pytest.raises(
-            ValueError, match="'fa4' cannot run this call: it is broken. Able here: cudnn"
+            ValueError, match="'fa4' cannot run this call: it is broken. Supported here: cudnn"
         ):
-            registry.choose(h100(), "fa4")
+            registry.select_backend(h100(backend="fa4"))
     finally:
-        registry.choose.cache_clear()
+        registry._select.cache_clear()

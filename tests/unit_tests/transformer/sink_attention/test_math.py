@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from megatron.core.transformer.sink_attention import sink_attention
-from megatron.core.transformer.sink_attention.api import attend
-from megatron.core.transformer.sink_attention.attention_params import Call
+from megatron.core.transformer.sink_attention.attend import attend
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.math import MathBackend, _Tiles
 from tests.harness.attention_reference import (
     SMALL,
     Example,
     attention_ref,
     gradients,
+    window_size,
 )
 from tests.harness.compare import relative_error
 
@@ -60,7 +61,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: sink_attention(*x, **options), (q, k, v, sink))
     example = Example(tokens=4, batch=2, heads=2, groups=1, dim=3, scale=0.7)
     q, k, v, sink, _ = example.tensors(torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: sink_attention(*x, scale=0.7), (q, k, v, sink))
+    assert torch.autograd.gradcheck(
+        lambda *x: sink_attention(*x, softmax_scale=0.7), (q, k, v, sink)
+    )
 
 
 def test_sink_is_no_constant():
@@ -101,7 +104,7 @@ def test_documents_are_separate_calls():
     for first, last in zip(example.cu, example.cu[1:]):
         part = [x[first:last, None].detach().requires_grad_() for x in (q, k, v)]
         part.append(sink.detach().requires_grad_())
-        out = sink_attention(*part, window=4)
+        out = sink_attention(*part, window_size=(3, 0))
         grads = gradients(out, part, dout[first:last, None])
         parts.append([out[:, 0], *(g[:, 0] for g in grads[:3]), grads[3]])
     for label, value, pieces in zip(NAMES, packed, zip(*parts)):
@@ -122,7 +125,17 @@ def test_fewer_queries_than_keys(window, with_sink):
     )
     inputs = (q, k, v, sink) if with_sink else (q, k, v)
     lengths = [torch.tensor(cu, dtype=torch.int32) for cu in (cu_q, cu_k)]
-    out = attend(q, k, v, sink if with_sink else None, *lengths, 34, 34, window=window)
+    params = AttentionParams.of(
+        q,
+        k,
+        window_size=window_size(window),
+        cu_seqlens_q=lengths[0],
+        cu_seqlens_k=lengths[1],
+        max_seqlen_q=34,
+        max_seqlen_k=34,
+        same_lengths=False,
+    )
+    out = attend(q, k, v, sink if with_sink else None, params)
     expected = attention_ref(
         q, k, v, sink if with_sink else None, window=window, cu_q=cu_q, cu_k=cu_k
     )
@@ -138,8 +151,10 @@ def test_dense_with_a_cache():
     """Three new queries against ten keys."""
     example = Example(tokens=10, batch=2, heads=4, groups=2, dim=8)
     q, k, v, sink, _ = example.tensors(torch.float64)
-    whole = sink_attention(q, k, v, sink, window=6)
-    assert torch.allclose(sink_attention(q[-3:], k, v, sink, window=6), whole[-3:], atol=1e-14)
+    whole = sink_attention(q, k, v, sink, window_size=(5, 0))
+    assert torch.allclose(
+        sink_attention(q[-3:], k, v, sink, window_size=(5, 0)), whole[-3:], atol=1e-14
+    )
 
 
 def test_backward_needs_the_merged_lse():
@@ -147,26 +162,22 @@ def test_backward_needs_the_merged_lse():
     example = SMALL["packed-W8"]
     q, k, v, sink, dout = (x.detach() for x in example.tensors(torch.float64))
     cu = example.options()["cu_seqlens"]
-    call = Call(0.25, 8, cu, cu, 41, 41, False, True)
+    lengths = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=41, max_seqlen_k=41)
+    params = AttentionParams.of(q, k, softmax_scale=0.25, window_size=(7, 0), **lengths)
     backend = MathBackend()
-    plain_out, plain_lse = backend.forward(q, k, v, call)
-    out, lse = backend.forward_sink(q, k, v, sink, call)
-    right = backend.backward(q, k, v, out, lse, dout, call)
+    plain_out, plain_lse = backend.forward(q, k, v, params)
+    out, lse = backend.forward_with_sinks(q, k, v, sink, params)
+    right = backend.backward(q, k, v, out, lse, dout, params)
     for wrong_out, wrong_lse in ((out, plain_lse), (plain_out, lse)):
-        wrong = backend.backward(q, k, v, wrong_out, wrong_lse, dout, call)
+        wrong = backend.backward(q, k, v, wrong_out, wrong_lse, dout, params)
         assert all(relative_error(a, b) > 0.1 for a, b in zip(wrong[:2], right[:2]))
 
 
 def test_memory_is_linear():
     """No tile grows with the sequence."""
     q, k = torch.empty(100_000, 64, 8), torch.empty(100_000, 8, 8)
-    tiles = _Tiles(
-        q,
-        k,
-        Call(1.0, None, None, None, 0, 0, False, True)._replace(
-            cu_seqlens_q=torch.tensor([0, 100_000]), cu_seqlens_k=torch.tensor([0, 100_000])
-        ),
-    )
+    cu = torch.tensor([0, 100_000])
+    tiles = _Tiles(q, k, AttentionParams.of(q, k, cu_seqlens_q=cu, cu_seqlens_k=cu))
     assert tiles.side**2 * 64 <= 1 << 24
 
 
@@ -181,7 +192,8 @@ def test_nan_stays_in_its_document(window):
 
     def run(q, k, v, dout):
         q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
-        out = sink_attention(q, k, v, sink, cu_seqlens=cu, max_seqlen=18, window=window)
+        options = dict(cu_seqlens=cu, max_seqlen=18, window_size=window_size(window))
+        out = sink_attention(q, k, v, sink, **options)
         return [out, *gradients(out, (q, k, v), dout)]
 
     expected = run(*clean)
@@ -199,6 +211,7 @@ def test_tokens_after_the_last_document_see_nothing():
     example = Example(cu=(0, 5, 12), heads=4, groups=2, dim=8)
     q, k, v, sink, dout = example.tensors(torch.float64)
     cu = torch.tensor([0, 5, 9], dtype=torch.int32)
-    out = attend(q, k, v, sink, cu, cu, 12, 12, same_lengths=True)
-    short = attend(q[:9], k[:9], v[:9], sink, cu, cu, 5, 5, same_lengths=True)
+    params = AttentionParams.of(q, k, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    out = attend(q, k, v, sink, params)
+    short = attend(q[:9], k[:9], v[:9], sink, params.with_tensors(q[:9], k[:9]))
     assert torch.equal(out[:9], short) and out[9:].eq(0).all()

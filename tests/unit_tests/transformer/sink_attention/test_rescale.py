@@ -7,8 +7,13 @@ import os
 import pytest
 import torch
 
-from megatron.core.transformer.sink_attention import rescale, rescale_triton
+from megatron.core.kernel_selection import import_problem
+from megatron.core.transformer.sink_attention import rescale
 from tests.harness.compare import relative_error
+
+HAVE_TRITON = import_problem("triton") is None
+if HAVE_TRITON:
+    from megatron.core.transformer.sink_attention import rescale_triton
 
 # The kernels run on the CPU too in Triton's interpreter: TRITON_INTERPRET=1 pytest ...
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -16,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 needs_triton = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not rescale_triton.HAVE_TRITON or (DEVICE == "cpu" and not INTERPRETED),
+        not HAVE_TRITON or (DEVICE == "cpu" and not INTERPRETED),
         reason="needs triton and a CUDA device (or TRITON_INTERPRET=1)",
     ),
 ]
@@ -180,7 +185,7 @@ class TestKernels:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu" or not rescale_triton.HAVE_TRITON, reason="needs CUDA, triton")
+@pytest.mark.skipif(DEVICE == "cpu" or not HAVE_TRITON, reason="needs CUDA, triton")
 def test_merge_has_no_race():
     """lse_a was once stored by warps that were done while others had yet to load it."""
     generator = torch.Generator(device="cuda").manual_seed(3)

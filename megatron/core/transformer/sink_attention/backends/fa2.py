@@ -5,15 +5,15 @@
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.sink_attention.attention_params import Call, Case
+from megatron.core.kernel_selection import import_problem
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
-    import_problem,
+    flash_unsupported_reason,
     lse_from_flash,
     lse_to_flash,
     package_version,
-    why_not_flash,
 )
 
 _MODULE = "flash_attn.flash_attn_interface"
@@ -24,10 +24,10 @@ class Flash2Backend(Backend):
 
     name = "fa2"
     kernel = "FlashAttention 2 of the package flash-attn"
-    remedy = "pip install flash-attn; PyTorch's own FlashAttention 2 (aten_fa2) does the same."
+    hint = "pip install flash-attn; aten_fa2 is the same kernel in PyTorch."
 
-    def why_not(self, case: Case) -> str | None:
-        reason = why_not_flash(case)
+    def unsupported_reason(self, params: AttentionParams) -> str | None:
+        reason = flash_unsupported_reason(params)
         if reason is not None:
             return reason
         version = package_version("flash-attn")
@@ -37,59 +37,68 @@ class Flash2Backend(Backend):
             return f"needs flash-attn 2.7 or newer, found {version}"
         return import_problem(_MODULE)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
         from flash_attn import flash_attn_interface
 
         options = dict(
             dropout_p=0.0,
-            softmax_scale=call.scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
+            softmax_scale=params.softmax_scale,
+            causal=params.causal,
+            window_size_left=params.window_size[0],
+            window_size_right=params.window_size[1],
             softcap=0.0,
             alibi_slopes=None,
             return_softmax=False,
         )
         q, k, v = dense_last_dim(q, k, v)
-        if call.packed:
+        if params.packed:
             out, lse, *_ = flash_attn_interface._flash_attn_varlen_forward(
                 q,
                 k,
                 v,
-                call.cu_seqlens_q,
-                call.cu_seqlens_k,
-                max(2, call.max_seqlen_q),  # see aten_fa2
-                call.max_seqlen_k,
+                params.cu_seqlens_q,
+                params.cu_seqlens_k,
+                max(2, params.max_seqlen_q),  # see aten_fa2
+                params.max_seqlen_k,
                 **options,
             )
         else:
             out, lse, *_ = flash_attn_interface._flash_attn_forward(q, k, v, **options)
-        return out, lse_from_flash(lse, call)
+        return out, lse_from_flash(lse, params)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, call: Call
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        params: AttentionParams,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn import flash_attn_interface
 
         options = dict(
             dropout_p=0.0,
-            softmax_scale=call.scale,
-            causal=call.causal,
-            window_size_left=call.left,
-            window_size_right=call.right,
+            softmax_scale=params.softmax_scale,
+            causal=params.causal,
+            window_size_left=params.window_size[0],
+            window_size_right=params.window_size[1],
             softcap=0.0,
             alibi_slopes=None,
-            deterministic=call.deterministic,
+            deterministic=params.deterministic,
         )
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        tensors = (*dense_last_dim(dout, q, k, v, out), lse_to_flash(lse, call), dq, dk, dv)
-        if call.packed:
+        tensors = (*dense_last_dim(dout, q, k, v, out), lse_to_flash(lse, params), dq, dk, dv)
+        if params.packed:
             flash_attn_interface._flash_attn_varlen_backward(
                 *tensors,
-                call.cu_seqlens_q,
-                call.cu_seqlens_k,
-                max(2, call.max_seqlen_q),
-                call.max_seqlen_k,
+                params.cu_seqlens_q,
+                params.cu_seqlens_k,
+                max(2, params.max_seqlen_q),
+                params.max_seqlen_k,
                 **options,
             )
         else:

@@ -1,57 +1,66 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""FlashAttention 4 (the package flash-attn-4, CuTe DSL): with our sink, and with its own.
+"""FlashAttention 4 (the package flash-attn-4, CuTe DSL), with sinks by rescaling or in the kernel.
 
-Its kernels have a learnable sink for Hopper and Blackwell. Both ways are here, because which one
-is faster is a matter of the card and the length; "auto" goes by measurement.
+Its kernels have a learnable sink on Hopper and Blackwell. Which of the two is faster depends on the
+GPU and the length; "auto" uses the measured order.
 """
 
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.sink_attention.attention_params import Call, Case
+from megatron.core.kernel_selection import import_problem
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.base import (
     Backend,
     dense_last_dim,
-    import_problem,
+    flash_unsupported_reason,
     package_version,
-    why_not_flash,
 )
 
 _MODULE = "flash_attn.cute.interface"
 
 
 class Flash4Backend(Backend):
-    """flash_attn.cute.interface, the sink applied by us."""
+    """flash_attn.cute.interface; the sinks rescale its output."""
 
     name = "fa4"
-    kernel = "FlashAttention 4, sink by our correction"
-    remedy = (
+    kernel = "FlashAttention 4, sinks by rescaling"
+    hint = (
         "pip install --pre flash-attn-4: the fastest on Hopper and Blackwell, no compiler needed."
     )
 
-    def why_not(self, case: Case) -> str | None:
-        reason = why_not_flash(case)
+    def unsupported_reason(self, params: AttentionParams) -> str | None:
+        reason = flash_unsupported_reason(params)
         if reason is not None:
             return reason
-        major = case.capability[0]
+        major = params.capability[0]
         if major not in (9, 10, 11):
             return f"its backward is used on compute capability 9 to 11, this card has {major}.x"
-        if major != 9 and case.head_dim > 128:
-            return f"on this card a head dim up to 128 is used, not {case.head_dim}"
+        if major != 9 and params.head_dim > 128:
+            return f"on this card a head dim up to 128 is used, not {params.head_dim}"
         if package_version("flash-attn-4") is None:
             return "the package flash-attn-4 is not installed"
         return import_problem(_MODULE)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        return self._run_forward(q, k, v, None, call)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        return self._run_forward(q, k, v, None, params)
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, call: Call
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        params: AttentionParams,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._run_backward(q, k, v, None, out, lse, dout, call)
+        return self._run_backward(q, k, v, None, out, lse, dout, params)
 
-    def _run_forward(self, q, k, v, sink, call):
+    def _run_forward(self, q, k, v, sinks, params):
         from flash_attn.cute.interface import _flash_attn_fwd
 
         q, k, v = dense_last_dim(q, k, v)
@@ -59,58 +68,58 @@ class Flash4Backend(Backend):
             q,
             k,
             v,
-            learnable_sink=sink,
+            learnable_sink=sinks,
             return_lse=True,
             out=_out_like(q),
-            max_seqlen_q=call.max_seqlen_q if call.packed else None,
-            max_seqlen_k=call.max_seqlen_k if call.packed else None,
-            **_options(call),
+            max_seqlen_q=params.max_seqlen_q if params.packed else None,
+            max_seqlen_k=params.max_seqlen_k if params.packed else None,
+            **_options(params),
         )
         return out, lse
 
-    def _run_backward(self, q, k, v, sink, out, lse, dout, call):
+    def _run_backward(self, q, k, v, sinks, out, lse, dout, params):
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        options = _options(call)
-        if sink is not None:
-            options["learnable_sink"] = sink
+        options = _options(params)
+        if sinks is not None:
+            options["learnable_sink"] = sinks
         return _flash_attn_bwd(
             *dense_last_dim(q, k, v, out, dout),
             lse.contiguous(),
-            deterministic=call.deterministic,
-            max_seqlen_q=call.max_seqlen_q if call.packed else None,
-            max_seqlen_k=call.max_seqlen_k if call.packed else None,
+            deterministic=params.deterministic,
+            max_seqlen_q=params.max_seqlen_q if params.packed else None,
+            max_seqlen_k=params.max_seqlen_k if params.packed else None,
             **options,
         )
 
 
 class Flash4NativeBackend(Flash4Backend):
-    """flash_attn.cute.interface with its own learnable sink."""
+    """flash_attn.cute.interface with the learnable sink of the kernel."""
 
     name = "fa4_native"
-    kernel = "FlashAttention 4, its own sink"
+    kernel = "FlashAttention 4, sinks in the kernel"
 
-    def forward_sink(self, q, k, v, sink, call):
-        return self._run_forward(q, k, v, sink, call)
+    def forward_with_sinks(self, q, k, v, sinks, params):
+        return self._run_forward(q, k, v, sinks, params)
 
-    def backward_sink(self, q, k, v, sink, out, lse, dout, call, need_dsink):
-        grads = self._run_backward(q, k, v, sink, out, lse, dout, call)
-        return grads if sink is not None else (*grads, None)
+    def backward_with_sinks(self, q, k, v, sinks, out, lse, dout, params, need_dsinks):
+        grads = self._run_backward(q, k, v, sinks, out, lse, dout, params)
+        return grads if sinks is not None else (*grads, None)
 
 
-def _options(call: Call) -> dict:
+def _options(params: AttentionParams) -> dict:
     return dict(
-        softmax_scale=call.scale,
-        causal=call.causal,
-        window_size_left=None if call.window is None else call.left,
-        window_size_right=None if call.window is None else 0,
-        cu_seqlens_q=call.cu_seqlens_q,
-        cu_seqlens_k=call.cu_seqlens_k,
+        softmax_scale=params.softmax_scale,
+        causal=params.causal,
+        window_size_left=params.window_size[0] if params.has_window else None,
+        window_size_right=0 if params.has_window else None,
+        cu_seqlens_q=params.cu_seqlens_q,
+        cu_seqlens_k=params.cu_seqlens_k,
     )
 
 
 def _out_like(q: Tensor) -> Tensor:
-    """Memory in Megatron's order [s, b, np, hn], so that no copy is needed after it."""
+    """An output in the memory order [s, b, np, hn] of Megatron, which saves a copy."""
     if q.dim() == 3:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     batch, tokens, heads, dim = q.shape

@@ -2,14 +2,14 @@
 
 """Attention in plain PyTorch: any device, fp64 too, memory linear in the sequence.
 
-Every mask that we know is a range of keys a row: row i sees keys lower[i] to upper[i] - 1. The
+Every supported mask is a range of keys for each row: row i sees keys lower[i] to upper[i] - 1. The
 online softmax runs over tiles of queries and keys in fp32 (fp64 with fp64 inputs).
 """
 
 import torch
 from torch import Tensor
 
-from megatron.core.transformer.sink_attention.attention_params import Call, Case
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.backends.base import Backend
 
 # Elements of one tile of scores: 64 MiB in fp32.
@@ -20,13 +20,15 @@ class MathBackend(Backend):
     """Plain PyTorch."""
 
     name = "math"
-    kernel = "tiled matrix products in plain PyTorch"
+    kernel = "tiled GEMMs in plain PyTorch"
 
-    def why_not(self, case: Case) -> str | None:
+    def unsupported_reason(self, params: AttentionParams) -> str | None:
         return None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        tiles = _Tiles(q, k, call)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams
+    ) -> tuple[Tensor, Tensor]:
+        tiles = _Tiles(q, k, params)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         out4 = out if q.dim() == 4 else out.unsqueeze(0)
         lse = torch.empty(tiles.lse_shape, dtype=tiles.dtype, device=q.device)
@@ -52,9 +54,16 @@ class MathBackend(Backend):
         return out, lse if q.dim() == 4 else lse[0]
 
     def backward(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, call: Call
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dout: Tensor,
+        params: AttentionParams,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tiles = _Tiles(q, k, call)
+        tiles = _Tiles(q, k, params)
         lse = lse if q.dim() == 4 else lse.unsqueeze(0)
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a row without a key: exp is 0
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -69,7 +78,7 @@ class MathBackend(Backend):
             for keys in tiles.key_tiles(rows):
                 k_tile, v_tile = tiles.keyed(k, keys), tiles.keyed(v, keys)
                 probs = torch.exp(tiles.scores(q_rows, k_tile, rows, keys) - lse_rows)
-                dscores = probs * (dout_rows @ v_tile.mT - delta) * call.scale
+                dscores = probs * (dout_rows @ v_tile.mT - delta) * params.softmax_scale
                 dq_rows += dscores @ k_tile
                 dk[:, :, keys] += dscores.mT @ q_rows
                 dv[:, :, keys] += probs.mT @ dout_rows
@@ -79,10 +88,10 @@ class MathBackend(Backend):
 
 
 class _Tiles:
-    """Cuts the work into tiles. Inside, a row tile is [b, ng, group * rows, hn]."""
+    """Tiles of queries and keys; a tile of queries is [b, ng, np / ng * rows, hn]."""
 
-    def __init__(self, q: Tensor, k: Tensor, call: Call):
-        self.call = call
+    def __init__(self, q: Tensor, k: Tensor, params: AttentionParams):
+        self.params = params
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.batch = q.shape[0] if q.dim() == 4 else 1
         self.num_q, self.num_k = q.shape[-3], k.shape[-3]
@@ -92,18 +101,18 @@ class _Tiles:
         self.key_shape = (self.batch, self.groups, self.num_k, k.shape[-1])
         side = int((_TILE / max(1, self.batch * q.shape[-2])) ** 0.5)
         self.side = min(1024, max(32, side))
-        self.lower, self.upper = key_ranges(self.num_q, self.num_k, call, q.device)
+        self.lower, self.upper = key_ranges(params)
         self.cuts = self._cuts()
 
     def _cuts(self) -> list[int]:
-        """Where row tiles end besides: at documents' ends, for 0 times NaN is NaN.
+        """Row tiles end at the ends of documents, because 0 times NaN is NaN.
 
-        So a value that is not finite stays in its document. On CUDA the ends are not read: that
-        would wait.
+        A value that is not finite then stays in its document. On CUDA the ends are not read, which
+        would wait for the device.
         """
         ends = [0, self.num_q]
-        if self.call.packed and self.lower.device.type == "cpu":
-            ends += [end for end in self.call.cu_seqlens_q.tolist() if end < self.num_q]
+        if self.params.packed and self.lower.device.type == "cpu":
+            ends += [end for end in self.params.cu_seqlens_q.tolist() if end < self.num_q]
         return sorted(set(ends))
 
     def row_tiles(self):
@@ -117,18 +126,18 @@ class _Tiles:
             yield slice(start, min(start + self.side, last))
 
     def _key_range(self, rows: slice) -> tuple[int, int]:
-        """Keys that any of the rows sees. On CUDA without reading a value: that would wait."""
+        """Keys that any of the rows sees; on CUDA an upper bound, without waiting for the device."""
         if self.lower.device.type == "cpu":
             lower, upper = self.lower[rows], self.upper[rows]
             seen = upper > lower
             if not seen.any():
                 return 0, 0
             return int(lower[seen].min()), int(upper[seen].max())
-        if not self.call.causal or (self.call.packed and not self.call.same_lengths):
+        if not self.params.causal or (self.params.packed and not self.params.same_lengths):
             return 0, self.num_k
         offset = self.num_k - self.num_q
-        window = self.call.window
-        first = 0 if window is None else max(0, rows.start + offset - window + 1)
+        first = max(0, rows.start + offset - self.params.window_size[0])
+        first = first if self.params.has_window else 0
         return first, rows.stop + offset
 
     def query(self, x: Tensor, rows: slice) -> Tensor:
@@ -141,7 +150,7 @@ class _Tiles:
         return x[:, keys].to(self.dtype).transpose(1, 2)
 
     def scores(self, q_rows: Tensor, k_tile: Tensor, rows: slice, keys: slice) -> Tensor:
-        scores = (q_rows @ k_tile.mT) * self.call.scale
+        scores = (q_rows @ k_tile.mT) * self.params.softmax_scale
         position = torch.arange(keys.start, keys.stop, device=q_rows.device)
         hidden = position < self.lower[rows].unsqueeze(-1)
         hidden |= position >= self.upper[rows].unsqueeze(-1)
@@ -160,29 +169,32 @@ class _Tiles:
         return x.to(self.dtype).unflatten(1, (self.groups, self.per_group)).flatten(2, 3)
 
 
-def key_ranges(num_q: int, num_k: int, call: Call, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First key that each query sees, and one past the last, [num_q] int64; equal if it sees none.
+def key_ranges(params: AttentionParams) -> tuple[Tensor, Tensor]:
+    """First key that each query sees, and one past the last, [num_tokens_q] int64.
 
-    The last query of a sequence stands at the last key of it; without the causal mask every query
-    sees all its keys. Neither bound ever decreases.
+    They are equal for a query that sees no key. The last query of a sequence is aligned with its
+    last key; without the causal mask a query sees all keys of its document. Neither bound ever
+    decreases.
     """
-    rows = torch.arange(num_q, device=device)
-    if not call.packed:
+    num_q, num_k = params.num_tokens_q, params.num_tokens_k
+    rows = torch.arange(num_q, device=params.device)
+    if not params.packed:
         first, upper = torch.zeros_like(rows), rows + (num_k - num_q) + 1
-        if not call.causal:
+        if not params.causal:
             upper = torch.full_like(rows, num_k)
     else:
-        cu_q, cu_k = call.cu_seqlens_q.long(), call.cu_seqlens_k.long()
-        # Of all of cu_q and not of cu_q[1:]: Inductor cannot search a slice.
+        cu_q, cu_k = params.cu_seqlens_q.long(), params.cu_seqlens_k.long()
+        # In cu_q, not in cu_q[1:]: Inductor cannot search a slice.
         document = torch.searchsorted(cu_q, rows, right=True) - 1
         beyond = document >= cu_q.numel() - 1
         document = document.clamp(max=cu_q.numel() - 2)
         first = cu_k[document]
         upper = cu_k[document + 1]
-        if call.causal:
+        if params.causal:
             upper = rows + 1 + upper - cu_q[document + 1]
         upper = upper.masked_fill(beyond, num_k)  # tokens after the last document see nothing
         first = first.masked_fill(beyond, num_k)
     upper = torch.maximum(upper, first)
-    lower = first if call.window is None else torch.maximum(first, upper - call.window)
-    return lower, upper
+    if not params.has_window:
+        return first, upper
+    return torch.maximum(first, upper - 1 - params.window_size[0]), upper

@@ -2,12 +2,12 @@
 
 """Attention over a context parallel group, and the layout of its tokens.
 
-attention.py    one call: checked, an exchange chosen, run
-layout.py       the zigzag of Megatron: which tokens a rank holds
-pieces.py       attention between parts of the sequence; merging
-all_gather.py, ring.py, ulysses.py, halo.py     the exchanges
-choose.py       which of them a call takes
-collectives.py  what they send with; matching.py: whether the ranks agree
+attention.py         one call: compare the ranks, select a scheme, run it
+layout.py            Megatron's zigzag: which tokens a rank holds
+chunk_attention.py   attention between chunks of the sequence, and merging of partial results
+all_gather.py, ring.py, ulysses.py, halo.py    the schemes
+choose.py            which scheme a call takes
+collectives.py       communication; rank_consistency.py: do the ranks make the same call
 """
 
 from megatron.core.transformer.sink_attention.context_parallel.attention import (

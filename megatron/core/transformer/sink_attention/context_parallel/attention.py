@@ -1,26 +1,25 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One call of attention over the ranks of a context parallel group: checked, chosen, run."""
+"""One call of attention over the ranks of a context parallel group."""
 
-import math
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.transformer.sink_attention.attend import attend, autocast
+from megatron.core.transformer.sink_attention.attend import attend
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.context_parallel.all_gather import (
     AllGatherAttention,
 )
-from megatron.core.transformer.sink_attention.context_parallel.choose import (
-    choose_exchange,
+from megatron.core.transformer.sink_attention.context_parallel.choose import choose_scheme
+from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import (
+    ChunkAttention,
 )
-from megatron.core.transformer.sink_attention.context_parallel.chunk_attention import PieceAttention
 from megatron.core.transformer.sink_attention.context_parallel.halo import halo_attention
-from megatron.core.transformer.sink_attention.context_parallel.layout import (
-    Group,
-    group_size,
-)
+from megatron.core.transformer.sink_attention.context_parallel.layout import Group
 from megatron.core.transformer.sink_attention.context_parallel.rank_consistency import (
     check_ranks_match,
     contents,
@@ -37,77 +36,109 @@ def context_parallel_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sink: Tensor | None,
+    sinks: Tensor | None,
+    params: AttentionParams,
     group: Group,
     comm_type: str,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int,
-    backend: str = "auto",
-    deterministic: bool = False,
 ) -> Tensor:
     """`sink_attention` of the tokens of this rank, its arguments checked.
 
     Args:
-        cu_seqlens, max_seqlen: of the whole sequence; max_seqlen is its length in a dense batch.
+        params: cu_seqlens and max_seqlen describe the complete sequence; max_seqlen is its length
+            in a dense batch.
     """
-    query, key, value = autocast(query, key, value)
-    ranks, packed = group_size(group), cu_seqlens is not None
-    nested = not isinstance(group, ProcessGroup)
-    scheme, reach = choose_exchange(
-        query, key, group, comm_type, window=window, packed=packed, max_seqlen=max_seqlen
-    )
-    if scheme in ("a2a", "a2a+p2p"):
-        kv_copies(query.shape[-2], key.shape[-2], group[0].size() if nested else ranks)
-    facts = dict(
-        query=(list(query.shape), query.dtype),
-        key=(list(key.shape), key.dtype),
-        window=window,
-        scale=scale,
-        scheme=scheme,
-        sink=sink is not None,
-        deterministic=deterministic,
-        packed=packed,
-    )
-    if query.device.type == "cpu":
-        facts.update(cu_seqlens=contents(cu_seqlens), max_seqlen=max_seqlen)
-    for level in group if nested else [group]:
+    name, left = choose_scheme(query, key, params, group, comm_type)
+    levels = [group] if isinstance(group, ProcessGroup) else group
+    if name in ("a2a", "a2a+p2p"):
+        kv_copies(query.shape[-2], key.shape[-2], levels[0].size())
+    arguments = _arguments(query, key, sinks, params, name)
+    for level in levels:
         if level.size() > 1:
-            check_ranks_match(facts, query.device, level)
+            check_ranks_match(arguments, query.device, level)
     if query.numel() == 0:
         return query
+    return _scheme(name, left, params, levels).apply(query, key, value, sinks)
 
-    options = dict(scale=scale, backend=backend, deterministic=deterministic)
 
-    def run(scheme: str, group: ProcessGroup | None):
-        """Attention over one group, as a function of q, k, v, sink."""
-        if group is None or group.size() == 1:
-            lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-            return lambda *tensors: attend(
-                *tensors, *lengths, window=window, same_lengths=True, **options
-            )
-        if scheme == "halo":
-            documents = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-            return lambda *tensors: halo_attention(
-                *tensors, group, window=reach, **documents, **options
-            )
-        kernels = PieceAttention(
-            1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-            cu_seqlens,
-            max_seqlen,
-            backend,
-            deterministic,
-        )
-        function = AllGatherAttention if scheme == "all_gather" else RingAttention
-        return lambda *tensors: function.apply(*tensors, kernels, group)
+def _arguments(query, key, sinks, params: AttentionParams, scheme: str) -> dict:
+    """What the ranks must agree on; the documents only on the CPU, where reading them is free."""
+    arguments = dict(
+        query=(list(query.shape), query.dtype),
+        key=(list(key.shape), key.dtype),
+        window_size=params.window_size,
+        softmax_scale=params.softmax_scale,
+        scheme=scheme,
+        sinks=sinks is not None,
+        deterministic=params.deterministic,
+        packed=params.packed,
+    )
+    if query.device.type == "cpu":
+        arguments.update(cu_seqlens=contents(params.cu_seqlens_q), max_seqlen=params.max_seqlen_q)
+    return arguments
 
-    if scheme == "a2a":
-        return ulysses_attention(query, key, value, sink, group, run(scheme, None))
-    if scheme == "a2a+p2p":
-        outer = run("p2p" if reach is None else "halo", group[1])
-        if group[0].size() == 1:
-            return outer(query, key, value, sink)
-        return ulysses_attention(query, key, value, sink, group[0], outer)
-    return run(scheme, group)(query, key, value, sink)
+
+class Scheme(Protocol):
+    """Attention over one group."""
+
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        """Output for the query tokens of this rank, in the shape of query."""
+
+
+def _scheme(name: str, left: int | None, params: AttentionParams, levels) -> Scheme:
+    """The scheme of a name, with the halo's `left` keys before each chunk."""
+    if name == "a2a+p2p":
+        outer = _scheme("p2p" if left is None else "halo", left, params, levels[1:])
+        return outer if levels[0].size() == 1 else Ulysses(levels[0], outer)
+    if levels[0].size() == 1:
+        return OneRank(params)
+    if name == "a2a":
+        return Ulysses(levels[0], OneRank(params))
+    if name == "halo":
+        return Halo(params, left, levels[0])
+    return Chunks(AllGatherAttention if name == "all_gather" else RingAttention, params, levels[0])
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """The complete sequence of some heads on this rank."""
+
+    params: AttentionParams
+
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        return attend(query, key, value, sinks, self.params.with_tensors(query, key))
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Exchange of the `left` keys and values before each chunk."""
+
+    params: AttentionParams
+    left: int
+    group: ProcessGroup
+
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        return halo_attention(query, key, value, sinks, self.params, self.left, self.group)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Chunks of queries against chunks of keys, which are gathered or passed around the ring."""
+
+    function: type[torch.autograd.Function]
+    params: AttentionParams
+    group: ProcessGroup
+
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        kernels = ChunkAttention(self.params)
+        return self.function.apply(query, key, value, sinks, kernels, self.group)
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """All-to-all from tokens to heads, `inner` on all tokens of the group, all-to-all back."""
+
+    group: ProcessGroup
+    inner: Scheme
+
+    def apply(self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None) -> Tensor:
+        return ulysses_attention(query, key, value, sinks, self.group, self.inner.apply)

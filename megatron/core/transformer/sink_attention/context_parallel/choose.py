@@ -1,50 +1,45 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which exchange a call takes.
+"""Which scheme of context parallelism a call takes.
 
-A windowed layer exchanges its halo, whatever was asked for. So does "auto" for a pack whose
-documents are all shorter than a chunk: the longest document is a window. Else "auto" goes by
-comm_table.json, which `benchmarks/context_parallel.py --write-table` writes on one machine; where
-nothing was measured, by DEFAULT. A group over several machines goes by the plan on paper in
-docs/context_parallel.md: the ring, and from 32 ranks on all-to-all, if the heads can be shared out.
-
-    {"cards": {"sm90": [{"min_seqlen": 0, "order": ["all_gather", "a2a", "p2p"]}, ...]}}
+A layer with a window exchanges its halo, whatever cp_comm_type is. So does "auto" for packed
+documents that are all shorter than a chunk: the longest document bounds what a query sees.
+Otherwise "auto" takes the measured order of the GPU, or DEFAULT without a measurement. A group over
+several nodes takes the estimate of docs/context_parallel.md: the ring, and from 32 ranks on
+all-to-all, if the ranks divide the heads.
 """
 
-import json
 import os
-from functools import lru_cache
-from pathlib import Path
 from typing import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron.core.transformer.sink_attention.autotable import card_family
+from megatron.core.kernel_selection import KernelChoice
+from megatron.core.transformer.sink_attention.attention_params import AttentionParams
 from megatron.core.transformer.sink_attention.context_parallel.layout import (
     Group,
     chunk_length,
     group_size,
 )
 from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
+from megatron.core.transformer.sink_attention.measured_order import measured_order
 
-PATH = Path(__file__).with_name("comm_table.json")
-
-# The all-to-all first: it merges no partial results, and was the fastest of those right on GPUs.
+# All-to-all first: it merges no partial results, and was the fastest of those right on GPUs.
 DEFAULT = ("a2a", "all_gather", "p2p")
 
-# Ranks from which all-to-all between machines is faster than the ring, on paper.
-_MANY = 32
+# From this number of ranks on all-to-all between nodes is faster than the ring, by estimate.
+_MANY_RANKS = 32
 
 COMM_TYPES = ("auto", "p2p", "all_gather", "a2a", "a2a+p2p")
 
 
 def check_comm_type(comm_type: str, group: Group | None) -> None:
-    """Names, and the kind of group that they need.
+    """Check the type, and that the group is of the kind that it needs.
 
     Raises:
-        ValueError: the type is unknown, or the group is of the other kind.
+        ValueError: the type is unknown, or needs the other kind of group.
     """
     if comm_type not in COMM_TYPES:
         raise ValueError(
@@ -66,91 +61,89 @@ def check_comm_type(comm_type: str, group: Group | None) -> None:
         )
 
 
-def halo_window(window: int | None, packed: bool, max_seqlen: int, length: int) -> int | None:
-    """The window that makes every key that is seen a halo's; None if a halo is not worth it.
+def halo_size(params: AttentionParams, documents_bound_halo: bool, length: int) -> int | None:
+    """Keys before a chunk that its queries see; None if there is no scheme for so many.
 
     Args:
-        length: of a chunk.
+        params: of the complete sequence.
+        documents_bound_halo: documents that fit into a chunk count as a window.
+        length: tokens of a chunk.
     """
-    if window is not None and window < max_seqlen:
-        return window
-    return max_seqlen if packed and max_seqlen <= length else None
+    if params.has_window:
+        return params.window_size[0]
+    if documents_bound_halo and params.packed and params.max_seqlen_q <= length:
+        return params.max_seqlen_q - 1
+    return None
 
 
-def choose_exchange(
-    query: Tensor,
-    key: Tensor,
-    group: Group,
-    comm_type: str,
-    *,
-    window: int | None,
-    packed: bool,
-    max_seqlen: int,
+def choose_scheme(
+    query: Tensor, key: Tensor, params: AttentionParams, group: Group, comm_type: str
 ) -> tuple[str, int | None]:
-    """What a call with this rank's query and key does.
+    """The scheme of a call.
 
     Args:
-        max_seqlen: of the longest document, or the whole sequence.
+        query, key: tokens of this rank.
+        params: cu_seqlens and max_seqlen describe the complete sequence.
     Returns:
-        The exchange: "halo", "all_gather", "p2p", "a2a" or "a2a+p2p"; and the window of the halo,
-        which is None without one. With "a2a+p2p" it stands in for the ring.
+        "halo", "all_gather", "p2p", "a2a" or "a2a+p2p"; and the keys of the halo before each chunk,
+        None without a halo. With "a2a+p2p" the halo replaces the ring.
     """
     ranks = group_size(group)
     length = chunk_length(query.shape[0] * ranks, ranks)
-    reach = halo_window(window, packed and comm_type == "auto", max_seqlen, length)
+    left = halo_size(params, comm_type == "auto", length)
     if not isinstance(group, ProcessGroup):
-        return "a2a+p2p", reach
-    if reach is not None:
-        return "halo", reach
+        return "a2a+p2p", left
+    if left is not None:
+        return "halo", left
     if comm_type == "auto":
         members = torch.distributed.get_process_group_ranks(group)
-        comm_type = _measured_best(query, key, members)
+        comm_type = SCHEMES.select(query, key, members).name
     return comm_type, None
 
 
-def _measured_best(query: Tensor, key: Tensor, members: Sequence[int]) -> str:
-    tokens, ranks = query.shape[0] * len(members), len(members)
-    for name in order(query.device, tokens, members):
-        if name != "a2a" or _shareable(query.shape[-2], key.shape[-2], ranks):
-            return name
-    return "all_gather"
+class _AnyCall:
+    """A scheme that supports every call."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def unsupported_reason(self, query: Tensor, key: Tensor, members: Sequence[int]) -> None:
+        return None
 
 
-def _shareable(heads: int, kv_heads: int, ranks: int) -> bool:
-    """Whether a2a is worth it; with few ranks copies of key heads cost more than they save."""
-    if heads % ranks:
-        return False
-    return ranks >= _MANY or kv_copies(heads, kv_heads, ranks) == 1
+class _AllToAll:
+    """Needs heads divisible by the ranks; copies of key heads pay off with many ranks only."""
+
+    name = "a2a"
+
+    def unsupported_reason(self, query: Tensor, key: Tensor, members: Sequence[int]) -> str | None:
+        ranks, heads = len(members), query.shape[-2]
+        if heads % ranks:
+            return f"{heads} query heads are not divisible by {ranks} ranks"
+        if ranks < _MANY_RANKS and kv_copies(heads, key.shape[-2], ranks) > 1:
+            return f"{key.shape[-2]} key heads would be copied for {ranks} ranks"
+        return None
 
 
-def order(device: torch.device, tokens: int, members: Sequence[int]) -> tuple[str, ...]:
-    """Exchanges for full layers, the fastest first.
+def order(device: torch.device, tokens: int, members: Sequence[int]) -> list[str]:
+    """Schemes for layers without a window, the fastest first.
 
     Args:
-        members: the group's ranks in the whole world; torchrun numbers them machine by machine.
+        tokens: of the complete sequence.
+        members: global ranks of the group; torchrun numbers them node by node.
     """
     if device.type != "cuda":
-        return DEFAULT
-    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
-    if len({rank // per_machine for rank in members}) > 1:
-        return ("a2a", "p2p") if len(members) >= _MANY else ("p2p",)
-    card = card_family(torch.cuda.get_device_capability(device))
-    rows = [row for row in load().get("cards", {}).get(card, []) if row["min_seqlen"] <= tokens]
-    return tuple(max(rows, key=lambda row: row["min_seqlen"])["order"]) if rows else DEFAULT
+        return [*DEFAULT]
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count())
+    if len({rank // per_node for rank in members}) > 1:
+        return ["a2a", "p2p"] if len(members) >= _MANY_RANKS else ["p2p"]
+    return measured_order(torch.cuda.get_device_capability(device), "context_parallel", tokens) or [
+        *DEFAULT
+    ]
 
 
-@lru_cache(maxsize=1)
-def load() -> dict:
-    """The table as it is on the disk."""
-    return json.loads(PATH.read_text()) if PATH.exists() else {}
-
-
-def write(card: str, rows: list[dict], measured_by: dict) -> None:
-    """Replace the rows of one card, and say how they were measured."""
-    table = json.loads(PATH.read_text()) if PATH.exists() else {}
-    table.setdefault("cards", {})[card] = rows
-    table.setdefault("measured_by", {})[card] = measured_by
-    temporary = PATH.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(table, indent=1) + "\n")
-    temporary.replace(PATH)
-    load.cache_clear()
+SCHEMES = KernelChoice(
+    "cp_comm_type",
+    (_AllToAll(), _AnyCall("all_gather"), _AnyCall("p2p")),
+    order=lambda query, key, members: order(query.device, len(query) * len(members), members),
+)

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The three exchanges that context parallelism needs, each begun now and waited for later.
+"""The asynchronous collectives of context parallelism.
 
-They run on the group's own stream (NCCL) or thread (gloo): what is computed between the start and
-`wait` overlaps. Rings and halos are an all-to-all in which most of the parts are empty: one grouped
-send and receive on the group's own communicator, in any order of the ranks, without a deadlock.
+They run on the group's own stream (NCCL) or thread (gloo): computation between the start and `wait`
+overlaps. Rings and halos are an all-to-all in which most parts are empty: one grouped send and
+receive on the group's communicator, which cannot deadlock in any order of the ranks.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _counters: list[Counter] = []
 
 @contextlib.contextmanager
 def count_traffic() -> Iterator[Counter]:
-    """Count the bytes that this rank receives from others, by kind of exchange."""
+    """Count the bytes that this rank receives from other ranks, by collective."""
     counter = Counter()
     _counters.append(counter)
     try:
@@ -41,13 +41,13 @@ def _count(kind: str, elements: int, x: Tensor) -> None:
 
 
 class Pending:
-    """A result on its way; keeps what is sent alive until it is there."""
+    """A result in transfer; keeps the sent tensor alive until it has arrived."""
 
     def __init__(self, result: Tensor, sent: Tensor, work):
         self._result, self._sent, self._work = result, sent, work
 
     def wait(self) -> Tensor:
-        """The result, ready for the current stream."""
+        """Wait on the current stream, and return the result."""
         self._work.wait()
         self._sent = None
         return self._result
@@ -63,7 +63,7 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Pending:
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Pending:
-    """The sum over the ranks of their x[rank]; x is [ranks, ...]."""
+    """The sum of x[rank] over the ranks; x is [ranks, ...]."""
     x, ranks = x.contiguous(), group.size()
     result = x.new_empty((x[0].numel(),))
     work = scatter_tensor(result, x.view(-1), group=group, async_op=True)
@@ -74,11 +74,11 @@ def reduce_scatter(x: Tensor, group: ProcessGroup) -> Pending:
 def all_to_all(
     x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup
 ) -> Pending:
-    """Rows of x to every rank, in the order of the ranks.
+    """Send rows of x to every rank, in the order of the ranks.
 
     Args:
         x: [rows, ...].
-        sent, received: rows for and from each rank; each rank must know both.
+        sent, received: number of rows to and from each rank.
     """
     x = x.contiguous()
     result = x.new_empty((sum(received), *x.shape[1:]))
@@ -96,7 +96,7 @@ def all_to_all(
 
 
 def to_next(x: Tensor, group: ProcessGroup) -> Pending:
-    """x to the next rank of the ring; the result is that of the rank before."""
+    """Send x to the next rank of the ring; the result is x of the previous rank."""
     rank, ranks = group.rank(), group.size()
     sent, received = [0] * ranks, [0] * ranks
     sent[(rank + 1) % ranks] = received[(rank - 1) % ranks] = len(x)

@@ -2,8 +2,8 @@
 
 """Megatron's zigzag: which tokens of the sequence a rank holds.
 
-The sequence of t tokens (the whole pack, when packed) is cut into 2*cp chunks. Rank r holds chunks
-r and 2*cp-1-r, in that order: under a causal mask every rank then has the same work.
+The sequence of t tokens (all documents, when packed) is split into 2*cp chunks. Rank r holds chunks
+r and 2*cp-1-r, in that order: under a causal mask every rank then has the same FLOPs.
 
 A group is a ProcessGroup, or the hierarchical pair [a2a, p2p] whose rank is
 p2p.rank() * a2a.size() + a2a.rank().
@@ -19,7 +19,7 @@ Group = Union[ProcessGroup, Sequence[ProcessGroup]]
 
 
 def group_size(group: Group | None) -> int:
-    """Ranks of a context parallel group; 1 for None."""
+    """Number of ranks of a context parallel group; 1 for None."""
     if group is None:
         return 1
     if isinstance(group, ProcessGroup):
@@ -47,7 +47,7 @@ def chunk_length(tokens: int, cp: int) -> int:
     """Tokens of one of the 2*cp chunks.
 
     Raises:
-        ValueError: the sequence cannot be cut; says the next length that can.
+        ValueError: the length is not divisible; the message has the next length that is.
     """
     parts = 1 if cp == 1 else 2 * cp
     if tokens % parts:
@@ -59,9 +59,9 @@ def chunk_length(tokens: int, cp: int) -> int:
 
 
 def chunk_ranges(rank: int, cp: int, tokens: int) -> tuple[tuple[int, int], ...]:
-    """Global ranges [start, end) of a rank's tokens, in the order in which it holds them.
+    """Global ranges [start, end) of a rank's tokens, in their order on the rank.
 
-    Two, ascending; with cp 1 the one range of everything.
+    Two, ascending; one range of all tokens with cp 1.
     """
     length = chunk_length(tokens, cp)
     if cp == 1:
@@ -72,15 +72,15 @@ def chunk_ranges(rank: int, cp: int, tokens: int) -> tuple[tuple[int, int], ...]
 def global_positions(
     rank: int, cp: int, tokens: int, device: torch.device | str | None = None
 ) -> Tensor:
-    """Places in the sequence of a rank's tokens, [tokens / cp] int64."""
+    """Positions of a rank's tokens in the sequence, [tokens / cp] int64."""
     ranges = chunk_ranges(rank, cp, tokens)
     return torch.cat([torch.arange(*bounds, device=device) for bounds in ranges])
 
 
 def local_tokens(x: Tensor, group: Group | None, dim: int = 0) -> Tensor:
-    """This rank's part of a tensor that holds the whole sequence along `dim`.
+    """This rank's part of a tensor that holds the complete sequence along `dim`.
 
-    Differentiable. With one rank: x itself.
+    Differentiable. x itself with one rank.
     """
     cp = group_size(group)
     if cp == 1:
@@ -90,12 +90,12 @@ def local_tokens(x: Tensor, group: Group | None, dim: int = 0) -> Tensor:
 
 
 def to_zigzag(x: Tensor, cp: int, dim: int = 0) -> Tensor:
-    """The sequence along `dim` to the parts of rank 0, rank 1, ... one after the other."""
+    """Reorder the sequence along `dim` to the concatenation of the parts of rank 0, rank 1, ..."""
     return _chunks(x, [c for rank in range(cp) for c in (rank, 2 * cp - 1 - rank)], cp, dim)
 
 
 def from_zigzag(x: Tensor, cp: int, dim: int = 0) -> Tensor:
-    """The parts of rank 0, rank 1, ... one after the other to the sequence along `dim`."""
+    """Reorder the concatenation of the parts of rank 0, rank 1, ... to the sequence along `dim`."""
     places = [2 * c if c < cp else 2 * (2 * cp - 1 - c) + 1 for c in range(2 * cp)]
     return _chunks(x, places, cp, dim)
 

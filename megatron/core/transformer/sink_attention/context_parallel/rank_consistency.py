@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Do all ranks call with the same shapes? If not, an error on every rank that names them.
+"""Check that all ranks of a group make the same call.
 
-On the CPU in every call. On a GPU, where reading the answer waits for the device, the first time
-that a rank's group sees a call of this kind; a mismatch in a later one ends in the group's timeout.
+On the CPU in every call. On a GPU, where the check waits for the device, only in the first call of
+a kind in a group; a later mismatch ends in the group's timeout.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from megatron.core.transformer.sink_attention.context_parallel.collectives impor
 _seen: set[tuple[str, str]] = set()
 
 
-def check_ranks_match(facts: dict, device: torch.device, group: ProcessGroup) -> None:
-    """Compare facts (name -> anything with a repr) over the group.
+def check_ranks_match(arguments: dict, device: torch.device, group: ProcessGroup) -> None:
+    """Compare arguments (name -> anything with a repr) over the group.
 
     Raises:
-        RuntimeError: they differ; names each rank's value of what does.
+        RuntimeError: they differ; the message has the value of every rank.
     """
-    signature = repr(facts)
+    signature = repr(arguments)
     known = (group.group_name, signature)
     if device.type != "cpu" and known in _seen:
         return
@@ -31,14 +31,14 @@ def check_ranks_match(facts: dict, device: torch.device, group: ProcessGroup) ->
     own = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
     everyone = own.new_empty(group.size())
     gather_tensor(everyone, own, group=group)
-    if (everyone == own).all():  # the one wait for the device
+    if (everyone == own).all():  # waits for the device
         if device.type != "cpu":
             _seen.add(known)
         return
     values = [None] * group.size()
-    torch.distributed.all_gather_object(values, facts, group=group)
+    torch.distributed.all_gather_object(values, arguments, group=group)
     lines = []
-    for name in facts:
+    for name in arguments:
         found = [value.get(name) for value in values]
         if any(value != found[0] for value in found):
             each = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(found))
@@ -49,7 +49,7 @@ def check_ranks_match(facts: dict, device: torch.device, group: ProcessGroup) ->
 
 
 def contents(x: Tensor | None) -> str | None:
-    """A short name for the values of a tensor on the CPU; for one on a GPU, of its shape."""
+    """Shape and digest of the values of a tensor on the CPU; only the shape on a GPU."""
     if x is None:
         return None
     if x.device.type != "cpu":

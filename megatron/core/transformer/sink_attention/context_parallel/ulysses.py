@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Heads instead of tokens: every rank gets the whole sequence of its share of the heads.
+"""Ulysses: every rank gets the complete sequence of its share of the heads.
 
-Two all-to-alls a pass, and between them attention as on one rank, in the sequence's own order.
-Where there are fewer key heads than ranks, each is sent to every rank that has queries of its
-group; autograd of the expansion sums their gradients, in fp32 inside, where the key heads live.
+Forward and backward have two all-to-alls each, with attention on one rank between them, in the order
+of the sequence. If there are fewer key heads than ranks, each is sent to every rank that has queries
+of its group; autograd of the expansion sums their gradients in fp32 on the rank of the key head.
 """
 
 from typing import Callable
@@ -21,18 +21,18 @@ from megatron.core.transformer.sink_attention.context_parallel.layout import (
 
 
 def kv_copies(num_heads: int, num_kv_heads: int, ranks: int) -> int:
-    """How often each key head is repeated so that every rank gets as many as its queries need.
+    """How often each key head is repeated, so that every rank gets those that its queries need.
 
     Raises:
-        ValueError: the query heads cannot be shared out; says what can be done.
+        ValueError: the number of query heads is not divisible by the ranks.
     """
     if num_heads % ranks:
         raise ValueError(
-            f"cp_comm_type: a2a shares out {num_heads} query heads over {ranks} ranks, which does "
-            "not go; take 'all_gather' or 'p2p', or 'a2a+p2p' with fewer ranks in its first group."
+            f"cp_comm_type: a2a splits {num_heads} query heads over {ranks} ranks, which is not "
+            "divisible; use 'all_gather' or 'p2p', or 'a2a+p2p' with fewer ranks in its first group."
         )
     group, share = num_heads // num_kv_heads, num_heads // ranks
-    if share % group == 0:  # whole groups
+    if share % group == 0:  # complete groups
         return 1
     if group % share == 0:  # a part of one group
         return ranks // num_kv_heads
@@ -43,14 +43,14 @@ def ulysses_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    sink: Tensor | None,
+    sinks: Tensor | None,
     group: ProcessGroup,
     inner: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """All-to-all, `inner` on the tokens of all the group's ranks, all-to-all back.
 
-    The group's tokens come to inner in zigzag order undone: with all ranks in the group that is the
-    whole sequence; with the first of two groups, the two chunks of the second's zigzag.
+    inner gets the group's tokens in the order of the sequence: the complete sequence, or with the
+    first of two groups, the two chunks of the second group's zigzag.
     """
     ranks, rank = group.size(), group.rank()
     heads, kv_heads = query.shape[-2], key.shape[-2]
@@ -59,9 +59,9 @@ def ulysses_attention(
         key, value = (_repeat(x, copies) for x in (key, value))
     q, k, v = SequenceToHeads.apply(query, key, value, group)
     share = heads // ranks
-    if sink is not None:  # autograd leaves zeros for the heads of others: each counts once
-        sink = sink[rank * share : (rank + 1) * share]
-    return HeadsToSequence.apply(inner(q, k, v, sink), group)
+    if sinks is not None:  # its gradient is 0 for the heads of other ranks: each counts once
+        sinks = sinks[rank * share : (rank + 1) * share]
+    return HeadsToSequence.apply(inner(q, k, v, sinks), group)
 
 
 def _repeat(x: Tensor, copies: int) -> Tensor:
@@ -69,7 +69,7 @@ def _repeat(x: Tensor, copies: int) -> Tensor:
 
 
 class SequenceToHeads(torch.autograd.Function):
-    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn], sent as one."""
+    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn], one all-to-all."""
 
     @staticmethod
     def forward(ctx, *arguments):
@@ -99,13 +99,13 @@ class HeadsToSequence(torch.autograd.Function):
 
 def _to_heads(tensors, group: ProcessGroup) -> tuple[Tensor, ...]:
     ranks, local = group.size(), tensors[0].shape[0]
-    # [ranks, local tokens, ..., heads / ranks, hn], the tensors side by side in the heads
+    # [ranks, local tokens, ..., heads / ranks, hn], the tensors concatenated along the heads
     parts = [x.unflatten(-2, (ranks, -1)).movedim(-3, 0) for x in tensors]
     sizes = [part.shape[-2] for part in parts]
     sent = torch.cat(parts, dim=-2).flatten(0, 1)
     rows = [local] * ranks
     received = all_to_all(sent, rows, rows, group).wait()
-    # cat of slices: each tensor comes out contiguous in the order of the sequence
+    # cat of slices: each tensor is contiguous and in the order of the sequence
     return tuple(from_zigzag(x, ranks) for x in received.split(sizes, dim=-2))
 
 
