@@ -86,8 +86,7 @@ def kernels_of_cuda():
     """Kernels that allocate as those of CUDA do, where the CPU's reference takes more."""
     from megatron.core.fusions import chunked_lm_loss, fused_qkv_rotary
     from megatron.core.transformer import fused_rotary_attention
-    from megatron.core.transformer.moe.grouped_mlp import activation as grouped_activation
-    from megatron.core.transformer.moe.grouped_mlp import linear as grouped_linear
+    from megatron.core.transformer.moe.grouped_mlp import dispatch
     from megatron.core.transformer.moe.grouped_mlp import permute as row_permutation
 
     def partial_sums(rows, bias):
@@ -130,12 +129,13 @@ def kernels_of_cuda():
         weighted_bias_gradients=bias_gradients,
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in (grouped_activation, grouped_linear):
-            patch.setattr(module, 'triton_kernels', lambda tensor: kernels)
+        elementwise = SimpleNamespace(module=kernels)
+        patch.setattr(dispatch.ELEMENTWISE, 'select', lambda tensor: elementwise)
         patch.setattr(fused_rotary_attention, 'fused_implementation', lambda tensor: 'triton')
-        patch.setattr(fused_qkv_rotary, '_triton_module', lambda: rotation)
+        patch.setattr(fused_qkv_rotary, '_TRITON', SimpleNamespace(module=rotation))
         patch.setattr(row_permutation, '_sum_by_token', sum_by_token)
-        patch.setattr(chunked_lm_loss, '_triton_kernels', lambda logits: loss)
+        cross_entropy = SimpleNamespace(module=loss)
+        patch.setattr(chunked_lm_loss.CROSS_ENTROPY, 'select', lambda logits: cross_entropy)
         patch.setattr(chunked_lm_loss, '_add_product_', lambda *_: None)
         patch.setattr(
             torch.nn.functional, 'rms_norm', lambda x, shape, weight, eps: _Norm.apply(x, weight)

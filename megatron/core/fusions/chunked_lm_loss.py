@@ -1,34 +1,29 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Head projection and cross entropy over chunks of tokens: the logits of one chunk live at a time.
+"""Output layer and cross entropy over chunks of tokens: only the logits of one chunk are in memory.
 
-gpt-oss has 201,088 logits a token, 13 GB in bf16 for 32k tokens and twice that for the loss in
-fp32. Here a chunk's logits are made, turned into losses and at once into the gradients of hidden
-states and weight, and dropped. The backward only scales those gradients, which asks of it what every
-language model loss does: the gradient of a token's loss is its weight times one common factor. Who
-knows that factor in the forward gives it: the weight's gradient then goes into `main_grad` at once,
-and a tensor of the weight's size, 2.3 GB in fp32, is not made.
+gpt-oss has 201,088 logits per token, 13 GB in bf16 for 32k tokens and twice that for the loss in
+fp32. The forward computes the logits of a chunk, its losses, and at once the gradients of hidden
+states and weight. The backward only scales those gradients. It requires what every language model
+loss has: the gradient of a token's loss is its loss weight times one common factor. If the caller
+gives that factor to the forward, the weight's gradient is added to `main_grad` there, which saves a
+tensor of the weight's size, 2.3 GB in fp32.
 
 Shapes: s tokens of the sequence (all of them, also with sequence parallelism), b micro batch,
 h hidden, v vocabulary of this tensor parallel rank, n rows (token, sample) of a chunk.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
-from megatron.core.triton_kernels import triton_module_for
+from megatron.core.kernel_selection import triton_or_torch
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-# Of the relative distance between the gradient of the losses and factor * weights.
+# Relative tolerance of the gradient of the losses against factor * weights.
 _TOLERANCE = 1e-3
-# Of the relative distance between that factor and the one which was given.
+# Relative tolerance of that factor against the given one.
 _FACTOR_TOLERANCE = 1e-5
-# The kernels, where they take the logits.
-_triton_kernels = functools.partial(
-    triton_module_for, "megatron.core.fusions.chunked_lm_loss_triton"
-)
+CROSS_ENTROPY = triton_or_torch("chunked_lm_loss", "megatron.core.fusions.chunked_lm_loss_triton")
 
 
 def chunked_lm_loss(
@@ -43,19 +38,19 @@ def chunked_lm_loss(
     tp_group: torch.distributed.ProcessGroup | None = None,
     sequence_parallel: bool = False,
 ) -> Tensor:
-    """Cross entropy of every token, without the logits of all tokens.
+    """Cross entropy of every token, without the logits of all tokens in memory.
 
     Args:
         hidden: [s, b, h], or [s / tp, b, h] with sequence parallelism; bf16, fp16, fp32 or fp64.
         weight: [v, h] in the dtype of hidden: this rank's rows of the output layer.
         labels: [b, s] int64, indices into the whole vocabulary.
-        loss_weights: [b, s], what a token counts in the loss, usually the loss mask; 1 by default.
-            The gradient that comes back must be a multiple of it.
-        chunk_size: tokens whose logits live at a time.
+        loss_weights: [b, s], weight of each token in the loss, usually the loss mask; 1 by default.
+            The gradient of the losses must be a multiple of it.
+        chunk_size: tokens whose logits are in memory at a time.
         z_loss: adds z_loss * logsumexp(logits)^2 to a token's loss.
-        gradient_factor: what loss_weights are multiplied by in the gradient that will come back, a
-            tensor of one number. With it, and a weight that has a `main_grad` in fp32 (Megatron's
-            DDP), the weight's gradient is added there in the forward.
+        gradient_factor: factor of loss_weights in the gradient of the losses, a tensor of one
+            number. With it, and a weight with a `main_grad` in fp32 (Megatron's DDP), the forward
+            adds the weight's gradient there.
         tp_group: tensor parallel group over which the vocabulary is split.
         sequence_parallel: hidden holds this rank's part of the sequence.
     Returns:
@@ -124,96 +119,128 @@ class _ChunkedLmLoss(torch.autograd.Function):
             tokens.labels.shape, dtype=_precise(hidden.dtype), device=hidden.device
         )
         dhidden = torch.empty_like(tokens.hidden) if need_dhidden else None
-        main_grad = dweight = None
-        if need_dweight:
-            main_grad = _main_grad(weight) if gradient_factor is not None else None
-            dweight = main_grad
-            if main_grad is None:
-                dweight = torch.zeros_like(weight, dtype=losses.dtype)
+        dweight = _weight_gradient(weight, gradient_factor) if need_dweight else None
         for rows in tokens.chunks(chunk_size):
             chunk = tokens.gather(rows)
             weights = tokens.weights[:, rows].reshape(-1)
-            if main_grad is not None:
-                weights = weights * gradient_factor
-            logits = chunk @ weight.t()
+            if dweight is not None:
+                weights = dweight.scale(weights)
             chunk_losses, dlogits = _cross_entropy(
-                logits,
+                chunk @ weight.t(),
                 tokens.labels[:, rows].reshape(-1),
                 weights if need_dhidden or need_dweight else None,
                 z_loss,
                 tp_group,
                 tokens.tp_size,
             )
-            del logits
             losses[:, rows] = chunk_losses.view(tokens.parts, -1)
-            if dlogits is None:
-                continue
             if need_dhidden:
                 dhidden[rows] = tokens.scatter(dlogits @ weight)
             if need_dweight:
-                _add_product_(dweight, dlogits.t(), chunk)
+                _add_product_(dweight.total, dlogits.t(), chunk)
             del dlogits
-        if need_dhidden and tokens.tp_size > 1 and not sequence_parallel:
-            torch.distributed.all_reduce(dhidden, group=tp_group)
-        ctx.save_for_backward(
-            None if dhidden is None else dhidden.view_as(hidden),
-            None if main_grad is not None else dweight,
-            loss_weights,
-            gradient_factor if main_grad is not None else None,
-        )
-        ctx.weight = weight if main_grad is not None else None
-        ctx.weight_dtype = weight.dtype
+        if need_dhidden:
+            if tokens.tp_size > 1 and not sequence_parallel:
+                torch.distributed.all_reduce(dhidden, group=tp_group)
+            dhidden = dhidden.view_as(hidden)
+        saved = dweight.pop_saved() if need_dweight else None
+        ctx.save_for_backward(dhidden, loss_weights, saved)
+        ctx.dweight = dweight
         return losses.view(-1, labels.shape[0]).t().contiguous()  # rows run over [s, b]
 
     @staticmethod
     def backward(ctx, dlosses):
-        # The gradients are ours alone, so they are scaled where they lie; a second backward through
-        # a retained graph would find them scaled already.
+        # The gradients are scaled in place. A second backward through a retained graph would scale
+        # them again.
         if getattr(ctx, "used", False):
             raise RuntimeError("The backward of chunked_lm_loss was called twice.")
         ctx.used = True
-        dhidden, dweight, loss_weights, given = ctx.saved_tensors
-        factor = _common_factor(dlosses, loss_weights)
-        if given is not None:
-            dweight, factor = _in_main_grad(ctx.weight, factor, given)
-            ctx.weight = None
-        elif dweight is not None:
-            dweight = dweight.mul_(factor).to(ctx.weight_dtype)
+        dhidden, loss_weights, saved = ctx.saved_tensors
+        factor, dweight = _common_factor(dlosses, loss_weights), None
+        if ctx.dweight is not None:
+            dweight, factor = ctx.dweight.finish(saved, factor)
+            ctx.dweight = None
         if dhidden is not None:
             dhidden.mul_(factor)
         return dhidden, dweight, *(None,) * 8
 
 
-def _main_grad(weight: Tensor) -> Tensor | None:
-    """Where Megatron's DDP keeps the weight's gradient, if it can be added to in the forward.
+def _weight_gradient(weight: Tensor, gradient_factor: Tensor | None):
+    """Where the forward accumulates the weight's gradient: `main_grad` if it can, else a tensor.
 
-    Not that of a weight which is the embedding's too: what autograd brings is added there.
+    `main_grad` takes it if the factor is known, and Megatron's DDP has one in fp32. Not that of a
+    weight shared with the embedding, which also gets what autograd computes.
     """
     main_grad = getattr(weight, "main_grad", None)
-    if getattr(weight, "zero_out_wgrad", False) or not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None
-
-
-def _in_main_grad(weight: Tensor, factor: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """For a gradient that was added already: a placeholder, and what is left to scale by.
-
-    DDP's hook waits for a gradient and drops it; a factor that is NaN reaches the hidden states.
-    """
-    # A mask without a token gives no factor, and its gradients are 0 already.
-    ratio = torch.where(factor == 0, torch.ones_like(factor), factor / given)
-    _check(
-        ~((ratio - 1).abs() > _FACTOR_TOLERANCE),
-        "chunked_lm_loss: the gradient of the losses is not gradient_factor times loss_weights, "
-        "and the weight's gradient is in main_grad already. Give the factor by which the losses "
-        "are scaled, or none.",
+    usable = (
+        gradient_factor is not None
+        and main_grad is not None
+        and main_grad.dtype == torch.float32
+        and hasattr(weight, "grad_added_to_main_grad")
+        and not getattr(weight, "zero_out_wgrad", False)
     )
-    weight.grad_added_to_main_grad = True
-    return torch.empty_like(weight), ratio
+    return _MainGrad(weight, gradient_factor) if usable else _OwnGrad(weight)
+
+
+class _OwnGrad:
+    """The weight's gradient in a tensor of its own, which the backward scales.
+
+    Attributes:
+        total: [v, h], fp32 (fp64 for fp64); the forward adds to it.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.total = torch.zeros_like(weight, dtype=_precise(weight.dtype))
+        self._dtype = weight.dtype
+
+    def scale(self, loss_weights: Tensor) -> Tensor:
+        """The weights of the losses in the gradient."""
+        return loss_weights
+
+    def pop_saved(self) -> Tensor:
+        """The tensor to save for the backward; afterwards only autograd holds it."""
+        saved, self.total = self.total, None
+        return saved
+
+    def finish(self, saved: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient for autograd, and the factor that scales dhidden."""
+        return saved.mul_(factor).to(self._dtype), factor
+
+
+class _MainGrad:
+    """The weight's gradient in `main_grad`, with the given factor already in the forward."""
+
+    def __init__(self, weight: Tensor, factor: Tensor):
+        self.total, self._weight, self._factor = weight.main_grad, weight, factor
+
+    def scale(self, loss_weights: Tensor) -> Tensor:
+        """The weights of the losses in the gradient."""
+        return loss_weights * self._factor
+
+    def pop_saved(self) -> Tensor:
+        """The tensor to save for the backward; afterwards only autograd holds it."""
+        saved, self._factor, self.total = self._factor, None, None
+        return saved
+
+    def finish(self, saved: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """A placeholder, which DDP's hook drops, and the factor that still scales dhidden.
+
+        A factor that is NaN reaches the hidden states.
+        """
+        # A mask without a token gives no factor, and its gradients are 0 already.
+        ratio = torch.where(factor == 0, torch.ones_like(factor), factor / saved)
+        _check(
+            ~((ratio - 1).abs() > _FACTOR_TOLERANCE),
+            "chunked_lm_loss: the gradient of the losses is not gradient_factor times "
+            "loss_weights, and the weight's gradient is in main_grad already. Give the factor by "
+            "which the losses are scaled, or none.",
+        )
+        self._weight.grad_added_to_main_grad = True
+        return torch.empty_like(self._weight), ratio
 
 
 class _Rows:
-    """Tokens as rows, in the order of [s, b], cut alike on all tensor parallel ranks.
+    """Tokens as rows, in the order of [s, b], in the same chunks on all tensor parallel ranks.
 
     With sequence parallelism this rank has the rows [rank * count, (rank + 1) * count) of all; a
     chunk takes the same local rows from every rank. labels and weights are [parts, count].
@@ -240,9 +267,9 @@ class _Rows:
         chunk = self.hidden[rows]
         if self.parts == 1:
             return chunk
-        whole = chunk.new_empty(self.parts * chunk.shape[0], chunk.shape[1])
-        torch.distributed.all_gather_into_tensor(whole, chunk.contiguous(), group=self.group)
-        return whole
+        gathered = chunk.new_empty(self.parts * chunk.shape[0], chunk.shape[1])
+        torch.distributed.all_gather_into_tensor(gathered, chunk.contiguous(), group=self.group)
+        return gathered
 
     def scatter(self, dchunk: Tensor) -> Tensor:
         """This rank's part of the gradient of a chunk, summed over the parts of the vocabulary."""
@@ -263,11 +290,11 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses [n], and the gradient of sum(weights * losses) with respect to logits [n, v].
 
-    The gradient is in the dtype of the logits: it goes into two matrix products with them.
+    The gradient is in the dtype of the logits, an operand of the two GEMMs that follow.
     """
     first = 0 if tp_size == 1 else get_pg_rank(tp_group) * logits.shape[-1]
     local = labels - first
-    kernels = _triton_kernels(logits)
+    kernels = CROSS_ENTROPY.select(logits).module
     statistics = kernels.row_statistics if kernels is not None else _row_statistics_ref
     maximum, total, target = statistics(logits, local)
     if tp_size > 1:
@@ -311,7 +338,7 @@ def _to_gradient_ref(logits, labels, lse, scale, weights):
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; fp32 sums of bf16 products are not rounded in between on CUDA."""
+    """total += a @ b; on CUDA a bf16 GEMM accumulates in the fp32 total without rounding."""
     if total.is_cuda and total.dtype == torch.float32 and a.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, a, b, torch.float32, out=total)
     else:
@@ -319,12 +346,12 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
-    """The c in dlosses = c * loss_weights, a scalar tensor; least squares, and what is left is checked."""
+    """The c in dlosses = c * loss_weights, a scalar tensor, by least squares; checks the residual."""
     weights = torch.ones_like(dlosses) if loss_weights is None else loss_weights.to(dlosses.dtype)
     factor = (dlosses * weights).sum() / weights.square().sum().clamp(min=1e-30)
     distance = (dlosses - factor * weights).abs().max()
     limit = _TOLERANCE * (factor.abs() * weights.abs().max())
-    # not (a > b): a gradient that is nan goes through, for the check that stops on it to name it
+    # not (a > b): a NaN passes, for the check of non-finite gradients to report
     good = ~(distance > limit)
     message = (
         "chunked_lm_loss: the gradient of the losses is not a multiple of loss_weights. Give as "

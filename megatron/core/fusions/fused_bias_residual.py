@@ -1,41 +1,49 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Attention's bias and the residual added in one pass, where there is no dropout.
+"""Bias of the attention output and residual added in one kernel, without dropout.
 
-A layer spec takes `get_bias_residual_add` in place of upstream's `get_bias_dropout_add`. Upstream's
-own fusion (--bias-dropout-fusion) is torch.compile of a function that its warm-up first calls with a
-dropout of 0.1, and that a run calls with and without bias, with and without gradient, at one length
-and at others: that is past PyTorch's limit of 8 graphs, after which it runs uncompiled.
+A layer spec uses `get_bias_residual_add` in place of upstream's `get_bias_dropout_add`. Upstream's
+fusion (--bias-dropout-fusion) is torch.compile of a function that is called with and without dropout,
+bias and gradient, and with several lengths. That exceeds PyTorch's limit of 8 graphs, and the
+function then runs uncompiled.
 """
 
-import functools
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.triton_kernels import triton_module
+from megatron.core.kernel_selection import KernelChoice, PyTorchOperations, TritonKernels
 
-# How it runs on CUDA: 'triton', or 'eager' (upstream's). benchmarks/elementwise.py compares them.
-IMPLEMENTATION = 'triton'
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_triton_module = functools.partial(
-    triton_module, 'megatron.core.fusions.fused_bias_residual_triton'
-)
+
+class _TritonAdd(TritonKernels):
+    """x + bias + residual of one dtype in one kernel."""
+
+    def unsupported_reason(self, x: Tensor, bias: Tensor, residual: Tensor) -> str | None:
+        if not x.dtype == residual.dtype == bias.dtype:
+            return 'needs one dtype'
+        if x.dim() < 2 or x.shape != residual.shape or bias.shape != x.shape[-1:]:
+            return 'needs x and residual of one shape [..., h] and a bias [h]'
+        return super().unsupported_reason(x)
+
+
+_TRITON = _TritonAdd('megatron.core.fusions.fused_bias_residual_triton')
+# benchmarks/elementwise.py compares them; 'eager' is upstream's function.
+BIAS_RESIDUAL = KernelChoice('bias_residual', (_TRITON, PyTorchOperations('eager')))
 
 
 def get_bias_residual_add(training: bool, fused: bool) -> Callable:
     """As `get_bias_dropout_add`: a function of ((x, bias), residual, prob).
 
-    On CUDA, without dropout and with a bias, x + bias + residual is computed in fp32 and rounded
-    once; anything else is upstream's function.
+    On CUDA, with a bias and without dropout, it computes x + bias + residual in fp32 and rounds
+    once. Otherwise it is upstream's function.
     """
     upstream = get_bias_dropout_add(training, fused)
 
     def add(x_with_bias, residual, prob):
         x, bias = x_with_bias
-        if bias is None or (training and prob > 0) or not _takes(x, bias, residual):
+        if bias is None or (training and prob > 0) or not _runs_on_triton(x, bias, residual):
             return upstream(x_with_bias, residual, prob)
         return add_bias_and_residual(x, bias, residual)
 
@@ -61,25 +69,16 @@ def add_bias_and_residual_ref(x: Tensor, bias: Tensor, residual: Tensor) -> Tens
     return (x.to(wide) + bias.to(wide) + residual.to(wide)).to(x.dtype)
 
 
-def _takes(x: Tensor, bias: Tensor, residual: Tensor) -> bool:
-    return (
-        IMPLEMENTATION == 'triton'
-        and x.is_cuda
-        and x.dtype in _DTYPES
-        and x.dtype == residual.dtype == bias.dtype
-        and x.shape == residual.shape
-        and x.dim() > 1
-        and bias.shape == x.shape[-1:]
-        and _triton_module() is not None
-    )
+def _runs_on_triton(x: Tensor, bias: Tensor, residual: Tensor) -> bool:
+    return BIAS_RESIDUAL.select(x, bias, residual) is _TRITON
 
 
 class _AddBiasAndResidual(torch.autograd.Function):
-    """Nothing is kept for the backward."""
+    """Saves nothing for the backward."""
 
     @staticmethod
     def forward(ctx, x, bias, residual):
-        return _triton_module().add_bias_and_residual(x, bias, residual)
+        return _TRITON.module.add_bias_and_residual(x, bias, residual)
 
     @staticmethod
     def backward(ctx, dout):

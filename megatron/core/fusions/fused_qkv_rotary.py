@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""From the output of linear_qkv to rotated queries and keys, in one pass over it.
+"""Split of linear_qkv's output and rotary embedding of queries and keys in one kernel.
 
-Upstream's layer splits [s, b, ng, (np/ng + 2) * hn], copies the queries, negates and joins halves,
-multiplies twice and adds, each in the tensor's own dtype and each a pass over memory. Here it is one
-read and one write, forward and backward; what is between is fp32 and rounded once. The values are
-copied as well: a view of them would keep all of linear_qkv's output until the backward.
+Upstream's layer splits [s, b, ng, (np/ng + 2) * hn], copies the queries, negates and concatenates
+halves, multiplies twice and adds, each a memory-bound kernel in the tensor's dtype. This kernel reads
+and writes once, forward and backward, computes in fp32 and rounds once. It copies the values as well:
+a view of them would keep the complete output of linear_qkv until the backward.
 
 Shapes: s tokens, b micro batch, ng key groups of this rank, np query heads of this rank, hn head
 dim, np/ng = `num_queries`.
@@ -19,24 +19,33 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from megatron.core.triton_kernels import triton_module
+from megatron.core.kernel_selection import KernelChoice, PyTorchOperations, TritonKernels
 
-# How it runs on CUDA: 'triton', 'compiled' (torch.compile of the reference) or 'eager' (upstream's
-# functions, one after the other). benchmarks/elementwise.py compares them.
-IMPLEMENTATION = 'triton'
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_triton_module = functools.partial(triton_module, 'megatron.core.fusions.fused_qkv_rotary_triton')
+
+class _Compiled:
+    """torch.compile of the reference."""
+
+    name = 'compiled'
+
+    def unsupported_reason(self, tensor: Tensor) -> str | None:
+        if not tensor.is_cuda or tensor.dtype not in TritonKernels.dtypes:
+            return 'needs CUDA tensors in bf16, fp16 or fp32'
+        return None if can_compile() else 'torch.compile is disabled or finds no C++ compiler'
+
+
+_TRITON = TritonKernels('megatron.core.fusions.fused_qkv_rotary_triton')
+# 'eager' is upstream's unfused path; benchmarks/elementwise.py compares them.
+QKV_ROTARY = KernelChoice(
+    'qkv_rotary',
+    (_TRITON, _Compiled(), PyTorchOperations('eager')),
+    order=lambda tensor: ('triton', 'eager'),
+)
 
 
 def fused_implementation(tensor: Tensor) -> str | None:
-    """'triton' or 'compiled', if this device and dtype have it; None is upstream's path."""
-    if not tensor.is_cuda or tensor.dtype not in _DTYPES:
-        return None
-    if IMPLEMENTATION == 'triton' and _triton_module() is not None:
-        return 'triton'
-    if IMPLEMENTATION == 'compiled' and can_compile():
-        return 'compiled'
-    return None
+    """'triton' or 'compiled', where the fusion runs for this device and dtype; else None."""
+    name = QKV_ROTARY.select(tensor).name
+    return None if name == 'eager' else name
 
 
 def split_and_rotate(
@@ -50,11 +59,11 @@ def split_and_rotate(
             [s, 1, 1, hn], or [s, 1, hn] for packed tokens.
         num_queries: query heads of a group.
         mscale: YaRN's factor of cosine and sine.
-        implementation: what `fused_implementation` says.
+        implementation: result of `fused_implementation`.
     Returns:
         query [s, b, np, hn], key [s, b, ng, hn], value [s, b, ng, hn], dtype of qkv, contiguous.
     Raises:
-        ValueError: if there are not as many angles as tokens, or not one for each element.
+        ValueError: freqs do not have one angle per token and element of a head.
     """
     head_dim = qkv.size(3) // (num_queries + 2)
     if freqs.numel() != qkv.size(0) * head_dim or freqs.size(0) != qkv.size(0):
@@ -64,7 +73,7 @@ def split_and_rotate(
         )
     if implementation == 'triton':
         return _SplitAndRotate.apply(qkv, freqs, num_queries, mscale)
-    # Else the first sequence length would be compiled for itself, and the second once more.
+    # Without it the first and the second sequence length would be compiled separately.
     torch._dynamo.maybe_mark_dynamic(qkv, 0)
     torch._dynamo.maybe_mark_dynamic(freqs, 0)
     return compiled(num_queries, mscale)(qkv, freqs)
@@ -75,8 +84,8 @@ def split_and_rotate_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`split_and_rotate` in plain PyTorch: in fp32 (fp64 for fp64), rounded once.
 
-    Source: transformers gpt_oss `apply_rotary_pos_emb`; that cosine and sine are not rounded to
-    the dtype of qkv is the only difference.
+    Source: transformers gpt_oss `apply_rotary_pos_emb`; the only difference is that cosine and
+    sine are not rounded to the dtype of qkv.
     """
     tokens, batch, groups, width = qkv.shape
     head_dim = width // (num_queries + 2)
@@ -105,8 +114,8 @@ def compiled(num_queries: int, mscale: float, backend: str = 'inductor') -> Call
 
 
 def can_compile() -> bool:
-    """Whether torch.compile makes a kernel: not switched off, and a C++ compiler to be found."""
-    # The former is TORCH_COMPILE_DISABLE, read at import; the latter torch.compile reads itself.
+    """Whether torch.compile is enabled and finds a C++ compiler."""
+    # config.disable is TORCH_COMPILE_DISABLE, read at import.
     if torch._dynamo.config.disable or os.environ.get('TORCHDYNAMO_DISABLE') == '1':
         return False
     names = (os.environ.get('CXX'), 'c++', 'g++', 'clang++')
@@ -114,14 +123,14 @@ def can_compile() -> bool:
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """The Triton kernel. Angles are kept for the backward, which every layer shares; no copy."""
+    """The Triton kernel. Saves the angles for the backward, which all layers share."""
 
     @staticmethod
     def forward(ctx, qkv, freqs, num_queries, mscale):
-        # A table made by a generation is kept for training, whose backward may not save it.
+        # The table may come from a generation, and autograd cannot save an inference tensor.
         ctx.save_for_backward(freqs.clone() if freqs.is_inference() else freqs)
         ctx.constants = num_queries, mscale
-        return _triton_module().split_and_rotate(qkv, *_tables(freqs, mscale), num_queries)
+        return _TRITON.module.split_and_rotate(qkv, *_tables(freqs, mscale), num_queries)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -129,12 +138,12 @@ class _SplitAndRotate(torch.autograd.Function):
         (freqs,) = ctx.saved_tensors
         num_queries, mscale = ctx.constants
         grads = dquery, dkey, dvalue
-        dqkv = _triton_module().rotate_back_and_join(*grads, *_tables(freqs, mscale), num_queries)
+        dqkv = _TRITON.module.rotate_back_and_join(*grads, *_tables(freqs, mscale), num_queries)
         return dqkv, None, None, None
 
 
 def _tables(freqs: Tensor, mscale: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [s, hn / 2] fp32. PyTorch's: Triton's lose digits at large angles."""
+    """Cosine and sine [s, hn / 2] fp32, by PyTorch: those of Triton are inexact at large angles."""
     angles = freqs.flatten(1).float()
     angles = angles[:, : angles.size(1) // 2]
     return angles.cos().mul_(mscale), angles.sin().mul_(mscale)

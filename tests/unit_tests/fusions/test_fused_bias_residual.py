@@ -47,7 +47,7 @@ def test_cpu_is_unchanged(training, with_bias):
 def test_where_it_applies(monkeypatch):
     """A bias and no dropout, or evaluation; one dtype and shape."""
     calls = []
-    monkeypatch.setattr(fused, "_takes", lambda *tensors: True)
+    monkeypatch.setattr(fused, "_runs_on_triton", lambda *tensors: True)
     monkeypatch.setattr(fused, "add_bias_and_residual", lambda *tensors: calls.append(tensors))
     x, bias, residual = tensors()
     fused.get_bias_residual_add(True, False)((x, bias), residual, 0.0)
@@ -72,7 +72,7 @@ def test_cuda(change):
         residual = residual.float()
     if change == "shape":
         bias = bias.expand_as(x)
-    assert fused._takes(x, bias, residual) == (change == "none")
+    assert fused._runs_on_triton(x, bias, residual) == (change == "none")
     found = fused.get_bias_residual_add(True, False)((x, bias), residual, 0.0)
     if change == "none":
         assert torch.equal(found, fused.add_bias_and_residual_ref(x, bias, residual))

@@ -155,11 +155,11 @@ def test_wrong_angles_are_refused(freqs):
         fused.split_and_rotate(qkv, torch.zeros(freqs), 2, 1.0, "compiled")
 
 
-def test_cpu_takes_upstreams_path(monkeypatch):
-    """Whatever the constant says."""
+def test_cpu_takes_upstreams_path():
+    """Whichever implementation is preferred."""
     for implementation in ("triton", "compiled", "eager"):
-        monkeypatch.setattr(fused, "IMPLEMENTATION", implementation)
-        assert fused.fused_implementation(torch.zeros(2, dtype=torch.bfloat16)) is None
+        with fused.QKV_ROTARY.prefer(implementation):
+            assert fused.fused_implementation(torch.zeros(2, dtype=torch.bfloat16)) is None
 
 
 def test_can_compile(monkeypatch):

@@ -240,8 +240,9 @@ def test_bf16(calls, packed):
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("implementation", ["triton", "compiled"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_cuda(monkeypatch, implementation, packed):
+def test_cuda(implementation, packed):
     """The kernels."""
-    monkeypatch.setattr(fused_qkv_rotary, "IMPLEMENTATION", implementation)
-    assert fused_qkv_rotary.fused_implementation(torch.zeros(1, device=DEVICE)) == implementation
-    check_bf16(packed)
+    with fused_qkv_rotary.QKV_ROTARY.prefer(implementation):
+        selected = fused_qkv_rotary.fused_implementation(torch.zeros(1, device=DEVICE))
+        assert selected == implementation
+        check_bf16(packed)

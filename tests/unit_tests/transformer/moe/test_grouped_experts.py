@@ -17,7 +17,7 @@ from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
 from tests.harness.compare import relative_error
@@ -351,7 +351,7 @@ def test_cuda_does_not_wait():
 
 def test_row_groups():
     """Owners and sums with empty experts at the start, in the middle and at the end."""
-    groups = RowGroups(torch.tensor([0, 2, 0, 3, 0]), "cpu")
+    groups = ExpertSegments(torch.tensor([0, 2, 0, 3, 0]), "cpu")
     assert groups.slices == [(1, 0, 2), (3, 2, 5)]
     assert groups.owners(5).tolist() == [1, 1, 3, 3, 3]
     rows = torch.arange(10.0).view(5, 2)

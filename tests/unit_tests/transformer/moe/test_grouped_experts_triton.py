@@ -23,7 +23,7 @@ from megatron.core.transformer.moe.grouped_mlp.activation import (
     swiglu_backward_ref,
     swiglu_forward_ref,
 )
-from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 
 # `make test-gpu` runs them; the interpreter's run asks for this file by name.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
@@ -60,7 +60,7 @@ def tensors(counts, width, dtype, seed=0):
     y, bias = draw(rows, 2 * width, scale=6), draw(len(counts), 2 * width, scale=3)
     probs = torch.rand(rows, generator=generator).to(DEVICE)
     dout = draw(rows, width)
-    return y, bias, probs, dout, RowGroups(torch.tensor(counts), DEVICE)
+    return y, bias, probs, dout, ExpertSegments(torch.tensor(counts), DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -130,7 +130,7 @@ def test_weighted_bias(counts, dtype):
 
 def test_zero_where_empty():
     """Only what belongs to an expert without a row is cleared, its last element included."""
-    groups = RowGroups(torch.tensor([0, 2, 0, 1, 0]), DEVICE)
+    groups = ExpertSegments(torch.tensor([0, 2, 0, 1, 0]), DEVICE)
     weight = torch.full((5, 70, 90), float("nan"), device=DEVICE)
     weight[[1, 3]] = 1.0
     kernels.zero_where_empty_(weight, groups.ends)
@@ -142,7 +142,7 @@ def test_more_elements_than_int32():
     """131,072 tokens x 4 experts x 5,760 columns pass 2^31: the last rows are right."""
     rows, width = 524_288, 2880
     counts = torch.tensor([0, rows - 1001, 1001])
-    groups = RowGroups(counts, DEVICE)
+    groups = ExpertSegments(counts, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(0)
     y = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device=DEVICE)
     y[-2000:].normal_(generator=generator)
@@ -151,7 +151,7 @@ def test_more_elements_than_int32():
     dout = torch.zeros(rows, width, dtype=torch.bfloat16, device=DEVICE)
     dout[-1001:].normal_(generator=generator)
     out = kernels.swiglu_forward(y, bias, probs, groups.ends, ClampedSwiGLU())
-    tail = RowGroups(torch.tensor([0, 999, 1001]), DEVICE)
+    tail = ExpertSegments(torch.tensor([0, 999, 1001]), DEVICE)
     wide = y[-2000:].double(), bias.double(), probs[-2000:].double()
     check("out", out[-2000:], swiglu_forward_ref(*wide, tail, ClampedSwiGLU()), torch.bfloat16)
     del out

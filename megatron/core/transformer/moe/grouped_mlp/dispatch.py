@@ -1,51 +1,61 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which kernels run the experts of a layer on this device, for this dtype."""
+"""Which kernels run the experts of a layer, for these tensors."""
 
 import functools
-from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 
-from megatron.core.triton_kernels import triton_module, triton_module_for
-
-# The Triton kernels, where they take a tensor.
-triton_kernels = functools.partial(
-    triton_module_for, "megatron.core.transformer.moe.grouped_mlp.activation_triton"
+from megatron.core.kernel_selection import (
+    KernelChoice,
+    PyTorchOperations,
+    TritonKernels,
+    triton_or_torch,
 )
 
-
-def has_grouped_mm(*operands: torch.Tensor) -> bool:
-    """Whether PyTorch's grouped_mm multiplies these.
-
-    It takes bf16 on Hopper and Blackwell, with rows that begin at multiples of 16 bytes.
-    """
-    return _in_bf16_rows(operands, (9, 10)) and hasattr(F, "grouped_mm")
+_PACKAGE = "megatron.core.transformer.moe.grouped_mlp."
 
 
-def product_kernels(*operands: torch.Tensor) -> ModuleType | None:
-    """The Triton kernels of the experts' products, where they take these operands.
+class _GroupedMM:
+    """PyTorch's grouped_mm, which takes bf16 on Hopper and Blackwell."""
 
-    They do on Hopper, for which their tiles are chosen: what grouped_mm takes, at addresses that are
-    multiples of 16 bytes. None elsewhere, and with a triton before 3.6.
-    """
-    if not _in_bf16_rows(operands, (9,)) or any(x.data_ptr() % 16 for x in operands):
-        return None
-    return triton_module("megatron.core.transformer.moe.grouped_mlp.gemm_triton")
+    name = "grouped_mm"
+
+    def unsupported_reason(self, *operands: torch.Tensor) -> str | None:
+        if not hasattr(F, "grouped_mm"):
+            return "this PyTorch has no grouped_mm"
+        return _layout_problem(operands, (9, 10))
 
 
-def _in_bf16_rows(operands: Sequence[torch.Tensor], majors: tuple[int, ...]) -> bool:
-    """bf16 on a device of such a compute capability, in rows of multiples of 16 bytes, not empty."""
-    return all(
-        x.is_cuda
-        and x.dtype == torch.bfloat16
-        and x.numel() > 0
-        and all(size % 8 == 0 for size in x.shape[1:])
-        and _compute_major(x.device) in majors
-        for x in operands
-    )
+class _TritonGemm(TritonKernels):
+    """Our Triton kernels, whose tiles are chosen for Hopper; TMA needs aligned addresses."""
+
+    def unsupported_reason(self, *operands: torch.Tensor) -> str | None:
+        reason = _layout_problem(operands, (9,))
+        if reason is None and any(x.data_ptr() % 16 for x in operands):
+            reason = "needs addresses that are multiples of 16 bytes"
+        return reason or super().unsupported_reason(*operands)
+
+
+# The GEMMs; "torch" is one GEMM per expert.
+GEMM = KernelChoice(
+    "grouped_gemm", (_TritonGemm(_PACKAGE + "gemm_triton"), _GroupedMM(), PyTorchOperations())
+)
+# The elementwise operations on the routed tokens of all experts, and their sums per expert.
+ELEMENTWISE = triton_or_torch("grouped_elementwise", _PACKAGE + "activation_triton")
+# The sum of the rows of each token in unpermute.
+UNPERMUTE = triton_or_torch("unpermute", _PACKAGE + "permute_triton")
+
+
+def _layout_problem(operands: tuple[torch.Tensor, ...], majors: tuple[int, ...]) -> str | None:
+    """None for non-empty bf16 operands with rows of multiples of 16 bytes on such a device."""
+    for x in operands:
+        if not x.is_cuda or _compute_major(x.device) not in majors:
+            return "needs a CUDA device of compute capability " + " or ".join(map(str, majors))
+        if x.dtype != torch.bfloat16 or x.numel() == 0 or any(n % 8 for n in x.shape[1:]):
+            return "needs non-empty bf16 operands with rows of multiples of 16 bytes"
+    return None
 
 
 @functools.cache

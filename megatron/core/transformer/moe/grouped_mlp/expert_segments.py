@@ -1,37 +1,37 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which rows of a tensor belong to which expert, without asking the device."""
+"""Which routed tokens belong to which expert, without waiting for the device."""
 
 from functools import cached_property
 
 import torch
 
 
-class RowGroups:
-    """Rows in the order of the experts: those of expert 0 first, perhaps none of them.
+class ExpertSegments:
+    """Routed tokens sorted by expert: a segment for each expert, which may be empty.
 
     Args:
         tokens_per_expert: [g], an integer type, on any device. Its sum is the number of rows.
-        device: where the rows are.
+        device: device of the routed tokens.
     """
 
     def __init__(self, tokens_per_expert: torch.Tensor, device: torch.device | str):
-        self.num_groups = tokens_per_expert.numel()
+        self.num_experts = tokens_per_expert.numel()
         self._tokens_per_expert = tokens_per_expert
         on_device = tokens_per_expert.to(device, non_blocking=True)
-        # [g], int32, on the device: where each expert's rows end.
+        # [g], int32, on the device: the end of each segment.
         self.ends = on_device.cumsum(0, dtype=torch.int32)
 
     @cached_property
     def slices(self) -> list[tuple[int, int, int]]:
-        """(expert, first row, row after the last) of each expert that has a row.
+        """(expert, first row, row after the last) of each expert that has a token.
 
-        Waits for the device where the counts are on it.
+        Waits for the device if the counts are there.
         """
         slices, start = [], 0
-        for group, count in enumerate(self._tokens_per_expert.tolist()):
+        for expert, count in enumerate(self._tokens_per_expert.tolist()):
             if count:
-                slices.append((group, start, start + count))
+                slices.append((expert, start, start + count))
             start += count
         return slices
 
@@ -42,5 +42,5 @@ class RowGroups:
 
     def sum_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """[t, n] to [g, n]: the sum of each expert's rows, 0 where it has none."""
-        sums = rows.new_zeros(self.num_groups, rows.shape[1])
+        sums = rows.new_zeros(self.num_experts, rows.shape[1])
         return sums.index_add_(0, self.owners(rows.shape[0]), rows)

@@ -1,17 +1,17 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Triton kernels of the experts' products on Hopper: rows by matrices, and the matrices' gradient.
+"""Triton kernels of the grouped GEMM on Hopper: forward and dgrad, and wgrad.
 
-Each is one launch for all experts. As many programs as multiprocessors go through tiles of 128 x 256
-results; the loop over tiles and the one inside a tile are one pipeline, so that a tile's first loads
-are under way before the one before it is stored. Which rows are an expert's is read on the device.
+Each is one persistent launch for all experts, with one program per multiprocessor, over tiles of
+128 x 256 of the output. The loop over tiles and the one inside a tile are one pipeline, which loads
+for a tile while it stores the previous one. The segments of the experts are read on the device.
 
-Tiles of rows end with their expert: rows of the next that are loaded with them are not stored, or
-are cleared before they are summed, NaN too. Operands come by TMA, whose addresses have 64 bits and
-which reads 0 past the end of a tensor.
+Tiles end with their expert: rows of the next expert in the same tile are not stored, or are zeroed
+before they are summed, NaN included. Operands are loaded by TMA, which has 64-bit addresses and
+reads 0 past the end of a tensor.
 
-PyTorch's grouped_mm does the same, and does it where these do not run (`dispatch`); what
-each takes is in docs/performance.md.
+Where these do not run, PyTorch's grouped_mm does the same (`dispatch.GEMM`). docs/performance.md
+compares them.
 """
 
 import torch
@@ -35,7 +35,7 @@ TILE_ROWS, TILE_COLUMNS, DEPTH = 128, 256, 64
 TILING = dict(ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, DEPTH=DEPTH, ABOVE=8, num_warps=8, num_stages=3)
 
 
-def grouped_product(x, weight, ends, bias=None, scale=None):
+def grouped_gemm(x, weight, ends, bias=None, scale=None):
     """y[row] = x[row] @ weight[e] + scale[row] * bias[e], e the row's expert, rounded once.
 
     Args:
@@ -54,7 +54,7 @@ def grouped_product(x, weight, ends, bias=None, scale=None):
     if transposed:
         weight, block = weight.transpose(1, 2), [1, TILE_COLUMNS, DEPTH]
     programs = _multiprocessors(x)
-    _grouped_product[(programs,)](
+    _grouped_gemm[(programs,)](
         TensorDescriptor.from_tensor(x, [TILE_ROWS, DEPTH]),
         TensorDescriptor.from_tensor(weight, block),
         y,
@@ -73,7 +73,7 @@ def grouped_product(x, weight, ends, bias=None, scale=None):
     return y
 
 
-def grouped_weight_gradient(x, dy, ends):
+def grouped_wgrad(x, dy, ends):
     """x^T dy over each expert's rows, 0 where it has none.
 
     Args:
@@ -85,7 +85,7 @@ def grouped_weight_gradient(x, dy, ends):
     num_groups, height, width = ends.numel(), x.shape[1], dy.shape[1]
     dweight = x.new_empty(num_groups, height, width)
     programs = _multiprocessors(x)
-    _grouped_weight_gradient[(programs,)](
+    _grouped_wgrad[(programs,)](
         TensorDescriptor.from_tensor(x, [DEPTH, TILE_ROWS]),
         TensorDescriptor.from_tensor(dy, [DEPTH, TILE_COLUMNS]),
         TensorDescriptor.from_tensor(dweight, [1, TILE_ROWS, TILE_COLUMNS]),
@@ -115,7 +115,7 @@ def _place(tile, num_rows, num_columns, ABOVE: tl.constexpr):
 
 
 @triton.jit
-def _grouped_product(
+def _grouped_gemm(
     x,
     weight,
     y,
@@ -166,7 +166,7 @@ def _grouped_product(
 
 
 @triton.jit
-def _grouped_weight_gradient(
+def _grouped_wgrad(
     x,
     dy,
     dweight,

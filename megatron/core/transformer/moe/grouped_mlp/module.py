@@ -1,11 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""All local experts of a layer as two grouped products, in plain PyTorch.
+"""All local experts of a layer as two grouped GEMMs, without TransformerEngine.
 
-Takes the place of SequentialMLP where --moe-grouped-gemm is given without TransformerEngine: same
-maths, same initial weights, same checkpoints.
+Replaces SequentialMLP with --moe-grouped-gemm: same maths, initial weights and checkpoints.
 
-Shapes: t rows (tokens routed to the local experts), e local experts, h hidden (or latent) size,
+Shapes: t tokens routed to the local experts, e local experts, h hidden (or latent) size,
 f expert width of this expert tensor parallel rank.
 """
 
@@ -33,7 +32,7 @@ from megatron.core.transformer.moe.grouped_mlp.checkpoint import (
     expert_extra_states,
     expert_factory,
 )
-from megatron.core.transformer.moe.grouped_mlp.expert_segments import RowGroups
+from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
@@ -48,11 +47,10 @@ class GroupedExperts(MegatronModule):
         pg_collection: process groups; `ep`, `expt_tp` and `expt_dp` are used.
         name: of the module, unused.
     Raises:
-        ValueError: the config asks for something that these experts cannot do.
+        ValueError: the config has an option that these experts do not support.
     """
 
-    # The dispatcher may leave the counts on the device: nothing here waits for them where
-    # grouped_mm runs.
+    # The dispatcher may leave the counts on the device: grouped kernels do not wait for them.
     takes_counts_on_device = True
 
     def __init__(
@@ -79,7 +77,7 @@ class GroupedExperts(MegatronModule):
             num_local_experts, width, hidden_size, 'input', config, self.tp_group
         )
         if config.perform_initialization:
-            # The order in which SequentialMLP draws.
+            # In the order of SequentialMLP, for the same random numbers.
             for expert in range(num_local_experts):
                 self.linear_fc1.initialize(expert, config.init_method)
                 self.linear_fc2.initialize(expert, config.output_layer_init_method)
@@ -94,18 +92,18 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: torch.Tensor,
         permuted_probs: torch.Tensor,
     ) -> tuple[torch.Tensor, None]:
-        """Run every expert on its rows.
+        """Run every expert on its routed tokens.
 
         Args:
-            permuted_local_hidden_states: [t, h], rows in the order of the experts.
+            permuted_local_hidden_states: [t, h], sorted by expert.
             tokens_per_expert: [e], an integer type, on any device.
             permuted_probs: [t], the router's weights.
         Returns:
-            [t, h], each row weighted by its probability, of which the ranks of the expert tensor
-            parallel group hold partial sums; and no bias, which is in it.
+            [t, h], each token scaled by its probability, partial sums over the expert tensor
+            parallel group; and None, as the bias is included.
         """
         x, probs = permuted_local_hidden_states, permuted_probs
-        groups = RowGroups(tokens_per_expert, x.device)
+        segments = ExpertSegments(tokens_per_expert, x.device)
         if self.config.moe_apply_probs_on_input:
             assert (
                 self.config.moe_router_topk == 1
@@ -113,28 +111,28 @@ class GroupedExperts(MegatronModule):
             x = (probs[:, None] * x).to(x.dtype)
             probs = torch.ones_like(probs)
 
-        y = self.linear_fc1(x, groups)
+        y = self.linear_fc1(x, segments)
         bias = self.linear_fc1.bias
         output_bias = count_bias_once(self.linear_fc2.bias, self.tp_group)
         if not (self.activation_recompute and self.training):
-            y = self._activate(y, bias, probs, groups)
-            return self.linear_fc2(y, groups, output_bias, probs), None
-        again = partial(self._activate, y.detach(), bias, probs.detach(), groups)
-        y = self._activate(y, bias, probs, groups, keep_nothing=True)
-        with made_again_in_backward(y, again):
-            return self.linear_fc2(y, groups, output_bias, probs), None
+            y = self._activate(y, bias, probs, segments)
+            return self.linear_fc2(y, segments, output_bias, probs), None
+        recompute_fn = partial(self._activate, y.detach(), bias, probs.detach(), segments)
+        y = self._activate(y, bias, probs, segments, recompute=True)
+        with recompute_in_backward(y, recompute_fn):
+            return self.linear_fc2(y, segments, output_bias, probs), None
 
-    def _activate(self, y, bias, probs, groups, keep_nothing=False):
+    def _activate(self, y, bias, probs, segments, recompute=False):
         if self.swiglu is not None:
-            return weighted_bias_swiglu(y, bias, probs, groups, self.swiglu)
-        if keep_nothing:
+            return weighted_bias_swiglu(y, bias, probs, segments, self.swiglu)
+        if recompute:
             return checkpoint(
-                _activate_unfused, y, bias, probs, groups, self.config, use_reentrant=False
+                _activate_unfused, y, bias, probs, segments, self.config, use_reentrant=False
             )
-        return _activate_unfused(y, bias, probs, groups, self.config)
+        return _activate_unfused(y, bias, probs, segments, self.config)
 
     def backward_dw(self) -> None:
-        """Nothing is left to do: the weights' gradients come with the backward."""
+        """Do nothing: the backward computes wgrad."""
 
     def sharded_state_dict(
         self, prefix: str = '', sharded_offsets: tuple = (), metadata: dict | None = None
@@ -172,7 +170,7 @@ class GroupedLinear(torch.nn.Module):
             RowParallelLinear.
         config: of the model.
         tp_group: the expert tensor parallel group.
-        parts: matrices that lie side by side on the output (gate and up), each of them split.
+        parts: matrices that are concatenated on the output (gate and up), each of them split.
     """
 
     def __init__(self, num_experts, input_size, output_size, split, config, tp_group, parts=1):
@@ -211,7 +209,7 @@ class GroupedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def initialize(self, expert: int, init_method: Callable[[torch.Tensor], None]) -> None:
-        """Draw one expert's matrix as ColumnParallelLinear and RowParallelLinear draw theirs."""
+        """Initialise one expert's weight as ColumnParallelLinear and RowParallelLinear do."""
         matrix = self.weight[expert].t().contiguous()
         axis = 0 if self.split == 'output' else 1
         if self.config.use_cpu_initialization:
@@ -235,41 +233,41 @@ class GroupedLinear(torch.nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        groups: RowGroups,
+        segments: ExpertSegments,
         bias: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`grouped_linear` with this weight and the bias that is given, not this layer's."""
-        return grouped_linear(x, self.weight, groups, bias, scale)
+        """`grouped_linear` with this weight, and the given bias instead of this layer's."""
+        return grouped_linear(x, self.weight, segments, bias, scale)
 
     def checkpoint_split(self, parameter: torch.Tensor) -> tuple[int | None, int]:
-        """What `expert_factory` asks: the axis that is split, and the parts on it."""
+        """Arguments of `expert_factory`: the axis that is split, and the parts on it."""
         if self.split == 'output':
             return 0, self.parts
         return (1 if parameter is self.weight else None), 1
 
 
-def made_again_in_backward(
-    tensor: torch.Tensor, make: Callable[[], torch.Tensor]
+def recompute_in_backward(
+    tensor: torch.Tensor, recompute_fn: Callable[[], torch.Tensor]
 ) -> torch.autograd.graph.saved_tensors_hooks:
-    """A context whose operations keep `make` for their backward where they would keep `tensor`.
+    """A context whose operations recompute `tensor` in their backward instead of saving it.
 
-    tensor_parallel.CheckpointWithoutOutput does the like, and needs a C++ compiler at run time.
+    tensor_parallel.CheckpointWithoutOutput is similar, but needs a C++ compiler at run time.
 
     Args:
-        tensor: what is not to be kept.
-        make: gives the same values; called without gradients.
+        tensor: the tensor that is not saved.
+        recompute_fn: returns the same values; called without gradients.
     """
-    place, shape = tensor.data_ptr(), tensor.shape  # and not the tensor, which would stay then
+    address, shape = tensor.data_ptr(), tensor.shape  # a reference would keep the tensor alive
 
     def pack(saved):
-        return make if saved.data_ptr() == place and saved.shape == shape else saved
+        return recompute_fn if saved.data_ptr() == address and saved.shape == shape else saved
 
     def unpack(packed):
-        if packed is not make:
+        if packed is not recompute_fn:
             return packed
         with torch.no_grad():
-            return make()
+            return recompute_fn()
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -280,7 +278,7 @@ def _drop_extra_states(module, state_dict, prefix, *unused) -> None:
 
 
 def _swiglu_of(config: TransformerConfig) -> ClampedSwiGLU | None:
-    """The constants of the fused activation; None where the config asks for another one."""
+    """The constants of the fused activation; None if the config has another activation."""
     if not config.gated_linear_unit:
         return None
     if config.activation_func in (activations.quick_gelu, fused_bias_geglu.quick_gelu):
@@ -292,11 +290,11 @@ def _swiglu_of(config: TransformerConfig) -> ClampedSwiGLU | None:
     return ClampedSwiGLU(alpha, config.activation_func_clamp_value, config.glu_linear_offset)
 
 
-def _activate_unfused(y, bias, probs, groups, config):
-    """Any activation of the config, operation by operation, as MLP computes it unfused."""
+def _activate_unfused(y, bias, probs, segments, config):
+    """Any activation of the config, unfused, as in MLP."""
     dtype = y.dtype
     if bias is not None:
-        y = y + bias.index_select(0, groups.owners(y.shape[0]))
+        y = y + bias.index_select(0, segments.owners(y.shape[0]))
     if config.gated_linear_unit:
         gate, up = y.chunk(2, dim=-1)
         if (limit := config.activation_func_clamp_value) is not None:
@@ -329,6 +327,6 @@ def _check_supported(config: TransformerConfig) -> None:
     for name, value in refused.items():
         if value:
             raise ValueError(
-                f"GroupedExperts cannot do {name} = {value}. Use TransformerEngine's experts "
+                f"GroupedExperts does not support {name} = {value}. Use TransformerEngine's experts "
                 "(--transformer-impl transformer_engine), or switch it off."
             )

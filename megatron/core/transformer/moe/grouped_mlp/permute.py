@@ -1,22 +1,15 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Tokens to the experts' rows and back: two maps, each the other's gradient.
+"""Permute tokens to the experts and back; each is the gradient of the other.
 
-A row is a copy of a token; a token has one row for each of its experts, in any number. Taking rows
-is a gather. Adding a token's rows up was a scatter with atomic additions in the rows' dtype, which
-in bf16 rounds after each of them; here the rows of a token are looked up and added in fp32, in
-their order, and rounded once.
+A token has one row, a copy, for each of its experts. Permute is a gather. Unpermute sums the rows of
+each token in fp32, in their order, and rounds once; a scatter with atomic additions in bf16 rounds
+after each of them.
 """
-
-import functools
 
 import torch
 
-from megatron.core.triton_kernels import triton_module
-
-_triton_module = functools.partial(
-    triton_module, "megatron.core.transformer.moe.grouped_mlp.permute_triton"
-)
+from megatron.core.transformer.moe.grouped_mlp.dispatch import UNPERMUTE
 
 
 def take_rows(tokens: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
@@ -70,7 +63,7 @@ class _AddRows(torch.autograd.Function):
 
 
 def _sum_by_token(rows, token_of_row, num_tokens):
-    if rows.is_cuda and rows.dtype != torch.float64 and (kernels := _triton_module()) is not None:
+    if (kernels := UNPERMUTE.select(rows).module) is not None:
         return kernels.sum_by_token(rows.contiguous(), *rows_of_tokens(token_of_row, num_tokens))
     wide = torch.promote_types(rows.dtype, torch.float32)
     sums = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide)
