@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The layout, the pieces of attention and their kernels, without any other rank."""
+"""The layout, chunk pairs and their kernels, without other ranks."""
 
 import dataclasses
 
@@ -196,9 +196,9 @@ def fresh_choice():
 @pytest.mark.parametrize("example", EXAMPLES)
 @pytest.mark.parametrize("name", [n for n in BACKENDS if n != "flex"])
 def test_kernels_on_chunk_pairs(name, example, monkeypatch, fresh_choice):
-    """Rank 1's queries over its pieces, each backend's kernels behind our side of the call.
+    """Rank 1's queries over its chunk pairs, with stubs of each backend's kernels.
 
-    The stand-ins leave nan where a document has keys and no query, as a kernel may.
+    The stubs leave nan where a document has keys and no query, as a kernel may.
     """
     example = EXAMPLES[example]
     if name == "cudnn" and example.cu:
