@@ -47,7 +47,7 @@ from benchmarks.work import model_flops
 from megatron.core import device_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.gpt_oss.planner.layout import Layout, Recompute
-from megatron.gpt_oss.planner.memory import fullest_rank
+from megatron.gpt_oss.planner.memory import PHASE_NAMES, peak_rank_memory
 from megatron.gpt_oss.presets import get_preset
 from megatron.gpt_oss.training.metrics.router_load import ep_load_imbalance
 
@@ -180,7 +180,7 @@ def layout_of(preset, length: int, ranks: int, loss_chunk: int, gradients: str) 
         cp=ranks,
         ep=ranks,
         seq_length=length,
-        recompute=Recompute.of_policy("lean"),
+        recompute=Recompute.from_policy("lean"),
         loss_chunk=loss_chunk,
         grad_bytes=4 if gradients == "fp32" else 2,
     )
@@ -188,12 +188,12 @@ def layout_of(preset, length: int, ranks: int, loss_chunk: int, gradients: str) 
 
 def expected_bytes(layout: Layout) -> dict:
     """What should lie in a rank's memory at the peak, in bytes, as `gptoss plan` counts it."""
-    memory = fullest_rank(layout)
+    memory = peak_rank_memory(layout)
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
-        memory.moment: memory.moments[memory.moment],
+        PHASE_NAMES[memory.peak_phase]: getattr(memory.phases, memory.peak_phase).total,
     }
 
 

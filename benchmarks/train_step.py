@@ -54,7 +54,7 @@ from benchmarks.trainer import Trainer, make_batch, start_alone, timed
 from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
 from megatron.core import device_utils
 from megatron.gpt_oss.planner.layout import Layout, Recompute
-from megatron.gpt_oss.planner.memory import fullest_rank
+from megatron.gpt_oss.planner.memory import peak_rank_memory
 from megatron.gpt_oss.presets import get_preset
 
 K = 1024
@@ -278,7 +278,7 @@ def planned(case: Case, preset) -> float:
             case.recompute.get("recompute_method"),
         ),
     )
-    return fullest_rank(layout).total / GIB
+    return peak_rank_memory(layout).total / GIB
 
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:

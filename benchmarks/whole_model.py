@@ -52,7 +52,7 @@ import torch
 from benchmarks import report
 from megatron.gpt_oss.arguments.recompute import POLICIES
 from megatron.gpt_oss.planner.layout import Layout
-from megatron.gpt_oss.planner.memory import BESIDE_TENSORS, GB, fullest_rank
+from megatron.gpt_oss.planner.memory import GB, RESERVE, peak_rank_memory
 from megatron.gpt_oss.planner.time import step_time
 from megatron.gpt_oss.presets import get_preset
 
@@ -240,7 +240,7 @@ def fitted(case: Case, args: argparse.Namespace) -> tuple[list[str], Layout]:
     for option in dict.fromkeys(options):  # the first may be there twice
         flags = flags_of(option, args)
         layout = layout_from_flags(flags, gpus_of(option, args))
-        needed = fullest_rank(layout).total + BESIDE_TENSORS
+        needed = peak_rank_memory(layout).total + RESERVE
         if args.gpu_memory is None or needed <= args.gpu_memory * GB:
             break
     return flags, layout
@@ -291,14 +291,14 @@ def layout_from_flags(flags: list[str], gpus: int) -> Layout:
 def _layout_from_flags(flags: list[str], gpus: int) -> Layout:
     warnings.simplefilter("ignore")
     from megatron.gpt_oss.arguments.parse import read
-    from megatron.gpt_oss.planner.dry_run import layout_of, validated
+    from megatron.gpt_oss.planner.dry_run import validated
 
-    return layout_of(validated(read(flags), gpus))
+    return Layout.from_args(validated(read(flags), gpus))
 
 
 def planned_gib(layout: Layout, load: float = 1.0) -> float:
     """What --dry-run says of the fullest GPU."""
-    return fullest_rank(replace(layout, expert_load=load)).total / GIB
+    return peak_rank_memory(replace(layout, expert_load=load)).total / GIB
 
 
 def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) -> Row:

@@ -20,9 +20,10 @@ sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
 from report import markdown, write_section  # noqa: E402
 
 from megatron.gpt_oss.arguments.parse import read  # noqa: E402
-from megatron.gpt_oss.planner.dry_run import layout_of, validated  # noqa: E402
+from megatron.gpt_oss.planner.dry_run import validated  # noqa: E402
+from megatron.gpt_oss.planner.layout import Layout  # noqa: E402
 from megatron.gpt_oss.planner.memory import GB  # noqa: E402
-from megatron.gpt_oss.planner.search import Plan, Wanted, plan_of, shown  # noqa: E402
+from megatron.gpt_oss.planner.search import Plan, PlanRequest, plan_layout, describe  # noqa: E402
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"
@@ -58,8 +59,8 @@ def arguments(file: Path, *more: str, gpus: int | None = None) -> Namespace:
 
 def plan(args: Namespace, expert_load: float = 1.0) -> Plan:
     """Its memory and time on H100s with eight in a machine."""
-    layout = replace(layout_of(args), expert_load=expert_load)
-    return plan_of(layout, Wanted(layout, GPU_MEMORY))
+    layout = replace(Layout.from_args(args), expert_load=expert_load)
+    return plan_layout(layout, PlanRequest(layout, GPU_MEMORY))
 
 
 def table() -> str:
@@ -72,7 +73,7 @@ def table() -> str:
         rows.append(
             [
                 f"[{file.stem}](recipes/{file.name})",
-                shown(layout).replace(", ", " | "),
+                describe(layout).replace(", ", " | "),
                 f"{layout.global_batch_size} x {layout.seq_length:,}",
                 f"{even.memory.total / GB:.1f}",
                 f"{busy.memory.total / GB:.1f}",

@@ -8,7 +8,9 @@ What the members share (YaRN, window pattern, clamp, epsilon) is written once, a
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.gpt_oss.errors import PresetError
 
@@ -48,6 +50,12 @@ class Preset:
     yarn_attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim
     yarn_mscale: float = 1.0  # these two count where neither is 0
     yarn_mscale_all_dim: float = 0.0
+
+    def is_windowed(self, layer: int) -> bool:
+        """Whether a layer, numbered from 0, has the sliding window."""
+        if self.layer_types is None:
+            return layer % 2 == 0
+        return self.layer_types[layer] == "sliding_attention"
 
 
 PRESETS = {
@@ -165,7 +173,7 @@ def architecture_flags(preset: Preset) -> dict:
         "window_attn_skip_freq": (
             2
             if preset.layer_types is None
-            else [int(kind == "sliding_attention") for kind in preset.layer_types]
+            else [int(preset.is_windowed(layer)) for layer in range(len(preset.layer_types))]
         ),
         "position_embedding_type": "yarn",
         "rotary_base": preset.rope_theta,
@@ -226,6 +234,18 @@ def default_flags(preset: Preset) -> dict:
 def preset_flags(preset: Preset) -> dict:
     """All Megatron argument defaults (by dest) of a preset, for the local implementation."""
     return {**default_flags(preset), **architecture_flags(preset)}
+
+
+def windowed_layers(flags: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
+    """Which layers have a window, by Megatron's arguments window_size and window_attn_skip_freq."""
+    window, frequency = flags.get("window_size", (0, 0)), flags.get("window_attn_skip_freq")
+    if not window:
+        return (False,) * num_layers
+    if frequency is None:
+        return (True,) * num_layers
+    if isinstance(frequency, int):
+        return tuple(number % frequency != 0 for number in range(1, num_layers + 1))
+    return tuple(map(bool, frequency))
 
 
 def _has_module(name: str) -> bool:

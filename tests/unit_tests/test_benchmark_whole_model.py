@@ -88,7 +88,7 @@ def test_smaller_where_cards_are(monkeypatch):
             seq_length=value('seq-length'),
             micro_batch_size=value('micro-batch-size'),
             global_batch_size=value('global-batch-size'),
-            recompute=Recompute.of_policy(memory),
+            recompute=Recompute.from_policy(memory),
             loss_chunk=loss_chunk_of(memory),
         )
 

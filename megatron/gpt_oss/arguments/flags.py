@@ -9,7 +9,7 @@ import argparse
 from argparse import ArgumentParser
 
 from megatron.gpt_oss.arguments.recompute import POLICIES
-from megatron.gpt_oss.planner.machines import TORCHRUN, as_machines
+from megatron.gpt_oss.planner.machines import TORCHRUN, parse_machines
 from megatron.gpt_oss.presets import PRESETS
 
 RECIPE = "--recipe"
@@ -135,7 +135,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         DRY_RUN,
-        type=as_machines,
+        type=parse_machines,
         nargs="?",
         const=TORCHRUN,
         default=None,

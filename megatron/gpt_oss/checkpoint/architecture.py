@@ -11,7 +11,7 @@ from typing import Any, Iterable, Mapping
 import torch
 
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset, architecture_flags, get_preset
+from megatron.gpt_oss.presets import Preset, architecture_flags, get_preset, windowed_layers
 
 # Arguments that no preset sets, with the only value under which the model is gpt-oss.
 NEUTRAL = {
@@ -69,18 +69,6 @@ def comparable(flags: Mapping[str, Any], num_layers: int) -> dict:
         if name in found:  # some are enums
             found[name] = getattr(found[name], "name", found[name])
     return found
-
-
-def windowed_layers(flags: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    """Which layers have a window, by --window-size and --window-attn-skip-freq."""
-    window, frequency = flags.get("window_size", (0, 0)), flags.get("window_attn_skip_freq")
-    if not window:
-        return (False,) * num_layers
-    if frequency is None:
-        return (True,) * num_layers
-    if isinstance(frequency, int):
-        return tuple(number % frequency != 0 for number in range(1, num_layers + 1))
-    return tuple(map(bool, frequency))
 
 
 def first_difference(

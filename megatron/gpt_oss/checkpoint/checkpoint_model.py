@@ -13,7 +13,7 @@ from typing import Any, Mapping
 
 import torch
 
-from megatron.gpt_oss.checkpoint.architecture import comparable, first_difference, windowed_layers
+from megatron.gpt_oss.checkpoint.architecture import comparable, first_difference
 from megatron.gpt_oss.checkpoint.hf.config import check_hf_config, hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf.fields import (
     MOST_EXPERTS,
@@ -24,7 +24,7 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, checkpoint_fil
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
-from megatron.gpt_oss.presets import MOST_LAYERS, Preset
+from megatron.gpt_oss.presets import MOST_LAYERS, Preset, windowed_layers
 
 VOCABULARY = tuple(key for key in GLOBAL_NAMES if not key.startswith("decoder."))
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")

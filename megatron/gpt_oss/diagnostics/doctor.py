@@ -24,6 +24,7 @@ from megatron.gpt_oss.diagnostics.attention_timing import Workload, errors, time
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.outputs import MADE_BY, check_file, write_file
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.text_table import aligned
 
 DOCTOR = "gptoss doctor"
 
@@ -62,7 +63,7 @@ def run_doctor(
         check_file(json_path, DOCTOR, "--json")
     cuda = torch.cuda.is_available()
     report = {MADE_BY: DOCTOR, "versions": versions(), "cases": []}
-    print(aligned([[name, value] for name, value in report["versions"].items()]))
+    print(aligned(list(report["versions"].items()), header=False, left=(0, 1)))
     for workload in _workloads(get_preset(preset_name), seqlen):
         case = examine(workload, cuda, measure and cuda, compile_flex)
         report["cases"].append(case)
@@ -112,7 +113,7 @@ def examine(workload: Workload, cuda: bool, measure: bool, compile_flex: bool) -
     if measure:
         _measure(workload, rows, compile_flex)
     for row in rows.values():
-        row["able"] = row["supported"]  # former name, kept for one version
+        row["supported"] = row["supported"]  # former name, kept for one version
     return {"case": workload.kind, "seqlen": workload.seqlen, "auto": chosen, "backends": rows}
 
 
@@ -208,13 +209,4 @@ def _table(case: dict) -> str:
             figures = [f"{row['ms']:.2f}", f"{row['tflops']:.0f}"]
         text = row["reason"] or registry.BACKENDS[name].kernel + mark
         lines.append([name, "yes" if row["supported"] else "no", *figures, text])
-    return aligned(lines)
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Columns as wide as their widest cell; the last is left ragged."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]) - 1)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[-1]])
-        for line in lines
-    )
+    return aligned(lines, left=range(len(lines[0])))

@@ -1,21 +1,17 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The tensors of a micro-batch on one rank: what a layer and the head keep, what they use.
+"""Activation memory of one micro-batch on one rank, in bytes of bf16 training.
 
-Bytes of bf16 training on the local path with experts in grouped products, as autograd keeps them:
-a storage counts once, a parameter not at all. The names say which tensor it is. What a test
-measures with saved_tensors_hooks on the CPU differs (`device`) in the norms, which PyTorch fuses on
-CUDA, and in the rotation, which is a kernel of ours there.
+Counts what autograd saves on the local path with grouped GEMMs: each storage once, no parameters.
+The tests measure the same with saved_tensors_hooks on the CPU. With device='cpu' the sizes are those
+of the CPU, where PyTorch decomposes RMSNorm and the rotation is not our fused kernel.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron.gpt_oss.planner.layout import Layout
-
-# Bytes that the attention kernels take in their backward, dq, dk and dv included, for each element
-# of the query: 33 KB for 4096 (cuDNN and FlashAttention 2; FlashAttention 4: 21 KB), from beyond_mib
-# of benchmarks/results/attention_h100.json.
-ATTENTION_BACKWARD = 8
+from megatron.gpt_oss.planner.rates import Rates
 
 
 @dataclass(frozen=True)
@@ -23,122 +19,230 @@ class MicroBatch:
     """Sizes of one micro-batch on one rank.
 
     Attributes:
-        length: tokens of a sequence on this rank, tokens: of all its sequences.
+        length: tokens of a sequence on this rank.
+        tokens: tokens of all sequences of the micro-batch on this rank.
         residual: tokens between the modules, fewer with sequence parallelism.
-        routed: tokens that this rank routes.
-        sent: rows that it sends to experts, rows: that its experts get.
-        q, kv: columns of query, and of key or value; heads: of the query.
-        width: columns of an expert's activation.
+        router_tokens: tokens that this rank routes.
+        sent: routed tokens that this rank dispatches.
+        received: routed tokens of the local experts.
+        q, kv: columns of query, and of key or value.
+        heads: query heads.
+        ffn: columns of an expert's activation.
     """
 
     length: int
     tokens: int
     residual: int
-    routed: int
+    router_tokens: int
     sent: int
-    rows: int
+    received: int
     q: int
     kv: int
     heads: int
-    width: int
+    ffn: int
 
     @classmethod
-    def of(cls, layout: Layout) -> "MicroBatch":
+    def from_layout(cls, layout: Layout) -> "MicroBatch":
         preset, tp = layout.preset, layout.tp
         length = layout.seq_length // layout.cp
         tokens = length * layout.micro_batch_size
-        routed = tokens // tp
-        sent = routed * preset.num_experts_per_tok
+        router_tokens = tokens // tp
+        sent = router_tokens * preset.num_experts_per_tok
         return cls(
             length=length,
             tokens=tokens,
-            residual=routed if layout.sequence_parallel else tokens,
-            routed=routed,
+            residual=router_tokens if layout.sequence_parallel else tokens,
+            router_tokens=router_tokens,
             sent=sent,
-            rows=round(sent * layout.etp * (layout.expert_load if layout.ep > 1 else 1)),
+            received=round(sent * layout.etp * (layout.expert_load if layout.ep > 1 else 1)),
             q=preset.num_attention_heads * preset.head_dim // tp,
             kv=preset.num_query_groups * preset.head_dim // tp,
             heads=preset.num_attention_heads // tp,
-            width=preset.moe_ffn_hidden_size // layout.etp,
+            ffn=preset.moe_ffn_hidden_size // layout.etp,
         )
 
 
-class LayerTensors:
-    """What one layer keeps between forward and backward, and the moments of both.
+class _Bytes:
+    """Base of the dataclasses whose fields are sizes in bytes, or nested ones."""
+
+    def total(self) -> int:
+        """The sum of all fields."""
+        parts = vars(self).values()
+        return sum(part.total() if isinstance(part, _Bytes) else part for part in parts)
+
+
+@dataclass(frozen=True)
+class NormActivations(_Bytes):
+    """Saved by one RMSNorm; `normalized` is the second fp32 copy of the decomposed norm (CPU)."""
+
+    input: int
+    normalized: int
+    rstd: int
+    output: int
+
+
+@dataclass(frozen=True)
+class AttentionActivations(_Bytes):
+    """Saved by both norms of a layer and by the attention between them.
+
+    Attributes:
+        key_value: with context parallelism, after communication.
+        rearranged_out: copy of core_attn_out: both chunks joined, or the order of tokens restored
+            after an all-to-all.
+        rotary_cos_sin: CPU only.
+    """
+
+    input_layernorm: NormActivations
+    query: int
+    core_attn_out: int
+    lse: int
+    key_value: int
+    rearranged_out: int
+    rotary_cos_sin: int
+    pre_mlp_layernorm: NormActivations
+
+
+@dataclass(frozen=True)
+class ExpertActivations(_Bytes):
+    """Saved by router, dispatcher and experts.
+
+    Attributes:
+        topk: indices (int64) and probabilities (fp32) of the router.
+        sorted_indices: all sorted (expert, token) pairs; permuted_indices is a slice of them.
+        router_input: this rank's tokens, where tensor parallelism splits them only here.
+    """
+
+    topk: int
+    sorted_indices: int
+    permuted_indices: int
+    dispatched_input: int
+    fc1_output: int
+    fc2_input: int
+    permuted_probs: int
+    router_input: int
+
+
+@dataclass(frozen=True)
+class ForwardPhases(_Bytes):
+    """Live bytes of a layer while the experts compute and their output returns to the tokens."""
+
+    experts: int
+    combine: int
+    unpermute: int
+
+
+@dataclass(frozen=True)
+class BackwardPhases(_Bytes):
+    """Live bytes of a layer during the backward of each operation, in this order."""
+
+    combine: int
+    linear_fc2: int
+    activation: int
+    linear_fc1: int
+    attention: int
+
+
+@dataclass(frozen=True)
+class HeadPhases(_Bytes):
+    """Live bytes of output layer and loss; loss_grad is None if the loss is chunked."""
+
+    loss: int
+    loss_grad: int | None
+    output_layer_grad: int
+
+
+class LayerActivations:
+    """Tensors that one layer saves, and its live bytes during forward and backward.
 
     Args:
-        layout: of the run.
-        windowed: whether the layer sees a window of keys.
+        windowed: whether the layer has a sliding window.
         device: 'cuda' or 'cpu'.
     """
 
     def __init__(self, layout: Layout, windowed: bool, device: str = "cuda"):
         self.layout, self.windowed, self.device = layout, windowed, device
-        sizes, parts = MicroBatch.of(layout), layout.mlp_chunks
-        # Of one part of the sequence, where experts take it in parts.
-        routed = {name: getattr(sizes, name) // parts for name in ("routed", "sent", "rows")}
-        self.sizes = replace(sizes, **routed)
+        sizes, chunks = MicroBatch.from_layout(layout), layout.mlp_chunks
+        # The experts run on one chunk of the routed tokens at a time.
+        self.sizes = replace(
+            sizes,
+            router_tokens=sizes.router_tokens // chunks,
+            sent=sizes.sent // chunks,
+            received=sizes.received // chunks,
+        )
         self.hidden = layout.preset.hidden_size
         self.attention = self._attention()
         self.experts = self._experts()
 
-    def everything(self) -> int:
-        """Bytes of all that a layer has where nothing is made again, or while it is."""
-        parts = 1 if self.layout.recompute.makes_again("moe") else self.layout.mlp_chunks
-        return sum(self.attention.values()) + parts * sum(self.experts.values())
+    @cached_property
+    def all_saved(self) -> int:
+        """Bytes of all saved tensors: without recomputation, or during it."""
+        chunks = 1 if self.layout.recompute.recomputes("moe") else self.layout.mlp_chunks
+        return self.attention.total() + chunks * self.experts.total()
 
-    def kept(self) -> int:
-        """Bytes that stay, for the selective policies; full recomputation is the stage's."""
-        recompute, parts = self.layout.recompute, self.layout.mlp_chunks
-        kept = self.attention | {name: parts * size for name, size in self.experts.items()}
-        if recompute.makes_again("moe"):
-            kept = dict(self.attention)
-        if recompute.makes_again("moe_act"):
-            kept.pop("experts' activation", None)
-        if recompute.makes_again("core_attn"):
-            kept.pop("lse")
-        if recompute.makes_again("layernorm"):
-            kept = {name: size for name, size in kept.items() if "norm's output" not in name}
-        return sum(kept.values())
+    @cached_property
+    def saved(self) -> int:
+        """Bytes saved until the backward with selective recomputation."""
+        recompute = self.layout.recompute
+        attention, experts = self.attention, self.experts
+        if recompute.recomputes("core_attn"):
+            attention = replace(attention, lse=0)
+        if recompute.recomputes("layernorm"):
+            attention = replace(
+                attention,
+                input_layernorm=replace(attention.input_layernorm, output=0),
+                pre_mlp_layernorm=replace(attention.pre_mlp_layernorm, output=0),
+            )
+        if recompute.recomputes("moe"):
+            return attention.total()
+        if recompute.recomputes("moe_act"):
+            experts = replace(experts, fc2_input=0)
+        return attention.total() + self.layout.mlp_chunks * experts.total()
 
-    def _norm(self, name: str) -> dict[str, int]:
+    def norm(self) -> NormActivations:
+        """Saved by one RMSNorm of the model."""
         tokens, h = self.sizes.residual, self.hidden
-        if self.device == "cpu":  # decomposed: the input in fp32, and normalised, in fp32
-            kept = {f"{name} norm's input": 4 * tokens * h, f"{name} normalised": 4 * tokens * h}
-        else:
-            kept = {f"{name} norm's input": 2 * tokens * h}
-        return {**kept, f"{name} norm's rstd": 4 * tokens, f"{name} norm's output": 2 * tokens * h}
+        on_cpu = self.device == "cpu"
+        return NormActivations(
+            input=(4 if on_cpu else 2) * tokens * h,
+            normalized=4 * tokens * h if on_cpu else 0,
+            rstd=4 * tokens,
+            output=2 * tokens * h,
+        )
 
-    def _attention(self) -> dict[str, int]:
-        """Of both norms and the attention between them."""
-        n, preset, layout = self.sizes, self.layout.preset, self.layout
-        out = 2 * n.tokens * n.q
-        kept = {
-            **self._norm("input"),
-            "query": out,
-            "out": out,
-            "lse": 4 * n.tokens * n.heads,
-        }
-        key = 2 * n.tokens * n.kv
-        exchange = "halo" if self.windowed and layout.cp > 1 else layout.exchange
-        if exchange == "halo":
-            reach = 2 * min(preset.sliding_window - 1, n.length // 2) * layout.micro_batch_size
-            kept["key, value with halo"] = 2 * 2 * (n.tokens + reach) * n.kv
-            if layout.micro_batch_size > 1:  # two chunks, joined
-                kept["out of both chunks"] = out
-        elif exchange.startswith("a2a"):
-            kept["key, value of this rank's heads"] = 2 * key * self._key_copies()
-            kept["out in the order of tokens"] = out
-        elif self.device == "cpu":
-            kept["key"] = key
-            kept["value, within query, key and value"] = out + 2 * key
-        else:
-            kept["key, value"] = 2 * key
-        if self.device == "cpu":  # for query and key, whatever the micro-batch
-            kept["cos and sin"] = 4 * n.length * preset.head_dim * 2
-        return {**kept, **self._norm("experts'")}
+    def _attention(self) -> AttentionActivations:
+        n = self.sizes
+        key_value, rearranged_out = self._key_value()
+        head_dim = self.layout.preset.head_dim
+        return AttentionActivations(
+            input_layernorm=self.norm(),
+            query=2 * n.tokens * n.q,
+            core_attn_out=2 * n.tokens * n.q,
+            lse=4 * n.tokens * n.heads,
+            key_value=key_value,
+            rearranged_out=rearranged_out,
+            # On the CPU for query and key, whatever the micro-batch.
+            rotary_cos_sin=4 * n.length * head_dim * 2 if self.device == "cpu" else 0,
+            pre_mlp_layernorm=self.norm(),
+        )
 
-    def _key_copies(self) -> int:
+    def _key_value(self) -> tuple[int, int]:
+        """Bytes of key and value, and of a rearranged copy of the attention output."""
+        n, layout = self.sizes, self.layout
+        key, out = 2 * n.tokens * n.kv, 2 * n.tokens * n.q
+        comm = "halo" if self.windowed and layout.cp > 1 else layout.kv_comm
+        if comm == "halo":
+            window = layout.preset.sliding_window
+            halo = 2 * min(window - 1, n.length // 2) * layout.micro_batch_size
+            # The outputs of the two chunks are joined where they are not contiguous.
+            joined = out if layout.micro_batch_size > 1 else 0
+            return 2 * 2 * (n.tokens + halo) * n.kv, joined
+        if comm.startswith("a2a"):
+            return 2 * key * self._kv_copies(), out
+        if self.device == "cpu":  # value is a view of the output of linear_qkv
+            return key + out + 2 * key, 0
+        return 2 * key, 0
+
+    def _kv_copies(self) -> int:
         """How often the all-to-all repeats key heads, so that each rank has those of its queries."""
         # Imports torch, which `gptoss --help` does not wait for.
         from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
@@ -146,124 +250,118 @@ class LayerTensors:
         head_dim = self.layout.preset.head_dim
         return kv_copies(self.sizes.heads, self.sizes.kv // head_dim, self.layout.cp)
 
-    def _experts(self) -> dict[str, int]:
-        """Router, dispatch, experts."""
-        n, preset = self.sizes, self.layout.preset
-        kept = {
-            "router's choice": (8 + 4) * n.sent,
-            # A slice of the sorted (expert, token) pairs, of which all stay.
-            "order of all pairs": 8 * n.routed * preset.num_experts,
-            "token of each row": 8 * n.sent,
-            "experts' rows": 2 * n.rows * self.hidden,
-            "gate and up": 2 * n.rows * 2 * n.width,
-            "experts' activation": 2 * n.rows * n.width,
-            "rows' weights": 4 * n.rows,
-        }
-        if self.layout.tp > 1 and not self.layout.sequence_parallel:
-            kept["this rank's tokens"] = 2 * n.routed * self.hidden
-        return kept
+    def _experts(self) -> ExpertActivations:
+        n, layout = self.sizes, self.layout
+        splits_tokens = layout.tp > 1 and not layout.sequence_parallel
+        return ExpertActivations(
+            topk=(8 + 4) * n.sent,
+            sorted_indices=8 * n.router_tokens * layout.preset.num_experts,
+            permuted_indices=8 * n.sent,
+            dispatched_input=2 * n.received * self.hidden,
+            fc1_output=2 * n.received * 2 * n.ffn,
+            fc2_input=2 * n.received * n.ffn,
+            permuted_probs=4 * n.received,
+            router_input=2 * n.router_tokens * self.hidden if splits_tokens else 0,
+        )
 
-    # The moments. Each is the sum of all that is alive of this layer.
-
-    def forward_moments(self) -> dict[str, int]:
-        """While the experts' answer comes back; Python's frames hold the rows on their way."""
+    def forward_phases(self) -> ForwardPhases:
+        """Live bytes in the forward; Python frames hold the dispatched tokens until it ends."""
         n, h, layout = self.sizes, self.hidden, self.layout
-        several = layout.ep * layout.etp > 1
-        sorts = several and layout.local_experts > 1
-        sent, rows = 2 * n.sent * h, 2 * n.rows * h
-        # Permuted tokens, and what the all-to-all brought, unless they are the experts' rows.
-        held = 0
-        if several:
-            held += sent
+        distributed = layout.ep * layout.etp > 1
+        sorts = distributed and layout.local_experts > 1
+        sent, received = 2 * n.sent * h, 2 * n.received * h
+        # Permuted tokens, and the all-to-all's output unless it is the experts' input itself.
+        dispatch = 0
+        if distributed:
+            dispatch += sent
             if layout.ep > 1 and (sorts or layout.etp > 1):
-                held += rows // layout.etp
-        alive = self.everything()
-        without = alive
-        if layout.recompute.makes_again("moe_act"):
-            without -= self.experts["experts' activation"]
-        back = rows if sorts else 0
-        combined = sent if layout.ep > 1 else 0
-        return {
-            "experts": alive + held + rows,
-            "experts' answer": without + held + rows + back + (sent if layout.etp > 1 else 0),
-            "answer to the tokens": without
-            + held
-            + max(back + combined, rows if not several else sent)
-            + 2 * n.routed * h,
-        }
+                dispatch += received // layout.etp
+        saved = self.all_saved
+        after_experts = saved
+        if layout.recompute.recomputes("moe_act"):
+            after_experts -= self.experts.fc2_input
+        unsorted = received if sorts else 0
+        returned = sent if layout.ep > 1 else 0
+        return ForwardPhases(
+            experts=saved + dispatch + received,
+            combine=after_experts
+            + dispatch
+            + received
+            + unsorted
+            + (sent if layout.etp > 1 else 0),
+            unpermute=after_experts
+            + dispatch
+            + max(unsorted + returned, sent if distributed else received)
+            + 2 * n.router_tokens * h,
+        )
 
-    def backward_moments(self) -> dict[str, int]:
-        """The experts' backward, operation by operation, then attention's.
+    def backward_phases(self) -> BackwardPhases:
+        """Live bytes in the backward.
 
-        The gradient that comes in stays throughout: it is the residual's too.
+        The output gradient stays throughout: it is the residual's too.
         """
         n, h, layout = self.sizes, self.hidden, self.layout
-        residual = 2 * n.residual * h
-        rows, gate_up = 2 * n.rows * h, 2 * n.rows * 2 * n.width
-        activation = 2 * n.rows * n.width
-        fc1 = 2 * layout.local_experts * h * 2 * n.width
-        fc2 = fc1 // 2
-        # fp32 sums of 32 rows for the first bias, of 64 for the second.
-        first, second = (4 * (n.rows // tile + layout.local_experts) for tile in (32, 64))
-        alive = self.everything()
-        after_fc2 = alive - activation
-        after_swiglu = after_fc2 - gate_up
-        attention = sum(self.attention.values())
+        output_grad = 2 * n.residual * h
+        received, fc1_output = 2 * n.received * h, 2 * n.received * 2 * n.ffn
+        fc2_input = 2 * n.received * n.ffn
+        fc1_weight = 2 * layout.local_experts * h * 2 * n.ffn
+        fc2_weight = fc1_weight // 2
+        # fp32 partial sums of 32 tokens for the bias of fc1, of 64 for that of fc2.
+        fc1_sums, fc2_sums = (4 * (n.received // tile + layout.local_experts) for tile in (32, 64))
+        saved = self.all_saved
+        after_fc2 = saved - fc2_input
+        after_activation = after_fc2 - fc1_output
         qkv = 2 * n.tokens * (n.q + 2 * n.kv)
-        return {
-            "experts' answer": alive + residual + rows + max(rows, 2 * n.sent * h),
-            "experts' second product": alive + residual + rows + max(activation + fc2, second * h),
-            "experts' activation": after_fc2
-            + residual
-            + activation
-            + gate_up
-            + first * 2 * n.width,
-            "experts' first product": after_swiglu + residual + gate_up + rows + fc1,
-            "attention": attention + residual + n.tokens * n.q * (2 + ATTENTION_BACKWARD) + qkv,
-        }
+        attention_backward = Rates().attention_backward_bytes() * n.tokens * n.q
+        return BackwardPhases(
+            combine=saved + output_grad + received + max(received, 2 * n.sent * h),
+            linear_fc2=saved + output_grad + received + max(fc2_input + fc2_weight, fc2_sums * h),
+            activation=after_fc2 + output_grad + fc2_input + fc1_output + fc1_sums * 2 * n.ffn,
+            linear_fc1=after_activation + output_grad + fc1_output + received + fc1_weight,
+            attention=self.attention.total()
+            + output_grad
+            + 2 * n.tokens * n.q
+            + attention_backward
+            + qkv,
+        )
 
 
-class HeadTensors:
-    """The last norm, the logits and the loss of one micro-batch."""
+class HeadActivations:
+    """Final norm, output layer and loss of one micro-batch."""
 
     def __init__(self, layout: Layout, device: str = "cuda"):
         self.layout = layout
-        n, preset = MicroBatch.of(layout), layout.preset
-        self.tokens, h = n.tokens, preset.hidden_size
-        self.rows = preset.vocab_size // layout.tp  # of the vocabulary
-        self.weight = self.rows * h
-        norm = LayerTensors(layout, False, device)._norm("final")
-        self.norm = sum(norm.values())
-        self.hidden = 2 * n.residual * h
+        n, preset = MicroBatch.from_layout(layout), layout.preset
+        self.tokens = n.tokens
+        self.vocab = preset.vocab_size // layout.tp
+        self.weight = self.vocab * preset.hidden_size
+        self.norm = LayerActivations(layout, False, device).norm().total()
+        self.hidden = 2 * n.residual * preset.hidden_size
         self.chunk = min(layout.loss_chunk, n.tokens)
 
-    def kept(self) -> int:
-        """Between forward and backward."""
+    @cached_property
+    def saved(self) -> int:
+        """Bytes saved until the backward."""
         if not self.chunk:
-            return self.norm + self.tokens * (4 * self.rows + 1 + 8)
-        # The gradient of the norm's output in the place of the output, and the weight's in fp32
-        # where it is not in DDP's buffer already.
-        return self.norm + 4 * self._own_gradient() + 4 * self.tokens
+            return self.norm + self.tokens * (4 * self.vocab + 1 + 8)
+        # The gradient of the norm's output replaces that output.
+        return self.norm + self._weight_grad() + 4 * self.tokens
 
-    def _own_gradient(self) -> int:
-        """Elements of the weight's gradient that is kept beside DDP's buffer, which is not fp32."""
-        return 0 if self.layout.grad_bytes == 4 else self.weight
+    def _weight_grad(self) -> int:
+        """Bytes of an fp32 weight gradient in addition to DDP's buffer, if that is not fp32."""
+        return 0 if self.layout.grad_bytes == 4 else 4 * self.weight
 
-    def logits(self) -> dict[str, int]:
-        """All that is alive of the head, its norm left out, at the moments of the loss."""
+    def phases(self) -> HeadPhases:
+        """Live bytes without those of the final norm."""
         if not self.chunk:
-            # bf16, and fp32 that the softmax and its gradient overwrite; then the gradient in bf16
-            # and the weight's.
-            return {
-                "loss": 6 * self.tokens * self.rows,
-                "gradient of the loss": 6 * self.tokens * self.rows,
-                "gradient of the head": 2 * self.tokens * self.rows + 2 * self.weight + self.hidden,
-            }
-        # The logits of a chunk, which their gradient overwrites, and that of its hidden states. What
-        # autograd gets for the weight is a tensor of its size in any case.
-        own = 4 * self._own_gradient()
-        chunk = 2 * self.chunk * (self.rows + self.layout.preset.hidden_size)
-        return {
-            "loss": self.hidden + own + chunk,
-            "gradient of the head": self.hidden + own + 2 * self.weight,
-        }
+            # Logits in bf16 and in fp32; softmax and its gradient overwrite the fp32 logits.
+            logits = 6 * self.tokens * self.vocab
+            grads = 2 * self.tokens * self.vocab + 2 * self.weight + self.hidden
+            return HeadPhases(loss=logits, loss_grad=logits, output_layer_grad=grads)
+        # The gradient overwrites the logits of a chunk. Autograd gets a tensor of the weight's size
+        # in any case.
+        base = self.hidden + self._weight_grad()
+        chunk = 2 * self.chunk * (self.vocab + self.layout.preset.hidden_size)
+        return HeadPhases(
+            loss=base + chunk, loss_grad=None, output_layer_grad=base + 2 * self.weight
+        )

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss plan`: which layouts of a preset fit some GPUs, and what a step takes."""
+"""`gptoss plan`: the layouts of a preset that fit a number of GPUs, their memory and time."""
 
 import argparse
 import json
@@ -13,14 +13,14 @@ from megatron.gpt_oss.planner.machines import (
     PER_MACHINE,
     Machines,
     has_gpu,
-    memory_of_this_machine,
+    this_machine_memory,
 )
-from megatron.gpt_oss.planner.memory import GB, HOST_SHARE, beside_tensors, card_memory
-from megatron.gpt_oss.planner.search import Wanted, advice, all_plans
+from megatron.gpt_oss.planner.memory import CPU_MEMORY_SHARE, GB, card_memory, default_reserve
+from megatron.gpt_oss.planner.search import Plan, PlanRequest, advice, all_plans
 from megatron.gpt_oss.planner.table import command_line, plans_table, sources
 from megatron.gpt_oss.presets import PRESETS, get_preset
 
-# Tokens a GPU that a step has at least by default: the optimizer's time is then small.
+# Default minimum of tokens per GPU and step, which keeps the share of the optimizer small.
 TOKENS_PER_GPU = 65536
 BACKENDS = ("cudnn", "fa4", "aten_fa2")
 _SIZES = {
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GB",
         help="CPU memory of a machine, for an offloaded optimizer; by default that of this machine "
-        f"if it has a GPU. The planner uses {HOST_SHARE:.0%} of it",
+        f"if it has a GPU. The planner uses {CPU_MEMORY_SHARE:.0%} of it",
     )
     parser.add_argument("--seq-length", type=int, metavar="TOKENS", help="set by the preset")
     parser.add_argument("--micro-batch-size", type=int, default=1, metavar="N")
@@ -92,12 +92,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-def wanted_of(args: argparse.Namespace) -> Wanted:
-    """What a command line asks for.
+def request_from_args(args: argparse.Namespace) -> PlanRequest:
+    """Check the flags.
 
     Raises:
-        UsageError: a number is out of range, or the GPUs do not spread evenly over machines.
+        UsageError: a number is out of range, or the GPUs do not divide evenly over machines.
     """
+    _check_numbers(args)
+    Machines.of(args.gpus, args.gpus_per_machine)
+    cpu_memory = args.host_memory * GB if args.host_memory is not None else None
+    if cpu_memory is None and has_gpu():
+        cpu_memory = this_machine_memory()
+    reserve = _reserve(args)
+    return PlanRequest(
+        _base_layout(args),
+        card_memory(args.gpu_memory) - reserve,
+        **{name: getattr(args, name) for name in _SIZES},
+        policy=args.memory,
+        offload=args.offload,
+        backend=args.attention,
+        per_machine=args.gpus_per_machine,
+        cpu_memory=cpu_memory,
+        reserve=reserve,
+    )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
     names = ("gpus", "gpu_memory", "micro_batch_size", "expert_load", "gpus_per_machine")
     optional = ("seq_length", "global_batch_size", "host_memory", *_SIZES)
     for name in (*names, *optional):
@@ -105,24 +125,28 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         if value is not None and not 0 < value < float("inf"):
             wrong = "positive" if value <= 0 else "a finite number"
             raise UsageError(f"--{name.replace('_', '-')} {value} is not {wrong}.")
-    reserve = beside_tensors(args.gpus) if args.gpu_reserve is None else args.gpu_reserve * GB
-    memory = card_memory(args.gpu_memory)
-    if not 0 <= reserve < memory:
+
+
+def _reserve(args: argparse.Namespace) -> float:
+    """Bytes of a GPU for CUDA, NCCL and fragmentation of the allocator."""
+    reserve = default_reserve(args.gpus) if args.gpu_reserve is None else args.gpu_reserve * GB
+    if not 0 <= reserve < card_memory(args.gpu_memory):
         raise UsageError(
             f"--gpu-memory {args.gpu_memory:g} leaves no memory for tensors: {reserve / GB:g} GB "
             "are reserved for CUDA, NCCL and allocator fragmentation (--gpu-reserve)."
         )
-    Machines.of(args.gpus, args.gpus_per_machine)
-    host = args.host_memory * GB if args.host_memory is not None else None
-    if host is None and has_gpu():
-        host = memory_of_this_machine()
+    return reserve
+
+
+def _base_layout(args: argparse.Namespace) -> Layout:
+    """The run without parallel sizes and policy."""
     preset = get_preset(args.preset, args.preset_layers)
     length = args.seq_length or preset.seq_length
     batch = args.global_batch_size
     if batch is None:
         unit = args.gpus * args.micro_batch_size
         batch = unit * max(1, -(-TOKENS_PER_GPU // (length * args.micro_batch_size)))
-    base = Layout(
+    return Layout(
         preset,
         args.gpus,
         seq_length=length,
@@ -131,76 +155,69 @@ def wanted_of(args: argparse.Namespace) -> Wanted:
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
         expert_load=args.expert_load,
     )
-    return Wanted(
-        base,
-        memory - reserve,
-        **{name: getattr(args, name) for name in _SIZES},
-        policy=args.memory,
-        offload=args.offload,
-        backend=args.attention,
-        per_machine=args.gpus_per_machine,
-        host_memory=host,
-        reserve=reserve,
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan.
 
     Raises:
-        UsageError: no layout is possible, or none fits (after the table of the nearest).
+        UsageError: no layout is possible, or none fits (after the table of the closest ones).
     """
-    wanted = wanted_of(args)
-    plans = all_plans(wanted)
+    request = request_from_args(args)
+    plans = all_plans(request)
     if not plans:
-        raise UsageError(_impossible(wanted))
+        raise UsageError(_impossible(request))
     if args.memory_only:
         plans.sort(key=lambda plan: (not plan.fits, plan.memory.total))
-    fitting = [plan for plan in plans if plan.fits]
     if args.json:
-        print(json.dumps(_as_json(args, wanted, plans), indent=1))
+        print(json.dumps(_as_json(args, request, plans), indent=1))
     else:
-        base = wanted.base
-        print(
-            f"gpt-oss {args.preset}, {base.preset.num_layers} layers, on {base.gpus} x "
-            f"{args.gpu_memory:g} GB, {base.global_batch_size} x {base.seq_length} tokens per "
-            f"step: {_count(fitting, len(plans))}.\n"
-        )
-        print(plans_table(plans[: args.rows or None], times=not args.memory_only))
-        print(
-            "\nGB: peak memory of the peak-memory rank. Activations, logits and the optimizer step are\n"
-            "the maximum of each; these maxima occur in different phases.\n"
-            f"{wanted.gpu_memory / GB:.1f} GB are for tensors, {wanted.reserve / GB:g} for CUDA, NCCL and "
-            "allocator fragmentation."
-        )
-    if not fitting:
-        raise UsageError(advice(wanted, plans))
+        print(_table_text(args, request, plans))
+    if not any(plan.fits for plan in plans):
+        raise UsageError(advice(request, plans))
     if not args.json:
         if not args.memory_only:
             print(f"\n{sources()}; attention: {args.attention}.")
-        print("\n".join(["", *_notes(plans[0], wanted.machines)]))
-        print(f"\n{command_line(plans[0].layout, wanted.machines)}")
+        print("\n".join(["", *_notes(plans[0], request.machines)]))
+        print(f"\n{command_line(plans[0].layout, request.machines)}")
 
 
-def _count(fitting, total: int) -> str:
-    """How many layouts fit, and how many of them only if the host does."""
-    unchecked = sum(not plan.host_checked for plan in fitting)
+def _table_text(args: argparse.Namespace, request: PlanRequest, plans: list[Plan]) -> str:
+    base = request.base
+    fitting = [plan for plan in plans if plan.fits]
+    return (
+        f"gpt-oss {args.preset}, {base.preset.num_layers} layers, on {base.gpus} x "
+        f"{args.gpu_memory:g} GB, {base.global_batch_size} x {base.seq_length} tokens per "
+        f"step: {_count(fitting, len(plans))}.\n\n"
+        f"{plans_table(plans[: args.rows or None], times=not args.memory_only)}\n"
+        "\nGB: peak memory of the peak-memory rank. Activations, logits and the optimizer step are\n"
+        "the maximum of each; these maxima occur in different phases.\n"
+        f"{request.gpu_memory / GB:.1f} GB are for tensors, {request.reserve / GB:g} for CUDA, NCCL "
+        "and allocator fragmentation."
+    )
+
+
+def _count(fitting: list[Plan], total: int) -> str:
+    """How many layouts fit, and how many more if the unknown CPU memory is sufficient."""
+    unchecked = sum(not plan.cpu_memory_checked for plan in fitting)
     text = f"{len(fitting) - unchecked} of {total} layouts fit"
     if unchecked:
         text += f", {unchecked} more if a machine has enough CPU memory for the optimizer (CPU GB)"
     return text
 
 
-def _notes(best, machines: Machines) -> list[str]:
-    """What stands above the command, a sentence a line."""
+def _notes(best: Plan, machines: Machines) -> list[str]:
+    """Sentences above the command."""
     notes = []
-    if not best.host_checked:
+    if not best.cpu_memory_checked:
         notes.append(
-            f"The optimizer takes {best.host / GB:.0f} GB of CPU memory on each machine, which was "
+            f"The optimizer takes {best.cpu_memory / GB:.0f} GB of CPU memory on each machine, which was "
             "not checked: give --host-memory GB."
         )
-    elif best.host:
-        notes.append(f"The optimizer takes {best.host / GB:.0f} GB of CPU memory on each machine.")
+    elif best.cpu_memory:
+        notes.append(
+            f"The optimizer takes {best.cpu_memory / GB:.0f} GB of CPU memory on each machine."
+        )
     if machines.count > 1:
         notes.append(f"{machines}: run the same command on each machine.")
     notes.append(
@@ -213,7 +230,7 @@ def _notes(best, machines: Machines) -> list[str]:
     return notes
 
 
-def _as_json(args: argparse.Namespace, wanted: Wanted, plans) -> dict:
+def _as_json(args: argparse.Namespace, request: PlanRequest, plans: list[Plan]) -> dict:
     rows = [plan.as_dict() for plan in plans]
     if args.memory_only:
         for row in rows:
@@ -221,21 +238,21 @@ def _as_json(args: argparse.Namespace, wanted: Wanted, plans) -> dict:
     best = rows[0] if plans[0].fits else None
     return {
         "preset": args.preset,
-        "gpu_memory": wanted.gpu_memory,
-        "machines": vars(wanted.machines),
+        "gpu_memory": request.gpu_memory,
+        "machines": vars(request.machines),
         "best": best,
-        "command": command_line(plans[0].layout, wanted.machines) if best else None,
+        "command": command_line(plans[0].layout, request.machines) if best else None,
         "layouts": rows,
     }
 
 
-def _impossible(wanted: Wanted) -> str:
-    """Why not a single layout can be made of what is given."""
-    given = {name: getattr(wanted, name) or 1 for name in _SIZES}
-    problem = replace(wanted.base, **given).problem()
+def _impossible(request: PlanRequest) -> str:
+    """The error if no layout is possible with the given sizes."""
+    given = {name: getattr(request, name) or 1 for name in _SIZES}
+    unsupported = replace(request.base, **given).unsupported_reason()
     shown = " ".join(f"--{name} {size}" for name, size in given.items() if size > 1)
-    reason = problem or (
-        f"no layout of {wanted.base.gpus} GPUs is compatible with a global batch of "
-        f"{wanted.base.global_batch_size}."
+    reason = unsupported or (
+        f"no layout of {request.base.gpus} GPUs is compatible with a global batch of "
+        f"{request.base.global_batch_size}."
     )
     return f"No layout is possible{' with ' + shown if shown else ''}: {reason}"

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""pretrain_gpt_oss.py --dry-run: memory and time of exactly the flags given, and no training.
+"""pretrain_gpt_oss.py --dry-run: memory and time of a command line.
 
-The flags go through Megatron's own validation; no process group is made, no model, no folder.
+The flags pass Megatron's validation. No process group, model or directory is created.
 """
 
 import contextlib
@@ -19,29 +19,20 @@ from megatron.gpt_oss.arguments.flags import DRY_RUN
 from megatron.gpt_oss.arguments.megatron_validation import validate_for_plan
 from megatron.gpt_oss.arguments.run_spec import RunSpec
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.planner.layout import Layout, Recompute
-from megatron.gpt_oss.planner.machines import TORCHRUN, Machines, memory_of_this_machine
+from megatron.gpt_oss.planner.layout import Layout
+from megatron.gpt_oss.planner.machines import TORCHRUN, Machines, this_machine_memory
 from megatron.gpt_oss.planner.memory import GB
 from megatron.gpt_oss.planner.parameters import layer_parameters, stage_layers
-from megatron.gpt_oss.planner.search import Wanted, plan_of
+from megatron.gpt_oss.planner.rates import Rates
+from megatron.gpt_oss.planner.search import PlanRequest, plan_layout
 from megatron.gpt_oss.planner.table import breakdown, sources
-from megatron.gpt_oss.presets import Preset
-
-# What two layers of 20b and head took of TransformerEngine's 2.20.2 over the local route, by
-# --fp8-recipe: peak memory without AdamW's state, time of forward and backward in the faster and the
-# slower of two runs (benchmarks/results/te_layers_forward_backward_h100x2.json, te_layers_h100x2.json).
-TE_OVER_LOCAL = {
-    None: (1.08, 1.23, 2.13),
-    "tensorwise": (1.22, 1.47, 1.85),
-    "blockwise": (1.38, 1.36, 1.41),
-}
 
 
 def dry_run(spec: RunSpec) -> None:
-    """Print on rank 0 what a run needs.
+    """Print memory and time of a run on rank 0.
 
     Raises:
-        UsageError: the command line cannot be run, or the planner does not know the model.
+        UsageError: the command line is invalid, or the planner does not support the model.
     """
     machines = _machines(spec)
     args = validated(spec, machines.ranks)
@@ -52,7 +43,7 @@ def dry_run(spec: RunSpec) -> None:
 
 
 def _machines(spec: RunSpec) -> Machines:
-    """Those that --dry-run asks for, or torchrun's."""
+    """The machines that --dry-run names, or those of torchrun."""
     if spec.dry_run != TORCHRUN:
         return spec.dry_run
     ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
@@ -62,12 +53,15 @@ def _machines(spec: RunSpec) -> Machines:
 
 
 def validated(spec: RunSpec, gpus: int) -> Namespace:
-    """The arguments of a run as on so many GPUs, and nothing printed.
+    """Validate the arguments of a run for so many GPUs, without output.
 
     Raises:
-        UsageError: they cannot be run.
+        UsageError: Megatron or our checks reject them.
     """
-    with contextlib.redirect_stdout(io.StringIO()), _world_of(gpus):  # it prints every argument
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        _world_of(gpus),
+    ):  # Megatron prints every argument
         spec.args.rank, spec.args.world_size = int(os.environ["RANK"]), gpus
         logging.disable(logging.WARNING)
         try:
@@ -78,7 +72,7 @@ def validated(spec: RunSpec, gpus: int) -> Namespace:
 
 @contextlib.contextmanager
 def _world_of(gpus: int) -> Iterator[None]:
-    """The variables of a launcher of so many ranks, which Megatron's validation reads, too."""
+    """Set the variables of a launcher, which Megatron's validation reads."""
     before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     os.environ["WORLD_SIZE"] = str(gpus)
     for name in ("RANK", "LOCAL_RANK"):
@@ -97,20 +91,22 @@ def report(args: Namespace, machines: Machines | None = None) -> str:
     """The text of a dry run.
 
     Args:
-        args: validated ones.
-        machines: of its ranks; of eight GPUs by default.
+        args: validated arguments.
+        machines: eight GPUs each by default.
     """
     machines = machines or Machines.guessed(args.world_size)
-    layout = layout_of(args)
-    if (problem := layout.problem()) is not None:
-        raise UsageError(f"{DRY_RUN}: {problem}")
+    layout = Layout.from_args(args)
+    if (reason := layout.unsupported_reason()) is not None:
+        raise UsageError(f"{DRY_RUN}: {reason}")
     memory = machine_memory = None
     if torch.cuda.is_available():
         memory = float(torch.cuda.get_device_properties(0).total_memory)
-        machine_memory = memory_of_this_machine()
+        machine_memory = this_machine_memory()
     backend = _backend(layout)
-    wanted = Wanted(layout, memory or float("inf"), backend=backend, per_machine=machines.gpus)
-    plan = plan_of(layout, wanted)
+    request = PlanRequest(
+        layout, memory or float("inf"), backend=backend, per_machine=machines.gpus
+    )
+    plan = plan_layout(layout, request)
     text = f"{args.preset}, {args.num_layers} layers, {args.world_size} GPUs"
     text += f" ({machines})\n" if machines.count > 1 else "\n"
     text += f"{breakdown(plan, memory, machines, machine_memory)}\n"
@@ -121,7 +117,7 @@ def report(args: Namespace, machines: Machines | None = None) -> str:
 
 
 def _backend(layout: Layout) -> str:
-    """The attention kernels whose rates hold: FlashAttention 4 where it runs, or PyTorch's own."""
+    """The attention backend whose rates apply: FlashAttention 4 if it runs here, else cuDNN."""
     preset = layout.preset
     heads = preset.num_attention_heads // layout.tp, preset.num_query_groups // layout.tp
     shape = (layout.seq_length, layout.micro_batch_size)
@@ -132,62 +128,8 @@ def _backend(layout: Layout) -> str:
     return "cudnn"
 
 
-def layout_of(args: Namespace) -> Layout:
-    """The planner's view of validated arguments.
-
-    Raises:
-        UsageError: the model has no experts.
-    """
-    if not args.num_experts:
-        raise UsageError(f"{DRY_RUN} supports only MoE models. Give --preset or --num-experts.")
-    preset = Preset(
-        name=args.preset,
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups or args.num_attention_heads,
-        head_dim=args.kv_channels,
-        num_experts=args.num_experts,
-        moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        vocab_size=args.padded_vocab_size,
-        seq_length=args.seq_length,
-        num_experts_per_tok=args.moe_router_topk,
-        sliding_window=args.window_size[0] + 1 if args.window_size else args.seq_length,
-    )
-    granularity = args.recompute_granularity
-    modules = args.recompute_modules or (["core_attn"] if granularity == "selective" else [])
-    full_layer = 1 if len(args.cp_comm_type) > 1 else 0
-    return Layout(
-        preset,
-        args.world_size,
-        tp=args.tensor_model_parallel_size,
-        etp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
-        ep=args.expert_model_parallel_size,
-        cp=args.context_parallel_size,
-        pp=args.pipeline_model_parallel_size,
-        virtual_stages=args.virtual_pipeline_model_parallel_size or 1,
-        seq_length=args.seq_length,
-        micro_batch_size=args.micro_batch_size,
-        global_batch_size=args.global_batch_size,
-        sequence_parallel=args.sequence_parallel,
-        recompute=Recompute(
-            granularity,
-            tuple(modules) if granularity == "selective" else (),
-            args.recompute_method if granularity == "full" else None,
-            args.recompute_num_layers or 1,
-        ),
-        mlp_chunks=getattr(args, "mlp_chunks_for_training", None) or 1,
-        loss_chunk=args.lm_loss_chunk_size,
-        distributed_optimizer=args.use_distributed_optimizer,
-        offload=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
-        grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else 2,
-        overlap=args.overlap_grad_reduce and args.overlap_param_gather,
-        cp_comm_type=args.cp_comm_type[full_layer],
-    )
-
-
 def not_counted(args: Namespace) -> list[str]:
-    """What the flags ask for and the planner does not model, in a few words each."""
+    """What the planner does not model of the given flags."""
     found = {
         f"--transformer-impl {args.transformer_impl} (counted as local{_te_words(args)})": (
             args.transformer_impl != "local"
@@ -219,29 +161,32 @@ def not_counted(args: Namespace) -> list[str]:
 
 
 def _te_words(args: Namespace) -> str:
-    """What TransformerEngine is known to take beyond the local route."""
+    """Measured memory and time of TransformerEngine relative to the local layers."""
     if args.transformer_impl != "transformer_engine":
         return ""
-    words, recipe = "", None
+    words, recipe = "", "bf16"
     if args.fp8:
         recipe = getattr(args.fp8_recipe, "value", args.fp8_recipe)
-        words = f"; the FP8 copies of the weights take {fp8_copies(layout_of(args)) / GB:.2f} GB"
-    if recipe not in TE_OVER_LOCAL:
+        words = (
+            f"; the FP8 copies of the weights take {fp8_copies(Layout.from_args(args)) / GB:.2f} GB"
+        )
+    ratios = Rates().transformer_engine(recipe)
+    if ratios is None:
         return f"{words}; {recipe} was not measured"
-    memory, fast, slow = TE_OVER_LOCAL[recipe]
+    fast, slow = ratios["time"]
     times = f"{fast:.2f} to {slow:.2f} times its time"
-    return f"{words}; two layers of 20b took {memory:.2f} times its memory, {times}"
+    return f"{words}; two layers of 20b took {ratios['memory']:.2f} times its memory, {times}"
 
 
 def fp8_copies(layout: Layout) -> int:
-    """Bytes in which TransformerEngine keeps a step's FP8 weights: by rows and by columns.
+    """Bytes of TransformerEngine's FP8 copies of the weights, rowwise and columnwise.
 
-    The router, embedding and head stay as they are; scales of blocks, 1/4096 of it, are left out.
+    The router, embedding and head are not copied; scales of blocks, 1/4096 of it, are not counted.
     """
-    tensors = dict(item for part in layer_parameters(layout) for item in part.items())
+    dense, expert = layer_parameters(layout)
     weights = sum(
         size
-        for name, size in tensors.items()
-        if name.split("linear_")[-1] in ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
+        for name, size in (dense | expert).items()
+        if ".linear_" in name and name.endswith(".weight")
     )
     return 2 * weights * len(stage_layers(layout, 0))

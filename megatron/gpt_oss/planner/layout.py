@@ -1,17 +1,19 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A run as the planner sees it: the model, the ranks, what is computed again."""
+"""What the planner knows about a run: model, parallel sizes, batch, recomputation."""
 
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 
-from megatron.gpt_oss.arguments.flags import LM_LOSS_CHUNK_SIZE
+from megatron.gpt_oss.arguments.flags import DRY_RUN, LM_LOSS_CHUNK_SIZE
 from megatron.gpt_oss.arguments.recompute import POLICIES
+from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.presets import PRESETS, Preset
 
 
 def loss_chunk_of(policy: str) -> int:
-    """Tokens whose logits live at a time with a word of --memory."""
+    """The --lm-loss-chunk-size of a --memory policy."""
     return POLICIES[policy].get("lm_loss_chunk_size", LM_LOSS_CHUNK_SIZE)
 
 
@@ -25,8 +27,8 @@ class Recompute:
     num_layers: int = 1
 
     @classmethod
-    def of_policy(cls, name: str) -> "Recompute":
-        """Of a word of --memory."""
+    def from_policy(cls, name: str) -> "Recompute":
+        """The flags of a --memory policy."""
         flags = POLICIES[name]
         return cls(
             flags.get("recompute_granularity"),
@@ -35,32 +37,38 @@ class Recompute:
             flags.get("recompute_num_layers", 1),
         )
 
-    def makes_again(self, module: str) -> bool:
-        """Whether a module of a layer is made again by itself."""
+    @classmethod
+    def from_args(cls, args: Namespace) -> "Recompute":
+        """Read validated Megatron arguments."""
+        granularity = args.recompute_granularity
+        return cls(
+            granularity,
+            tuple(args.recompute_modules or ["core_attn"]) if granularity == "selective" else (),
+            args.recompute_method if granularity == "full" else None,
+            args.recompute_num_layers or 1,
+        )
+
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recomputation covers a module, one of --recompute-modules."""
         return self.granularity == "selective" and module in self.modules
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One run.
+    """Model, parallel sizes and memory options of one run.
 
-    Args:
-        preset: the model.
-        gpus: ranks in all.
-        tp, etp, ep, cp, pp: sizes of tensor, expert tensor, expert, context and pipeline
-            parallelism; data parallelism takes what is left.
-        virtual_stages: model chunks a pipeline rank (1: not interleaved).
-        seq_length, micro_batch_size, global_batch_size: of the whole run.
-        sequence_parallel: what lies between attention and experts is split over TP too.
-        recompute: what is computed again.
-        mlp_chunks: parts of the sequence that experts take one after the other.
-        loss_chunk: tokens whose logits live at a time; 0: all.
-        distributed_optimizer: its state is split over the data parallel ranks.
-        offload: the part of the optimizer's state on the host, 0 to 1.
-        grad_bytes: of an element of the gradient buffer.
-        overlap: gradients and weights travel while layers compute.
-        expert_load: rows of the busiest rank's experts over the mean.
-        cp_comm_type: of full layers.
+    Attributes:
+        gpus: number of ranks.
+        tp, etp, ep, cp, pp: tensor, expert tensor, expert, context and pipeline parallel sizes;
+            data parallelism gets the remaining ranks.
+        virtual_stages: model chunks of a pipeline rank (1: not interleaved).
+        mlp_chunks: --mlp-chunks-for-training.
+        loss_chunk: --lm-loss-chunk-size in tokens; 0: all logits at once.
+        offload: fraction of the optimizer state in CPU memory, 0 to 1.
+        grad_bytes: bytes per element of the gradient buffer.
+        overlap: gradient reduction and parameter gather overlap with computation.
+        expert_load: load imbalance, routed tokens of the most loaded rank over the mean.
+        cp_comm_type: of layers without a window.
     """
 
     preset: Preset
@@ -85,41 +93,74 @@ class Layout:
     expert_load: float = 1.0
     cp_comm_type: str = "auto"
 
+    @classmethod
+    def from_args(cls, args: Namespace) -> "Layout":
+        """Read validated Megatron arguments.
+
+        Raises:
+            UsageError: the model has no experts.
+        """
+        full_layer = 1 if len(args.cp_comm_type) > 1 else 0
+        return cls(
+            _preset_from_args(args),
+            args.world_size,
+            tp=args.tensor_model_parallel_size,
+            etp=args.expert_tensor_parallel_size or args.tensor_model_parallel_size,
+            ep=args.expert_model_parallel_size,
+            cp=args.context_parallel_size,
+            pp=args.pipeline_model_parallel_size,
+            virtual_stages=args.virtual_pipeline_model_parallel_size or 1,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            global_batch_size=args.global_batch_size,
+            sequence_parallel=args.sequence_parallel,
+            recompute=Recompute.from_args(args),
+            mlp_chunks=getattr(args, "mlp_chunks_for_training", None) or 1,
+            loss_chunk=args.lm_loss_chunk_size,
+            distributed_optimizer=args.use_distributed_optimizer,
+            offload=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
+            grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else 2,
+            overlap=args.overlap_grad_reduce and args.overlap_param_gather,
+            cp_comm_type=args.cp_comm_type[full_layer],
+        )
+
     @property
     def dp(self) -> int:
-        """Copies of the model that see other sequences."""
+        """Data parallel size."""
         return self.gpus // (self.tp * self.cp * self.pp)
 
     @property
     def expert_dp(self) -> int:
-        """Copies of an expert."""
+        """Data parallel size of the experts."""
         return self.gpus // (self.etp * self.ep * self.pp)
 
     @property
     def microbatches(self) -> int:
-        """Forward passes of a rank in a step."""
+        """Micro-batches of a rank per step."""
         return self.global_batch_size // (self.micro_batch_size * self.dp)
 
     @property
     def local_experts(self) -> int:
-        """Experts of a layer on one rank."""
+        """Number of local experts per layer."""
         return self.preset.num_experts // self.ep
 
     @property
-    def exchange(self) -> str:
-        """How full layers exchange keys over the context parallel ranks, '' on one.
+    def kv_comm(self) -> str:
+        """Communication type of layers without a window; '' without context parallelism.
 
-        "auto" gathers keys within a machine and passes them round between machines, which keep
-        the same tensors.
+        "auto" selects all_gather or p2p. Both save the same tensors.
         """
         if self.cp == 1:
             return ""
         return "all_gather" if self.cp_comm_type == "auto" else self.cp_comm_type
 
-    def problem(self) -> str | None:
-        """Why Megatron refuses the layout, in one sentence; None if it does not."""
+    def unsupported_reason(self) -> str | None:
+        """Why Megatron rejects the layout, in one sentence; None if it accepts it."""
+        return self._indivisible_size() or self._indivisible_batch()
+
+    def _indivisible_size(self) -> str | None:
         preset = self.preset
-        for name, size, whole, what in (
+        for name, size, total, what in (
             ("tp", self.tp, preset.num_attention_heads, "attention heads"),
             ("tp", self.tp, preset.num_query_groups, "key and value heads"),
             ("tp", self.tp, preset.vocab_size, "rows of the vocabulary"),
@@ -129,12 +170,15 @@ class Layout:
             ("tp * cp * pp", self.tp * self.cp * self.pp, self.gpus, "GPUs"),
             ("etp * ep * pp", self.etp * self.ep * self.pp, self.gpus, "GPUs"),
         ):
-            if whole % size:
-                return f"{name} = {size} does not divide the {whole} {what}."
-        parts = math.lcm(2 * self.cp, self.cp * self.tp) if self.cp > 1 else self.tp
-        if self.seq_length % parts:
+            if total % size:
+                return f"{name} = {size} does not divide the {total} {what}."
+        return None
+
+    def _indivisible_batch(self) -> str | None:
+        chunks = math.lcm(2 * self.cp, self.cp * self.tp) if self.cp > 1 else self.tp
+        if self.seq_length % chunks:
             return (
-                f"the sequence length {self.seq_length} is not a multiple of {parts} "
+                f"the sequence length {self.seq_length} is not a multiple of {chunks} "
                 f"(tp {self.tp}, cp {self.cp})."
             )
         if self.global_batch_size % (self.micro_batch_size * self.dp):
@@ -145,16 +189,19 @@ class Layout:
         return None
 
     def policy(self) -> str:
-        """The word of --memory for these flags, or what they are; * for another chunk of the loss."""
+        """The --memory policy with these flags, or the flags themselves.
+
+        A * after the policy marks another --lm-loss-chunk-size.
+        """
         for name in POLICIES:
-            if self.recompute == Recompute.of_policy(name):
+            if self.recompute == Recompute.from_policy(name):
                 return name if self.loss_chunk == loss_chunk_of(name) else f"{name}*"
         if self.recompute.granularity == "full":
             return f"{self.recompute.method} {self.recompute.num_layers}"
         return "+".join(self.recompute.modules) or "none"
 
     def flags(self, preset_flag: bool = True) -> list[str]:
-        """The command line that asks for this layout, one flag with its value an element."""
+        """The command line of this layout, one element per flag with its value."""
         flags = self._preset_flags() if preset_flag else []
         sizes = {
             "--tensor-model-parallel-size": self.tp,
@@ -194,3 +241,22 @@ class Layout:
             factor = -(-self.seq_length // preset.yarn_original_max_position_embeddings)
             flags.append(f"--yarn-factor {factor}")
         return flags
+
+
+def _preset_from_args(args: Namespace) -> Preset:
+    if not args.num_experts:
+        raise UsageError(f"{DRY_RUN} supports only MoE models. Give --preset or --num-experts.")
+    return Preset(
+        name=args.preset,
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups or args.num_attention_heads,
+        head_dim=args.kv_channels,
+        num_experts=args.num_experts,
+        moe_ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
+        vocab_size=args.padded_vocab_size,
+        seq_length=args.seq_length,
+        num_experts_per_tok=args.moe_router_topk,
+        sliding_window=args.window_size[0] + 1 if args.window_size else args.seq_length,
+    )

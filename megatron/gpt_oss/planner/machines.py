@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""GPUs as machines: how torchrun is started on them, and what memory a machine has."""
+"""Machines of a run: the torchrun command for them, and their CPU memory."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ import psutil
 from megatron.gpt_oss.errors import UsageError
 
 PER_MACHINE = 8
-# Names that launch.sh reads too. The shell ends with the words after :? where one is not set.
+# Variables that launch.sh reads too. The shell exits with the text after :? if one is not set.
 RENDEZVOUS = '"${RENDEZVOUS:?HOST:PORT of one of the machines}"'
 JOB = '"${JOB:?a word that only this run has}"'
 _CGROUP_LIMITS = (
@@ -24,12 +24,12 @@ _CGROUP_LIMITS = (
 
 @dataclass(frozen=True)
 class Machines:
-    """The ranks of a run by machine; torchrun starts as many on each.
+    """The machines of a run; torchrun starts the same number of ranks on each.
 
     Attributes:
-        count: machines.
-        gpus: ranks of each.
-        idle: GPUs of each that get no rank, where there are several machines.
+        count: number of machines.
+        gpus: ranks per machine.
+        idle: GPUs per machine without a rank, if there are several machines.
     """
 
     count: int
@@ -38,10 +38,10 @@ class Machines:
 
     @classmethod
     def of(cls, gpus: int, per_machine: int = PER_MACHINE) -> "Machines":
-        """The fewest machines that hold so many GPUs.
+        """The smallest number of machines for so many GPUs.
 
         Raises:
-            UsageError: they do not spread evenly over these.
+            UsageError: the GPUs do not divide evenly over the machines.
         """
         count = _machines(gpus, per_machine)
         if gpus % count:
@@ -51,13 +51,13 @@ class Machines:
 
     @classmethod
     def guessed(cls, gpus: int) -> "Machines":
-        """Those of a dry run on so many GPUs of which nothing else is known."""
+        """The machines of a dry run that is given only the number of GPUs."""
         count = next(n for n in range(_machines(gpus, PER_MACHINE), gpus + 1) if gpus % n == 0)
         return cls(count, gpus // count)
 
     @property
     def ranks(self) -> int:
-        """Of the run."""
+        """Number of ranks of the run."""
         return self.count * self.gpus
 
     def holds(self, span: int) -> bool:
@@ -76,11 +76,11 @@ class Machines:
         ]
 
     def as_if(self) -> str:
-        """The value of --dry-run that stands for them."""
+        """The value of --dry-run for these machines."""
         return f"{self.count}x{self.gpus}" if self.count > 1 else str(self.gpus)
 
     def __str__(self) -> str:
-        """In words, '' for one machine."""
+        """Description for messages; '' for one machine."""
         if self.count == 1:
             return ""
         idle = f"; {self.idle} of each machine's GPUs stay idle" if self.idle else ""
@@ -92,7 +92,7 @@ def _machines(gpus: int, per_machine: int) -> int:
 
 
 def _uneven(gpus: int, per_machine: int) -> str:
-    """The sentence for a number of GPUs that is refused, with the nearest that are not."""
+    """The error for a number of GPUs that does not divide evenly, with the nearest valid ones."""
 
     def fits(number: int) -> bool:
         return number % _machines(number, per_machine) == 0
@@ -109,8 +109,8 @@ def _uneven(gpus: int, per_machine: int) -> str:
     )
 
 
-def memory_of_this_machine() -> int:
-    """Bytes of main memory, or of the container's limit."""
+def this_machine_memory() -> int:
+    """Bytes of CPU memory, or the limit of the container."""
     total = psutil.virtual_memory().total
     for path in _CGROUP_LIMITS:
         try:
@@ -121,7 +121,7 @@ def memory_of_this_machine() -> int:
 
 
 def has_gpu() -> bool:
-    """Whether this is a machine of the kind that trains, without importing torch."""
+    """Whether this machine has a GPU, without importing torch."""
     return os.path.exists("/dev/nvidia0")
 
 
@@ -129,11 +129,11 @@ def has_gpu() -> bool:
 TORCHRUN = Machines(0, 0)
 
 
-def as_machines(word: str) -> Machines:
-    """The value of --dry-run: GPUs, or machines and the GPUs of each.
+def parse_machines(word: str) -> Machines:
+    """Parse the value of --dry-run: GPUS or MACHINESxGPUS.
 
     Raises:
-        ArgumentTypeError: it is neither.
+        ArgumentTypeError: the value has another form.
     """
     found = re.fullmatch(r"(?:([1-9][0-9]{0,5})x)?([1-9][0-9]{0,5})", word)
     if found is None:

@@ -1,30 +1,97 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Memory of the fullest rank at the fullest moment of a step, in bytes of live tensors.
+"""Peak memory of the peak-memory rank of a run, in bytes of live tensors.
 
-It is torch.cuda.max_memory_allocated that this foretells; what CUDA, NCCL and the allocator's
-fragments take comes on top (`BESIDE_TENSORS`), and is what a card has beyond its name, or most of it
-(an "80 GB" H100 has 84.9e9 bytes).
+It predicts torch.cuda.max_memory_allocated. CUDA, NCCL and fragmentation of the allocator need
+memory in addition (`default_reserve`). A card has more bytes than the number in its name
+(`CARD_BYTES`), which covers most of that.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 
-from megatron.gpt_oss.planner.activations import HeadTensors, LayerTensors, MicroBatch
+from megatron.gpt_oss.planner.activations import HeadActivations, LayerActivations, MicroBatch
 from megatron.gpt_oss.planner.layout import Layout
 from megatron.gpt_oss.planner.parameters import rank_parameters, stage_layers
 
 GB = 10**9
-# What CUDA, NCCL and the allocator's fragments took at most: over four GPUs, on one or two
+# The most that CUDA, NCCL and fragmentation of the allocator took: on four GPUs, on one or two
 # (docs/planning.md).
-BESIDE_TENSORS, BESIDE_TENSORS_OF_FEW = 8 * GB, 5 * GB
-# Bytes of the cards that were measured, by the number in their name; H100 and H200. Others are taken
-# at their number: a B200 of "192 GB" has less than that.
-CARDS = {80: 84.9 * GB, 141: 150.1 * GB}
-# Part of a machine's memory that the optimizer's tensors may take; assumed. Processes, data and the
-# operating system have the rest.
-HOST_SHARE = 0.9
-# bf16 weight and, in fp32, master weight and two moments of AdamW.
+RESERVE, RESERVE_OF_TWO = 8 * GB, 5 * GB
+# Measured bytes of cards by the number in their name (H100, H200). Other cards are taken at their
+# number: a B200 of "192 GB" has less than that.
+CARD_BYTES = {80: 84.9 * GB, 141: 150.1 * GB}
+# Assumed share of a machine's CPU memory for the optimizer; processes, data and the operating system
+# need the rest.
+CPU_MEMORY_SHARE = 0.9
+# Bytes per element: bf16 weight; in fp32, master weight and two moments of AdamW.
 WEIGHT, MASTER, MOMENTS = 2, 4, 8
+
+# The parts of a rank's memory: fields of Memory.
+MEMORY_PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "optimizer_step")
+# How the phases of a step are printed.
+PHASE_NAMES = {
+    "forward_experts": "forward: experts",
+    "forward_combine": "forward: combine",
+    "forward_unpermute": "forward: unpermute",
+    "recompute_experts": "recompute: experts",
+    "recompute_combine": "recompute: combine",
+    "recompute_unpermute": "recompute: unpermute",
+    "loss": "loss",
+    "loss_grad": "loss gradient",
+    "output_layer_grad": "output layer gradient",
+    "backward_combine": "backward: combine",
+    "backward_linear_fc2": "backward: linear_fc2",
+    "backward_activation": "backward: activation",
+    "backward_linear_fc1": "backward: linear_fc1",
+    "backward_attention": "backward: attention",
+    "embedding_grad": "embedding gradient",
+    "optimizer_step": "optimizer step",
+}
+
+
+@dataclass(frozen=True)
+class PhaseBytes:
+    """Bytes that are live in one phase, in addition to parameters, gradients and optimizer state."""
+
+    activations: int
+    logits: int = 0
+    optimizer_step: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.optimizer_step
+
+
+@dataclass(frozen=True)
+class StepPhases:
+    """The phases of a step that may be the peak; None: the rank does not have this phase."""
+
+    forward_experts: PhaseBytes | None = None
+    forward_combine: PhaseBytes | None = None
+    forward_unpermute: PhaseBytes | None = None
+    recompute_experts: PhaseBytes | None = None
+    recompute_combine: PhaseBytes | None = None
+    recompute_unpermute: PhaseBytes | None = None
+    loss: PhaseBytes | None = None
+    loss_grad: PhaseBytes | None = None
+    output_layer_grad: PhaseBytes | None = None
+    backward_combine: PhaseBytes | None = None
+    backward_linear_fc2: PhaseBytes | None = None
+    backward_activation: PhaseBytes | None = None
+    backward_linear_fc1: PhaseBytes | None = None
+    backward_attention: PhaseBytes | None = None
+    embedding_grad: PhaseBytes | None = None
+    optimizer_step: PhaseBytes | None = None
+
+    def present(self) -> dict[str, PhaseBytes]:
+        """The phases of this rank by field, in the order of the step."""
+        return {name: phase for name, phase in vars(self).items() if phase is not None}
+
+    def peak(self) -> str:
+        """The field of the phase with the most bytes."""
+        present = self.present()
+        return max(present, key=lambda name: present[name].total)
 
 
 @dataclass(frozen=True)
@@ -32,141 +99,163 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        parameters, gradients, optimizer: there all the time.
-        moments: of what comes and goes, bytes at each moment of a step that may be the fullest.
-        activations, logits, step: the most that layers, head and loss, and the optimizer's step
-            take; not all at the same moment.
-        host: of the optimizer on the host, not in the total.
+        parameters, gradients, optimizer: allocated during the complete step.
+        phases: allocated in some phase of the step.
+        cpu_memory: of the offloaded optimizer; not in the total.
         stage: the pipeline rank.
     """
 
     parameters: int
     gradients: int
     optimizer: int
-    moments: dict[str, int]
-    activations: int
-    logits: int
-    step: int
-    host: int
+    phases: StepPhases
+    cpu_memory: int
     stage: int
 
-    @property
-    def moment(self) -> str:
-        """The fullest."""
-        return max(self.moments, key=self.moments.get)
+    @cached_property
+    def peak_phase(self) -> str:
+        """Field of the phase at the peak."""
+        return self.phases.peak()
 
     @property
     def total(self) -> int:
-        """On the GPU, at the fullest moment."""
-        return self.parameters + self.gradients + self.optimizer + self.moments[self.moment]
+        """Bytes on the GPU at the peak."""
+        peak = getattr(self.phases, self.peak_phase).total
+        return self.parameters + self.gradients + self.optimizer + peak
+
+    @property
+    def activations(self) -> int:
+        """The maximum over the phases, as for logits and optimizer_step."""
+        return max(phase.activations for phase in self.phases.present().values())
+
+    @property
+    def logits(self) -> int:
+        return max(phase.logits for phase in self.phases.present().values())
+
+    @property
+    def optimizer_step(self) -> int:
+        return max(phase.optimizer_step for phase in self.phases.present().values())
 
     def as_dict(self) -> dict:
-        """For JSON, in bytes."""
-        return {**vars(self), "moment": self.moment, "total": self.total}
+        """Entries for JSON, in bytes."""
+        phases = {name: phase.total for name, phase in self.phases.present().items()}
+        parts = ("activations", "logits", "optimizer_step", "peak_phase", "total")
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**own, "phases": phases, **{name: getattr(self, name) for name in parts}}
 
 
-def fullest_rank(layout: Layout) -> Memory:
-    """Of the pipeline rank that needs most: the first holds most micro-batches, the last the loss."""
+def peak_rank_memory(layout: Layout) -> Memory:
+    """Memory of the peak-memory rank.
+
+    The first pipeline rank holds the most micro-batches, the last one has the loss.
+    """
     stages = {0, min(1, layout.pp - 1), layout.pp - 1}
     return max((stage_memory(layout, stage) for stage in sorted(stages)), key=lambda m: m.total)
 
 
 def stage_memory(layout: Layout, stage: int) -> Memory:
-    """Of a pipeline rank at its fullest moment."""
+    """Memory of a pipeline rank."""
     dense, expert = rank_parameters(layout, stage)
-    state, host, step = optimizer_memory(layout, dense, expert)
-    buffers = gather_buffer(layout)
-    moments = {
-        name: (layers + buffers, logits)
-        for name, (layers, logits) in StageMoments(layout, stage).all().items()
-    }
+    optimizer = optimizer_memory(layout, dense, expert)
+    buffer = gather_buffer(layout)
     return Memory(
         parameters=WEIGHT * (dense + expert),
         gradients=layout.grad_bytes * (dense + expert),
-        optimizer=state,
-        moments={name: sum(parts) for name, parts in moments.items()}
-        | {"optimizer's step": step + buffers},
-        activations=max(layers for layers, _ in moments.values()),
-        logits=max(logits for _, logits in moments.values()),
-        step=step,
-        host=host,
+        optimizer=optimizer.gpu,
+        phases=StageActivations(layout, stage).phases(buffer, optimizer.step),
+        cpu_memory=optimizer.cpu,
         stage=stage,
     )
 
 
 def card_memory(gigabytes: float) -> float:
     """Bytes of a card by the number in its name."""
-    return CARDS.get(gigabytes, gigabytes * GB)
+    return CARD_BYTES.get(gigabytes, gigabytes * GB)
 
 
-def beside_tensors(gpus: int) -> int:
-    """Bytes of a card that tensors do not get in a run on so many GPUs."""
-    return BESIDE_TENSORS if gpus > 2 else BESIDE_TENSORS_OF_FEW
+def default_reserve(gpus: int) -> int:
+    """Bytes of a card for CUDA, NCCL and fragmentation of the allocator."""
+    return RESERVE if gpus > 2 else RESERVE_OF_TWO
 
 
-def host_memory(layout: Layout) -> int:
-    """Bytes that the optimizer takes on the host for the rank that has most there."""
+def rank_cpu_memory(layout: Layout) -> int:
+    """CPU memory of the offloaded optimizer, of the rank that needs the most."""
     if not layout.offload:
         return 0
     stages = {0, layout.pp - 1}
-    return max(optimizer_memory(layout, *rank_parameters(layout, stage))[1] for stage in stages)
+    return max(optimizer_memory(layout, *rank_parameters(layout, stage)).cpu for stage in stages)
 
 
-def optimizer_memory(layout: Layout, dense: int, expert: int) -> tuple[int, int, int]:
-    """Bytes of master weights and moments on the GPU, on the host, and what a step takes besides.
+@dataclass(frozen=True)
+class OptimizerMemory:
+    """Bytes of master weights and moments on GPU and CPU, and of temporaries of a step."""
+
+    gpu: int
+    cpu: int
+    step: int
+
+
+def optimizer_memory(layout: Layout, dense: int, expert: int) -> OptimizerMemory:
+    """Memory of the optimizer of a rank.
 
     Args:
-        dense, expert: elements on the rank.
+        dense, expert: elements of the rank outside and inside experts.
     """
     if layout.distributed_optimizer:
         dense = -(-dense // (layout.dp * layout.cp))
         expert = -(-expert // layout.expert_dp)
-    both = round((MASTER + MOMENTS) * (dense + expert) * layout.offload)
-    here = (MASTER + MOMENTS) * (dense + expert) - both
-    host = both + round(4 * (dense + expert) * layout.offload)  # and the gradients
-    # AdamW is one kernel, and gradients are clipped in place; if they are not fp32, all of them are
-    # copied first.
-    step = 0 if layout.grad_bytes == 4 else round(4 * (dense + expert) * (1 - layout.offload))
-    return here, host, step
+    offloaded = round((MASTER + MOMENTS) * (dense + expert) * layout.offload)
+    gradients = round(4 * (dense + expert) * layout.offload)
+    # AdamW is one kernel and gradients are clipped in place. Gradients in bf16 are copied to fp32.
+    copied = 0 if layout.grad_bytes == 4 else round(4 * (dense + expert) * (1 - layout.offload))
+    return OptimizerMemory(
+        gpu=(MASTER + MOMENTS) * (dense + expert) - offloaded,
+        cpu=offloaded + gradients,
+        step=copied,
+    )
 
 
 def gather_buffer(layout: Layout) -> int:
-    """The buffer into which sequence parallelism gathers a linear layer's input, which stays."""
+    """Bytes of the buffer into which sequence parallelism gathers inputs; it stays allocated."""
     if not layout.sequence_parallel or layout.tp == 1:
         return 0
-    return 2 * MicroBatch.of(layout).tokens * layout.preset.hidden_size
+    return 2 * MicroBatch.from_layout(layout).tokens * layout.preset.hidden_size
 
 
-class StageMoments:
-    """Bytes of layers and of the head, at the moments of a step that may be the fullest."""
+class StageActivations:
+    """Activations of a pipeline rank, and its phases.
+
+    Args:
+        device: 'cuda' or 'cpu'.
+    """
 
     def __init__(self, layout: Layout, stage: int, device: str = "cuda"):
         self.layout, self.stage, self.device = layout, stage, device
-        self.numbers = stage_layers(layout, stage)
-        by_kind = {kind: LayerTensors(layout, kind, device) for kind in (True, False)}
-        # Layers 0, 2, ... see a window.
-        self.layers = [by_kind[number % 2 == 0] for number in self.numbers]
+        by_kind = {kind: LayerActivations(layout, kind, device) for kind in (True, False)}
+        numbers = stage_layers(layout, stage)
+        self.layers = [by_kind[layout.preset.is_windowed(number)] for number in numbers]
         self.sizes = self.layers[0].sizes
-        self.head = HeadTensors(layout, device) if stage == layout.pp - 1 else None
+        self.head = HeadActivations(layout, device) if stage == layout.pp - 1 else None
 
-    def kept(self) -> int:
-        """Bytes that the layers of one micro-batch keep between forward and backward."""
+    @cached_property
+    def saved(self) -> int:
+        """Bytes that the layers save of one micro-batch."""
         recompute = self.layout.recompute
         count = len(self.layers)
-        h, preset = self.layout.preset.hidden_size, self.layout.preset
-        angles = 4 * self.sizes.length * preset.head_dim  # of the positions, one tensor for all
+        preset = self.layout.preset
+        angles = 4 * self.sizes.length * preset.head_dim  # shared by all layers
         if recompute.granularity != "full":
-            own = angles if self.device == "cuda" else 0  # the CPU keeps cosines and sines instead
-            return own + sum(layer.kept() for layer in self.layers)
-        inputs = 2 * self.sizes.residual * h
+            shared = angles if self.device == "cuda" else 0  # the CPU saves cos and sin instead
+            return shared + sum(layer.saved for layer in self.layers)
+        inputs = 2 * self.sizes.residual * preset.hidden_size
         if recompute.method == "block":
-            again = min(recompute.num_layers, count)
-            rest = sum(layer.everything() for layer in self.layers[again:])
-            return again * inputs + angles + rest
+            recomputed = min(recompute.num_layers, count)
+            rest = sum(layer.all_saved for layer in self.layers[recomputed:])
+            return recomputed * inputs + angles + rest
         return -(-count // recompute.num_layers) * inputs + angles
 
     def in_flight(self) -> float:
-        """Micro-batches (of all chunks of the rank) whose tensors are kept at the same time."""
+        """Micro-batches (of all model chunks) whose activations are saved at the same time."""
         layout = self.layout
         pp, chunks = layout.pp, layout.virtual_stages
         if chunks == 1:
@@ -174,53 +263,58 @@ class StageMoments:
         warm_up = (pp - self.stage - 1) * 2 + (chunks - 1) * pp + 1
         return min(warm_up, layout.microbatches * chunks) / chunks
 
-    def all(self) -> dict[str, tuple[int, int]]:
-        """(layers, head) in bytes by moment."""
-        recompute, hidden = self.layout.recompute, self.layout.preset.hidden_size
-        kept = self.kept()
-        all_kept = round(kept * self.in_flight()) + 32 * self.sizes.tokens  # and the batch itself
-        last, kept_by_last = self._last_layer()
-        others = all_kept - kept_by_last
-        again = recompute.makes_again("moe") or self._last_is_made_again()
-        residual = 2 * self.sizes.residual * hidden
-        moments = {}
-        for name, size in last.forward_moments().items():
-            if not again:
-                moments[f"forward: {name}"] = (others + size, 0)
-            else:  # while the gradient of its output waits
-                size += self._made_with_last() + residual
-                moments[f"made again: {name}"] = (others + size, 0)
-        if self.head is not None:
-            for name, size in self.head.logits().items():
-                moments[name] = (all_kept + self.head.norm, size)
-        for name, size in last.backward_moments().items():
-            if again:  # the output, that autograd starts from
-                size += self._made_with_last() + residual
-            moments[f"backward: {name}"] = (others + size, 0)
-        if self.stage == 0:
-            vocabulary = self.layout.preset.vocab_size // self.layout.tp
-            size = 2 * (vocabulary + self.sizes.tokens) * hidden
-            moments["gradient of the embedding"] = (all_kept - kept + size, 0)
-        return moments
+    def phases(self, buffer: int = 0, optimizer_step: int = 0) -> StepPhases:
+        """The phases of a step.
 
-    def _last_is_made_again(self) -> bool:
-        """Whether full recomputation, which begins with the first layer, comes to the last."""
+        Args:
+            buffer: bytes that are allocated in all of them.
+            optimizer_step: bytes of temporaries of the optimizer.
+        """
+        batch = 32 * self.sizes.tokens
+        all_saved = round(self.saved * self.in_flight()) + batch + buffer
+        found = self._last_layer_phases(all_saved)
+        if self.head is not None:
+            base = all_saved + self.head.norm
+            for name, size in vars(self.head.phases()).items():
+                found[name] = None if size is None else PhaseBytes(base, logits=size)
+        if self.stage == 0:
+            found["embedding_grad"] = PhaseBytes(all_saved - self.saved + self._embedding_grad())
+        return StepPhases(**found, optimizer_step=PhaseBytes(buffer, optimizer_step=optimizer_step))
+
+    def _last_layer_phases(self, all_saved: int) -> dict[str, PhaseBytes]:
+        """Forward, or recomputation, and backward of the last layer, by field of StepPhases."""
+        last = self.layers[-1]
+        others = all_saved - (0 if self._recomputes_last_layer() else last.saved)
+        forward = "forward"
+        if self.layout.recompute.recomputes("moe") or self._recomputes_last_layer():
+            forward = "recompute"
+            # The gradient of the output, and the layers of the same recompute unit.
+            others += 2 * self.sizes.residual * self.layout.preset.hidden_size
+            others += self._saved_in_unit()
+        return {
+            f"{prefix}_{name}": PhaseBytes(others + size)
+            for prefix, phases in (
+                (forward, last.forward_phases()),
+                ("backward", last.backward_phases()),
+            )
+            for name, size in vars(phases).items()
+        }
+
+    def _embedding_grad(self) -> int:
+        vocabulary = self.layout.preset.vocab_size // self.layout.tp
+        return 2 * (vocabulary + self.sizes.tokens) * self.layout.preset.hidden_size
+
+    def _recomputes_last_layer(self) -> bool:
+        """Whether full recomputation, which begins with the first layer, includes the last."""
         recompute = self.layout.recompute
         if recompute.granularity != "full":
             return False
         return recompute.method != "block" or recompute.num_layers >= len(self.layers)
 
-    def _last_layer(self) -> tuple[LayerTensors, int]:
-        """The layer whose backward is first, and what it keeps by itself until then."""
-        last = self.layers[-1]
-        if self._last_is_made_again():
-            return last, 0
-        return last, last.kept()
-
-    def _made_with_last(self) -> int:
-        """What the layers made again together with the last one keep: uniform, several a unit."""
+    def _saved_in_unit(self) -> int:
+        """Bytes of the layers that are recomputed together with the last (method uniform)."""
         recompute = self.layout.recompute
         if recompute.granularity != "full" or recompute.method == "block":
             return 0
         unit = min(recompute.num_layers, len(self.layers))
-        return sum(layer.everything() for layer in self.layers[len(self.layers) - unit : -1])
+        return sum(layer.all_saved for layer in self.layers[len(self.layers) - unit : -1])

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The weights of a rank, tensor by tensor."""
+"""Number of parameters of a rank."""
 
 from megatron.gpt_oss.planner.layout import Layout
 
 
 def stage_layers(layout: Layout, stage: int) -> list[int]:
-    """Numbers, from 0, of the layers of a pipeline rank."""
+    """The layers of a pipeline rank, numbered from 0."""
     count = layout.preset.num_layers // (layout.pp * layout.virtual_stages)
     return [
         (chunk * layout.pp + stage) * count + layer
@@ -16,7 +16,7 @@ def stage_layers(layout: Layout, stage: int) -> list[int]:
 
 
 def layer_parameters(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
-    """Elements of the tensors of one layer on one rank: those of all tokens, those of experts."""
+    """Elements by parameter name of one layer on one rank: outside and inside experts."""
     preset, tp, etp, experts = layout.preset, layout.tp, layout.etp, layout.local_experts
     h, f = preset.hidden_size, preset.moe_ffn_hidden_size
     q = preset.num_attention_heads * preset.head_dim // tp
@@ -42,7 +42,7 @@ def layer_parameters(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def rank_parameters(layout: Layout, stage: int) -> tuple[int, int]:
-    """Elements on a rank of a pipeline stage: of all tokens' tensors, of the experts'."""
+    """Elements on a rank of a pipeline stage: outside and inside experts."""
     preset = layout.preset
     dense, expert = (sum(tensors.values()) for tensors in layer_parameters(layout))
     layers = len(stage_layers(layout, stage))

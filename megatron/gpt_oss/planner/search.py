@@ -1,32 +1,42 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Every sensible layout of a model on some GPUs, and the best of those that fit."""
+"""Search over the layouts of a model on some GPUs."""
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Iterator
 
 from megatron.gpt_oss.arguments.recompute import POLICIES
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.planner.deprecated import with_old_keys
 from megatron.gpt_oss.planner.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.planner.machines import PER_MACHINE, Machines
-from megatron.gpt_oss.planner.memory import GB, HOST_SHARE, Memory, fullest_rank, host_memory
+from megatron.gpt_oss.planner.memory import (
+    CPU_MEMORY_SHARE,
+    GB,
+    MEMORY_PARTS,
+    PHASE_NAMES,
+    Memory,
+    peak_rank_memory,
+    rank_cpu_memory,
+)
 from megatron.gpt_oss.planner.rates import Rates
 from megatron.gpt_oss.planner.time import StepTime, step_time
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is asked for; a size that is None is to be found.
+class PlanRequest:
+    """What `gptoss plan` searches for; None for a parallel size: try all.
 
     Attributes:
-        base: model, GPUs, lengths and all that is given.
-        gpu_memory: bytes for tensors.
-        tp, etp, ep, cp, pp: given sizes.
-        policy: a word of --memory.
-        offload: whether the optimizer's state may go to the host; None: where nothing else fits.
-        backend: of attention. per_machine: GPUs of a machine, which NVLink joins.
-        host_memory: bytes of a machine; None: not known.
+        base: model, GPUs, lengths and all other options of the run.
+        gpu_memory: bytes of a GPU for tensors.
+        policy: of --memory; None: try all.
+        offload: offload the optimizer; None: only if a layout does not fit otherwise.
+        backend: of attention.
+        per_machine: GPUs of a machine, connected by NVLink.
+        cpu_memory: bytes of a machine; None: unknown.
         reserve: bytes of a GPU that are not for tensors.
     """
 
@@ -41,12 +51,12 @@ class Wanted:
     offload: bool | None = None
     backend: str = "cudnn"
     per_machine: int = PER_MACHINE
-    host_memory: float | None = None
+    cpu_memory: float | None = None
     reserve: float = 0.0
 
     @property
     def machines(self) -> Machines:
-        """Of the GPUs; where these do not spread evenly over machines, as a dry run has them."""
+        """Machines of the GPUs; if they do not divide evenly, those of a dry run."""
         try:
             return Machines.of(self.base.gpus, self.per_machine)
         except UsageError:
@@ -58,74 +68,79 @@ class Plan:
     """A layout, its memory and its time.
 
     Attributes:
-        host: bytes of a machine's memory that the optimizer takes.
-        fits: the GPU's memory is enough, and the machine's where it is known.
-        host_checked: whether the machine's memory is known or not needed.
+        cpu_memory: bytes of a machine that the offloaded optimizer takes.
+        fits: the GPU's memory is sufficient, and the machine's if known.
+        cpu_memory_checked: whether the machine's memory is known or not needed.
     """
 
     layout: Layout
     memory: Memory
     time: StepTime
-    host: int
+    cpu_memory: int
     fits: bool
-    host_checked: bool
+    cpu_memory_checked: bool
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Tokens/s/GPU."""
         layout = self.layout
         tokens = layout.global_batch_size * layout.seq_length
         return tokens / self.time.total / layout.gpus
 
     def as_dict(self) -> dict:
-        """For JSON: bytes and seconds."""
+        """Entries for JSON, in bytes and seconds."""
         layout = self.layout
         sizes = ("gpus", "tp", "etp", "ep", "cp", "pp", "dp")
         rest = ("seq_length", "micro_batch_size", "global_batch_size", "microbatches")
-        return {
+        plan = {
             "layout": {name: getattr(layout, name) for name in sizes + rest},
             "memory_policy": layout.policy(),
             "distributed_optimizer": layout.distributed_optimizer,
             "optimizer_offload": layout.offload,
             "memory": self.memory.as_dict(),
-            "fits": self.fits if self.host_checked or not self.fits else None,
-            "host_memory_per_machine": self.host,
+            "fits": self.fits if self.cpu_memory_checked or not self.fits else None,
+            "cpu_memory_per_machine": self.cpu_memory,
             "seconds": {**vars(self.time), "total": self.time.total},
             "tokens_per_second_per_gpu": self.tokens_per_second,
             "flags": layout.flags(),
         }
+        return with_old_keys(plan)
 
 
-def plan_of(layout: Layout, wanted: Wanted, rates: Rates | None = None) -> Plan:
-    """Memory and time of one layout."""
-    memory = fullest_rank(layout)
-    machines = wanted.machines
-    time = step_time(layout, rates, wanted.backend, machines)
-    host = host_memory(layout) * machines.gpus
-    fits = memory.total <= wanted.gpu_memory and _host_excess(host, wanted) <= 0
-    return Plan(layout, memory, time, host, fits, not host or wanted.host_memory is not None)
+def plan_layout(layout: Layout, request: PlanRequest, rates: Rates | None = None) -> Plan:
+    """Compute memory and time of one layout."""
+    memory = peak_rank_memory(layout)
+    machines = request.machines
+    time = step_time(layout, rates, request.backend, machines)
+    cpu_memory = rank_cpu_memory(layout) * machines.gpus
+    fits = memory.total <= request.gpu_memory and _cpu_excess(cpu_memory, request) <= 0
+    checked = not cpu_memory or request.cpu_memory is not None
+    return Plan(layout, memory, time, cpu_memory, fits, checked)
 
 
-def _host_excess(host: int, wanted: Wanted) -> float:
-    """Bytes by which the optimizer misses a machine's memory; negative where it fits."""
-    return -1 if wanted.host_memory is None else host - HOST_SHARE * wanted.host_memory
+def _cpu_excess(needed: int, request: PlanRequest) -> float:
+    """Bytes by which the optimizer exceeds a machine's CPU memory; negative if it fits."""
+    if request.cpu_memory is None:
+        return -1
+    return needed - CPU_MEMORY_SHARE * request.cpu_memory
 
 
-def all_plans(wanted: Wanted) -> list[Plan]:
-    """Every sensible layout, once for each policy of --memory; those that fit first.
+def all_plans(request: PlanRequest) -> list[Plan]:
+    """Plan every useful layout with each policy of --memory.
 
-    Those that fit come in the order of their time, with the optimizer on the host after the
-    others: its rates are assumed. It goes there only where a layout does not fit otherwise. Those
-    that do not fit come in the order of their memory.
+    Returns:
+        First the layouts that fit, by time, those with an offloaded optimizer last because its
+        rates are assumed; then the others, by memory. The optimizer is offloaded only where a
+        layout does not fit otherwise.
     """
     rates = Rates()
     plans = []
-    for layout in layouts(wanted):
-        here = plan_of(layout, wanted, rates)
-        if wanted.offload is not True:
-            plans.append(here)
-        if wanted.offload or (wanted.offload is None and not here.fits):
-            plans.append(plan_of(replace(layout, offload=1.0), wanted, rates))
+    for layout in layouts(request):
+        plan = plan_layout(layout, request, rates)
+        if request.offload is not True:
+            plans.append(plan)
+        if request.offload or (request.offload is None and not plan.fits):
+            plans.append(plan_layout(replace(layout, offload=1.0), request, rates))
 
     def order(plan: Plan) -> tuple:
         if plan.fits:
@@ -135,107 +150,135 @@ def all_plans(wanted: Wanted) -> list[Plan]:
     return sorted(plans, key=order)
 
 
-def layouts(wanted: Wanted) -> Iterator[Layout]:
-    """The layouts to look at, without offload.
+def layouts(request: PlanRequest) -> Iterator[Layout]:
+    """The layouts to plan, without offload.
 
-    Tensor parallelism stays within a machine, experts are whole or split as the rest is, and the
-    optimizer's state is always split over the ranks that would hold copies of it.
+    Tensor parallelism stays within a machine, experts are not split or split like the other
+    layers, and the optimizer state is sharded over all ranks that would hold copies.
     """
-    base = wanted.base
-    preset, gpus = base.preset, base.gpus
+    base = request.base
+    policies = [request.policy] if request.policy else list(POLICIES)
+    sizes = _parallel_sizes(request)
+    for values in itertools.product(*sizes.values()):
+        size = dict(zip(sizes, values))
+        if request.etp is None and size["etp"] not in (1, size["tp"]):
+            continue
+        layout = replace(base, **size, sequence_parallel=size["tp"] > 1)
+        if layout.unsupported_reason() is None:
+            yield from (_with_policy(layout, name) for name in policies)
+
+
+def _parallel_sizes(request: PlanRequest) -> dict[str, list[int]]:
+    """Sizes to try by field of Layout: the given one, or all that can divide the GPUs."""
+    gpus, num_layers = request.base.gpus, request.base.preset.num_layers
     powers = [2**i for i in range(gpus.bit_length()) if gpus % 2**i == 0]
-    stages = [n for n in range(1, gpus + 1) if gpus % n == 0 and preset.num_layers % n == 0]
-    policies = [wanted.policy] if wanted.policy else list(POLICIES)
-    in_machine = [n for n in powers if wanted.machines.holds(n)]
-    for tp in [wanted.tp] if wanted.tp else in_machine:
-        for cp in [wanted.cp] if wanted.cp else powers:
-            for pp in [wanted.pp] if wanted.pp else stages:
-                for etp in [wanted.etp] if wanted.etp else sorted({1, tp}):
-                    for ep in [wanted.ep] if wanted.ep else powers:
-                        layout = replace(
-                            base, tp=tp, etp=etp, ep=ep, cp=cp, pp=pp, sequence_parallel=tp > 1
-                        )
-                        if layout.problem() is None:
-                            yield from (_with_policy(layout, name) for name in policies)
+    stages = [n for n in range(1, gpus + 1) if gpus % n == 0 and num_layers % n == 0]
+    tensor = [request.tp] if request.tp else [n for n in powers if request.machines.holds(n)]
+    return {
+        "tp": tensor,
+        "cp": [request.cp] if request.cp else powers,
+        "pp": [request.pp] if request.pp else stages,
+        "etp": [request.etp] if request.etp else sorted({1, *tensor}),
+        "ep": [request.ep] if request.ep else powers,
+    }
 
 
 def _with_policy(layout: Layout, name: str) -> Layout:
-    return replace(layout, recompute=Recompute.of_policy(name), loss_chunk=loss_chunk_of(name))
+    return replace(layout, recompute=Recompute.from_policy(name), loss_chunk=loss_chunk_of(name))
 
 
-def advice(wanted: Wanted, plans: list[Plan]) -> str:
-    """What is wrong where nothing fits: by how much the nearest misses, and what would help."""
+def advice(request: PlanRequest, plans: list[Plan]) -> str:
+    """The error if no layout fits: how much the closest one lacks, and what would help."""
 
-    def excesses(plan: Plan) -> tuple[float, float]:
+    def excess(plan: Plan) -> tuple[float, float]:
+        """Bytes that a GPU lacks, and that a machine's CPU memory lacks."""
         return (
-            max(0.0, plan.memory.total - wanted.gpu_memory),
-            max(0.0, _host_excess(plan.host, wanted)),
+            max(0.0, plan.memory.total - request.gpu_memory),
+            max(0.0, _cpu_excess(plan.cpu_memory, request)),
         )
 
-    nearest = min(plans, key=lambda plan: sum(excesses(plan)))
-    need, have = nearest.memory.total, wanted.gpu_memory
-    layout = nearest.layout
-    too_much, host_too_much = excesses(nearest)
-    helps = []
-    if too_much:
-        helps.append(f"GPUs of {math.ceil((need + wanted.reserve) / GB)} GB")
-    if host_too_much:
-        helps.append(f"machines with {math.ceil(nearest.host / HOST_SHARE / GB)} GB of memory")
+    closest = min(plans, key=lambda plan: sum(excess(plan)))
+    missing = _missing_memory(closest, request, *excess(closest))
+    changes = [*_larger_machines(closest, request, *excess(closest)), *_other_runs(request)]
+    return (
+        f"No layout fits. The closest ({describe(closest.layout)}) needs {missing}. "
+        f"Possible changes: {'; or '.join(changes)}."
+    )
+
+
+def _missing_memory(plan: Plan, request: PlanRequest, gpu: float, cpu: float) -> str:
+    parts = []
+    if gpu:
+        parts.append(
+            f"{plan.memory.total / GB:.1f} GB per GPU, {gpu / GB:.1f} GB more than the "
+            f"{request.gpu_memory / GB:.1f} GB for tensors, mainly {largest_part(plan.memory)}; "
+            f"peak at: {PHASE_NAMES[plan.memory.peak_phase]}"
+        )
+    if cpu:
+        parts.append(
+            f"{plan.cpu_memory / GB:.0f} GB of CPU memory per machine for the optimizer, more "
+            f"than {CPU_MEMORY_SHARE:.0%} of {request.cpu_memory / GB:.0f} GB"
+        )
+    return " and ".join(parts)
+
+
+def _larger_machines(plan: Plan, request: PlanRequest, gpu: float, cpu: float) -> list[str]:
+    changes = []
+    if gpu:
+        changes.append(f"GPUs of {math.ceil((plan.memory.total + request.reserve) / GB)} GB")
+    if cpu:
+        needed = math.ceil(plan.cpu_memory / CPU_MEMORY_SHARE / GB)
+        changes.append(f"machines with {needed} GB of memory")
+    return changes
+
+
+def _other_runs(request: PlanRequest) -> list[str]:
+    """Changes of GPUs or flags with which some layout fits."""
+    base = request.base
+    changes = []
     for factor in (2, 4, 8, 16, 32):
-        gpus = layout.gpus * factor
-        batch = wanted.base.global_batch_size * factor
-        more = replace(wanted, base=replace(wanted.base, gpus=gpus, global_batch_size=batch))
-        if gpus % -(-gpus // wanted.per_machine) == 0 and _any_fits(more):
-            helps.append(f"{gpus} GPUs")
+        gpus = base.gpus * factor
+        more = replace(base, gpus=gpus, global_batch_size=base.global_batch_size * factor)
+        even = gpus % -(-gpus // request.per_machine) == 0
+        if even and _any_fits(replace(request, base=more)):
+            changes.append(f"{gpus} GPUs")
             break
-    if wanted.base.grad_bytes == 4:
-        if _any_fits(replace(wanted, base=replace(wanted.base, grad_bytes=2))):
-            helps.append("--grad-reduce-in-bf16")
-    length = wanted.base.seq_length // 2
+    if base.grad_bytes == 4 and _any_fits(replace(request, base=replace(base, grad_bytes=2))):
+        changes.append("--grad-reduce-in-bf16")
+    length = base.seq_length // 2
     while length >= 1024:
-        if _any_fits(replace(wanted, base=replace(wanted.base, seq_length=length))):
-            helps.append(f"--seq-length {length}")
+        if _any_fits(replace(request, base=replace(base, seq_length=length))):
+            changes.append(f"--seq-length {length}")
             break
         length //= 2
-    given = [
-        f"--{name}"
-        for name in ("tp", "etp", "ep", "cp", "pp", "policy")
-        if getattr(wanted, name) is not None
-    ]
-    if wanted.offload is False:
-        given.append("--no-offload")
-    if given:
-        helps.append(f"dropping {', '.join(given)}".replace("--policy", "--memory"))
-    text = f"No layout fits. The closest ({shown(layout)}) needs "
-    if too_much:
-        text += (
-            f"{need / GB:.1f} GB per GPU, {too_much / GB:.1f} GB more than the "
-            f"{have / GB:.1f} GB for tensors, mainly {largest_part(nearest.memory)}; peak at: "
-            f"{nearest.memory.moment}"
-        )
-    if host_too_much:
-        text += (
-            f"{' and ' * bool(too_much)}{nearest.host / GB:.0f} GB of CPU memory per machine "
-            f"for the optimizer, more than {HOST_SHARE:.0%} of {wanted.host_memory / GB:.0f} GB"
-        )
-    return f"{text}. Possible changes: {'; or '.join(helps)}."
+    if given := _given_flags(request):
+        changes.append(f"dropping {', '.join(given)}")
+    return changes
 
 
-def _any_fits(wanted: Wanted) -> bool:
-    gpus = wanted.machines.gpus
-    offloads = {None: (1.0, 0.0), False: (0.0,), True: (1.0,)}[wanted.offload]
-    for layout in layouts(wanted):
-        for offload in offloads:
-            tried = replace(layout, offload=offload)
-            if _host_excess(host_memory(tried) * gpus, wanted) > 0:
-                continue
-            if fullest_rank(tried).total <= wanted.gpu_memory:
-                return True
+def _given_flags(request: PlanRequest) -> list[str]:
+    flags = [f"--{name}" for name in ("tp", "etp", "ep", "cp", "pp") if getattr(request, name)]
+    if request.policy is not None:
+        flags.append("--memory")
+    if request.offload is False:
+        flags.append("--no-offload")
+    return flags
+
+
+def _any_fits(request: PlanRequest) -> bool:
+    gpus = request.machines.gpus
+    offloads = {None: (1.0, 0.0), False: (0.0,), True: (1.0,)}[request.offload]
+    for layout, offload in itertools.product(layouts(request), offloads):
+        tried = replace(layout, offload=offload)
+        if _cpu_excess(rank_cpu_memory(tried) * gpus, request) > 0:
+            continue
+        if peak_rank_memory(tried).total <= request.gpu_memory:
+            return True
     return False
 
 
-def shown(layout: Layout) -> str:
-    """A layout in a few words."""
+def describe(layout: Layout) -> str:
+    """Parallel sizes and policy of a layout, in one line."""
     sizes = {
         "TP": layout.tp,
         "ETP": layout.etp,
@@ -249,6 +292,5 @@ def shown(layout: Layout) -> str:
 
 
 def largest_part(memory: Memory) -> str:
-    """The largest of a rank's parts."""
-    parts = ("parameters", "gradients", "optimizer", "activations", "logits", "step")
-    return max(parts, key=lambda name: getattr(memory, name))
+    """What takes most of a rank's memory."""
+    return max(MEMORY_PARTS, key=lambda name: getattr(memory, name)).replace("_", " ")

@@ -1,21 +1,20 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Model FLOPs of a step, and what a GPU could do in the time.
+"""Model FLOPs of a step, and the BF16 peak of a GPU.
 
-Counted are the products of the model itself, forward and backward (three times the forward), each
-multiply-add as two: what a kernel computes twice, activation recomputation included, is not work of
-the model. Upstream's count takes every layer's attention as full.
+Counted are the GEMMs of the model, forward and backward (three times the forward), a multiply-add as
+two FLOPs. Recomputation is not counted, and a windowed layer counts only the keys in its window;
+upstream counts the attention of every layer as full.
 """
 
 from argparse import Namespace
+from typing import NamedTuple
 
-import torch
+from megatron.gpt_oss.presets import windowed_layers
 
-from megatron.core import device_utils
-
-# Peak of dense BF16 products, TFLOP/s, by what CUDA calls the card; the first name that fits. From
+# Peak of dense BF16 GEMMs in TFLOP/s by CUDA's name of the card; the first name that matches. From
 # NVIDIA's data sheets, which give the double where they assume 2:4 sparsity: A100 (2021), H100
 # (2023: SXM 1979, NVL 1671, PCIe 1513), H200 (2024: SXM 1979, NVL 1671), L40S (733), DGX and
-# GB200 NVL72 (2024: 4.5 and 5 PFLOP/s a GPU).
+# GB200 NVL72 (2024: 4.5 and 5 PFLOP/s per GPU).
 PEAK_BF16_TFLOPS = (
     ("GB200", 2500.0),
     ("B200", 2250.0),
@@ -29,11 +28,45 @@ PEAK_BF16_TFLOPS = (
 )
 
 
+class LinearFlops(NamedTuple):
+    """FLOPs per token, forward and backward: of a layer's experts, of its other linears, of the head."""
+
+    experts: float
+    dense: float
+    head: float
+
+
 def visible_pairs(length: float, window: int | None = None) -> float:
-    """Query-key pairs that causal attention sees in one document; a query sees itself."""
+    """Query-key pairs of causal attention in one document.
+
+    Args:
+        length: tokens of the document.
+        window: keys that a query sees, itself included; None: all.
+    """
     if window is None or length <= window:
         return length * (length + 1) / 2
     return window * (window + 1) / 2 + (length - window) * window
+
+
+def linear_flops(args: Namespace) -> LinearFlops:
+    """FLOPs of the linear layers.
+
+    Args:
+        args: Megatron's arguments of a gpt-oss.
+    """
+    hidden, heads = args.hidden_size, args.num_attention_heads * args.kv_channels
+    kv = args.num_query_groups * args.kv_channels
+    router = hidden * args.num_experts
+    return LinearFlops(
+        experts=6 * args.moe_router_topk * 3 * hidden * args.moe_ffn_hidden_size,
+        dense=6 * (hidden * (2 * heads + 2 * kv) + router),
+        head=6 * hidden * args.padded_vocab_size,
+    )
+
+
+def attention_flops(args: Namespace, pairs: float) -> float:
+    """FLOPs of one layer's q k^T and p v, forward and backward, for so many query-key pairs."""
+    return 12 * pairs * args.num_attention_heads * args.kv_channels
 
 
 def model_flops(args: Namespace, num_tokens: float, squares: float | None = None) -> float:
@@ -46,37 +79,29 @@ def model_flops(args: Namespace, num_tokens: float, squares: float | None = None
             windowed layer then counts as if documents were of one length. None: sequences of
             --seq-length.
     """
-    hidden, heads = args.hidden_size, args.num_attention_heads * args.kv_channels
-    kv = args.num_query_groups * args.kv_channels
-    layer = hidden * (2 * heads + 2 * kv)  # q, k, v and o
-    layer += hidden * args.num_experts
-    layer += args.moe_router_topk * 3 * hidden * args.moe_ffn_hidden_size
-    products = args.num_layers * layer + hidden * args.padded_vocab_size
-
+    linear = linear_flops(args)
+    per_token = args.num_layers * (linear.experts + linear.dense) + linear.head
     length = args.seq_length if squares is None else squares / max(num_tokens, 1)
     documents = num_tokens / max(length, 1)
-    num_windowed = sum(is_windowed(args, number) for number in range(1, args.num_layers + 1))
+    num_windowed = sum(windowed_layers(vars(args), args.num_layers))
     pairs = (args.num_layers - num_windowed) * visible_pairs(length)
     if num_windowed:
         pairs += num_windowed * visible_pairs(length, args.window_size[0] + 1)
-    # q k^T and p v: two products a pair, each of a head's length.
-    return 3 * 2 * (products * num_tokens + 2 * heads * pairs * documents)
-
-
-def is_windowed(args: Namespace, layer_number: int) -> bool:
-    """Whether a layer (from 1) attends within the window; as Megatron decides."""
-    from megatron.core.transformer.utils import is_layer_window_attention
-
-    return is_layer_window_attention(args.window_size, args.window_attn_skip_freq, layer_number)
+    return per_token * num_tokens + attention_flops(args, pairs) * documents
 
 
 def peak_tflops(args: Namespace) -> float | None:
-    """Dense BF16 peak of this card, or None: on a CPU, in fp32, or a card that is not listed."""
+    """Dense BF16 peak of this card in TFLOP/s; None on a CPU, in fp32, or for an unlisted card."""
+    # The planner uses this module without torch.
+    import torch
+
+    from megatron.core import device_utils
+
     if not device_utils.is_cuda() or not args.bf16:
         return None
     return peak_of(torch.cuda.get_device_name())
 
 
 def peak_of(card: str) -> float | None:
-    """The peak of a card by CUDA's name of it, e.g. 'NVIDIA H100 80GB HBM3'."""
+    """Dense BF16 peak in TFLOP/s by CUDA's name of a card, e.g. 'NVIDIA H100 80GB HBM3'."""
     return next((peak for name, peak in PEAK_BF16_TFLOPS if name in card), None)

@@ -82,11 +82,11 @@ def test_which_there_are():
 def test_why_there_is_no_120b_on_16():
     """The README's words: its state alone does not fit, but with the optimizer on the host."""
     from megatron.gpt_oss.planner.layout import Layout
-    from megatron.gpt_oss.planner.search import Wanted, all_plans
+    from megatron.gpt_oss.planner.search import PlanRequest, all_plans
 
     layout = Layout(get_preset('120b'), 16, seq_length=8192, global_batch_size=512)
-    assert not any(plan.fits for plan in all_plans(Wanted(layout, 80e9, offload=False)))
-    fitting = [plan for plan in all_plans(Wanted(layout, 80e9)) if plan.fits]
+    assert not any(plan.fits for plan in all_plans(PlanRequest(layout, 80e9, offload=False)))
+    fitting = [plan for plan in all_plans(PlanRequest(layout, 80e9)) if plan.fits]
     assert fitting and min(plan.memory.host for plan in fitting) > 85e9
 
 

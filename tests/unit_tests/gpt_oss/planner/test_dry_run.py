@@ -12,16 +12,13 @@ import pytest
 
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.planner.dry_run import (
-    TE_OVER_LOCAL,
     fp8_copies,
-    layout_of,
     not_counted,
     validated,
 )
 from megatron.gpt_oss.planner.layout import Layout
 from megatron.gpt_oss.planner.machines import TORCHRUN, Machines
-from megatron.gpt_oss.planner.memory import fullest_rank
-from megatron.gpt_oss.planner.search import Wanted, all_plans
+from megatron.gpt_oss.planner.search import PlanRequest, all_plans
 from megatron.gpt_oss.presets import get_preset
 from tests.harness import commands
 
@@ -85,12 +82,12 @@ def _validated(monkeypatch, gpus, flags):
 
 def test_printed_flags_are_accepted(monkeypatch):
     """Megatron validates the command line of a layout, and it means that layout."""
-    wanted = Wanted(Layout(get_preset('20b'), 8, seq_length=8192, global_batch_size=64), 80e9)
-    fitting = [plan.layout for plan in all_plans(wanted) if plan.fits]
+    request = PlanRequest(Layout(get_preset('20b'), 8, seq_length=8192, global_batch_size=64), 80e9)
+    fitting = [plan.layout for plan in all_plans(request) if plan.fits]
     for layout in fitting[:: len(fitting) // 6]:
         flags = [word for flag in layout.flags() for word in flag.split()]
         args = _validated(monkeypatch, 8, flags)
-        found = layout_of(args)
+        found = Layout.from_args(args)
         assert replace(found, preset=layout.preset) == layout
         for name in ('hidden_size', 'num_query_groups', 'head_dim', 'sliding_window', 'vocab_size'):
             assert getattr(found.preset, name) == getattr(layout.preset, name)
@@ -132,21 +129,6 @@ def test_transformer_engine_is_named_with_what_was_measured(monkeypatch):
     assert "FP8 copies of the weights take 3.29 GB" in line and '1.38 times its memory' in line
     args.fp8_recipe = 'delayed'
     assert 'delayed was not measured' in ' '.join(not_counted(args))
-
-
-def test_transformer_engine_over_local_as_measured():
-    times = {recipe: [] for recipe in TE_OVER_LOCAL}
-    for name in TE_RESULTS:
-        local, others = te_layers(name)
-        for recipe, row in others.items():
-            # The result of a whole step holds AdamW's state on either side.
-            step = 'step_ms' in row
-            state = 12 * fullest_rank(_two_layers()).parameters / 2 / 2**20 if step else 0
-            memory = (row['peak_mib'] - state) / (local['peak_mib'] - state)
-            assert TE_OVER_LOCAL[recipe][0] == pytest.approx(memory, abs=0.02), (name, recipe)
-            times[recipe].append(row['ms'] / local['ms'])
-    for recipe, found in times.items():
-        assert TE_OVER_LOCAL[recipe][1:] == pytest.approx((min(found), max(found)), abs=0.01)
 
 
 @pytest.mark.parametrize('name', TE_RESULTS)

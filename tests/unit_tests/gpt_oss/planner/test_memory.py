@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The planner's bytes against those of real objects: kept tensors, weights, buffers, optimizer.
+"""The planner's bytes against real objects: saved tensors, weights, buffers, optimizer.
 
-On the CPU, where all is as on a GPU but for the norms, which PyTorch decomposes here.
+On the CPU, which differs from a GPU in the norms, which PyTorch decomposes here.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron.gpt_oss.planner.layout import Layout, Recompute
-from megatron.gpt_oss.planner.memory import StageMoments, optimizer_memory, stage_memory
+from megatron.gpt_oss.planner.memory import StageActivations, optimizer_memory, stage_memory
 from megatron.gpt_oss.planner.parameters import rank_parameters
 from megatron.gpt_oss.presets import get_preset
 from tests.harness.live_memory import balanced_routing
@@ -35,7 +35,7 @@ def _layout(world_size=1, policy='fast', **sizes):
     options = dict(seq_length=256, micro_batch_size=2, global_batch_size=64, grad_bytes=grad_bytes)
     options |= dict(sequence_parallel=sizes.get('tp', 1) > 1, **sizes)
     return Layout(
-        ODD, world_size, recompute=Recompute.of_policy(policy), loss_chunk=chunk, **options
+        ODD, world_size, recompute=Recompute.from_policy(policy), loss_chunk=chunk, **options
     )
 
 
@@ -82,8 +82,8 @@ def _builder(layout):
     return config.get_builder_cls()(config)
 
 
-def kept_bytes(layout):
-    """Bytes of the storages that a forward and a loss keep, weights left out."""
+def saved_bytes(layout):
+    """Bytes of the storages that autograd saves in a forward and loss, without weights."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.gpt_oss.training.output_processor import chunked_loss_processor
 
@@ -91,12 +91,12 @@ def kept_bytes(layout):
     model = _builder(layout).build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.bfloat16().train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    saved = {}
 
     def note(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     length = layout.seq_length // layout.cp
@@ -109,7 +109,7 @@ def kept_bytes(layout):
     with hooks, balanced_routing():
         losses = model(ids, positions, None, labels=ids, loss_mask=torch.ones(ids.shape), **options)
     assert losses.requires_grad
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def state_bytes(layout):
@@ -153,7 +153,7 @@ def state_bytes(layout):
     )
 
 
-KEPT = {
+SAVED = {
     'fast': _layout(),
     'balanced': _layout(policy='balanced'),
     'lean': _layout(policy='lean'),
@@ -164,7 +164,7 @@ KEPT = {
     'two-layers-a-unit': dataclasses.replace(
         _layout(), recompute=Recompute('full', (), 'uniform', 2)
     ),
-    'all-experts-again': dataclasses.replace(_layout(), recompute=Recompute('selective', ('moe',))),
+    'recompute-moe': dataclasses.replace(_layout(), recompute=Recompute('selective', ('moe',))),
     'tp2-ep2': _layout(2, tp=2, ep=2),
     'tp2-etp2-balanced': _layout(2, 'balanced', tp=2, etp=2),
     'tp2-lean': _layout(2, 'lean', tp=2, ep=2),
@@ -174,15 +174,15 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize('case', KEPT)
-def test_kept(ranks, case):
-    """What autograd keeps of a micro-batch."""
-    layout = KEPT[case]
-    measured = ranks.run(kept_bytes, layout, world_size=layout.gpus)
+@pytest.mark.parametrize('case', SAVED)
+def test_saved(ranks, case):
+    """What autograd saves of a micro-batch."""
+    layout = SAVED[case]
+    measured = ranks.run(saved_bytes, layout, world_size=layout.gpus)
     measured = sum(measured) / len(measured)
-    stage = StageMoments(layout, 0, device='cpu')
+    stage = StageActivations(layout, 0, device='cpu')
     tokens = 8 * stage.sizes.tokens
-    expected = stage.kept() + stage.head.kept() + tokens
+    expected = stage.saved + stage.head.saved + tokens
     assert expected == pytest.approx(measured, rel=0.005)
 
 
@@ -190,7 +190,7 @@ STATE = {
     'one-rank': _layout(),
     'one-rank-bf16-gradients': _layout(grad_bytes=2),
     'dp2': _layout(2),
-    'dp2-whole-optimizer': _layout(2, distributed_optimizer=False),
+    'dp2-replicated-optimizer': _layout(2, distributed_optimizer=False),
     'tp2-etp2': _layout(2, tp=2, etp=2),
     'tp2-ep2': _layout(2, tp=2, ep=2),
     'ep2': _layout(2, ep=2),
@@ -205,7 +205,7 @@ def test_weights_gradients_optimizer(ranks, case):
     measured = ranks.run(state_bytes, layout, world_size=layout.gpus)
     dense, expert = rank_parameters(layout, 0)
     memory = stage_memory(layout, 0)
-    optimizer = optimizer_memory(layout, dense, expert)[0]
+    optimizer = optimizer_memory(layout, dense, expert).gpu
     assert {weights for weights, _, _ in measured} == {memory.parameters}
     for _, gradients, _ in measured:
         assert memory.gradients == pytest.approx(gradients, rel=2e-3)

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The fullest moment of forward and backward, as planned and as counted while a model runs.
+"""The peak of forward and backward, planned and counted while a model runs.
 
-Live tensors are counted on the CPU, with kernels and norms that allocate as those of CUDA do. What
-Python's frames and autograd hold meanwhile is the same on either.
+Live tensors are counted on the CPU, with kernels and norms that allocate as those of CUDA do. Python
+frames and autograd hold the same tensors on both.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.gpt_oss.planner.activations import HeadTensors, LayerTensors
+from megatron.gpt_oss.planner.activations import HeadActivations, LayerActivations
 from megatron.gpt_oss.planner.layout import Layout, Recompute
 from megatron.gpt_oss.planner.memory import (
-    StageMoments,
-    fullest_rank,
+    StageActivations,
     gather_buffer,
     optimizer_memory,
+    peak_rank_memory,
 )
 from megatron.gpt_oss.presets import get_preset
 from tests.harness.live_memory import (
@@ -87,7 +87,7 @@ CASES = {
     'lean': _layout(policy='lean'),
     # Whatever the backward of a layer leaves behind weighs most in a deep model.
     'lean-deep': _layout(policy='lean', preset=dataclasses.replace(MODEL, num_layers=16)),
-    'all-experts-again': _layout(policy='balanced', recompute=Recompute('selective', ('moe',))),
+    'recompute-moe': _layout(policy='balanced', recompute=Recompute('selective', ('moe',))),
     'two-layers-of-three': _layout(recompute=Recompute('full', (), 'block', 2)),
     'two-layers-a-unit': _layout(recompute=Recompute('full', (), 'uniform', 2)),
     'all-logits': _layout(preset=LARGE_HEAD),
@@ -109,8 +109,8 @@ def test_peak(ranks, case):
     layout = CASES[case]
     measured = ranks.run(peak_bytes, layout, world_size=layout.gpus)
     measured = sum(measured) / len(measured)
-    moments = StageMoments(layout, 0).all()
-    expected = max(map(sum, moments.values())) + gather_buffer(layout)
+    phases = StageActivations(layout, 0).phases(gather_buffer(layout)).present()
+    expected = max(phase.total for phase in phases.values())
     # Small tensors that are not planned: indices of rows, the router's, temporaries of collectives.
     assert expected == pytest.approx(measured, rel=0.05)
 
@@ -135,7 +135,8 @@ def test_head_as_measured_on_a_gpu():
             loss_chunk=int(chunk or 0),
             grad_bytes=2 if kind == 'chunked' else 4,
         )
-        expected = max(HeadTensors(layout).logits().values()) / 2**20
+        phases = vars(HeadActivations(layout).phases()).values()
+        expected = max(size for size in phases if size is not None) / 2**20
         assert expected == pytest.approx(row['peak_mib'], rel=0.01), row['loss']
 
 
@@ -156,7 +157,7 @@ def test_steps_as_measured_on_a_gpu(case, length, size, modules, parts):
         mlp_chunks=parts,
         loss_chunk=4096,
     )
-    assert fullest_rank(layout).total / 2**30 == pytest.approx(row['peak_gib'], rel=0.05)
+    assert peak_rank_memory(layout).total / 2**30 == pytest.approx(row['peak_gib'], rel=0.05)
 
 
 def test_experts_as_measured_on_a_gpu():
@@ -165,18 +166,18 @@ def test_experts_as_measured_on_a_gpu():
     measured = {(row['case'], row['implementation']): row for row in _measured('experts_h100.json')}
     for case, rows in rows_of.items():
         layout = Layout(get_preset('20b'), 1, seq_length=rows // 4)
-        layer = LayerTensors(layout, False)
-        kept = layer.experts['gate and up'] + layer.experts["experts' activation"]
+        layer = LayerActivations(layout, False)
+        saved = layer.experts.fc1_output + layer.experts.fc2_input
         out = 2 * rows * 2880
-        assert (kept + out) / 2**20 == pytest.approx(
+        assert (saved + out) / 2**20 == pytest.approx(
             measured[case, 'grouped']['kept_mib'], rel=0.01
         )
-        # in the activation's backward, or with all gradients at the end
-        moment = layer.backward_moments()["experts' activation"] - layer.everything()
-        moment += kept - 2 * layer.sizes.residual * 2880  # what is there, without the residual
+        # In the activation's backward, or with all gradients at the end; without the residual.
+        backward = layer.backward_phases().activation - layer.all_saved
+        backward += saved - 2 * layer.sizes.residual * 2880
         weights = 2 * 32 * 2880 * 3 * 2880
         first = 4 * rows * 2880 + 2 * rows * 2880
-        peak = out + max(weights // 3 + moment, weights + first)
+        peak = out + max(weights // 3 + backward, weights + first)
         assert peak / 2**20 == pytest.approx(measured[case, 'grouped']['peak_mib'], rel=0.03)
 
 
@@ -202,6 +203,6 @@ def test_clipping():
     with memory:
         local_multi_tensor_scale(0, None, [gradients, gradients], 0.5)
     assert memory.peak < 1000
-    assert optimizer_memory(_layout(), 10**8, 10**7)[2] == 0
+    assert optimizer_memory(_layout(), 10**8, 10**7).step == 0
     in_bf16 = dataclasses.replace(_layout(), grad_bytes=2)
-    assert optimizer_memory(in_bf16, 10**8, 10**7)[2] == 4 * (10**8 + 10**7)
+    assert optimizer_memory(in_bf16, 10**8, 10**7).step == 4 * (10**8 + 10**7)

@@ -15,7 +15,7 @@ from megatron.gpt_oss import cli
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.planner import command as plan_command
 from megatron.gpt_oss.planner.machines import Machines
-from megatron.gpt_oss.planner.memory import GB, beside_tensors, card_memory
+from megatron.gpt_oss.planner.memory import GB, card_memory, default_reserve
 from tests.harness.command_lines import dry_run, planned_command, torchrun_parts
 
 GPUS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 17, 24, 48, 64, 96, 1000)
@@ -55,7 +55,7 @@ def check(model, gpus, per_machine):
     best = found['best']
     # Of a GPU's memory, what is not tensors is left.
     card = card_memory(141 if 'gpu-memory 141' in model else 80)
-    assert best['memory']['total'] <= card - beside_tensors(gpus)
+    assert best['memory']['total'] <= card - default_reserve(gpus)
     machines, each, script, argv = torchrun_parts(planned_command(found['command']))
     assert machines * each == gpus and each <= per_machine, found['command']
     assert machines == -(-gpus // per_machine) and script == 'pretrain_gpt_oss.py'
@@ -65,13 +65,13 @@ def check(model, gpus, per_machine):
     assert f"Peak: {best['memory']['total'] / GB:.2f} GB." in text
     assert re.search(rf"total +{best['seconds']['total']:.3f} s\n", text), (best, text)
     if best['optimizer_offload']:
-        need = best['host_memory_per_machine']
+        need = best['cpu_memory_per_machine']
         assert f'The optimizer takes {need / GB:.2f} GB of CPU memory per machine' in text
     return True
 
 
 @pytest.fixture(autouse=True)
-def unknown_host(monkeypatch):
+def unknown_cpu_memory(monkeypatch):
     """As on a machine without a GPU."""
     monkeypatch.setattr(plan_command, 'has_gpu', lambda: False)
 
@@ -124,7 +124,7 @@ def test_told(flags, words):
     assert ('--rdzv-endpoint' in out) == ('--nnodes' in out)
 
 
-def test_host_memory():
+def test_cpu_memory():
     """Told where it is not known, checked where it is."""
     flags = '--preset 20b --gpus 1 --gpu-memory 141'
     out, error = plan(flags)
@@ -143,7 +143,7 @@ def test_host_memory():
     assert not plan(f'{flags} --host-memory {more}')[1]
     # All ranks of a machine share it.
     best = json.loads(plan('--preset 20b --gpus 2 --gpu-memory 141 --offload --json')[0])['best']
-    assert best['host_memory_per_machine'] == pytest.approx(16 * 20.9e9, rel=0.05)
+    assert best['cpu_memory_per_machine'] == pytest.approx(16 * 20.9e9, rel=0.05)
 
 
 def test_reserve():
