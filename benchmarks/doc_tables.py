@@ -1,40 +1,36 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Writes the tables of docs/performance.md, docs/context_parallel.md and docs/transformer_engine.md.
+"""Write the tables of docs/ from the committed results.
 
-They come from the committed results:
+    python -m benchmarks.doc_tables
 
-    python benchmarks/pages.py
-
-A test compares the pages with the results: tables are written, not edited.
+A test compares the tables with the results.
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import checkpoint, report, whole_model
-from benchmarks.work import attention_flops, head_flops, linear_flops
+from benchmarks.lib import report
+from benchmarks.lib.flops import attention_flops, linear_flops
+from benchmarks.training import checkpoint, whole_model
 from megatron.gpt_oss.presets import get_preset
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = report.ROOT / "docs"
-# What products reach at best, in TFLOP/s: the roofline of docs/performance.md.
-PRODUCT_RATE = 560.0
-# Patterns in a kernel's name, most particular first.
+# Best rate of GEMMs in TFLOP/s: the roofline of docs/performance.md.
+GEMM_RATE = 560.0
+# Patterns of kernel names; the first match counts.
 CLASSES = [
-    ("experts' products", "^_grouped_|GroupProblemShape"),
+    ("expert GEMMs", "^_grouped_|GroupProblemShape"),
     ("cross entropy", "^_to_gradient|^_row_statistics"),
-    ("experts' activation and biases", "^_swiglu|_weighted_bias|^_sum_tiles"),
-    ("rows to experts and back", "gather_kernel|^_sum_by_token|radix_sort|index"),
+    ("expert activation and bias", "^_swiglu|_weighted_bias|^_sum_tiles"),
+    ("permute and unpermute", "gather_kernel|^_sum_by_token|radix_sort|index"),
     ("attention", "flash|fmha|convert_dq|dot_do_o|_sink_|_sink$"),
-    ("rotation, bias, residual", "^_split_and_rotate$|^_add$"),
+    ("RoPE, bias, residual", "^_split_and_rotate$|^_add$"),
     ("RMSNorm", "layer_norm|GammaBeta"),
-    ("products of head and attention", "nvjet|gemm"),
-    ("weight gradients added up in fp32", "CUDAFunctor_add<float>"),
+    ("GEMMs of head and attention", "nvjet|gemm"),
+    ("fp32 accumulation of weight gradients", "CUDAFunctor_add<float>"),
 ]
 
 
@@ -45,7 +41,7 @@ def main() -> None:
 
 
 def sections() -> dict[tuple[str, str], str]:
-    """(page, section): what stands there."""
+    """Text by page and section."""
     return {
         ("performance.md", "training step"): step_section(),
         ("performance.md", "activation offload 32k"): step_section("activation_offload_32k_h100"),
@@ -74,7 +70,7 @@ def source(name: str, found: dict) -> str:
     card = (facts.get("gpu") or facts.get("device") or facts["cpu"]).replace("_", " ")
     words = [card] + [f"{k} {facts[k]}" for k in ("torch", "triton", "commit") if k in facts]
     link = f"[JSON](../benchmarks/results/{name}.json)"
-    return f"{link}: `{found['command']}`, {found['date']}; {', '.join(words)}."
+    return f"{link}: `{report.current_command(found['command'])}`, {found['date']}; {', '.join(words)}."
 
 
 def step_section(name: str = "train_step_h100") -> str:
@@ -105,14 +101,14 @@ def whole_model_section() -> str:
 
 
 def checkpoint_section() -> str:
-    """What a save costs the training, on the CPU."""
+    """How long a save blocks training, on the CPU."""
     found = load("checkpoint_cpu")
     rows = [checkpoint.cells(checkpoint.Row(**row)) for row in found["rows"]]
     return report.markdown(checkpoint.HEADER, rows) + "\n\n" + source("checkpoint_cpu", found)
 
 
 def kernel_section() -> str:
-    """Where a micro-batch of two layers and head spends its time, against the roofline."""
+    """Kernel times of a micro-batch of two layers and head, and the roofline."""
     found = load("train_step_h100")
     cases = {"4k": (4096, 8), "32k": (32768, 1)}
     header = ["kernels"]
@@ -147,17 +143,17 @@ def by_class(kernels: list[dict]) -> dict[str, float]:
 
 
 def roofline(length: int, size: int) -> dict[str, float]:
-    """Milliseconds of the products at PRODUCT_RATE, of attention as measured alone."""
+    """Milliseconds of GEMMs at GEMM_RATE, and of attention as measured alone."""
     preset = get_preset("20b")
-    experts, linears = linear_flops(preset, length)
-    dense = 2 * linears + head_flops(preset, length)
+    linear = linear_flops(preset, length)
+    dense = 2 * linear.dense + linear.head
     attention = load("attention_h100")["rows"]
     full = next(r for r in attention if (r["case"], r["backend"]) == ("causal-32k", "cudnn"))
     window = next(r for r in attention if (r["case"], r["backend"]) == ("window-32k", "aten_fa2"))
     tokens = length * size
     return {
-        "experts' products": 2 * experts * size / PRODUCT_RATE / 1e9,
-        "products of head and attention": dense * size / PRODUCT_RATE / 1e9,
+        "expert GEMMs": 2 * linear.experts * size / GEMM_RATE / 1e9,
+        "GEMMs of head and attention": dense * size / GEMM_RATE / 1e9,
         "attention": attention_flops(preset, length, False) * size / full["tflops"] / 1e9
         + window["ms"] * tokens / 32768,
     }
@@ -166,7 +162,7 @@ def roofline(length: int, size: int) -> dict[str, float]:
 def loss_section() -> str:
     """Head and loss."""
     found = load("lm_loss_h100")
-    header = ["tokens", "loss", "ms", "TFLOP/s", "of unchunked", "peak MiB beyond", "error"]
+    header = ["tokens", "loss", "ms", "TFLOP/s", "of unchunked", "workspace, MiB", "error"]
     rows = [
         [r["case"], r["loss"], f"{r['ms']:.1f}", f"{r['tflops']:.0f}"]
         + [f"{r['of_unchunked']:.2f}", f"{r['peak_mib']:,.0f}", f"{r['error']:.1e}"]
@@ -178,7 +174,7 @@ def loss_section() -> str:
 def experts_section() -> str:
     """The experts of a layer."""
     found = load("experts_h100")
-    header = ["rows", "experts", "ms", "TFLOP/s", "of dense", "peak MiB", "kept MiB"]
+    header = ["routed tokens", "experts", "ms", "TFLOP/s", "of dense", "peak MiB", "saved MiB"]
     rows = []
     for r in found["rows"]:
         figures = [f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['of_dense']:.2f}"]
@@ -188,7 +184,7 @@ def experts_section() -> str:
 
 
 def elementwise_section() -> str:
-    """Rotation, bias and residual, RMSNorm."""
+    """RoPE, bias and residual, RMSNorm."""
     found = load("elementwise_h100")
     header = ["case", "by", "ms", "of a copy of the same bytes", "error"]
     rows = []
@@ -201,7 +197,7 @@ def elementwise_section() -> str:
 
 
 def context_parallel_section() -> str:
-    """Every exchange on two GPUs."""
+    """All communication types on two GPUs."""
     found = load("context_parallel_h100x2")
     header = ["case", "requested", "used", "ms", "one GPU, ms", "efficiency", "MiB received"]
     rows = []
@@ -230,7 +226,7 @@ def context_parallel_model_section() -> str:
         if "expert_load" in r:
             loaded = sum(r["expected_at_load"].values()) / 1e9
             figures += [f"{r['expert_load']:.2f}", f"{loaded:.1f}"]
-        else:  # results from before the rows were counted
+        else:  # results from before routed tokens were counted
             figures += ["-", "-"]
         rows.append([f"{r['length']:,}", str(r["layers"]), losses, *figures])
     check = found["check"][0]
@@ -250,13 +246,13 @@ def te_rows(steps: bool, name: str = "te_layers_h100x2") -> list[dict]:
 
 
 def figure(row: dict, key: str, digits: int) -> str:
-    """A figure; - where the result has none."""
+    """A formatted figure; - if the result has none."""
     value = row.get(key)
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def te_attention_section() -> str:
-    """Our attention and TransformerEngine's, side by side."""
+    """Attention of this project and of TransformerEngine."""
     columns = {"ms": 2, "tflops": 0, "peak_mib": 0, "beyond_mib": 0, "ratio": 3}
     header = ["case", "GPUs", "attention", "ms", "TFLOP/s/GPU", "peak MiB", "workspace, MiB"]
     header += ["time without / with a sink"]
@@ -274,7 +270,7 @@ def te_attention_section() -> str:
 
 
 def te_step_section() -> str:
-    """Two layers and head, by implementation; beside it, forward and backward of the earlier run."""
+    """Two layers and head; with the times of an earlier run of forward and backward alone."""
     columns = {"adamw_ms": 1, "step_ms": 1, "peak_mib": 0}
     header = ["two layers and head", "forward + backward alone, ms", "forward + backward, ms"]
     header += ["p20 to p80", "AdamW, ms", "step, ms", "peak MiB"]

@@ -2,9 +2,9 @@
 
 """Memory and time of `gptoss convert` at real size, against copying the same bytes.
 
-    python benchmarks/convert.py --folder /data/bench --preset 20b --layers 8 \\
+    python -m benchmarks.conversion.convert --folder /data/bench --preset 20b --layers 8 \\
         --json benchmarks/results/convert_20b_cpu.json
-    python benchmarks/convert.py --page        # docs/parity.md from the results that are there
+    python -m benchmarks.conversion.convert --page        # docs/parity.md from the results that are there
 
 Writes a random Hugging Face folder in the true MXFP4 layout, converts it to Megatron and back to
 BF16 and MXFP4, checks every tensor, and deletes all of it. Each conversion is the command in a
@@ -34,9 +34,9 @@ from typing import Iterator, Sequence
 
 import numpy
 import psutil
-import report
 import torch
 
+from benchmarks.lib import report
 from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf.mxfp4 import dequantize, quantize
 from megatron.gpt_oss.checkpoint.hf.safetensors_file import SafetensorsWriter
@@ -66,8 +66,11 @@ def main() -> None:
     parser.add_argument("--ep", type=int, default=1, help="of the Megatron checkpoint")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="NAME")
     parser.add_argument("--json", type=Path, help="where to write the rows")
-    parser.add_argument("--page", action="store_true", help="write docs/parity.md anew")
+    parser.add_argument("--smoke", action="store_true", help="two layers of the tiny preset")
+    parser.add_argument("--page", action="store_true", help="write docs/parity.md from the results")
     args = parser.parse_args()
+    if args.smoke:
+        args.preset, args.layers = "tiny", [2]
     if not args.folder and not args.page:
         parser.error("give --folder, --page or both")
     if STEPS[0] not in args.steps:
@@ -87,7 +90,7 @@ def main() -> None:
             for row in measure(preset, args.folder, ["--ep", str(args.ep)], steps=args.steps):
                 print(row, flush=True)
                 found["rows"].append(row)
-                if args.json:  # after every row: a run of minutes may be cut short
+                if args.json:  # after every row, in case the run is interrupted
                     report.write_json(args.json, facts, **found)
         lines = [HEADER, *table(found["rows"])]
         print("\n".join("  ".join(f"{word:>13}" for word in line) for line in lines))
@@ -328,15 +331,15 @@ def page_text() -> str:
     # The last minute of the benchmark's own work is in the load of every row.
     if any(row["load_before"] > 2 for one in found.values() for row in one["rows"]):
         parts.append(
-            "Rows with a load above 2 are of a machine that was busy with other work, which changed "
-            "from one measurement to the next: their seconds and ratios say little, their bytes and "
-            "memory hold."
+            "Rows with a load above 2 were measured while other processes used the machine, more or "
+            "less from one measurement to the next: their bytes and memory are valid, their seconds "
+            "and ratios are not reliable."
         )
     for path, one in found.items():
         facts = ", ".join(f"{key} {value}" for key, value in one["machine"].items())
         rates = ", ".join(f"{n} thread(s) {r} GB/s" for n, r in one["encoder_gb_per_s"].items())
         parts.append(
-            f"`{path.relative_to(report.ROOT)}`: `{one['command']}`, {one['date']}; {facts}"
+            f"`{path.relative_to(report.ROOT)}`: `{report.current_command(one['command'])}`, {one['date']}; {facts}"
         )
         parts[-1] += f". Rounding bf16 to MXFP4 in memory: {rates}."
     whole = []

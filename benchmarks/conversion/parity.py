@@ -2,8 +2,8 @@
 
 """Run the parity tests and write what they measured into docs/parity.md.
 
-    python benchmarks/parity.py                          # about two minutes on two cores
-    python benchmarks/parity.py --print                  # print the table, write nothing
+    python -m benchmarks.conversion.parity                          # about two minutes on two cores
+    python -m benchmarks.conversion.parity --print                  # print the table, write nothing
 
 The figures are also written to benchmarks/results/parity_cpu.json.
 
@@ -13,10 +13,10 @@ is written only if every test passed.
 
 import argparse
 import re
-import sys
 
 import pytest
-import report
+
+from benchmarks.lib import report
 
 ROOT = report.ROOT
 PAGE, SECTION = ROOT / "docs" / "parity.md", "parity"
@@ -100,5 +100,4 @@ def number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

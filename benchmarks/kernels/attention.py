@@ -2,10 +2,10 @@
 
 """Attention with a learnable sink: every backend that this machine has, against one another.
 
-    python benchmarks/attention.py                         all cases, under 6 minutes on an H100
-    python benchmarks/attention.py --quick                 four cases, about a minute
-    python benchmarks/attention.py --cases causal-32k packed-32k --backends fa4 cudnn
-    python benchmarks/attention.py --json benchmarks/results/attention_h100.json --write-table
+    python -m benchmarks.kernels.attention                         all cases, under 6 minutes on an H100
+    python -m benchmarks.kernels.attention --quick                 four cases, about a minute
+    python -m benchmarks.kernels.attention --cases causal-32k packed-32k --backends fa4 cudnn
+    python -m benchmarks.kernels.attention --json benchmarks/results/attention_h100.json --write-table
 
 One layer with the heads of gpt-oss, bf16, forward and backward. The values are checked first, on a
 short sequence of the same kind, against plain PyTorch in float64; a backend that is wrong gets no
@@ -26,16 +26,13 @@ import argparse
 import math
 import platform
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import report
+from benchmarks.lib import report
 from megatron.core.transformer.sink_attention import measured_order, registry
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.diagnostics.attention_timing import (
@@ -46,6 +43,7 @@ from megatron.gpt_oss.diagnostics.attention_timing import (
     quantiles,
     time_interleaved,
 )
+from megatron.gpt_oss.text_table import aligned
 
 
 def documents(total: int, count: int) -> tuple[int, ...]:
@@ -141,10 +139,13 @@ def parse_arguments() -> argparse.Namespace:
         "--limit", type=float, default=330, help="seconds after which no case begins"
     )
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
     args = parser.parse_args()
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or (QUICK if args.quick else names(CASES))
+    if args.smoke:
+        chosen, args.seconds = names(TINY), 0.1
     report.check_names(parser, chosen, by_name)
     report.check_names(parser, args.backends or (), registry.BACKENDS, "--backends")
     if args.write_table and device() == "cpu":
@@ -265,7 +266,7 @@ def table(rows: list[Row]) -> str:
         figures += [f"{row.ms_without_sink:.3f}", f"{row.ratio:.3f}"]
         worst = f"{max(row.errors.values()):.1e}" if row.errors else "-"
         lines.append([row.case, row.backend, *figures, worst, row.kernel])
-    return "\n" + report.columns(lines, words=(0, 1, 12))
+    return "\n" + aligned(lines, left=(0, 1, 12))
 
 
 def packed_cost(rows: list[Row]) -> None:

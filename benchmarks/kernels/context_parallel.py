@@ -2,10 +2,10 @@
 
 """Attention over a context parallel group: every exchange, against one GPU of the same run.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --json benchmarks/results/cp.json
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --cases full-32k --schemes p2p a2a
-    torchrun --nproc-per-node 2 benchmarks/context_parallel.py --cases tiny tiny-packed tiny-window
-    python benchmarks/context_parallel.py --plan docs/context_parallel.md
+    torchrun --nproc-per-node 2 -m benchmarks.kernels.context_parallel --json benchmarks/results/cp.json
+    torchrun --nproc-per-node 2 -m benchmarks.kernels.context_parallel --cases full-32k --schemes p2p a2a
+    torchrun --nproc-per-node 2 -m benchmarks.kernels.context_parallel --cases tiny tiny-packed tiny-window
+    python -m benchmarks.kernels.context_parallel --plan docs/context_parallel.md
 
 One layer with the heads of gpt-oss, bf16, forward and backward, backend "auto". The values are
 checked first, on a short sequence of the same kind, against plain PyTorch in float64. Then one GPU
@@ -22,19 +22,17 @@ backward; for a halo they are compared with the arithmetic, byte for byte.
 import argparse
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands it of a run
 
 import torch
 from torch.distributed import ReduceOp
 
-from benchmarks import clock, report
-from benchmarks.attention import documents, machine, names
+from benchmarks.kernels.attention import documents, machine, names
+from benchmarks.lib import report, timing
 from megatron.core import device_utils
 from megatron.core.transformer.sink_attention import measured_order
 from megatron.core.transformer.sink_attention.attention_params import AttentionParams
@@ -51,6 +49,7 @@ from megatron.gpt_oss.diagnostics.attention_timing import (
     refill,
     run_once,
 )
+from megatron.gpt_oss.text_table import aligned
 
 K = 1024
 # In the order of their worth: the time limit cuts from the end.
@@ -98,7 +97,7 @@ def main() -> None:
     """Run the chosen cases, print them, write what was asked for."""
     args = parse_arguments()
     if args.plan is not None:
-        from benchmarks.context_parallel_plan import write_plan
+        from benchmarks.kernels.context_parallel_plan import write_plan
 
         return write_plan(args.plan)
     begin = time.perf_counter()
@@ -143,11 +142,14 @@ def parse_arguments() -> argparse.Namespace:
         "--limit", type=float, default=120, help="seconds after which no case begins"
     )
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
     parser.add_argument("--plan", metavar="PATH", help="write the plan into this file, '-' prints")
     args = parser.parse_args()
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or names(CASES)
+    if args.smoke:
+        chosen, args.seconds = names(TINY), 0.01
     report.check_names(parser, chosen, by_name)
     report.check_names(parser, args.schemes or (), ("auto", *FLAT), "--schemes")
     if args.write_table and device() == "cpu":
@@ -268,9 +270,9 @@ def timed(function, tensors) -> float:
     torch.distributed.barrier()
     if device() == "cuda":
         torch.cuda._sleep(2_000_000)  # the host gets ahead, as it is in training
-    begin = clock.mark()
+    begin = timing.mark()
     run_once(function, tensors, True)
-    return clock.milliseconds(begin, clock.mark())
+    return timing.milliseconds(begin, timing.mark())
 
 
 def one_pass(function, tensors, group) -> tuple[dict, dict, float]:
@@ -323,7 +325,7 @@ def table(rows: list[Row]) -> str:
         wrong = " WRONG" if row.error >= ERROR_LIMIT else ""
         tail = [halo, f"{row.peak_mib:.0f}", f"{row.error:.1e}{wrong}"]
         lines.append([row.case, row.scheme, row.taken, *figures, *tail])
-    return "\n" + report.columns(lines, words=(0, 1, 2))
+    return "\n" + aligned(lines, left=(0, 1, 2))
 
 
 def write_json(path: str, facts: dict, rows: list[Row], skipped: list[list[str]]) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
-MEASURED = Path(__file__).parent / "results" / "attention_h100.json"
+MEASURED = Path(__file__).resolve().parents[1] / "results" / "attention_h100.json"
 BEGIN, END = "<!-- plan: begin -->", "<!-- plan: end -->"
 
 HEADS, GROUPS, DIM, WINDOW = 64, 8, 64, 128

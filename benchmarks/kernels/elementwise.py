@@ -2,9 +2,9 @@
 
 """Operations that only move memory, forward and backward: rotation, bias and residual, RMSNorm.
 
-    python benchmarks/elementwise.py                    all cases, a minute or two on an H100
-    python benchmarks/elementwise.py --cases rope-32k --json benchmarks/results/elementwise_h100.json
-    python benchmarks/elementwise.py --cases tiny       seconds, on the CPU too
+    python -m benchmarks.kernels.elementwise                    all cases, a minute or two on an H100
+    python -m benchmarks.kernels.elementwise --cases rope-32k --json benchmarks/results/elementwise_h100.json
+    python -m benchmarks.kernels.elementwise --cases tiny       seconds, on the CPU too
 
 `rope` goes from linear_qkv's output to rotated queries and keys and to values, with gpt-oss-20b's
 64 query heads, 8 groups and head dim 64; `residual` adds attention's bias and the residual (hidden
@@ -26,26 +26,23 @@ import argparse
 import functools
 import importlib.util
 import statistics
-import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import report
-from benchmarks.clock import mark, milliseconds
-from benchmarks.experts import DEVICE, machine, quantiles
+from benchmarks.kernels.experts import DEVICE, machine, quantiles
+from benchmarks.lib import report
+from benchmarks.lib.timing import mark, milliseconds
 from megatron.core.fusions import fused_bias_residual, fused_qkv_rotary
 from megatron.core.fusions.fused_bias_dropout import (
     bias_dropout_add_fused_train,
     bias_dropout_add_unfused,
 )
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.gpt_oss.text_table import aligned
 
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 64, 8, 64, 2880
 QUERIES = HEADS // GROUPS
@@ -215,8 +212,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
     names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
+    if args.smoke:
+        names, args.seconds = ["tiny"], 0.1
     report.check_names(parser, names, by_name)
     args.chosen = [case for name in names for case in by_name[name]]
     return args
@@ -384,7 +384,7 @@ def table(rows: list[Row]) -> str:
         ):
             line.append("-" if value is None else format(value, style))
         lines.append(line)
-    return "\n" + report.columns(lines, words=(0, 1))
+    return "\n" + aligned(lines, left=(0, 1))
 
 
 if __name__ == "__main__":

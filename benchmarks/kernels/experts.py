@@ -2,10 +2,10 @@
 
 """The experts of one layer, forward and backward: grouped, one by one, and one dense product.
 
-    python benchmarks/experts.py                       all cases, a few minutes on an H100
-    python benchmarks/experts.py --cases 16k 16k-skewed --json benchmarks/results/experts_h100.json
-    python benchmarks/experts.py --cases 131k --profile
-    python benchmarks/experts.py --cases tiny          seconds, on the CPU too
+    python -m benchmarks.kernels.experts                       all cases, a few minutes on an H100
+    python -m benchmarks.kernels.experts --cases 16k 16k-skewed --json benchmarks/results/experts_h100.json
+    python -m benchmarks.kernels.experts --cases 131k --profile
+    python -m benchmarks.kernels.experts --cases tiny          seconds, on the CPU too
 
 32 experts of gpt-oss (2880 x 5760 and 2880 x 2880), bf16, with biases, clamped SwiGLU and router
 weights. Rows are tokens times 4: a token goes to 4 experts. Balanced rows are equal to within one;
@@ -28,18 +28,15 @@ import contextlib
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import report
-from benchmarks.clock import mark, milliseconds
-from benchmarks.trainer import start_alone
+from benchmarks.lib import report
+from benchmarks.lib.harness import start_alone
+from benchmarks.lib.timing import mark, milliseconds
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.backends import LocalSpecProvider
@@ -49,6 +46,7 @@ from megatron.core.transformer.moe.grouped_mlp.dispatch import GEMM
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.gpt_oss.text_table import aligned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a product, an activation and a product round in turn
@@ -141,8 +139,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case")
     parser.add_argument("--profile", action="store_true", help="kernels of `grouped`, by time")
     parser.add_argument("--json", metavar="PATH")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
     names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
+    if args.smoke:
+        names, args.seconds = ["tiny"], 0.1
     report.check_names(parser, names, by_name)
     args.chosen = [by_name[name] for name in names]
     return args
@@ -408,7 +409,7 @@ def table(rows: list[Row]) -> str:
         ):
             figures.append("-" if value is None else format(value, style))
         lines.append([row.case, row.implementation, *figures])
-    return "\n" + report.columns(lines, words=(0, 1))
+    return "\n" + aligned(lines, left=(0, 1))
 
 
 def machine() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 """Head and loss of gpt-oss-20b, forward and backward: all logits at once, and in chunks.
 
-    python benchmarks/lm_loss.py --json benchmarks/results/lm_loss_h100.json
-    python benchmarks/lm_loss.py --cases 8k --only unchunked chunked
+    python -m benchmarks.kernels.lm_loss --json benchmarks/results/lm_loss_h100.json
+    python -m benchmarks.kernels.lm_loss --cases 8k --only unchunked chunked
 
 2880 wide, 201,088 logits a token, bf16. `unchunked` is what Megatron-Core does without
 TransformerEngine: the output layer, then VocabParallelCrossEntropy in fp32. `chunked` is
@@ -15,20 +15,18 @@ count 6 x tokens x 2880 x 201,088.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import clock, report
-from benchmarks.trainer import start_alone
+from benchmarks.lib import report, timing
+from benchmarks.lib.harness import start_alone
 from megatron.core import parallel_state
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.gpt_oss.text_table import aligned
 
 HIDDEN, VOCAB = 2880, 201_088
 K, MIB = 1024, 2**20
@@ -210,9 +208,9 @@ def timed(function, head: Head) -> tuple[float, float]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    begin = clock.mark()
+    begin = timing.mark()
     step(function, head)
-    taken = clock.milliseconds(begin, clock.mark())
+    taken = timing.milliseconds(begin, timing.mark())
     return taken, (torch.cuda.max_memory_allocated() - before) / MIB
 
 
@@ -227,7 +225,7 @@ def table(rows: list[Row]) -> str:
         figures = [f"{x:.2f}" for x in (row.ms, row.ms_p20, row.ms_p80)]
         figures += [f"{row.tflops:.0f}", f"{row.of_unchunked:.3f}", f"{row.peak_mib:.0f}"]
         lines.append([row.case, row.loss, *figures, f"{row.error:.1e}"])
-    return report.columns(lines, words=(0, 1))
+    return aligned(lines, left=(0, 1))
 
 
 if __name__ == "__main__":

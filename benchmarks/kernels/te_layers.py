@@ -2,10 +2,10 @@
 
 """TransformerEngine beside this project's own modules: attention with sinks, and two layers.
 
-    python benchmarks/te_layers.py --json benchmarks/results/te_layers_h100x2.json
-    python benchmarks/te_layers.py --smoke               (CPU: our side alone, tiny sizes)
+    python -m benchmarks.kernels.te_layers --json benchmarks/results/te_layers_h100x2.json
+    python -m benchmarks.kernels.te_layers --smoke               (CPU: our side alone, tiny sizes)
 
-Attention: the columns of benchmarks/attention.py, for our "auto" and TransformerEngine's
+Attention: the columns of benchmarks/kernels/attention.py, for our "auto" and TransformerEngine's
 DotProductAttention with a learnable sink, checked first on a short sequence against plain PyTorch
 in float64 (a wrong one gets no figure), timed in turn on fresh data, with the sink and without.
 With a second GPU the same again over both, started by itself under torchrun: a window's halo or
@@ -30,14 +30,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands it of a run
 
 import torch
 
-from benchmarks import attention, context_parallel, report
-from benchmarks.attention import ERROR_LIMIT, machine, names
-from benchmarks.trainer import Trainer, make_batch, start_alone, timed
+from benchmarks.kernels import attention, context_parallel
+from benchmarks.kernels.attention import ERROR_LIMIT, machine, names
+from benchmarks.lib import report
+from benchmarks.lib.harness import Trainer, make_batch, start_alone, timed
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.context_parallel import local_tokens
 from megatron.gpt_oss.arguments.te_requirements import installed_versions
@@ -50,6 +50,7 @@ from megatron.gpt_oss.diagnostics.attention_timing import (
     time_interleaved,
 )
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.text_table import aligned
 
 K = 1024
 CASES = [
@@ -156,6 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
+    if args.smoke:
+        args.seconds = 0.1
     by_name = {workload.name: workload for workload in CASES + TINY}
     chosen = args.cases or names(TINY if args.smoke else CASES)
     report.check_names(parser, chosen, by_name)
@@ -307,14 +310,14 @@ def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
 
 
 def on_two(args) -> tuple[list[AttentionRow], str | None]:
-    """This script again, on two GPUs; the rows, or why there are none."""
+    """Run this benchmark on two GPUs; its rows, or why there are none."""
     path = Path(args.json or "/tmp/transformer_engine.json").with_suffix(".two.json")
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", __file__, "--seconds", str(args.seconds)]
+    command += ["--nproc-per-node", "2", "-m", __spec__.name, "--seconds", str(args.seconds)]
     command += ["--json", str(path), "--cases", *names(args.workloads)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, timeout=90)
         reason = None if done.returncode == 0 else done.stderr[-1500:]
         print(done.stdout, flush=True)
     except subprocess.TimeoutExpired:
@@ -369,7 +372,7 @@ def step(name: str, smoke: bool) -> StepRow:
 
 
 def attention_table(rows: list[AttentionRow]) -> str:
-    """The table of benchmarks/attention.py."""
+    """The table of benchmarks/kernels/attention.py."""
     return attention.table([replace(row, case=f"{row.case}, {row.ranks}") for row in rows])
 
 
@@ -379,7 +382,7 @@ def step_table(rows: list[StepRow]) -> str:
     for row in rows:
         figures = (row.ms, row.ms_p20, row.ms_p80, row.adamw_ms, row.step_ms)
         lines.append([row.case, row.backend, *(f"{x:.3f}" for x in figures), f"{row.peak_mib:.0f}"])
-    return "\n" + report.columns(lines, words=(0, 1))
+    return "\n" + aligned(lines, left=(0, 1))
 
 
 if __name__ == "__main__":

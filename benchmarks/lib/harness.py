@@ -8,7 +8,7 @@ import tempfile
 
 import torch
 
-from benchmarks import clock
+from benchmarks.lib import timing
 from megatron.core import device_utils, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -151,9 +151,9 @@ class Trainer:
 def timed(function) -> float:
     """Seconds until the device is done."""
     device_utils.synchronize()
-    begin = clock.mark()
+    begin = timing.mark()
     function()
-    return clock.milliseconds(begin, clock.mark()) / 1e3
+    return timing.milliseconds(begin, timing.mark()) / 1e3
 
 
 def make_batch(vocab_size: int, length: int, size: int = 1, seed: int = 7) -> dict:

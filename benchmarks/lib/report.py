@@ -13,7 +13,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(*packages: str) -> dict:
@@ -41,9 +41,7 @@ def write_json(path: Path, facts: dict, launcher: list[str] | None = None, **con
     Args:
         launcher: what comes before the script in the command, if not python.
     """
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    words = [*(launcher or ["python"]), "benchmarks/" + words[0], *words[1:]]
-    _save(path, facts, " ".join(words), content)
+    _save(path, facts, _command(launcher or ["python"]), content)
 
 
 def write_rows(
@@ -66,7 +64,27 @@ def write_rows(
         "left_out": [{"case": case, "reason": reason} for case, reason in left_out],
         **more,
     }
-    _save(path, facts, " ".join([*command, *sys.argv]), content)
+    _save(path, facts, _command(command), content)
+
+
+def _command(launcher: list[str]) -> str:
+    """The command line of this process, which runs a module with -m."""
+    module = sys.modules["__main__"].__spec__.name
+    return " ".join([*launcher, "-m", module, *sys.argv[1:]])
+
+
+def current_command(command: str) -> str:
+    """The command of a result as it is run today.
+
+    Results record the command as it was run; the older ones name the path of a script that is now a
+    module: `python -m benchmarks.kernels.attention` is `python -m benchmarks.kernels.attention`.
+    """
+
+    def module(script: re.Match) -> str:
+        (path,) = ROOT.glob(f"benchmarks/*/{script[1]}.py")
+        return "-m " + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+    return re.sub(r"\bbenchmarks/(\w+)\.py", module, command)
 
 
 def check_names(parser, names, known, flag: str = "--cases", separator: str = ", ") -> None:
@@ -115,19 +133,6 @@ def _save(path: Path, facts: dict, command: str, content: dict) -> None:
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-def columns(lines: list[list[str]], words: tuple[int, ...]) -> str:
-    """Aligned columns: those of `words` to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i in words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths))
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join(text)
 
 
 def read_section(page: Path, name: str) -> str:

@@ -2,8 +2,8 @@
 
 """For how long a checkpoint blocks training: written synchronously, and in the background.
 
-    python benchmarks/checkpoint.py --folder /data/bench --json benchmarks/results/checkpoint_cpu.json
-    python benchmarks/checkpoint.py --folder /tmp/bench --smoke                 (tiny, a minute)
+    python -m benchmarks.training.checkpoint --folder /data/bench --json benchmarks/results/checkpoint_cpu.json
+    python -m benchmarks.training.checkpoint --folder /tmp/bench --smoke                 (tiny, a minute)
 
 Each case is pretrain_gpt_oss.py in a process of its own on the CPU: random tokens, a mixture of
 experts of 90M parameters in fp32, whose weights and Adam's moments are 1.1 GB. The cases alternate.
@@ -25,12 +25,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy
 import torch
 
-from benchmarks import report
+from benchmarks.lib import report
+from megatron.gpt_oss.text_table import aligned
 
 CASES = {"synchronous": "", "asynchronous": "--async-save"}
 MODEL = """
@@ -214,7 +213,7 @@ def cells(row: Row) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """Aligned, with units."""
-    return report.columns([HEADER, *map(cells, rows)], words=(0,))
+    return aligned([HEADER, *map(cells, rows)], left=(0,))
 
 
 if __name__ == "__main__":

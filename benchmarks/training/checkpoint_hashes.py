@@ -2,8 +2,8 @@
 
 """What the hashes of a checkpoint's shards cost a save and a load.
 
-    python benchmarks/checkpoint_hashes.py --folder /data/bench --json benchmarks/results/checkpoint_hashes_cpu.json
-    python benchmarks/checkpoint_hashes.py --folder /tmp/bench --smoke
+    python -m benchmarks.training.checkpoint_hashes --folder /data/bench --json benchmarks/results/checkpoint_hashes_cpu.json
+    python -m benchmarks.training.checkpoint_hashes --folder /tmp/bench --smoke
 
 One process saves and loads a state through Megatron's torch_dist strategy (one writer, fsync), with
 hashes and without in turns. Each load is done twice: from the disk, after the files have left the
@@ -15,17 +15,14 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import report
+from benchmarks.lib import report
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor, block_hashes
 

@@ -2,9 +2,9 @@
 
 """A few layers of gpt-oss-20b at long context, trained over context parallel ranks.
 
-    torchrun --nproc-per-node 2 benchmarks/context_parallel_model.py --json out.json
-    torchrun --nproc-per-node 2 benchmarks/context_parallel_model.py --lengths 65536 --loss-chunk 0
-    torchrun --nproc-per-node 2 benchmarks/context_parallel_model.py --smoke      (CPU, a minute)
+    torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --json out.json
+    torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --lengths 65536 --loss-chunk 0
+    torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --smoke      (CPU, a minute)
 
 Two parts. The check: the same weights and tokens at a length where one rank can hold the sequence
 and its logits (two layers, 8k), once over all ranks by context parallelism, once with the whole
@@ -27,23 +27,21 @@ in it; recomputation is not counted.
 import argparse
 import logging
 import os
-import sys
 import time
 import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
 import torch
 
-from benchmarks import report as results
-from benchmarks.trainer import Trainer, make_batch
-from benchmarks.work import model_flops
+from benchmarks.lib import report as results
+from benchmarks.lib.flops import model_flops
+from benchmarks.lib.harness import Trainer, make_batch
 from megatron.core import device_utils
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.gpt_oss.planner.layout import Layout, Recompute

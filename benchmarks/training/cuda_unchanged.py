@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 """Does group cpu/ change anything on CUDA? Upstream's tree against upstream + cpu/, in turn, on one card.
 
-    python benchmarks/cuda_unchanged.py --json benchmarks/results/cuda_unchanged.json
+    python -m benchmarks.training.cuda_unchanged --json benchmarks/results/cuda_unchanged.json
 
 Each run trains upstream's own GPT on mock data in bf16 with the distributed optimizer. The losses of all steps are
 compared bit for bit. Step times are upstream's own figures, one per five steps, the first ten steps left out: the
@@ -24,7 +24,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 MODELS = {
@@ -251,7 +251,7 @@ def main() -> None:
 
     card = torch.cuda.get_device_name()
     machine = f"{card}, torch {torch.__version__}, Python {sys.version.split()[0]}"
-    command = "python benchmarks/cuda_unchanged.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.training.cuda_unchanged " + " ".join(sys.argv[1:])
     print(machine, flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as tmp:

@@ -2,9 +2,9 @@
 
 """The whole training step of gpt-oss-20b on one GPU, from one layer of each kind.
 
-    python benchmarks/train_step.py --json benchmarks/results/train_step_h100.json
-    python benchmarks/train_step.py --cases 4k --profile
-    python benchmarks/train_step.py --smoke                    (CPU, a minute)
+    python -m benchmarks.training.train_step --json benchmarks/results/train_step_h100.json
+    python -m benchmarks.training.train_step --cases 4k --profile
+    python -m benchmarks.training.train_step --smoke                    (CPU, a minute)
 
 24 layers do not fit on one card, so three models are trained one after the other in this process:
 a windowed layer, a full layer, and both, each with embedding, head, loss and a real AdamW step, all
@@ -22,7 +22,7 @@ twice. Peak GiB is torch's, of the model with both layers, AdamW's step included
 `gptoss plan` expects of it.
 
 What memory costs, by name: `32k-parts` and `32k-lean` (experts in parts made again, all of a layer made
-again), `-offload` (what autograd keeps goes to the host, by benchmarks/activation_offload.py).
+again), `-offload` (what autograd keeps goes to the host, by benchmarks/lib/activation_offload.py).
 
 Last, three layers and head are trained at longer and longer sequences until the card is full:
 `lean` (experts in parts and made again), `fast` (nothing made again), `one-by-one` (experts one
@@ -35,27 +35,26 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 
 import torch
 
-from benchmarks import report
-from benchmarks.activation_offload import MINIMUM_BYTES, ActivationOffload
-from benchmarks.trainer import Trainer, make_batch, start_alone, timed
-from benchmarks.work import head_flops, is_windowed, layer_flops, num_parameters
+from benchmarks.lib import report
+from benchmarks.lib.activation_offload import MINIMUM_BYTES, ActivationOffload
+from benchmarks.lib.flops import model_flops, num_parameters
+from benchmarks.lib.harness import Trainer, make_batch, start_alone, timed
 from megatron.core import device_utils
 from megatron.gpt_oss.planner.layout import Layout, Recompute
 from megatron.gpt_oss.planner.memory import peak_rank_memory
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.text_table import aligned
 
 K = 1024
 STEP_TOKENS = 64 * K
@@ -239,11 +238,10 @@ def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | N
     layer, rest = num_parameters(preset)
     adamw = updates["both"] / (2 * layer + rest) * (preset.num_layers * layer + rest)
     tokens = case.length * case.size
-    kinds = [is_windowed(i) for i in range(preset.num_layers)]
-    micro_batch = head + sum(windowed if kind else full for kind in kinds)
+    num_windowed = sum(map(preset.is_windowed, range(preset.num_layers)))
+    micro_batch = head + num_windowed * windowed + (preset.num_layers - num_windowed) * full
     rate = STEP_TOKENS / (micro_batch * STEP_TOKENS / tokens + adamw)
-    flops = head_flops(preset, case.length)
-    flops += sum(layer_flops(preset, case.length, kind) for kind in kinds)
+    flops = model_flops(preset, case.length)
     return Row(
         case=case.name,
         tokens=tokens,
@@ -376,7 +374,7 @@ def table(rows: list[Row]) -> str:
         figures += [f"{row.tokens_per_second:.0f}", f"{row.tflops:.0f}", f"{row.peak_gib:.2f}"]
         figures.append(f"{row.planned_gib:.2f}")
         lines.append([row.case, str(row.tokens), *figures])
-    return report.columns(lines, words=(0,))
+    return aligned(lines, left=(0,))
 
 
 if __name__ == "__main__":

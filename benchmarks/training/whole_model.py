@@ -2,11 +2,11 @@
 
 """gpt-oss-20b whole, all layers, all parameters trained, as a user runs it: pretrain_gpt_oss.py.
 
-    python benchmarks/whole_model.py --data data/text --tokenizer models/gpt-oss-20b \\
+    python -m benchmarks.training.whole_model --data data/text --tokenizer models/gpt-oss-20b \\
         --folder runs/whole --json benchmarks/results/whole_model_h200x4.json
-    python benchmarks/whole_model.py ... --cases 32k two-gpus --steps 10
-    python benchmarks/whole_model.py ... --show --gpus 8         the commands and the plans alone
-    python benchmarks/whole_model.py ... --preset tiny --gpus 4  small, on the CPU too
+    python -m benchmarks.training.whole_model ... --cases 32k two-gpus --steps 10
+    python -m benchmarks.training.whole_model ... --show --gpus 8         the commands and the plans alone
+    python -m benchmarks.training.whole_model ... --preset tiny --gpus 4  small, on the CPU too
 
 Random weights, bf16, gradients and AdamW's state in fp32, the optimizer's state split over the
 ranks, sequences full of documents between which attention goes. Routing is balanced by force, as
@@ -45,16 +45,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
-from benchmarks import report
+from benchmarks.lib import report
 from megatron.gpt_oss.arguments.recompute import POLICIES
 from megatron.gpt_oss.planner.layout import Layout
 from megatron.gpt_oss.planner.memory import GB, RESERVE, peak_rank_memory
 from megatron.gpt_oss.planner.time import step_time
 from megatron.gpt_oss.presets import get_preset
+from megatron.gpt_oss.text_table import aligned
 
 GIB = 2**30
 TOKENS_A_GPU = 32_768
@@ -216,8 +215,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--show", action="store_true", help="commands and plans, and no run")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="tiny preset, two ranks, two steps")
     parser.add_argument("flags", nargs="*", help="for pretrain_gpt_oss.py, after --")
     args = parser.parse_args()
+    if args.smoke:
+        args.preset, args.gpus, args.steps = "tiny", 2, 2
     if not args.gpus:
         parser.error("there is no CUDA device. Give --gpus N.")
     report.check_names(parser, args.cases, by_name)
@@ -429,7 +431,7 @@ def cells(row: Row) -> list[str]:
 
 def table(rows: list[Row]) -> str:
     """For people."""
-    return report.columns([HEADER, *map(cells, rows)], words=(0, 3))
+    return aligned([HEADER, *map(cells, rows)], left=(0, 3))
 
 
 if __name__ == "__main__":

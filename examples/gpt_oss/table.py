@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The table of recipes in README.md, from the planner.
+"""Write the table of recipes in README.md, from the planner.
 
 python examples/gpt_oss/table.py            print it
 python examples/gpt_oss/table.py --write    write it into README.md
@@ -15,9 +15,9 @@ from pathlib import Path
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
+sys.path.insert(0, str(HERE.parents[1]))
 
-from report import markdown, write_section  # noqa: E402
+from benchmarks.lib.report import markdown, write_section  # noqa: E402
 
 from megatron.gpt_oss.arguments.parse import read  # noqa: E402
 from megatron.gpt_oss.planner.dry_run import validated  # noqa: E402
@@ -27,21 +27,21 @@ from megatron.gpt_oss.planner.search import Plan, PlanRequest, plan_layout, desc
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"
-# The number in the card's name; CUDA, NCCL and fragments have the rest (docs/planning.md).
+# The number in the card's name; CUDA, NCCL and fragmentation use the rest (docs/planning.md).
 GPU_MEMORY = 80 * GB
-# Tokens of the busiest GPU's experts over the mean, for the second column of memory.
-BUSY = 1.25
-# A recipe names no corpus and no tokenizer.
+# Routed tokens of the most loaded GPU over the mean, for the second column of memory.
+IMBALANCE = 1.25
+# A recipe has no corpus and no tokenizer.
 NO_DATA = "--tokenizer-type NullTokenizer --vocab-size 200000".split()
 
 
 def recipes() -> list[Path]:
-    """All of them: by model, length, GPUs."""
+    """All recipes, sorted by model, length and GPUs."""
     return sorted((HERE / "recipes").glob("*gpus.txt"), key=lambda file: sizes(file))
 
 
 def sizes(file: Path) -> tuple[int, int, int]:
-    """What a recipe's name says: billions of parameters, tokens a sequence, GPUs."""
+    """Billions of parameters, tokens per sequence and GPUs, from the name of a recipe."""
     found = re.fullmatch(r"(\d+)b-(\d+)k-(\d+)gpus", file.stem)
     if found is None:
         raise SystemExit(f"{file}: a recipe is named like 20b-32k-8gpus.txt")
@@ -50,25 +50,25 @@ def sizes(file: Path) -> tuple[int, int, int]:
 
 
 def arguments(file: Path, *more: str, gpus: int | None = None) -> Namespace:
-    """A recipe through Megatron's own parser and validation, as on so many GPUs (its own)."""
+    """Validated arguments of a recipe, on its own number of GPUs by default."""
     world = {"RANK": "0", "LOCAL_RANK": "0"}
-    with mock.patch.dict(os.environ, world):  # given back as it was, CUDA's variables too
+    with mock.patch.dict(os.environ, world):  # restores other variables too
         spec = read(["--recipe", str(file), *more, *NO_DATA])
         return validated(spec, gpus or sizes(file)[2])
 
 
 def plan(args: Namespace, expert_load: float = 1.0) -> Plan:
-    """Its memory and time on H100s with eight in a machine."""
+    """Memory and time on H100s, eight per machine."""
     layout = replace(Layout.from_args(args), expert_load=expert_load)
     return plan_layout(layout, PlanRequest(layout, GPU_MEMORY))
 
 
 def table() -> str:
-    """One row a recipe."""
+    """One row per recipe."""
     rows = []
     for file in recipes():
         args = arguments(file)
-        even, busy = plan(args), plan(args, BUSY)
+        even, imbalanced = plan(args), plan(args, IMBALANCE)
         layout = even.layout
         rows.append(
             [
@@ -76,8 +76,8 @@ def table() -> str:
                 describe(layout).replace(", ", " | "),
                 f"{layout.global_batch_size} x {layout.seq_length:,}",
                 f"{even.memory.total / GB:.1f}",
-                f"{busy.memory.total / GB:.1f}",
-                f"{(GPU_MEMORY - busy.memory.total) / GB:.1f}",
+                f"{imbalanced.memory.total / GB:.1f}",
+                f"{(GPU_MEMORY - imbalanced.memory.total) / GB:.1f}",
                 f"{round(even.tokens_per_second, -1):,.0f}",
             ]
         )
@@ -87,7 +87,7 @@ def table() -> str:
         "recompute",
         "batch",
         "GB",
-        "GB, busy",
+        "GB, imbalanced",
         "left of 80",
         "tokens/s/GPU",
     ]

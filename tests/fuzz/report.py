@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.report import machine
+from benchmarks.lib.report import machine
 from tests.fuzz.case import Case
 from tests.fuzz.runner import Verdict
 

@@ -20,7 +20,7 @@ from random import SystemRandom
 
 import torch
 
-from benchmarks.report import machine
+from benchmarks.lib.report import machine
 from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from tests.harness import runs

@@ -1,49 +1,15 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The benchmark of whole runs: what it starts, and what it makes of what a run wrote."""
+"""benchmarks/training/whole_model.py: the flags of its cases, and the row of a run."""
 
 import functools
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import whole_model
+from benchmarks.training import whole_model
 from megatron.gpt_oss.planner.layout import Layout, Recompute, loss_chunk_of
 from megatron.gpt_oss.presets import get_preset
-from tests.harness import runs
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope='module')
-def inputs(tmp_path_factory):
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
-
-
-@pytest.mark.slow
-def test_runs(inputs, tmp_path):
-    """Two ranks of the tiny preset at the layouts of 4k and 32k."""
-    out = tmp_path / 'out.json'
-    words = f'--data {inputs}/data --tokenizer {inputs}/hf --folder {tmp_path}/runs --gpus 2'
-    words += f' --preset tiny --cases 4k-routed 32k --steps 2 --json {out}'
-    done = subprocess.run(
-        [sys.executable, 'benchmarks/whole_model.py', *words.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    routed, balanced = json.loads(out.read_text())['rows']
-    assert (routed['gpus'], routed['length'], routed['steps']) == (2, 512, 2)
-    assert balanced['layout'] == 'EP 2, CP 2, DP 1, fast'
-    assert balanced['load'] == pytest.approx(1, abs=0.05) and len(balanced['losses']) == 2
-    # Nothing of a checkpoint, which takes 290 GB for 20b.
-    assert not list((tmp_path / 'runs').rglob('iter_*'))
 
 
 def value_of(flags, name):

@@ -320,7 +320,7 @@ def run_torchrun(place, words, run=True):
     if Path(script).name == 'pretrain_gpt_oss.py':
         assert Path(script).resolve() == ROOT / 'pretrain_gpt_oss.py'
         return run_pretrain(argv, f'{machines}x{ranks}')
-    return parse_script([script, *argv])
+    return parse_script([script, *argv], module=not script.endswith('.py'))
 
 
 def run_python(place, words, run=True):
@@ -636,15 +636,14 @@ def check_named(command: str, prose: bool) -> None:
             known = dict(get_args_parser()._option_string_actions)
         else:
             known = {}
+        module = next((word for word in words if word.startswith('benchmarks.')), None)
+        if module is not None:
+            script = f"{module.replace('.', '/')}.py"
+        elif words[:2] == ['python', '-m']:
+            return
         if script is not None:
             text = (ROOT / script).read_text(encoding='utf-8')
-            for module in re.findall(r'from (?:benchmarks )?import ([\w, ]+)', text):
-                for name in module.split(', '):
-                    if (path := ROOT / 'benchmarks' / f'{name}.py').is_file():
-                        text += path.read_text(encoding='utf-8')
             known |= dict.fromkeys(re.findall(r'"(--[\w-]+)"', text))
-        if words[:2] == ['python', '-m']:
-            return
     else:
         return
     for flag in flags:
@@ -677,5 +676,5 @@ def test_scripts_in_sentences_parse(page):
     for _, command in inline(page):
         words = shlex.split(command)
         if words[0] in ('python', 'torchrun') and '/' in command and '...' not in command:
-            if any(word.startswith('benchmarks/') and word.endswith('.py') for word in words):
+            if any(word.startswith('benchmarks.') for word in words):
                 RUN[words[0]](None, words, run=False)

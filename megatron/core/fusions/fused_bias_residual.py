@@ -29,7 +29,7 @@ class _TritonAdd(TritonKernels):
 
 
 _TRITON = _TritonAdd('megatron.core.fusions.fused_bias_residual_triton')
-# benchmarks/elementwise.py compares them; 'eager' is upstream's function.
+# benchmarks/kernels/elementwise.py compares them; 'eager' is upstream's function.
 BIAS_RESIDUAL = KernelChoice('bias_residual', (_TRITON, PyTorchOperations('eager')))
 
 

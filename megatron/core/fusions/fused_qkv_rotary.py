@@ -34,7 +34,7 @@ class _Compiled:
 
 
 _TRITON = TritonKernels('megatron.core.fusions.fused_qkv_rotary_triton')
-# 'eager' is upstream's unfused path; benchmarks/elementwise.py compares them.
+# 'eager' is upstream's unfused path; benchmarks/kernels/elementwise.py compares them.
 QKV_ROTARY = KernelChoice(
     'qkv_rotary',
     (_TRITON, _Compiled(), PyTorchOperations('eager')),

@@ -19,7 +19,7 @@ LEAN_LOSS_CHUNK = 2048
 POLICIES: dict[str, dict] = {
     "fast": {},
     # The experts' activation, a sixth of what a layer keeps, costs 2 to 5 % of the experts' time to
-    # make again (benchmarks/experts.py).
+    # make again (benchmarks/kernels/experts.py).
     "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
     # The experts' part keeps its input: a third more of its products and exchanges, nothing of
     # attention, which is most of a long sequence's time. Busy experts cost memory in one layer only.

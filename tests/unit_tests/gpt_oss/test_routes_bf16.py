@@ -58,7 +58,7 @@ NEGLIGIBLE = 1e-4  # relative: far below a rounding to bf16
 
 @pytest.fixture(scope='module')
 def group():
-    from benchmarks.trainer import start_alone
+    from benchmarks.lib.harness import start_alone
 
     start_alone()
     yield
@@ -107,7 +107,7 @@ def hugging_face(preset, weights, batch, dtype):
 
 def megatron(preset, weights, batch, **flags):
     """The same of this project's step: gradients in fp32, as the optimizer gets them."""
-    from benchmarks.trainer import Trainer
+    from benchmarks.lib.harness import Trainer
 
     length = batch['tokens'].shape[1]
     trainer = Trainer(preset, optimizer=False, seq_length=length, micro_batch_size=BATCH, **flags)
@@ -161,7 +161,7 @@ def errors(found, truth) -> dict[str, float]:
 @pytest.fixture(scope='module')
 def reference(group):
     """reference(preset, length, device): weights, batch, truth, errors of transformers' bf16."""
-    from benchmarks.trainer import make_batch
+    from benchmarks.lib.harness import make_batch
 
     last = {}  # of one case: on a GPU the truth alone takes 30 GB
 

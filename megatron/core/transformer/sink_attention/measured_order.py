@@ -7,8 +7,8 @@ tokens on:
 
     {"cards": {"sm90": {"causal": [{"min_seqlen": 0, "order": ["fa4", ...]}, ...]}}}
 
-Kinds: causal, window, packed_causal and packed_window (`benchmarks/attention.py --write-table`),
-context_parallel (`benchmarks/context_parallel.py --write-table`).
+Kinds: causal, window, packed_causal and packed_window (`benchmarks/kernels/attention.py --write-table`),
+context_parallel (`benchmarks/kernels/context_parallel.py --write-table`).
 """
 
 import json

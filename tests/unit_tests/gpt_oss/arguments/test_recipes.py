@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks.lib import report
 from megatron.gpt_oss.arguments.recipe import read_recipe
 from megatron.gpt_oss.arguments.validate_run import check_run_arguments
 from megatron.gpt_oss.presets import get_preset

@@ -46,7 +46,7 @@ FP8_LOGITS, FP8_GRADIENTS = 0.15, 0.35
 
 @pytest.fixture(scope="module")
 def group():
-    from benchmarks.trainer import start_alone
+    from benchmarks.lib.harness import start_alone
 
     torch.cuda.set_device(0)
     start_alone()
@@ -61,7 +61,7 @@ def pieces(model) -> dict:
 
 
 def make(preset, **overrides):
-    from benchmarks.trainer import Trainer
+    from benchmarks.lib.harness import Trainer
 
     options = dict(optimizer=False, seq_length=LENGTH, max_position_embeddings=LENGTH)
     return Trainer(preset, **options, **overrides)
@@ -77,7 +77,7 @@ def fill(model, weights: dict) -> None:
 
 def measure(trainer, preset) -> tuple[torch.Tensor, dict]:
     """Logits, and the gradient of every parameter by its name in a checkpoint."""
-    from benchmarks.trainer import make_batch
+    from benchmarks.lib.harness import make_batch
 
     batch = make_batch(preset.vocab_size, LENGTH)
     positions = torch.arange(LENGTH, device="cuda")[None]
@@ -234,7 +234,7 @@ def test_checkpoint(group, tmp_path, to, sink_attention):
 
 def sink_gradients(cp: int, per_token: bool) -> dict:
     """This layout's reduced gradients of the sinks and of one other parameter, same batch."""
-    from benchmarks.trainer import Trainer, make_batch
+    from benchmarks.lib.harness import Trainer, make_batch
 
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)

@@ -3,8 +3,6 @@
 """`gptoss doctor`, attention_timing and the benchmark's command line, without a GPU."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ import torch
 from megatron.core.transformer.sink_attention.registry import BACKENDS
 from megatron.gpt_oss import cli
 from megatron.gpt_oss.diagnostics import attention_timing, doctor
-from tests.harness import commands
 
 ROOT = Path(__file__).parents[4]
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason='describes a box without a GPU')
@@ -90,21 +87,3 @@ def test_wrong_kernel_is_noticed(monkeypatch):
 
     monkeypatch.setattr(attention_timing, 'sink_attention', forgetful)
     assert max(attention_timing.errors(workload, 'math').values()) > 0.1
-
-
-@cpu_only
-def test_benchmark_script(tmp_path):
-    """The whole script in small; --write-table refused where nothing can be measured."""
-    command = [sys.executable, '-W', 'ignore', str(ROOT / 'benchmarks' / 'attention.py')]
-    words = ['--cases', 'tiny', 'tiny-packed', '--seconds', '0', '--json', str(tmp_path / 'x.json')]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    run = commands.run(command + words, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / 'x.json').read_text())
-    assert [(r['case'], r['backend']) for r in report['rows']] == [
-        ('tiny', 'math'), ('tiny', 'auto'), ('tiny-packed', 'math'), ('tiny-packed', 'auto'),
-    ]  # fmt: skip
-    assert all(row['ms'] > 0 and row['errors']['dsink'] < 1e-2 for row in report['rows'])
-    assert len(report['left_out']) == 2 * (len(BACKENDS) - 1)
-    run = commands.run(command + ['--write-table'], capture_output=True, text=True, env=environment)
-    assert run.returncode == 2 and 'there is no GPU to measure' in run.stderr

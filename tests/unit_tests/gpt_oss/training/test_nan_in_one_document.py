@@ -43,7 +43,7 @@ RECOMPUTE = {
 
 @pytest.fixture(scope='module')
 def group():
-    from benchmarks.trainer import start_alone
+    from benchmarks.lib.harness import start_alone
 
     if CUDA:
         torch.cuda.set_device(0)
@@ -105,7 +105,7 @@ def check(preset, ends, spoilt, packed, tolerance, **options):
         ends: where documents begin, and where the last ends.
         tolerance: of losses and of gradients, relative to a document's.
     """
-    from benchmarks.trainer import Trainer
+    from benchmarks.lib.harness import Trainer
 
     trainer = Trainer(preset, loss_chunk=25, optimizer=False, seq_length=ends[-1], **options)
     try:

@@ -317,7 +317,7 @@ def counted_for_the_plan(inner):
 
 def test_bytes_of_the_plan(ranks, monkeypatch):
     """The arithmetic behind docs/context_parallel.md against what the code moves, on 8 ranks."""
-    from benchmarks import context_parallel_plan as plan
+    from benchmarks.kernels import context_parallel_plan as plan
 
     monkeypatch.setattr(plan, "NODE", 4)
     _, expected = plan.full_layer(16, 8, 1e9)

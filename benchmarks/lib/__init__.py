@@ -1,0 +1,3 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What the benchmarks share."""
