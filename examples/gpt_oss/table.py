@@ -18,12 +18,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from benchmarks.lib.report import markdown, write_section  # noqa: E402
-
 from megatron.gpt_oss.arguments.parse import read  # noqa: E402
 from megatron.gpt_oss.planner.dry_run import validated  # noqa: E402
 from megatron.gpt_oss.planner.layout import Layout  # noqa: E402
 from megatron.gpt_oss.planner.memory import GB  # noqa: E402
-from megatron.gpt_oss.planner.search import Plan, PlanRequest, plan_layout, describe  # noqa: E402
+from megatron.gpt_oss.planner.search import Plan, PlanRequest, describe, plan_layout  # noqa: E402
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"

@@ -95,16 +95,16 @@ def test_write_table_needs_a_gpu(monkeypatch, capsys):
 
 def test_checkpoint_row():
     """Saves at 4, 8 and 12: the first is left out; steps 5 and 9 run during a background write."""
-    save = dict(seconds_in_background=2.0)
+    save = dict(background_seconds=2.0)
     run = {
         'bytes': 3e9,
         'load': 0.5,
         'disk': 7.0,
         'steps': {step: 1.0 + (step in (5, 9)) + 50 * (step == 1) for step in range(1, 13)},
         'saves': {
-            4: dict(save, seconds_held_up=90.0),
-            8: dict(save, seconds_held_up=0.2),
-            12: dict(save, seconds_held_up=0.4),
+            4: dict(save, blocking_seconds=90.0),
+            8: dict(save, blocking_seconds=0.2),
+            12: dict(save, blocking_seconds=0.4),
         },
     }
     found = checkpoint.row('asynchronous', [run], interval=4)
