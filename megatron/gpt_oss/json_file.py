@@ -6,8 +6,11 @@ Python's own reader ends in a RecursionError on deep nesting, and its errors may
 text. Imports neither torch nor Megatron.
 """
 
+import errno
 import json
+import os
 import reprlib
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,21 @@ def parse_json(text: str | bytes, unique: bool = False) -> Any:
         raise ValueError(str(error)) from None
 
 
+def read_small_file(path: str | Path) -> bytes:
+    """The content of a file of settings or names, at most `LARGEST_FILE` bytes.
+
+    Raises:
+        OSError: it cannot be read, or is larger, or a named pipe, in which nobody may write.
+    """
+    if stat.S_ISFIFO(os.stat(path).st_mode) and not os.fspath(path).startswith("/dev/fd/"):
+        raise OSError(errno.EINVAL, "It is a named pipe", str(path))
+    with open(path, "rb") as stream:
+        data = stream.read(LARGEST_FILE + 1)
+    if len(data) > LARGEST_FILE:
+        raise OSError(errno.EFBIG, f"It is larger than {LARGEST_FILE >> 20} MB", str(path))
+    return data
+
+
 def read_json(
     path: str | Path,
     kind: type = dict,
@@ -59,12 +77,9 @@ def read_json(
         UsageError: of the class `error`; names the file and what is wrong with it.
     """
     try:
-        with open(path, "rb") as stream:
-            data = stream.read(LARGEST_FILE + 1)
+        data = read_small_file(path)
     except OSError as cause:
         raise error(f"{path} cannot be read: {cause.strerror}. {hint}") from cause
-    if len(data) > LARGEST_FILE:
-        raise error(f"{path} is larger than {LARGEST_FILE >> 20} MB. {hint}")
     try:
         value = parse_json(data)
     except ValueError as cause:

@@ -18,6 +18,7 @@ from typing import Callable, Sequence
 
 from megatron.gpt_oss.arguments.flags import RECIPE
 from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.json_file import read_small_file
 
 
 def with_recipes(words: Sequence[str], read: Callable[[Sequence[str]], Namespace]) -> list[str]:
@@ -70,7 +71,7 @@ def read_recipe(file: str | Path) -> list[str]:
         UsageError: the file cannot be read, or a line is not what a shell would read.
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = read_small_file(file).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UsageError(

@@ -29,7 +29,7 @@ import yaml
 from megatron.gpt_oss.data.indexed_dataset import check_dataset
 from megatron.gpt_oss.data.lengths import VALIDATION
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.json_file import brief
+from megatron.gpt_oss.json_file import brief, read_small_file
 
 _CORPUS_KEYS = ("path", "weight", "upsample", "validation")
 _BUCKET = re.compile(r"\d+k?-(\d+k?|up)")
@@ -73,7 +73,7 @@ def read_blend(file: str | Path) -> Blend:
     """
     file = Path(file)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_small_file(file).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"--data-blend {file}: {error.strerror}. Give a data file.") from error
     except UnicodeDecodeError as error:
