@@ -23,7 +23,7 @@ def parse_lengths(words: str) -> tuple[int, ...]:
     """
     lengths = []
     for word in words.split(","):
-        match = re.fullmatch(r"\s*(\d+)(k?)\s*", word, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d{1,12})(k?)\s*", word, re.IGNORECASE)
         if match is None:
             raise UsageError(
                 f"--split-at {words}: invalid length '{word}'. Give for example 8k,32k."
@@ -88,7 +88,7 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
         UsageError: matplotlib is not installed.
     """
     from megatron.gpt_oss.data.corpus_record import TOKENIZE
-    from megatron.gpt_oss.training.metrics.plot import import_pyplot, save_picture
+    from megatron.gpt_oss.training.metrics.plot import as_title, import_pyplot, save_picture
 
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(
@@ -103,7 +103,7 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     below.set_xlabel("tokens per document, from")
     below.set_xticks(bars, [short_length(edge) for edge in histogram.edges[:-1]])
     above.set_title(
-        f"{title}: {sum(histogram.documents):,} documents, {sum(histogram.tokens):,} tokens, "
+        f"{as_title(title)}: {sum(histogram.documents):,} documents, {sum(histogram.tokens):,} tokens, "
         f"{100 * histogram.long_share:.1f} % in documents over {short_length(LONG)}"
     )
     for axis in (above, below):

@@ -82,6 +82,7 @@ def test_plot(tmp_path):
     _gptoss('plot', metrics, tmp_path / 'figures' / 'loss.png')
     data = (tmp_path / 'figures' / 'loss.png').read_bytes()
     assert data[:8] == b'\x89PNG\r\n\x1a\n' and len(data) > 10_000
+    plot_loss(metrics, tmp_path / 'loss.png', title='a\udcff' * 100_000)  # not UTF-8, and long
     metrics.write_text('{"step": 1, "lo\n' + text)
     with pytest.raises(UsageError, match='line 1: not JSON'):
         plot_loss(metrics, tmp_path / 'loss.png')

@@ -12,6 +12,7 @@ from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 from megatron.gpt_oss.training.metrics.svg_chart import MOST_VALUE
 
 PLOT = "gptoss plot"
+_LONGEST_NAME = 200
 
 
 def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> Path:
@@ -33,7 +34,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
     evaluations: dict[str, dict] = {}  # by validation set, by step
     for record in read_metrics(metrics):
         if "valid_loss" in record:
-            of_set = evaluations.setdefault(_shown(record.get("set", "validation")), {})
+            of_set = evaluations.setdefault(as_title(record.get("set", "validation")), {})
             of_set[record["step"]] = record
     pyplot = import_pyplot()
     has_lr = any("learning_rate" in record for record in records)
@@ -52,7 +53,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         _draw(loss_axis, list(of_set.values()), "valid_loss", name, marker="o")
     first, last = records[0], records[-1]
     loss_axis.set_title(
-        f"{_shown(title)}: loss {first['loss']:.3f} at step {first['step']}, "
+        f"{as_title(title)}: loss {first['loss']:.3f} at step {first['step']}, "
         f"{last['loss']:.3f} at step {last['step']}"
     )
     loss_axis.set_ylabel("loss (nats/token)")
@@ -103,9 +104,12 @@ def import_pyplot():
     return pyplot
 
 
-def _shown(name: str) -> str:
-    """A name that matplotlib draws as it is; it leaves out what begins with an underscore."""
-    text = "".join(c if c.isprintable() else "\ufffd" for c in name)
+def as_title(name: str) -> str:
+    """A name that matplotlib draws as it is; it leaves out what begins with an underscore.
+
+    It draws a very long text for minutes.
+    """
+    text = "".join(c if c.isprintable() else "\ufffd" for c in name[:_LONGEST_NAME])
     return f" {text}" if text.startswith("_") or not text else text
 
 
