@@ -134,6 +134,8 @@ _WRAPPERS = (
     "ArrowException",
 )
 
+# What PyTorch's CPU allocator says in a RuntimeError.
+_ALLOCATION_FAILED = re.compile(r"can't allocate memory: you tried to allocate \d+ bytes")
 _WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|file write failed|unexpected pos")
 
 
@@ -171,6 +173,12 @@ def as_os_sentence(error: BaseException, path: str | os.PathLike | None = None) 
     return f"{name}: {cause}. {hint}"
 
 
+def environment_rank() -> int:
+    """The rank that torchrun gave this process; 0 without torchrun, or for what is no number."""
+    rank = os.environ.get("RANK", "")
+    return int(rank) if re.fullmatch("[0-9]{1,6}", rank) else 0
+
+
 def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
     """Print an error as one line and leave with an exit code.
 
@@ -178,7 +186,7 @@ def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool =
     others leave it the time to: torchrun ends all ranks when the first one leaves. Whoever is still
     there after that met it alone, and prints it.
     """
-    if everywhere and int(os.environ.get("RANK", "0")) != 0:
+    if everywhere and environment_rank() != 0:
         with contextlib.suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, once rank 0 has left
         time.sleep(SECONDS_FOR_RANK_0)
@@ -231,6 +239,8 @@ def _run(main: Callable[[], object]) -> None:
     except RunError as error:
         exit_with(error, EXIT_FAULT, error.everywhere)
     except Exception as error:
+        if found := _ALLOCATION_FAILED.search(str(error)):
+            exit_with(f"out of memory: {found[0]}", EXIT_FAULT, everywhere=False)
         line = (traceback.extract_tb(error.__traceback__) or [None])[-1]
         full = _drop_output_if_full() or (line and (line.line or "").startswith("print("))
         sentence = as_os_sentence(error, "The standard output" if full else None)

@@ -4,8 +4,9 @@
 Apex and TransformerEngine are used where found and never needed, so not finding them is no warning.
 """
 
-import os
 import warnings
+
+from megatron.gpt_oss.errors import environment_rank
 
 _IMPORT_NOTICES = (
     ".*(Apex|apex|Transformer Engine).*not installed.*",
@@ -20,5 +21,5 @@ def silence_import_notices() -> None:
     for message in _IMPORT_NOTICES:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    if int(os.environ.get("RANK", "0")) != 0:
+    if environment_rank() != 0:
         warnings.filterwarnings("ignore")

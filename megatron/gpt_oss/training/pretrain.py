@@ -29,11 +29,16 @@ from megatron.gpt_oss.training.corpus_usage import corpus_uses
 from megatron.gpt_oss.training.datasets import provide_datasets
 from megatron.gpt_oss.training.failure_messages import as_run_error, print_traceback
 from megatron.gpt_oss.training.forward_step import forward_step
+from megatron.gpt_oss.training.launcher_variables import (
+    check_rank_variables,
+    set_launcher_variables,
+)
 from megatron.gpt_oss.training.metrics.monitor import Monitor
 from megatron.gpt_oss.training.metrics.subscribe import subscribe_log
 from megatron.gpt_oss.training.parameter_patterns import parse_multipliers, pattern_hook
 from megatron.gpt_oss.training.run_record import RunRecord
 from megatron.gpt_oss.training.run_start import (
+    check_load,
     check_save,
     describe_start,
     has_checkpoint,
@@ -51,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         UsageError: the command line is invalid.
         RunError: an error with a known cause ended the run.
     """
+    check_rank_variables()
     spec = read(argv)
     if spec.dry_run is not None:
         return dry_run(spec)
-    _set_launcher_variables()
+    set_launcher_variables()
     with run_dir.locked(spec.args), run_dir.megatron_output(spec.run_dir) as console:
         args = validate(spec)
         check_schedule(args)
+        check_load(args)
         args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
         check_save(args)
         record = RunRecord(spec)
@@ -67,14 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         _train(args, monitor, _announced(provide_datasets, args, console, record))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _set_launcher_variables() -> None:
-    """Set torchrun's variables for one rank, if the script was started without torchrun."""
-    if "RANK" in os.environ:
-        return
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = "0"  # any free port
 
 
 def _print_notices(spec: RunSpec, record: RunRecord, console: TextIO) -> None:

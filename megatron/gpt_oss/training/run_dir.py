@@ -44,15 +44,22 @@ def megatron_output(run_dir: Path | None) -> Iterator[TextIO]:
     _create(run_dir, "--run-dir")
     console = sys.stdout
     path = run_dir / f"megatron-rank{int(os.environ['RANK'])}.log"
-    with open(path, "a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+    # Megatron prints arguments, which may be file names that are not UTF-8.
+    log = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    with log, contextlib.redirect_stdout(log):
         logging.basicConfig(stream=log, force=True)
         logging.captureWarnings(True)
         yield console
 
 
 def _create(directory: Path, flag: str) -> None:
+    if os.path.lexists(directory) and not directory.is_dir():
+        kind = "a link that leads nowhere" if directory.is_symlink() else "not a directory"
+        raise UsageError(f"{flag} {directory} exists and is {kind}. Give another path.")
     try:
         with naming(directory):
             directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{flag} {directory} cannot be created: {error.strerror}.") from error
+        raise UsageError(
+            f"{flag} {directory} cannot be created: {error.strerror}. Give another path."
+        ) from error

@@ -22,6 +22,29 @@ def resumes(args: Namespace) -> bool:
     return has_checkpoint(args.load) and not args.finetune
 
 
+def check_load(args: Namespace) -> None:
+    """Refuse to load from a directory without a checkpoint: Megatron would train random weights.
+
+    --load may name the directory that the run itself is going to save to.
+
+    Raises:
+        UsageError: names the flag and the directory.
+    """
+    if has_checkpoint(args.load):
+        return
+    wanted = {"--pretrained-checkpoint": args.pretrained_checkpoint}
+    paths = [os.path.realpath(path) for path in (args.load, args.save) if path is not None]
+    if args.exit_on_missing_checkpoint or len(paths) < 2 or paths[0] != paths[1]:
+        wanted["--load"] = args.load
+    for flag, directory in wanted.items():
+        if directory is None or has_checkpoint(directory):
+            continue
+        hint = "Give a directory that has latest_checkpointed_iteration.txt"
+        if os.path.isfile(os.path.join(directory, "config.json")):
+            hint = f"It is a Hugging Face checkpoint: give --load-hf {directory}"
+        raise UsageError(f"{flag} {directory} holds no checkpoint. {hint}, or drop the flag.")
+
+
 def check_save(args: Namespace) -> None:
     """Refuse to overwrite the checkpoints of a run that this one does not resume.
 

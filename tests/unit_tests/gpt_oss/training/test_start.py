@@ -1,0 +1,112 @@
+# Copyright (c) 2026, the megatron-core gptoss authors.
+
+"""What a run refuses before it begins: the ranks' environment, what to load, where to write."""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron.gpt_oss import errors
+from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.import_warnings import silence_import_notices
+from megatron.gpt_oss.training import launcher_variables, run_dir, run_start
+
+VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+
+
+@pytest.mark.parametrize(
+    'environ, words',
+    [
+        ({'RANK': 'abc'}, "RANK is 'abc'"),
+        ({'RANK': ''}, "RANK is ''"),
+        ({'RANK': '-1'}, "RANK is '-1'"),
+        ({'WORLD_SIZE': '0'}, "WORLD_SIZE is '0'"),
+        ({'LOCAL_RANK': '1.0'}, "LOCAL_RANK is '1.0'"),
+        ({'RANK': '5', 'WORLD_SIZE': '2'}, 'RANK is 5 of 2 ranks'),
+        ({'RANK': '0', 'WORLD_SIZE': '1'}, 'MASTER_ADDR and MASTER_PORT not'),
+        ({'RANK': '0', 'MASTER_ADDR': 'localhost'}, 'RANK is set, MASTER_PORT not'),
+    ],
+)
+def test_variables_of_torchrun(monkeypatch, environ, words):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    silence_import_notices()  # which comes first, and must not fail
+    assert errors.environment_rank() == (5 if environ.get('RANK') == '5' else 0)
+    with pytest.raises(UsageError) as error:
+        launcher_variables.check_rank_variables()
+        launcher_variables.set_launcher_variables()
+    assert words in str(error.value) and 'torchrun' in str(error.value)
+
+
+def _args(**given) -> Namespace:
+    none = dict.fromkeys(('load', 'save', 'pretrained_checkpoint'))
+    return Namespace(**(none | {'exit_on_missing_checkpoint': False} | given))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name in ('empty', 'hf', 'saved'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'hf' / 'config.json').write_text('{}')
+    (tmp_path / 'saved' / 'latest_checkpointed_iteration.txt').write_text('2')
+    (tmp_path / 'again').symlink_to('empty')
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    'given, words',
+    [
+        ({'load': 'nope'}, '--load nope holds no checkpoint'),
+        ({'load': 'nope', 'save': 'empty'}, '--load nope holds no checkpoint'),
+        ({'load': 'hf', 'save': 'new'}, 'give --load-hf hf'),
+        ({'pretrained_checkpoint': 'nope'}, '--pretrained-checkpoint nope holds no checkpoint'),
+        ({'pretrained_checkpoint': 'hf', 'load': 'new', 'save': 'new'}, 'give --load-hf hf'),
+        (
+            {'load': 'new', 'save': 'new', 'exit_on_missing_checkpoint': True},
+            '--load new holds no checkpoint',
+        ),
+    ],
+)
+def test_nothing_to_load(folders, monkeypatch, given, words):
+    """Megatron trains random weights then, and with --exit-on-missing-checkpoint exits with 0."""
+    monkeypatch.chdir(folders)
+    with pytest.raises(UsageError) as error:
+        run_start.check_load(_args(**given))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        {},
+        {'load': 'new', 'save': 'new'},
+        {'load': 'empty', 'save': 'again'},
+        {'load': 'saved', 'save': 'new'},
+        {'load': 'saved', 'pretrained_checkpoint': 'nope'},
+        {'load': 'new', 'save': 'new', 'pretrained_checkpoint': 'saved'},
+    ],
+)
+def test_something_to_load(folders, monkeypatch, given):
+    monkeypatch.chdir(folders)
+    run_start.check_load(_args(**given))
+
+
+@pytest.mark.parametrize(
+    'make, words',
+    [
+        (lambda path: path.write_text('x'), 'exists and is not a directory'),
+        (os.mkfifo, 'exists and is not a directory'),
+        (lambda path: path.symlink_to('/nope/x'), 'exists and is a link that leads nowhere'),
+        (lambda path: path.symlink_to(path.name), 'exists and is a link that leads nowhere'),
+    ],
+    ids=['file', 'pipe', 'dangling', 'loop'],
+)
+def test_run_dir_is_something_else(tmp_path, make, words):
+    make(tmp_path / 'run')
+    with pytest.raises(UsageError) as error:
+        run_dir._create(Path(tmp_path / 'run'), '--run-dir')
+    assert f'--run-dir {tmp_path}/run {words}. Give another path.' == str(error.value)
