@@ -7,12 +7,15 @@ Each subcommand imports what it needs when it runs, so that --help is instant.
 
 import argparse
 import logging
-from typing import Sequence
+from typing import NoReturn, Sequence
 
+from megatron.gpt_oss.arguments.check_values import number, path, text
 from megatron.gpt_oss.data.tokenize.arguments import add_tokenize_arguments
-from megatron.gpt_oss.errors import run_main
+from megatron.gpt_oss.errors import UsageError, run_main
 from megatron.gpt_oss.import_warnings import silence_import_notices
 from megatron.gpt_oss.presets import PRESETS
+
+_seed = number(int, "0 to 4294967295")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,9 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_main(run)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one sentence, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        text = f"{message[:1].upper()}{message[1:]}"
+        raise UsageError(f"{text}. `{self.prog} --help` lists all options.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands; each sets `run`, a function of its arguments."""
-    parser = argparse.ArgumentParser(prog="gptoss", description=__doc__.split("\n")[0])
+    parser = _Parser(prog="gptoss", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_launch(commands)
     _add_tokenize(commands)
@@ -83,7 +94,11 @@ def _add_verify_data(commands) -> None:
         "verify-data", help="check a dataset against what gptoss tokenize wrote"
     )
     parser.add_argument(
-        "prefix", nargs="+", metavar="PREFIX", help="path of the .bin and .idx, without extension"
+        "prefix",
+        nargs="+",
+        type=path,
+        metavar="PREFIX",
+        help="path of the .bin and .idx, without extension",
     )
     parser.set_defaults(run=_run_verify_data)
 
@@ -97,8 +112,8 @@ def _run_verify_data(args: argparse.Namespace) -> None:
 
 def _add_init_tiny(commands) -> None:
     parser = commands.add_parser("init-tiny", help="write a tiny random Hugging Face checkpoint")
-    parser.add_argument("folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=path)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.set_defaults(run=_run_init_tiny)
 
 
@@ -114,8 +129,10 @@ def _add_convert(commands) -> None:
     to_megatron = directions.add_parser(
         "to-megatron", help="convert a Hugging Face checkpoint (BF16 or MXFP4) to Megatron"
     )
-    to_megatron.add_argument("--hf", required=True, help="directory of the Hugging Face checkpoint")
-    to_megatron.add_argument("--out", required=True, help="output directory, for --load")
+    to_megatron.add_argument(
+        "--hf", required=True, type=path, help="directory of the Hugging Face checkpoint"
+    )
+    to_megatron.add_argument("--out", required=True, type=path, help="output directory, for --load")
     for flag, what in (
         ("tp", "tensor"),
         ("pp", "pipeline"),
@@ -125,7 +142,7 @@ def _add_convert(commands) -> None:
     ):
         to_megatron.add_argument(
             f"--{flag}",
-            type=int,
+            type=number(int, "1 or more"),
             default=None if flag == "etp" else 1,
             metavar="N",
             help=f"parallel size of the written files: {what}. Any layout can load any other",
@@ -133,10 +150,15 @@ def _add_convert(commands) -> None:
     to_megatron.set_defaults(run=_run_to_megatron)
     to_hf = directions.add_parser("to-hf", help="convert a Megatron checkpoint to Hugging Face")
     to_hf.add_argument(
-        "--load", required=True, help="a --save directory (its latest) or one iter_*"
+        "--load",
+        required=True,
+        type=path,
+        help="a --save directory (its latest) or one iter_*",
     )
-    to_hf.add_argument("--out", required=True, help="output directory")
-    to_hf.add_argument("--like", help="Hugging Face checkpoint that supplies config and tokenizer")
+    to_hf.add_argument("--out", required=True, type=path, help="output directory")
+    to_hf.add_argument(
+        "--like", type=path, help="Hugging Face checkpoint that supplies config and tokenizer"
+    )
     to_hf.add_argument(
         "--dtype",
         choices=("bf16", "fp32", "mxfp4"),
@@ -145,13 +167,13 @@ def _add_convert(commands) -> None:
     )
     to_hf.add_argument(
         "--yarn-factor",
-        type=float,
+        type=number(float, "more than 0"),
         metavar="F",
         help="value used in training, for config.json; by default from the checkpoint",
     )
     to_hf.add_argument(
         "--vocab-size",
-        type=int,
+        type=number(int, "1 or more"),
         metavar="N",
         help="write the first N rows of the vocabulary; by default all but padding",
     )
@@ -216,9 +238,11 @@ def _add_verify(commands) -> None:
     parser = commands.add_parser(
         "verify", help="compare a Megatron checkpoint with a Hugging Face checkpoint"
     )
-    parser.add_argument("--hf", required=True, help="directory of the Hugging Face checkpoint")
     parser.add_argument(
-        "--load", required=True, help="a --save directory (its latest) or one iter_*"
+        "--hf", required=True, type=path, help="directory of the Hugging Face checkpoint"
+    )
+    parser.add_argument(
+        "--load", required=True, type=path, help="a --save directory (its latest) or one iter_*"
     )
     parser.add_argument(
         "--logits",
@@ -226,7 +250,12 @@ def _add_verify(commands) -> None:
         default="auto",
         help="also compare logits, layer by layer; auto: if both models fit in memory",
     )
-    parser.add_argument("--num-tokens", type=int, default=64, help="sequence length for the logits")
+    parser.add_argument(
+        "--num-tokens",
+        type=number(int, "1 or more"),
+        default=64,
+        help="sequence length for the logits",
+    )
     parser.set_defaults(run=_run_verify)
 
 
@@ -239,11 +268,13 @@ def _run_verify(args: argparse.Namespace) -> None:
 
 def _add_sample(commands) -> None:
     parser = commands.add_parser("sample", help="generate text from a Hugging Face checkpoint")
-    parser.add_argument("folder")
-    parser.add_argument("--prompt", default="")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("folder", type=path)
+    parser.add_argument("--prompt", type=text, default="")
+    parser.add_argument("--max-new-tokens", type=number(int, "1 or more"), default=200)
+    parser.add_argument(
+        "--temperature", type=number(float, "0 or more"), default=0.8, help="0: greedy decoding"
+    )
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.set_defaults(run=_run_sample)
 
 
@@ -255,7 +286,7 @@ def _run_sample(args: argparse.Namespace) -> None:
 
 def _add_plot(commands) -> None:
     parser = commands.add_parser("plot", help="plot the loss curve of a run as PNG")
-    parser.add_argument("metrics", help="metrics.jsonl of a run")
+    parser.add_argument("metrics", type=path, help="metrics.jsonl of a run")
     parser.add_argument("out", help="PNG file to write")
     parser.add_argument("--title", default="gpt-oss")
     parser.set_defaults(run=_run_plot)
@@ -269,7 +300,7 @@ def _run_plot(args: argparse.Namespace) -> None:
 
 def _add_report(commands) -> None:
     parser = commands.add_parser("report", help="write an HTML report of a run")
-    parser.add_argument("run_dir", metavar="RUN", help="--run-dir of the run")
+    parser.add_argument("run_dir", type=path, metavar="RUN", help="--run-dir of the run")
     parser.add_argument("--out", help="HTML file; RUN/report.html by default")
     parser.set_defaults(run=_run_report)
 

@@ -114,8 +114,8 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     """
     if name not in PRESETS:
         raise PresetError(
-            f"Unknown preset '{name}'. Choose one of {', '.join(PRESETS)}, or 'none' to describe "
-            "the model with Megatron's own flags."
+            f"Unknown preset '{name}'. Choose one of {', '.join(PRESETS)}; a training run also takes "
+            "'none', to describe the model with Megatron's own flags."
         )
     preset = PRESETS[name]
     if num_layers is None:

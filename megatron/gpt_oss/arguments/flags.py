@@ -8,6 +8,7 @@ Imports nothing heavy, so that --help is instant.
 import argparse
 from argparse import ArgumentParser
 
+from megatron.gpt_oss.arguments.check_values import text
 from megatron.gpt_oss.arguments.recompute import POLICIES
 from megatron.gpt_oss.planner.machines import TORCHRUN, parse_machines
 from megatron.gpt_oss.presets import PRESETS
@@ -168,7 +169,7 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         default=0,
         help="Generate a text sample every N steps. 0: never.",
     )
-    group.add_argument("--sample-prompt", default="", help="Prompt of the samples.")
+    group.add_argument("--sample-prompt", type=text, default="", help="Prompt of the samples.")
     group.add_argument(
         "--sample-tokens", type=int, default=64, metavar="N", help="Maximum sample length."
     )

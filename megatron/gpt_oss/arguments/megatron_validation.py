@@ -84,5 +84,5 @@ def _check_expert_ranks(args: Namespace) -> None:
         raise UsageError(
             f"{args.world_size} ranks cannot be divided into groups of {named} = {ranks}. Give a "
             "smaller --expert-model-parallel-size or --expert-tensor-parallel-size (its default is "
-            "--tensor-model-parallel-size), or use a multiple of {ranks} ranks."
+            f"--tensor-model-parallel-size), or use a multiple of {ranks} ranks."
         )

@@ -11,6 +11,7 @@ import argparse
 import collections
 import contextlib
 import difflib
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from functools import partial
@@ -20,6 +21,7 @@ from typing import Callable, Iterator, NoReturn, Sequence
 from megatron.core import device_utils
 from megatron.gpt_oss.arguments import help as flag_help
 from megatron.gpt_oss.arguments.check_flags import check_flags
+from megatron.gpt_oss.arguments.check_values import check_values
 from megatron.gpt_oss.arguments.device_connections import set_device_connections
 from megatron.gpt_oss.arguments.expert_overlap import check_expert_overlap
 from megatron.gpt_oss.arguments.flags import HELP_ALL, add_our_arguments
@@ -40,6 +42,9 @@ from megatron.gpt_oss.arguments.validate_run import check_async_save, check_batc
 from megatron.gpt_oss.arguments.validate_sequence import check_sequence
 from megatron.gpt_oss.errors import UsageError, as_refusal
 from megatron.gpt_oss.training.metrics.writers import check_writers
+
+# A word of the command line that is a value: argparse takes -1e-3 and -1,2,3 for flags.
+_NEGATIVE_NUMBER = re.compile(r"-(\.?\d|inf|nan)")
 
 Provider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -96,6 +101,7 @@ def _without_help_texts() -> Iterator[None]:
 
 
 def _parse(argv: Sequence[str], parser: ArgumentParser) -> RunSpec:
+    parser._negative_number_matcher = _NEGATIVE_NUMBER
     parser.error = _refuse  # upstream's usage text has several hundred lines
     if HELP_ALL in argv:
         flag_help.show_all(parser)
@@ -139,6 +145,7 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
     Raises:
         UsageError: see `read`.
     """
+    check_values(given, parser)
     preset = chosen_preset(given)
     if preset is not None:
         check_architecture(given, preset, parser)

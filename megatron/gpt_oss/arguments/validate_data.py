@@ -2,9 +2,9 @@
 
 """--data-blend, in terms of Megatron's own flags."""
 
-import re
+import os
 from argparse import Namespace
-from typing import Iterator, Sequence
+from typing import Sequence
 
 from megatron.gpt_oss.data.blend import read_blend
 from megatron.gpt_oss.errors import UsageError
@@ -49,15 +49,38 @@ def blend_defaults(given: Namespace) -> dict:
     return defaults
 
 
-def read_prefixes(words: Sequence[str] | None) -> Iterator[str]:
+def read_prefixes(words: Sequence[str] | None, flag: str = "--data-path") -> list[str]:
     """The prefixes of a blend's words that are read: those whose weight is not 0.
 
     Args:
         words: of --data-path and its like, prefixes with or without a weight before each.
+        flag: names them in messages.
+    Raises:
+        UsageError: a weight is missing, negative or not finite.
     """
-    weight = None
-    for word in words or ():
-        if re.fullmatch(r"[0-9.]+(e-?[0-9]+)?", word) is not None:
-            weight = float(word)
-        elif weight != 0:
-            yield word
+    words = list(words or ())
+    weights, prefixes = [_as_number(word) for word in words[::2]], words[1::2]
+    if weights == [None] * len(weights) and len(words) % 2 == 0:
+        return words
+    if len(words) % 2:
+        stray = next((word for word in words if _as_number(word) is not None), None)
+        if stray is None or os.path.isfile(f"{stray}.idx"):
+            return words
+        raise UsageError(
+            f"{flag} {' '.join(words)}: {stray} is a weight, and {len(words)} words are not pairs "
+            "of a weight and a path. Give a weight before each path, or none."
+        )
+    for weight, word in zip(weights, words[::2]):
+        if weight is None or not 0 <= weight < float("inf"):
+            raise UsageError(
+                f"{flag}: {word} is not a weight. Give a number of 0 or more before each path, or "
+                "none."
+            )
+    return [prefix for weight, prefix in zip(weights, prefixes) if weight]
+
+
+def _as_number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -23,8 +23,14 @@ def check_files(given: Namespace, preset: Preset | None) -> None:
         UsageError: names the flag, the path and what is missing.
     """
     for dest in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
-        for word in read_prefixes(getattr(given, dest, None)):
-            _check_dataset("--" + dest.replace("_", "-"), word)
+        flag = "--" + dest.replace("_", "-")
+        for word in read_prefixes(getattr(given, dest, None), flag):
+            _check_dataset(flag, word)
+    for dest in ("data_cache_path", "tensorboard_dir", "wandb_save_dir"):
+        path = getattr(given, dest, None)
+        if path is not None and os.path.exists(path) and not os.path.isdir(path):
+            flag = "--" + dest.replace("_", "-")
+            raise UsageError(f"{flag} {path} is not a directory. Give another path.")
     if getattr(given, "tokenizer_model", None) is not None:
         _check_tokenizer(given.tokenizer_model)
     if getattr(given, "load_hf", None) is not None:
@@ -69,8 +75,15 @@ def _check_dataset(flag: str, prefix: str) -> None:
 
 
 def _check_tokenizer(model: str) -> None:
-    if os.path.exists(model):
+    if os.path.isfile(model):
         return
+    if os.path.isdir(model):
+        if glob.glob(f"{glob.escape(model)}/*token*") or glob.glob(f"{glob.escape(model)}/vocab*"):
+            return
+        raise UsageError(
+            f"--tokenizer-model {model} has no tokenizer.json. Give a directory that has one (any "
+            "Hugging Face gpt-oss checkpoint does)."
+        )
     looks_like_hub_name = re.fullmatch(r"[\w-]+/[\w.-]+", model) and not model.endswith(".json")
     if looks_like_hub_name and importlib.util.find_spec("transformers") is not None:
         return

@@ -93,11 +93,6 @@ def check_run_arguments(args: Namespace) -> None:
     """
     _check_batch_schedule(args)
     check_patterns(args)
-    for name in ("monitor_interval", "sample_interval", "keep_checkpoints", "sample_tokens"):
-        lowest = 1 if name == "sample_tokens" else 0
-        if getattr(args, name) < lowest:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}: expected {lowest} or more.")
     if args.keep_checkpoints and args.save_retain_interval is not None:
         raise UsageError(
             f"--keep-checkpoints {args.keep_checkpoints} and --save-retain-interval "

@@ -47,7 +47,8 @@ def generate(
         if temperature <= 0:
             token = int(logits.argmax())
         else:
-            probabilities = torch.softmax(logits / temperature, dim=-1)
+            scaled = (logits - logits.max()) / temperature  # no overflow at any temperature
+            probabilities = torch.softmax(scaled, dim=-1)
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token == tokenizer.end_id:
             break

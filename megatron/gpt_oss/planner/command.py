@@ -22,6 +22,8 @@ from megatron.gpt_oss.presets import PRESETS, get_preset
 
 # Default minimum of tokens per GPU and step, which keeps the share of the optimizer small.
 TOKENS_PER_GPU = 65536
+# Of any number of the command line.
+_LARGEST = 10**9
 BACKENDS = ("cudnn", "fa4", "aten_fa2")
 _SIZES = {
     "tp": "tensor-model-parallel-size",
@@ -122,9 +124,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
     optional = ("seq_length", "global_batch_size", "host_memory", *_SIZES)
     for name in (*names, *optional):
         value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            wrong = "positive" if value <= 0 else "a finite number"
-            raise UsageError(f"--{name.replace('_', '-')} {value} is not {wrong}.")
+        if value is not None and not 0 < value <= _LARGEST:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {value}: expected more than 0, at most {_LARGEST:,}."
+            )
 
 
 def _reserve(args: argparse.Namespace) -> float:

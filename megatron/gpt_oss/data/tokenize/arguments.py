@@ -5,6 +5,8 @@
 import argparse
 import os
 
+from megatron.gpt_oss.arguments.check_values import filled, number, path
+
 
 def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them; imports nothing heavy, so that --help is instant."""
@@ -15,10 +17,14 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         "document each); also compressed as .gz or .zst",
     )
     parser.add_argument(
-        "--output", required=True, help="path of the .bin and .idx, without extension"
+        "--output", required=True, type=path, help="path of the .bin and .idx, without extension"
     )
-    parser.add_argument("--tokenizer", help="directory with tokenizer.json; byte-level by default")
-    parser.add_argument("--end-token", help="end-of-document token; <|endoftext|>, else eos_token")
+    parser.add_argument(
+        "--tokenizer", type=path, help="directory with tokenizer.json; byte-level by default"
+    )
+    parser.add_argument(
+        "--end-token", type=filled, help="end-of-document token; <|endoftext|>, else eos_token"
+    )
     parser.add_argument(
         "--pattern", action="append", help="file names to read in a directory, *.txt ..."
     )
@@ -34,6 +40,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--split-at",
+        type=filled,
         metavar="LENGTHS",
         help="8k,32k: write one dataset per length range (OUTPUT.0-8k, OUTPUT.8k-32k, "
         "OUTPUT.32k-up), which a blend can weight separately",
@@ -47,7 +54,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=number(int, "1 to 1024"),
         default=len(os.sched_getaffinity(0)),
         help="number of processes; by default one per core",
     )

@@ -11,6 +11,7 @@ from megatron.gpt_oss.data.lengths import parse_lengths, plot_histogram
 from megatron.gpt_oss.data.tokenize.documents import TEXT_PATTERNS
 from megatron.gpt_oss.data.tokenize.files import SKIP_EMPTY, tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
+from megatron.gpt_oss.errors import UsageError
 
 _MOST_SHOWN = 10
 
@@ -19,6 +20,11 @@ def run_tokenize(args: argparse.Namespace) -> None:
     """Tokenise, and print what came of it."""
     if args.tokenizer:
         tokenizer = load_text_tokenizer(args.tokenizer, args.end_token)
+    elif args.end_token not in (None, END_OF_TEXT):
+        raise UsageError(
+            f"--end-token {args.end_token} without --tokenizer: the byte-level tokenizer ends "
+            f"documents with {END_OF_TEXT}. Give --tokenizer, or drop --end-token."
+        )
     else:
         tokenizer = build_byte_tokenizer()
         tokenizer = TextTokenizer(tokenizer, END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))

@@ -195,8 +195,8 @@ def test_refusals_of_megatron_are_one_sentence():
     before = list(sys.argv)
     with pytest.raises(UsageError, match='world size .1. is not divisible'):
         validate(arguments.read(argv))
-    with pytest.raises(UsageError, match='args.micro_batch_size > 0 .--micro-batch-size is 0.'):
-        validate(arguments.read(['--preset', 'tiny', '--micro-batch-size', '0', *NULL]))
+    with pytest.raises(UsageError, match='args.min_lr <= args.lr .--min-lr is 0.1, --lr is'):
+        validate(arguments.read(['--preset', 'tiny', '--lr', '1e-3', '--min-lr', '0.1', *NULL]))
     assert sys.argv == before
 
 

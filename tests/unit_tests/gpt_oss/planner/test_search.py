@@ -177,7 +177,7 @@ def test_json(capsys):
     'flags, message',
     [
         ('--preset 30b --gpus 8', "Unknown preset '30b'"),
-        ('--preset 20b --gpus 0', '--gpus 0 is not positive'),
+        ('--preset 20b --gpus 0', '--gpus 0: expected more than 0'),
         ('--preset 20b --gpus 8 --tp 3', 'tp = 3 does not divide the 64 attention heads'),
         (
             '--preset 20b --gpus 1',
