@@ -6,18 +6,18 @@
         --json benchmarks/results/convert_20b_cpu.json
     python -m benchmarks.conversion.convert --page        # docs/parity.md from the results that are there
 
-Writes a random Hugging Face folder in the true MXFP4 layout, converts it to Megatron and back to
-BF16 and MXFP4, checks every tensor, and deletes all of it. Each conversion is the command in a
-process of its own, imports included; memory is the resident set of its whole process tree, looked
-at 50 times a second.
+Writes a random Hugging Face model in the MXFP4 layout of gpt-oss, converts it to Megatron and back
+to BF16 and MXFP4, checks every tensor, and deletes all files. Each conversion is the command in a
+separate process, including imports; memory is the resident set of its process tree, sampled 50 times
+per second.
 
-Copying is `cp` of what was written, each file followed by fsync, as the conversion does. Both are
-measured twice: from disk, what they read having been put out of the page cache (a model of 120b does
-not fit there), and warm, a second time without that. MXFP4 is written from 2.5 times its bytes, so
-that `read`, the time of `cat` for the source from disk, is what its conversion cannot go below.
+A copy is `cp` of the output, with an fsync after each file, as in the conversion. Both are measured
+twice: with the input removed from the page cache (a model of 120b does not fit there), and warm,
+without that. MXFP4 is written from 2.5 times its bytes; `read`, the time of `cat` of the input from
+disk, is the lower bound of its conversion.
 
-Give --layers as many as the disk holds: it takes twice the BF16 size, 1.3 times where --steps leaves
-out `to-hf bf16`. --preset 120b --layers 1 shows one layer of the large model; the sizes of the rest
+Choose --layers by the size of the disk: the benchmark needs twice the BF16 size, 1.3 times if --steps omits
+`to-hf bf16`. --preset 120b --layers 1 shows one layer of the large model; the sizes of the rest
 follow from `bytes_of_layer`.
 """
 
@@ -105,7 +105,10 @@ def measure(
     copies: int = 2,
     steps: Sequence[str] = STEPS,
 ) -> Iterator[dict]:
-    """Rows for one model; `folder` is made and deleted. Without copies, nothing but memory."""
+    """Measure the conversions of one model in a new directory, which is deleted.
+
+    Without copies only memory is measured.
+    """
     folder.mkdir(parents=True)
     try:
         source = write_random_mxfp4(preset, folder / "hf")
@@ -150,7 +153,7 @@ def measure(
 
 
 def compare(read: Path, out: Path, target: Path, copies: int, module: str) -> dict:
-    """Seconds of what a conversion is compared with."""
+    """Seconds of the copies that a conversion is compared with."""
     cold, warm = [], []
     # Several times, as the first may pay for memory that the machine has not touched before.
     for _ in range(copies):
@@ -174,7 +177,7 @@ def compare(read: Path, out: Path, target: Path, copies: int, module: str) -> di
 
 
 def evict(folder: Path) -> None:
-    """Put the files of a folder out of the page cache."""
+    """Remove the files of a directory from the page cache."""
     for path in filter(Path.is_file, folder.rglob("*")):
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -183,12 +186,12 @@ def evict(folder: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files."""
+    """Bytes of all files of a directory."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def encoder_rates() -> dict[str, float]:
-    """GB/s of bf16 that become MXFP4 in memory, by the number of threads; checked first."""
+    """GB/s of bf16 input when rounding to MXFP4 in memory, by number of threads."""
     torch.set_num_threads(1)
     values = torch.randn(2880, 2880).to(torch.bfloat16)
     again = dequantize(*quantize(values))
@@ -210,7 +213,7 @@ def encoder_rates() -> dict[str, float]:
 
 
 def write_random_mxfp4(preset: Preset, folder: Path) -> Path:
-    """A random folder in the layout of openai/gpt-oss files."""
+    """Write random weights in the layout of the openai/gpt-oss files."""
     folder.mkdir(parents=True)
     random = numpy.random.default_rng(0)
     plan = FilePlan.of(preset, MXFP4, MAX_SHARD_BYTES)
@@ -251,7 +254,7 @@ def run(words: list) -> tuple[float, int]:
 
 
 def tree_rss(process: psutil.Process) -> int:
-    """Resident bytes of a process and all below it."""
+    """Resident bytes of a process and its descendants."""
     total = 0
     try:
         for one in (process, *process.children(recursive=True)):
@@ -262,7 +265,7 @@ def tree_rss(process: psutil.Process) -> int:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder's files, each to disk before the next; a copy is deleted at once."""
+    """Seconds to copy the files of a directory, each synced to disk; the copy is deleted."""
     seconds = 0.0
     for path in filter(Path.is_file, source.rglob("*")):
         start = time.monotonic()
@@ -276,12 +279,12 @@ def copy(source: Path, target: Path) -> float:
 
 
 def check(hf: Path, load: Path) -> None:
-    """Stop if a tensor is not what it was: a fast wrong conversion is worth nothing."""
+    """Exit if a tensor differs after the round trip."""
     run(["verify", "--hf", hf, "--load", load, "--logits", "no"])
 
 
 def bytes_of_layer(preset: Preset) -> dict:
-    """Bytes of one layer, of the rest, and of the whole model, as BF16 and as MXFP4."""
+    """Bytes of one layer, of the rest, and of the complete model, in BF16 and in MXFP4."""
     sizes = {}
     for dtype in ("bf16", MXFP4):
         plan = FilePlan.of(preset, dtype, MAX_SHARD_BYTES)
@@ -292,7 +295,7 @@ def bytes_of_layer(preset: Preset) -> dict:
 
 
 def table(rows: list[dict]) -> list[list[str]]:
-    """The rows for the reader, as HEADER says."""
+    """Cells of the rows, in the order of HEADER."""
     return [
         [
             row["model"],
@@ -317,12 +320,12 @@ def table(rows: list[dict]) -> list[list[str]]:
 
 
 def most_layers(one: dict) -> int:
-    """Of the rows of a result."""
+    """The largest number of layers in a result."""
     return max(row["layers"] for row in one["rows"])
 
 
 def page_text() -> str:
-    """Tables of the results that are there, and what follows for the layers that are not."""
+    """Tables of the results, and the sizes of complete models computed from them."""
     found = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("convert_*.json"))}
     if not found:
         return ""

@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def largest(rows: list[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
-    """One row for each what and case, as ranks measure the same each for itself; kinds together."""
+    """The largest measurement of each what and case (ranks measure separately), grouped by kind."""
     kept: dict[tuple, tuple] = {}
     for row in rows:
         before = kept.get((row[0], row[1]), row)
@@ -78,7 +78,7 @@ def largest(rows: list[tuple[str, str, float, float]]) -> list[tuple[str, str, f
 
 
 def page_text(found: dict) -> str:
-    """What the page says of a result: the machine, and a table."""
+    """Text of the page: the machine, and a table."""
     lines = [
         [row["what"], row["case"], number(row["measured"]), number(row["limit"])]
         for row in found["rows"]
@@ -88,12 +88,12 @@ def page_text(found: dict) -> str:
 
 
 def kind(row: tuple) -> str:
-    """What a row is of, figures in it left out."""
+    """The kind of a row: its `what` without figures."""
     return re.sub(r"[0-9.]+e-[0-9]+", "", row[0])
 
 
 def number(value: float) -> str:
-    """For the reader."""
+    """Format a figure of the table."""
     if value == 0:
         return "0"
     return f"{value:.2f}" if value > 0.01 else f"{value:.1e}"

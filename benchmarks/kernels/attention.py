@@ -47,7 +47,7 @@ from megatron.gpt_oss.text_table import aligned
 
 
 def documents(total: int, count: int) -> tuple[int, ...]:
-    """Lengths from short to long, in a mixed order, that add up to total."""
+    """Document lengths from short to long, in mixed order, with this total."""
     weights = [1 + (7 * i) % count for i in range(count)]
     lengths = [total * weight // sum(weights) for weight in weights]
     lengths[-1] += total - sum(lengths)
@@ -81,7 +81,7 @@ ERROR_LIMIT = 1e-2
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     backend: str
@@ -99,7 +99,7 @@ class Row:
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     begin = time.perf_counter()
     print(" ".join(f"{name}={value}" for name, value in machine().items()), flush=True)
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -159,7 +159,7 @@ def names(workloads: list[Workload]) -> list[str]:
 
 
 def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], list[list[str]]]:
-    """Check, time, measure memory. Returns rows, and [case, reason] for what is left out."""
+    """Check values, measure time and memory; returns rows, and [case, reason] of what was left out."""
     checked, left_out = {}, []
     for name, reason in workload.unsupported_reasons().items():
         label = f"{workload.name} {name}"
@@ -197,7 +197,7 @@ def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], l
 
 
 def too_slow(workload: Workload, name: str) -> str | None:
-    """What would take the minutes of everything else."""
+    """Whether a backend would take longer than all others together."""
     if device() == "cpu":
         return None
     if name == "math" and workload.name not in names(TINY):
@@ -208,7 +208,7 @@ def too_slow(workload: Workload, name: str) -> str | None:
 
 
 def check(workload: Workload, name: str) -> tuple[dict, str | None]:
-    """Errors on a short sequence of the same kind, and why it gets no figure, if so."""
+    """Errors on a short sequence of the same kind, and the reason if the backend gets no figure."""
     try:
         found = errors(workload.short(), name)
     except Exception as error:  # goes on with the others, and says so at the end
@@ -270,7 +270,7 @@ def table(rows: list[Row]) -> str:
 
 
 def packed_cost(rows: list[Row]) -> None:
-    """What packed documents cost against a dense batch of their mean length, pair for pair."""
+    """Time per query-key pair of packed documents relative to a dense batch of their mean length."""
     by_key = {(row.case, row.backend): row for row in rows}
     flops = {workload.name: workload.flops for workload in CASES}
     for row in rows:
@@ -285,7 +285,7 @@ def packed_cost(rows: list[Row]) -> None:
 
 
 def against_aten(rows: list[Row]) -> None:
-    """Every kernel's gain over FlashAttention 2 inside PyTorch, which everybody has."""
+    """Speedup of each backend over PyTorch's FlashAttention 2."""
     aten = {row.case: row for row in rows if row.backend == "aten_fa2"}
     for row in rows:
         base = aten.get(row.case)
@@ -298,7 +298,7 @@ def against_aten(rows: list[Row]) -> None:
 
 
 def machine() -> dict[str, str]:
-    """What the figures belong to."""
+    """GPU, versions and commit of the results."""
     facts = {"python": platform.python_version(), "torch": torch.__version__}
     if device() == "cuda":
         card = torch.cuda.get_device_properties(0)
@@ -324,12 +324,12 @@ def run(*words: str) -> str:
 
 
 def write_json(path: str, rows: list[Row], skipped: list[list[str]]) -> None:
-    """The same rows, with the machine and the command."""
+    """Write the rows with the machine and the command."""
     report.write_rows(Path(path), machine(), ["python"], rows, skipped)
 
 
 def write_table(rows: list[Row], workloads: list[Workload]) -> None:
-    """The order measured, per kind of mask; it changes half way (of the logarithm) to the next."""
+    """Write the measured order by kind of mask; boundaries are geometric means of lengths."""
     kinds = {}
     for workload in workloads:
         rows_here = [row for row in rows if row.case == workload.name]

@@ -74,7 +74,7 @@ MIB = 2**20
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     scheme: str
@@ -94,7 +94,7 @@ class Row:
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     if args.plan is not None:
         from benchmarks.kernels.context_parallel_plan import write_plan
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,14 +161,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start_group() -> None:
-    """NCCL with one GPU a rank, or gloo."""
+    """Start NCCL with one GPU per rank, or gloo."""
     if device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if device() == "cuda" else "gloo")
 
 
 def run_case(workload: Workload, args: argparse.Namespace):
-    """Check, time, count one case; yields rows."""
+    """Check values of one case, measure time and bytes received; yields rows."""
     group = torch.distributed.group.WORLD
     ranks = group.size()
     wanted = args.schemes or ("auto", *FLAT)
@@ -223,7 +223,7 @@ def params_of(workload: Workload, query: torch.Tensor, key: torch.Tensor) -> Att
 
 
 def call(workload: Workload, group, scheme: str, backend: str):
-    """sink_attention with this workload's options, of q, k, v, sink."""
+    """sink_attention with the workload's options as a function of q, k, v, sink."""
     return workload.call(backend, cp_group=group, cp_comm_type=scheme)
 
 
@@ -249,7 +249,7 @@ def check(workload: Workload, scheme: str, backend: str, group) -> float:
 
 
 def time_in_turn(calls: dict, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of this rank; all calls once a round, all ranks beginning each together."""
+    """Milliseconds of this rank: all calls once per round, each started by all ranks together."""
     times = {name: [] for name in calls}
     for function, tensors in calls.values():  # warm: plans, communicators, allocator
         timed(function, tensors)
@@ -264,7 +264,7 @@ def time_in_turn(calls: dict, seconds: float) -> dict[str, list[float]]:
 
 
 def timed(function, tensors) -> float:
-    """One forward and backward."""
+    """Milliseconds of one forward and backward."""
     refill(tensors)
     device_utils.synchronize()
     torch.distributed.barrier()
@@ -276,7 +276,7 @@ def timed(function, tensors) -> float:
 
 
 def one_pass(function, tensors, group) -> tuple[dict, dict, float]:
-    """Bytes received in the forward, in all, and MiB at the peak beside what was there before."""
+    """Bytes received in the forward and in total, and peak MiB above the allocated ones."""
     if device() == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -301,12 +301,12 @@ def over_ranks(value: float) -> list[float]:
 
 
 def from_first(value: float) -> float:
-    """Rank 0's value, so that all ranks decide alike."""
+    """Rank 0's value, so that all ranks make the same decision."""
     return over_ranks(value)[0]
 
 
 def slowest(rounds: list[float]) -> list[float]:
-    """Round by round, the slowest rank."""
+    """Times of the slowest rank, by round."""
     values = torch.tensor(rounds, dtype=torch.float64, device=device())
     torch.distributed.all_reduce(values, ReduceOp.MAX)
     return values.tolist()
@@ -329,13 +329,13 @@ def table(rows: list[Row]) -> str:
 
 
 def write_json(path: str, facts: dict, rows: list[Row], skipped: list[list[str]]) -> None:
-    """The rows so far, with the machine and the command."""
+    """Write the rows so far with the machine and the command."""
     command = ["torchrun", f"--nproc-per-node {facts['ranks']}"]
     report.write_rows(Path(path), facts, command, rows, skipped)
 
 
 def write_table(rows: list[Row], facts: dict) -> None:
-    """The order measured in the full cases; it changes half way (of the logarithm) to the next."""
+    """Write the measured order of full cases; boundaries are geometric means of lengths."""
     by_length = {}
     for workload in CASES:
         ranked = [r for r in rows if r.case == workload.name and r.scheme in FLAT]

@@ -48,7 +48,7 @@ def measured(case: str) -> dict:
 
 
 def full_layer(tokens: int, cp: int, link: float) -> tuple[float, dict]:
-    """Seconds of computing on a rank, and per scheme (bytes received, seconds in all)."""
+    """Seconds of computation per rank, and (bytes received, total seconds) per scheme."""
     flops = 14 * visible_pairs(tokens, None) * HEADS * DIM / cp
     compute = flops / (measured("causal-128k")["tflops"] * 1e12)
     found = {"all_gather": all_gather(tokens, cp, compute, link)}
@@ -64,7 +64,7 @@ def full_layer(tokens: int, cp: int, link: float) -> tuple[float, dict]:
 
 
 def all_gather(tokens: int, cp: int, compute: float, link: float) -> tuple[float, float]:
-    """Bytes received and seconds: bf16 gathered twice, fp32 scattered once."""
+    """Bytes received and seconds: two all-gathers in bf16, one reduce-scatter in fp32."""
     gathered = tokens * KV * (cp - 1) / cp
     seconds = compute * (1 - 1 / cp) + 2 * gathered / link + LATENCY
     for share in FORWARD, BACKWARD:
@@ -77,7 +77,7 @@ def all_gather(tokens: int, cp: int, compute: float, link: float) -> tuple[float
 def ring(
     local: float, heads: float, groups: float, ranks: int, compute: float, link: float
 ) -> tuple[float, float]:
-    """Bytes received and seconds: keys go ranks - 1 steps twice, their sums in fp32 ranks steps."""
+    """Bytes received and seconds: keys take ranks - 1 steps twice, their fp32 gradients ranks steps."""
     q, kv = local * heads * DIM, local * 2 * groups * DIM  # elements
     steps, seconds = ranks - 1, compute / ranks + kv * 4 / link + LATENCY
     # Out, dq and the sums in fp32: read, written, and the part in bf16 read; of q and keys, three
@@ -90,7 +90,7 @@ def ring(
 
 
 def all_to_all(local: float, ranks: int, link: float) -> tuple[float, float]:
-    """Bytes received and seconds: q, k, v there and out back; dout there and dq, dk, dv back."""
+    """Bytes received and seconds: all-to-all of q, k, v and out, then of dout and dq, dk, dv."""
     copies = max(1, ranks // GROUPS)
     moved = 2 * local * (2 * Q + copies * KV)
     received = moved * (ranks - 1) / ranks
@@ -98,7 +98,7 @@ def all_to_all(local: float, ranks: int, link: float) -> tuple[float, float]:
 
 
 def window_layer(tokens: int, cp: int, link: float) -> tuple[float, float, float]:
-    """Seconds of computing on a rank, bytes received, seconds in all."""
+    """Seconds of computation per rank, bytes received, total seconds."""
     row = measured("window-32k")
     compute = row["ms"] / 1e3 * tokens / 32768 / cp
     received = 2 * 2 * (WINDOW - 1) * KV
@@ -106,7 +106,7 @@ def window_layer(tokens: int, cp: int, link: float) -> tuple[float, float, float
 
 
 def plan() -> str:
-    """The tables, in Markdown."""
+    """The tables in Markdown."""
     causal, window = measured("causal-128k"), measured("window-32k")
     lines = [
         f"One H100 computes {causal['tflops']:.0f} TFLOP/s in full layers ({causal['kernel']}, "

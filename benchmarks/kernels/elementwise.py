@@ -1,25 +1,25 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Operations that only move memory, forward and backward: rotation, bias and residual, RMSNorm.
+"""Memory-bound operations, forward and backward: RoPE, bias and residual, RMSNorm.
 
     python -m benchmarks.kernels.elementwise                    all cases, a minute or two on an H100
     python -m benchmarks.kernels.elementwise --cases rope-32k --json benchmarks/results/elementwise_h100.json
-    python -m benchmarks.kernels.elementwise --cases tiny       seconds, on the CPU too
+    python -m benchmarks.kernels.elementwise --smoke            seconds, on the CPU too
 
-`rope` goes from linear_qkv's output to rotated queries and keys and to values, with gpt-oss-20b's
-64 query heads, 8 groups and head dim 64; `residual` adds attention's bias and the residual (hidden
-2880, no dropout); `norm` is RMSNorm. bf16.
+`rope` computes rotated queries and keys, and values, from the output of linear_qkv, with
+gpt-oss-20b's 64 query heads, 8 groups and head dim 64; `residual` adds attention's bias and the
+residual (hidden 2880, no dropout); `norm` is RMSNorm. bf16.
 
-`eager` is upstream's path; `compiled` torch.compile (for `residual` what bias_dropout_fusion gives);
+`eager` is upstream's path; `compiled` torch.compile (for `residual` that of bias_dropout_fusion);
 `triton` this project's kernel; `liger` Liger-Kernel's function for q and k after upstream's split, or
-its RMSNorm, where it is installed; `copy` is one copy of as many bytes as the operation cannot
-avoid: each input and output gradient read once, each output and input gradient written once.
+its RMSNorm, if installed; `copy` is one copy of the bytes that the operation has to move: each input
+and output gradient read once, each output and input gradient written once.
 
-Values are checked first, on 1,001 tokens, against float64; an implementation that is wrong gets no
-figure. Then all are timed in turn by CUDA events. GB/s are of the unavoidable bytes, and so
-comparable between implementations; `of copy` is the share of the copy's. Kept MiB is what is there
-between forward and backward beyond weights, the outputs included, once the caller has let go of the
-inputs. Error is the largest relative one of outputs and gradients.
+Values are checked first, with 1,001 tokens, against float64; wrong implementations get no figure.
+All are then timed alternately by CUDA events. GB/s count the bytes of `copy`, and are therefore
+comparable between implementations; `of copy` is the share of the copy's rate. Saved MiB are allocated
+between forward and backward in addition to weights, including the outputs, after the caller has
+released the inputs. Error is the largest relative error of outputs and gradients.
 """
 
 import argparse
@@ -56,7 +56,7 @@ K = 1024
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on so many tokens."""
+    """One operation on a number of tokens."""
 
     operation: str
     tokens: int
@@ -70,7 +70,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     implementation: str
@@ -102,7 +102,7 @@ class Problem:
 
 
 def rope(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
-    """linear_qkv's output to query, key and value."""
+    """The output of linear_qkv to query, key and value."""
     inv_freq = 150000.0 ** (-torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM)
     angles = torch.outer(torch.arange(case.tokens, dtype=torch.float32), inv_freq)
     freqs = torch.cat((angles, angles), dim=-1)[:, None, None, :].to(DEVICE)
@@ -117,7 +117,7 @@ def rope(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
     )
 
     def split(qkv):
-        """As SelfAttention.get_query_key_value_tensors."""
+        """Split like SelfAttention.get_query_key_value_tensors."""
         sizes = [QUERIES * HEAD_DIM, HEAD_DIM, HEAD_DIM]
         query, key, value = torch.split(qkv, sizes, dim=3)
         return query.reshape(*query.shape[:2], -1, HEAD_DIM), key, value
@@ -151,7 +151,7 @@ def rope(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
 
 
 def residual(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
-    """Output of linear_proj, its bias, the residual."""
+    """Add bias and residual to the output of linear_proj."""
     x, rest, dout = (draw(case.tokens, case.batch, HIDDEN) for _ in range(3))
     unfused = bias_dropout_add_unfused(True)
     calls = {
@@ -165,7 +165,7 @@ def residual(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
 
 
 def norm(case: Case) -> tuple[Problem, dict[str, Callable], Callable]:
-    """RMSNorm over hidden."""
+    """RMSNorm over the hidden dimension."""
     x, dout = (draw(case.tokens, case.batch, HIDDEN) for _ in range(2))
 
     def eager(x, weight):
@@ -192,7 +192,7 @@ TINY = [Case(name, 65, 2) for name in OPERATIONS]
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     torch.manual_seed(0)
     facts = machine()
@@ -201,7 +201,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -223,7 +223,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
-    """Check, time, measure memory."""
+    """Check values, measure time and memory."""
     make = OPERATIONS[case.operation]
     short, short_calls, reference = make(Case(case.operation, min(CHECKED_TOKENS, case.tokens), 2))
     problem, calls, _ = make(case)
@@ -271,7 +271,7 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
 
 
 def missing(name: str) -> str | None:
-    """Why an implementation cannot run here."""
+    """The reason why an implementation cannot run here."""
     if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
         return "liger-kernel is not installed"
     if name != "eager" and DEVICE == "cpu":
@@ -282,12 +282,12 @@ def missing(name: str) -> str | None:
 
 
 def draw(*shape: int) -> torch.Tensor:
-    """bf16 normal numbers."""
+    """Normally distributed bf16 numbers."""
     return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
 
 
 def size(tensor: torch.Tensor) -> int:
-    """Bytes."""
+    """Bytes of tensors."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -306,7 +306,7 @@ def check(problem: Problem, call: Callable, reference: Callable) -> float:
 
 
 def time_interleaved(calls: dict, problem: Problem, seconds: float) -> dict[str, list]:
-    """[forward and backward, forward] milliseconds of each call and of a copy, taken in turn."""
+    """[forward and backward, forward] milliseconds of each call and of a copy, interleaved."""
     activations, weights = (
         [x.detach().requires_grad_() for x in tensors]
         for tensors in (problem.activations, problem.weights)
@@ -353,7 +353,7 @@ def time_once(forward: Callable, backward: Callable | None) -> tuple[float, floa
 
 
 def kept(call: Callable, problem: Problem) -> float | None:
-    """MiB between forward and backward."""
+    """MiB saved between forward and backward."""
     if DEVICE == "cpu":
         return None
     leaves = [x.detach().requires_grad_() for x in problem.activations]

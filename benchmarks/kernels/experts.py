@@ -1,26 +1,26 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The experts of one layer, forward and backward: grouped, one by one, and one dense product.
+"""The experts of one layer, forward and backward: grouped GEMMs, SequentialMLP, one dense GEMM.
 
     python -m benchmarks.kernels.experts                       all cases, a few minutes on an H100
     python -m benchmarks.kernels.experts --cases 16k 16k-skewed --json benchmarks/results/experts_h100.json
     python -m benchmarks.kernels.experts --cases 131k --profile
-    python -m benchmarks.kernels.experts --cases tiny          seconds, on the CPU too
+    python -m benchmarks.kernels.experts --smoke               seconds, on the CPU too
 
 32 experts of gpt-oss (2880 x 5760 and 2880 x 2880), bf16, with biases, clamped SwiGLU and router
-weights. Rows are tokens times 4: a token goes to 4 experts. Balanced rows are equal to within one;
-skewed ones fall off as 1 / (expert + 1), and the last three experts have none.
+weights. Rows are routed tokens: a token goes to 4 experts. Balanced counts are equal to within one;
+skewed ones are proportional to 1 / (expert + 1), and the last three experts have none.
 
 `grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `products` its
-two grouped products alone, `grouped-mm` and `products-mm` these with PyTorch's grouped_mm where our
-kernels would run, `sequential` SequentialMLP, `dense` the two products as if all rows were
-of one expert: what the same FLOPs cost at best. Values are checked first, on 1,024 rows, against
-float64; an implementation that is wrong gets no figure. Then all are timed in turn by CUDA events
-on one set of random numbers, each over and over before the next: products are bound by the card's
-power, and one that comes after a pause or after kernels that compute little runs a tenth faster than
-it can in training. TFLOP/s count the products alone, 18 x rows x hidden x width forward
-and backward. Peak MiB are beyond weights, input and output gradient, and hold all gradients; kept
-MiB is what is there between forward and backward, the output included.
+two grouped GEMMs alone, `grouped-mm` and `products-mm` these with PyTorch's grouped_mm instead of our
+kernels, `sequential` SequentialMLP, `dense` the two GEMMs with all tokens at one expert: the lower
+bound of the time for these FLOPs. Values are checked first, with 1,024 routed tokens, against
+float64; wrong implementations get no figure. Each implementation is then repeated for a while and
+timed by CUDA events on one set of random numbers: GEMMs are limited by the card's power, and a GEMM
+after a pause, or after kernels with few FLOPs, runs a tenth faster than in training. TFLOP/s count
+the GEMMs alone, 18 x rows x hidden x width for forward and backward. Peak MiB are in addition to
+weights, input and output gradient, and include all gradients; saved MiB are allocated between forward
+and backward, including the output.
 """
 
 import argparse
@@ -67,7 +67,7 @@ WARM_MS, TIMED_MS = (600, 400) if DEVICE == "cuda" else (0, 100)
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of one layer, and how they fall to the experts."""
+    """Routed tokens of one layer and their distribution over experts."""
 
     name: str
     rows: int
@@ -78,11 +78,11 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the products, forward and backward."""
+        """FLOPs of the GEMMs, forward and backward."""
         return 6 * self.rows * self.hidden * 3 * self.width
 
     def counts(self) -> list[int]:
-        """Rows of each expert."""
+        """Routed tokens of each expert."""
         shares = [1.0] * self.experts
         if self.skewed:
             empty = min(3, self.experts - 1)
@@ -105,7 +105,7 @@ TINY = Case("tiny", 96, skewed=True, experts=4, hidden=64, width=48)
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     implementation: str
@@ -120,7 +120,7 @@ class Row:
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     one_process()
     facts = machine()
@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -150,7 +150,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
-    """Check, time, measure memory."""
+    """Check values, measure time and memory."""
     short = Case(case.name, min(1024, case.rows), True, case.experts, case.hidden, case.width)
     layers = build(case, args.only)
     parameters = {p for layer in layers.values() for p in layer.parameters()}
@@ -192,7 +192,7 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
 
 
 def one_process() -> None:
-    """Megatron's process groups, of this process alone."""
+    """Initialize Megatron's process groups with one process."""
     start_alone("gloo")
     parallel_state.initialize_model_parallel()
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def one_process() -> None:
 
 
 def build(case: Case, names: list[str]) -> dict[str, torch.nn.Module]:
-    """The module of each name; those that are grouped share one set of weights."""
+    """Modules by implementation; the grouped ones share one set of weights."""
     modules = {}
     kinds = {name: name if name in ("sequential", "recompute") else "grouped" for name in names}
     for kind in dict.fromkeys(kinds.values()):
@@ -244,7 +244,7 @@ def config_of(case: Case, grouped: bool, recompute: bool) -> TransformerConfig:
 
 
 def inputs(case: Case) -> tuple[torch.Tensor, ...]:
-    """Rows, the gradient of the output, router weights, tokens per expert on the device."""
+    """Input, output gradient, router probabilities, and tokens per expert on the device."""
     x, dout = (
         torch.randn(case.rows, case.hidden, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)
     )
@@ -253,7 +253,7 @@ def inputs(case: Case) -> tuple[torch.Tensor, ...]:
 
 
 def call_of(name: str, layer: torch.nn.Module, case: Case):
-    """A forward of (x, dout, probs, counts); gives outputs and their gradients.
+    """A forward as a function of (x, dout, probs, counts) that returns outputs and their gradients.
 
     The products alone have inputs and output gradients of their own: no copy between the two.
     """
@@ -315,14 +315,14 @@ def weights(layer: torch.nn.Module, expert: int) -> tuple[torch.Tensor, ...]:
 
 
 def run_once(call, tensors) -> None:
-    """Forward and backward; gradients go into .grad, cleared before."""
+    """Run forward and backward; .grad is cleared before."""
     x, _, probs, _ = tensors
     x.grad = probs.grad = None
     torch.autograd.backward(*call(*tensors))
 
 
 def clear(parameters) -> None:
-    """Drop the weights' gradients, so that none is added to."""
+    """Remove the gradients of the weights, so that the backward does not accumulate."""
     for parameter in parameters:
         parameter.grad = None
 
@@ -344,14 +344,14 @@ def time_sustained(calls: dict, tensors, parameters, seconds: float) -> dict[str
 
 
 def products_of(name: str):
-    """A context in which the products of `-mm` are PyTorch's grouped_mm wherever that runs."""
+    """Context in which `-mm` implementations use PyTorch's grouped_mm."""
     if not name.endswith("-mm"):
         return contextlib.nullcontext()
     return GEMM.prefer("grouped_mm")
 
 
 def time_some(count: int, call, tensors, parameters) -> list[float]:
-    """Milliseconds of calls that follow each other without a pause."""
+    """Milliseconds of calls without a pause between them."""
     marks = [mark()]
     for _ in range(count):
         clear(parameters)
@@ -367,7 +367,7 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def memory(call, tensors) -> tuple[float | None, float | None]:
-    """MiB at the peak beyond what is there before and after, and kept between the passes."""
+    """Peak MiB in addition to inputs and outputs, and MiB saved between forward and backward."""
     if DEVICE == "cpu":
         return None, None
     x, _, probs, _ = tensors
@@ -383,7 +383,7 @@ def memory(call, tensors) -> tuple[float | None, float | None]:
 
 
 def profile(call, tensors, parameters) -> None:
-    """Time by kernel of one forward and backward."""
+    """Print the kernel times of one forward and backward."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -413,7 +413,7 @@ def table(rows: list[Row]) -> str:
 
 
 def machine() -> dict[str, str]:
-    """What the figures belong to."""
+    """GPU, versions and commit of the results."""
     facts = {"python": platform.python_version(), "torch": torch.__version__, "gpu": "none"}
     if DEVICE == "cuda":
         facts["gpu"] = torch.cuda.get_device_name().replace(" ", "_")

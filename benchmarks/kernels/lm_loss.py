@@ -5,12 +5,13 @@
     python -m benchmarks.kernels.lm_loss --json benchmarks/results/lm_loss_h100.json
     python -m benchmarks.kernels.lm_loss --cases 8k --only unchunked chunked
 
-2880 wide, 201,088 logits a token, bf16. `unchunked` is what Megatron-Core does without
+Hidden size 2880, 201,088 logits per token, bf16. `unchunked` is Megatron-Core without
 TransformerEngine: the output layer, then VocabParallelCrossEntropy in fp32. `chunked` is
-`chunked_lm_loss`, `main_grad` the same with the weight's gradient added to fp32 main_grad in the
-forward, as a training run does it (the other two leave a bf16 gradient that DDP still has to add).
-Losses and gradients are compared first with float64 on 512 tokens. Times are CUDA events' medians,
-taken in turn on fresh random data. Peak MiB are beyond hidden states, weight and main_grad; TFLOP/s
+`chunked_lm_loss`, `main_grad` the same with the weight gradient accumulated in fp32 main_grad in the
+forward, as in a training run (the other two leave a bf16 gradient that DDP has to accumulate).
+Losses and gradients are compared first with float64 on 512 tokens. Times are medians of
+CUDA events, measured alternately on fresh random data. Peak MiB are in addition to hidden states,
+weight and main_grad; TFLOP/s
 count 6 x tokens x 2880 x 201,088.
 """
 
@@ -38,7 +39,7 @@ FACTOR = 1e-4
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     loss: str
@@ -52,7 +53,7 @@ class Row:
 
 
 class Head:
-    """Tensors of one case: fresh ones for each, so that nothing is kept between them."""
+    """Tensors of one case."""
 
     def __init__(self, tokens: int, vocab: int = VOCAB):
         self.hidden = torch.empty(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
@@ -66,14 +67,14 @@ class Head:
         self.refill()
 
     def refill(self) -> None:
-        """Other values."""
+        """Draw new values."""
         self.hidden = self.hidden.detach().normal_().requires_grad_()
         self.labels = torch.randint(self.weight.shape[0], self.mask.shape, device="cuda")
         self.weight.grad = None
 
 
 def unchunked(head: Head) -> torch.Tensor:
-    """As GPTModel does it."""
+    """Output layer and loss of GPTModel."""
     logits = head.hidden @ head.weight.t()
     return vocab_parallel_cross_entropy(logits, head.labels.t(), tp_group=None).t()
 
@@ -98,7 +99,7 @@ for _size in CHUNKS:
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     start_group()
     facts = {**report.machine("torch", "triton"), "gpu": torch.cuda.get_device_name()}
@@ -114,7 +115,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,13 +130,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def start_group() -> None:
-    """Megatron's cross entropy asks for a tensor parallel group."""
+    """Start the process group that Megatron's cross entropy needs."""
     start_alone()
     parallel_state.initialize_model_parallel()
 
 
 def run_case(case: str, args: argparse.Namespace, left_out: list) -> list[Row]:
-    """Check, time, and weigh each implementation."""
+    """Check values, measure time and memory of each implementation."""
     errors = {name: check(IMPLEMENTATIONS[name]) for name in args.only}
     times, peaks = {name: [] for name in args.only}, {}
     for repeat in range(args.repeats + 1):
@@ -175,7 +176,7 @@ def run_case(case: str, args: argparse.Namespace, left_out: list) -> list[Row]:
 
 
 def step(function, head: Head) -> torch.Tensor:
-    """Losses, and the gradients of their weighted sum."""
+    """Compute losses, and gradients of their weighted sum."""
     losses = function(head)
     ((losses * head.mask).sum() * head.factor).backward()
     return losses
@@ -203,7 +204,7 @@ def check(function, tokens: int = 512, vocab: int = 8 * K) -> float:
 
 
 def timed(function, head: Head) -> tuple[float, float]:
-    """Milliseconds, and MiB at the peak beyond what is there."""
+    """Milliseconds, and peak MiB in addition to what was allocated before."""
     head.refill()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -1,21 +1,21 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""TransformerEngine beside this project's own modules: attention with sinks, and two layers.
+"""TransformerEngine and this project's modules: attention with sinks, and two layers.
 
     python -m benchmarks.kernels.te_layers --json benchmarks/results/te_layers_h100x2.json
-    python -m benchmarks.kernels.te_layers --smoke               (CPU: our side alone, tiny sizes)
+    python -m benchmarks.kernels.te_layers --smoke               (CPU: this project only, tiny sizes)
 
 Attention: the columns of benchmarks/kernels/attention.py, for our "auto" and TransformerEngine's
-DotProductAttention with a learnable sink, checked first on a short sequence against plain PyTorch
-in float64 (a wrong one gets no figure), timed in turn on fresh data, with the sink and without.
-With a second GPU the same again over both, started by itself under torchrun: a window's halo or
+DotProductAttention with a learnable sink. Values are checked first on a short sequence against plain
+PyTorch in float64 (wrong ones get no figure), then timed alternately on fresh data, with and without
+the sink. If there is a second GPU, the benchmark starts itself under torchrun on both: halo or
 all-to-all for ours, all-to-all for TransformerEngine; milliseconds of the slowest rank, TFLOP/s and
 MiB of one, nothing without a sink.
 
 Step: two layers of 20b with embedding, head, loss and AdamW, local, TransformerEngine in bf16 with
-either attention, and in FP8; MiB at the peak are those of the whole step.
+either attention, and in FP8; peak MiB are those of the complete step.
 
-Without TransformerEngine only our side has rows.
+Without TransformerEngine only this project has rows.
 """
 
 import argparse
@@ -77,14 +77,14 @@ VALUES = ("out", "dq", "dk", "dv", "dsink")
 
 @dataclass
 class AttentionRow(attention.Row):
-    """One line of attention, on so many GPUs."""
+    """One row of attention."""
 
     ranks: int
 
 
 @dataclass
 class StepRow:
-    """One line of the steps.
+    """One row of the steps.
 
     Attributes:
         ms, ms_p20, ms_p80: forward and backward.
@@ -103,7 +103,7 @@ class StepRow:
 
 
 def main() -> None:
-    """Run what was chosen, print it, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     begin = time.perf_counter()
     split = "RANK" in os.environ
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def te_call(workload: Workload, group=None):
-    """TransformerEngine's attention as a function of q, k, v, sink, shaped like sink_attention."""
+    """TransformerEngine's attention with the signature of sink_attention."""
     from transformer_engine.pytorch import DotProductAttention
 
     options = {}
@@ -207,7 +207,7 @@ def te_call(workload: Workload, group=None):
 
 
 def calls_of(workload: Workload, group=None) -> dict:
-    """Each implementation of this workload."""
+    """Implementations of a workload."""
     options = {} if group is None else dict(cp_group=group, cp_comm_type="auto")
     calls = {"auto": workload.call("auto", **options)}
     if device() == "cuda" and installed_versions().te:
@@ -266,7 +266,7 @@ def whole_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
 
 
 def split_case(workload: Workload, args) -> list[AttentionRow]:
-    """Attention over the ranks; a window's halo for ours, a2a for TransformerEngine."""
+    """Attention over the ranks: halo or all-to-all for this project, a2a for TransformerEngine."""
     group = torch.distributed.group.WORLD
     wrong = {}
     for name in calls_of(workload, group):
@@ -284,7 +284,7 @@ def split_case(workload: Workload, args) -> list[AttentionRow]:
 
 
 def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
-    """A row of attention, without what the sink costs; no figure for what is wrong."""
+    """A row of attention without the cost of the sink; wrong values get no figure."""
     p20, median, p80 = quantiles(times)
     if not max(errors.values()) < ERROR_LIMIT:
         p20 = median = p80 = math.nan
@@ -330,7 +330,7 @@ def on_two(args) -> tuple[list[AttentionRow], str | None]:
 
 
 def steps(args, left_out: list) -> list[StepRow]:
-    """Two layers, a whole step, by implementation."""
+    """A complete step of two layers, by implementation."""
     start_alone()
     found = []
     for name in args.steps:
@@ -346,7 +346,7 @@ def steps(args, left_out: list) -> list[StepRow]:
 
 
 def step(name: str, smoke: bool) -> StepRow:
-    """Median of five after two that warm up."""
+    """Median of five steps after two warm-up steps."""
     preset = get_preset("tiny" if smoke else "20b", 2)
     length = 128 if smoke else STEP_LENGTH
     options = dict(seq_length=length, loss_chunk=0 if smoke else 4096, bf16=not smoke)

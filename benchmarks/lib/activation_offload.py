@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Activations on the host between forward and backward: what a benchmark needs to see if it pays.
+"""Activation offloading to CPU memory, to measure whether it pays.
 
-Megatron's own (`--fine-grained-activation-offloading`, `--cpu-offloading`) stops without
-TransformerEngine. This one takes whatever autograd keeps of a model's forward, copies it on a stream
-of its own to pinned memory, and brings it back ahead of the backward.
+Megatron's own (`--fine-grained-activation-offloading`, `--cpu-offloading`) needs TransformerEngine.
+This one copies all tensors that autograd saves to pinned memory on a separate stream, and prefetches
+them for the backward.
 """
 
 from collections import deque
@@ -12,21 +12,21 @@ from collections import deque
 import torch
 from torch import Tensor
 
-# Smaller ones stay: a copy costs more than it gives.
+# Smaller tensors are not offloaded: a copy costs more than it saves.
 MINIMUM_BYTES = 1 << 20
-# On the way at most, either direction; until it has left, a tensor takes memory on the device.
+# Limit of copies in flight in each direction; until a copy ends, its tensor takes device memory.
 IN_FLIGHT_BYTES = 2 << 30
 
 
 class _Kept:
-    """A tensor on the host, and on the device once it is on its way back."""
+    """A tensor in CPU memory, and its copy on the device once it is prefetched."""
 
     def __init__(self, tensor: Tensor, host: Tensor):
         self.device, self.host, self.back, self.event = tensor.device, host, None, None
 
 
 class ActivationOffload:
-    """Takes what a module's forward keeps for the backward to the host; on the CPU, to a copy.
+    """Offload the tensors that a module's forward saves to CPU memory; on the CPU, to a copy.
 
     Args:
         module: its parameters stay where they are.

@@ -22,7 +22,7 @@ from megatron.gpt_oss.training.forward_step import losses_and_loss_func
 
 
 def start_alone(backend: str | None = None) -> None:
-    """A default process group of this one process, of the device's backend unless one is named."""
+    """Initialize the default process group with one process; the backend is the device's by default."""
     store = torch.distributed.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
     backend = backend or device_utils.default_backend()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -89,14 +89,14 @@ class Trainer:
             self.transformer.grad_scale_func = self.optimizer.scale_loss
 
     def zero_gradients(self) -> None:
-        """As Megatron does before the first micro-batch of a step."""
+        """Clear gradients, as Megatron does before the first micro-batch of a step."""
         for chunk in self.model:
             chunk.zero_grad_buffer()
         if self.optimizer is not None:
             self.optimizer.zero_grad()
 
     def forward_backward(self, batch: dict) -> torch.Tensor:
-        """Gradients of one micro-batch, added to those that are there.
+        """Accumulate the gradients of one micro-batch.
 
         Returns:
             [2], this rank's: the sum of its tokens' losses, the number of these tokens.
@@ -121,13 +121,13 @@ class Trainer:
         )
 
     def update(self) -> float:
-        """The optimizer's step; returns the gradient norm."""
+        """Run the optimizer step; returns the gradient norm."""
         updated, norm, _ = self.optimizer.step()
         assert updated
         return float(norm)
 
     def close(self) -> None:
-        """Give memory and process groups back."""
+        """Free memory and process groups."""
         # Parameter, its gradient's accumulator, the hook on it and DDP make a ring that goes through
         # C++, where the garbage collector does not see it: the storages are emptied by hand.
         tensors = []
@@ -149,7 +149,7 @@ class Trainer:
 
 
 def timed(function) -> float:
-    """Seconds until the device is done."""
+    """Seconds of a function, including its work on the device."""
     device_utils.synchronize()
     begin = timing.mark()
     function()
@@ -157,7 +157,7 @@ def timed(function) -> float:
 
 
 def make_batch(vocab_size: int, length: int, size: int = 1, seed: int = 7) -> dict:
-    """Sequences, the same on every rank: few tokens are frequent, so that there is to learn."""
+    """Sequences, the same on every rank; few tokens are frequent, so that a model can learn them."""
     generator = torch.Generator().manual_seed(seed)
     tokens = (vocab_size * torch.rand(size, length + 1, generator=generator) ** 4).long()
     device = device_utils.current_device()

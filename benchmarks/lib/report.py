@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine(*packages: str) -> dict:
-    """What the figures belong to, with the versions of some packages."""
+    """CPU, Python, commit, and the versions of some packages."""
     facts = {
         "cpu": _first("/proc/cpuinfo", "model name"),
         "cpu_count": os.cpu_count(),
@@ -36,7 +36,7 @@ def machine(*packages: str) -> dict:
 
 
 def write_json(path: Path, facts: dict, launcher: list[str] | None = None, **content) -> None:
-    """The machine, the command, the date, and what else there is.
+    """Write a JSON file with machine, command, date and content.
 
     Args:
         launcher: what comes before the script in the command, if not python.
@@ -47,7 +47,7 @@ def write_json(path: Path, facts: dict, launcher: list[str] | None = None, **con
 def write_rows(
     path: Path, facts: dict, command: list[str], rows: list, left_out: list, **more
 ) -> None:
-    """The rows of a table, with the machine and the command.
+    """Write the rows of a table with the machine and the command.
 
     Args:
         command: what comes before the script's name: python, or torchrun with its flags.
@@ -88,14 +88,14 @@ def current_command(command: str) -> str:
 
 
 def check_names(parser, names, known, flag: str = "--cases", separator: str = ", ") -> None:
-    """Refuse a word of a flag that is no case, with those that there are."""
+    """Reject unknown names of a flag."""
     for name in names:
         if name not in known:
             parser.error(f"{flag} {name}: unknown; there are {separator.join(known)}")
 
 
 def run_cases(args, facts: dict, run_case, table, out_of_memory: type[Exception]) -> None:
-    """Run each case, print its rows, write what was asked for.
+    """Run each case, print its rows and write them.
 
     Args:
         args: the command line, with `chosen` cases and `json`.
@@ -122,7 +122,7 @@ def run_cases(args, facts: dict, run_case, table, out_of_memory: type[Exception]
 
 
 def _save(path: Path, facts: dict, command: str, content: dict) -> None:
-    """A run that is stopped leaves the file of before or the whole new one."""
+    """Write the file atomically."""
     report = {
         "machine": facts,
         "command": command,
@@ -136,14 +136,14 @@ def _save(path: Path, facts: dict, command: str, content: dict) -> None:
 
 
 def read_section(page: Path, name: str) -> str:
-    """What stands there now."""
+    """The text of a section."""
     pattern = f"<!-- begin {re.escape(name)}[^>]*-->\n(.*)<!-- end {re.escape(name)} -->"
     found = re.search(pattern, page.read_text(encoding="utf-8"), flags=re.S)
     return found[1].strip() if found else ""
 
 
 def write_section(page: Path, name: str, text: str) -> None:
-    """Replace what stands on a page between `<!-- begin NAME` and `<!-- end NAME -->`."""
+    """Replace the text between `<!-- begin NAME` and `<!-- end NAME -->`."""
     old = page.read_text(encoding="utf-8")
     pattern = f"(<!-- begin {re.escape(name)}[^>]*-->\n).*(<!-- end {re.escape(name)} -->)"
     new, count = re.subn(pattern, lambda m: f"{m[1]}\n{text}\n\n{m[2]}", old, flags=re.S)
@@ -153,7 +153,7 @@ def write_section(page: Path, name: str, text: str) -> None:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
+    """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

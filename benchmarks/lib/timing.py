@@ -10,7 +10,7 @@ from megatron.core import device_utils
 
 
 def mark():
-    """This moment: an event on the device, or the time."""
+    """A recorded CUDA event, or the time on a CPU."""
     if not device_utils.is_cuda():
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -19,7 +19,7 @@ def mark():
 
 
 def milliseconds(begin, end) -> float:
-    """Between two marks; waits for the second."""
+    """Milliseconds between two marks; waits for the second."""
     if not device_utils.is_cuda():
         return 1e3 * (end - begin)
     end.synchronize()

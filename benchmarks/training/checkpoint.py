@@ -54,16 +54,16 @@ TINY = dict(layers=2, hidden=64, experts=4, length=32, vocab=96, batch=2)
 
 @dataclass
 class Row:
-    """One line of the table: medians over the saves but the first, and over the steps."""
+    """One row of the table: medians over all saves but the first, and over the steps."""
 
     case: str
     saves: int
     gigabytes: float
-    held_up_s: float
-    held_up_worst_s: float
+    blocked_s: float
+    blocked_max_s: float
     write_s: float
     step_s: float
-    step_beside_s: float
+    step_during_write_s: float
     disk_s: float
     load_before: float
 
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, sizes: dict) -> list[Row]:
-    """A row for each case, over all of its runs."""
+    """Run the cases alternately; one row per case."""
     data = write_tokens(args.folder / "data", sizes["vocab"])
     found = {name: [] for name in CASES}
     compared = False
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace, sizes: dict) -> list[Row]:
 
 
 def write_tokens(prefix: Path, vocabulary: int) -> Path:
-    """A corpus of random tokens."""
+    """Write a corpus of random tokens."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     random = numpy.random.default_rng(0)
@@ -120,7 +120,7 @@ def write_tokens(prefix: Path, vocabulary: int) -> Path:
 
 
 def train(name: str, data: Path, args: argparse.Namespace, sizes: dict) -> dict:
-    """One run of a case: what metrics.jsonl holds, the bytes of a checkpoint, the disk's time."""
+    """Run a case once; returns its steps and saves, bytes of a checkpoint, time of the disk."""
     run_dir, load = args.folder / name, os.getloadavg()[0]
     flags = (MODEL + RUN).format(**sizes, interval=args.interval, steps=args.saves * args.interval)
     command = [sys.executable, str(report.ROOT / "pretrain_gpt_oss.py"), *flags.split()]
@@ -144,7 +144,7 @@ def train(name: str, data: Path, args: argparse.Namespace, sizes: dict) -> dict:
 
 
 def plain_write(path: Path, size: int) -> float:
-    """Seconds for so many bytes to be on the disk."""
+    """Seconds to write and sync so many bytes."""
     block = os.urandom(2**24)
     os.sync()
     start = time.monotonic()
@@ -159,7 +159,7 @@ def plain_write(path: Path, size: int) -> float:
 
 
 def check(one: Path, other: Path) -> None:
-    """Refuse figures of checkpoints that differ."""
+    """Exit if the checkpoints differ."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -178,24 +178,24 @@ def check(one: Path, other: Path) -> None:
 
 
 def row(name: str, runs: list[dict], interval: int) -> Row:
-    """The figures of a case. A run's first save and first step warm up."""
+    """The figures of a case; the first save and the first step of a run are warm-up."""
     saves = [run["saves"][step] for run in runs for step in sorted(run["saves"])[1:]]
-    quiet, beside = [], []
+    quiet, during_write = [], []
     for run in runs:
         for step, seconds in run["steps"].items():
             if step > 1:
                 follows = step > interval and step % interval == 1
-                (beside if follows else quiet).append(seconds)
-    held_up = [save["blocking_seconds"] for save in saves]
+                (during_write if follows else quiet).append(seconds)
+    blocked = [save["blocking_seconds"] for save in saves]
     return Row(
         case=name,
         saves=len(saves),
         gigabytes=runs[0]["bytes"] / 1e9,
-        held_up_s=statistics.median(held_up),
-        held_up_worst_s=max(held_up),
+        blocked_s=statistics.median(blocked),
+        blocked_max_s=max(blocked),
         write_s=statistics.median(save["background_seconds"] for save in saves),
         step_s=statistics.median(quiet),
-        step_beside_s=statistics.median(beside),
+        step_during_write_s=statistics.median(during_write),
         disk_s=statistics.median(run["disk"] for run in runs),
         load_before=max(run["load"] for run in runs),
     )
@@ -206,13 +206,13 @@ HEADER += ["step during write, s", "disk, s", "load"]
 
 
 def cells(row: Row) -> list[str]:
-    """A line of the table."""
+    """Cells of a row."""
     case, saves, *figures = vars(row).values()
     return [case, str(saves), *(f"{figure:.2f}" for figure in figures)]
 
 
 def table(rows: list[Row]) -> str:
-    """Aligned, with units."""
+    """The table as text."""
     return aligned([HEADER, *map(cells, rows)], left=(0,))
 
 

@@ -29,7 +29,7 @@ from megatron.core.dist_checkpointing import ShardedTensor, block_hashes
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One row of the table."""
 
     case: str
     gigabytes: float
@@ -40,7 +40,7 @@ class Row:
 
 @contextmanager
 def without_hashes():
-    """As where xxhash is not installed."""
+    """Context in which xxhash is not available."""
     xxhash, block_hashes.xxhash = block_hashes.xxhash, None
     try:
         yield
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> list[Row]:
-    """A row for each case; the first turn does not count."""
+    """One row per case; the first turn is warm-up."""
     count = max(1, round(args.gigabytes * 1e9 / 4 / 2**22))
     tensors = {f"weight{i}": torch.randn(2**11, 2**11) for i in range(count)}
     seconds = {"without": ([], [], []), "with hashes": ([], [], [])}
@@ -126,7 +126,7 @@ def drop_page_cache(directory: Path) -> None:
 
 
 def sharded(tensors: dict[str, torch.Tensor]) -> dict[str, ShardedTensor]:
-    """As a model of one rank gives them."""
+    """Sharded tensors of a model with one rank."""
     return {n: ShardedTensor.from_rank_offsets(n, t, replica_id=0) for n, t in tensors.items()}
 
 

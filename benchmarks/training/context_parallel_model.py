@@ -1,27 +1,26 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A few layers of gpt-oss-20b at long context, trained over context parallel ranks.
+"""A few layers of gpt-oss-20b at long context, trained with context parallelism.
 
     torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --json out.json
     torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --lengths 65536 --loss-chunk 0
     torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model --smoke      (CPU, a minute)
 
-Two parts. The check: the same weights and tokens at a length where one rank can hold the sequence
-and its logits (two layers, 8k), once over all ranks by context parallelism, once with the whole
-sequence on each rank; loss and gradient norm must agree to bf16's rounding. The run: real steps
-(forward, backward, reduction, AdamW in fp32) in bf16 with the experts over the same ranks, one
-model for all lengths; tokens/s, memory, loss. No length begins later than --limit.
+The check: the same weights and tokens (two layers, 8k, so that one rank can hold the sequence and
+its logits), once with context parallelism over all ranks, once with the complete sequence on each
+rank; loss and gradient norm must agree within bf16 rounding. The run: training steps (forward,
+backward, reduction, AdamW in fp32) in bf16 with the experts over the same ranks, one model for all
+lengths; tokens/s, memory, loss. No length begins after --limit.
 
-The logits are what does not fit: 201088 x 6 bytes a token (bf16, and fp32 in the cross entropy).
---loss-chunk N passes N tokens at a time through head and loss, as --lm-loss-chunk-size does; every
-token counts. --loss-chunk 0 is upstream's way. Before
-anything is built, the table of what should lie in memory is printed; a length that cannot fit is
-not tried, for the rank that runs out of memory would leave the others waiting. Rows of each rank's
-experts are counted on the device in every step; the busiest rank's over the mean is `expert_load`,
-and `expected_at_load` what the plan expects of it.
+--loss-chunk N passes N tokens at a time through head and loss, as --lm-loss-chunk-size does. With
+--loss-chunk 0, as in upstream, all logits take 201088 x 6 bytes per token (bf16, and fp32 in the
+cross entropy). The planned memory is printed before the model is built; a length that does not fit is
+skipped, because the other ranks would wait for a rank that runs out of memory. The routed tokens of
+each rank's experts are counted on the device in every step: `expert_load` is the load imbalance, and
+`expected_at_load` the planned memory with it.
 
-Model FLOPs: 6 a parameter and token outside attention, 12 x seen query-key pairs x heads x head dim
-in it; recomputation is not counted.
+Model FLOPs: 6 per parameter and token outside attention, 12 x visible query-key pairs x heads x head
+dim in it; recomputation is not counted.
 """
 
 import argparse
@@ -55,7 +54,7 @@ LOSS_LIMIT, NORM_LIMIT = 1e-3, 2e-2
 
 
 def main() -> None:
-    """Run check and measurement as the command line says; rank 0 prints and writes."""
+    """Run check and measurement; rank 0 prints and writes."""
     begin = time.perf_counter()
     args = parse_arguments()
     if device_utils.is_cuda():
@@ -100,7 +99,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -124,7 +123,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Report:
-    """What rank 0 prints, and the JSON file, whole after every row."""
+    """Output of rank 0; the JSON file is complete after every row."""
 
     def __init__(self, args: argparse.Namespace):
         self.rank, self.ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -140,13 +139,13 @@ class Report:
             print(text, flush=True)
 
     def add(self, part: str, row: dict) -> None:
-        """A row that every rank has."""
+        """Add a row that is the same on every rank."""
         self.data.setdefault(part, []).append(row)
         if self.rank == 0:
             self._show_and_write(part, row)
 
     def write(self, part: str, row: dict) -> None:
-        """A row of this rank alone."""
+        """Add a row of this rank."""
         self.data.setdefault(part, []).append({**row, "rank": self.rank})
         self._show_and_write(part, row)
 
@@ -165,13 +164,13 @@ def rounded(value):
 
 
 def shown(parts: dict) -> str:
-    """Bytes in GB, and their sum."""
+    """Format bytes and their sum in GB."""
     text = ", ".join(f"{name} {value / GB:.1f}" for name, value in parts.items())
     return f"{text}; in all {sum(parts.values()) / GB:.1f}"
 
 
 def layout_of(preset, length: int, ranks: int, loss_chunk: int, gradients: str) -> Layout:
-    """The run as `gptoss plan` sees it."""
+    """The layout of the run for the planner."""
     return Layout(
         preset,
         ranks,
@@ -185,7 +184,7 @@ def layout_of(preset, length: int, ranks: int, loss_chunk: int, gradients: str) 
 
 
 def expected_bytes(layout: Layout) -> dict:
-    """What should lie in a rank's memory at the peak, in bytes, as `gptoss plan` counts it."""
+    """Planned bytes of a rank at the peak."""
     memory = peak_rank_memory(layout)
     return {
         "parameters": memory.parameters,
@@ -196,7 +195,7 @@ def expected_bytes(layout: Layout) -> dict:
 
 
 class RoutedRows:
-    """Rows of every expert in every forward of a model, counted on the device: nothing waits."""
+    """Counts the routed tokens of every expert in every forward, without synchronization."""
 
     def __init__(self, model):
         self.counts: list[torch.Tensor] = []  # [experts] of one layer, this rank's tokens
@@ -210,7 +209,7 @@ class RoutedRows:
         self.counts.append(output[1].sum(0))  # of the routing map, [tokens, experts]
 
     def busiest(self) -> float:
-        """The busiest rank's rows over the mean, in the layer and step where that is most."""
+        """Load imbalance: the maximum over layers and steps."""
         counts = torch.stack(self.counts)
         torch.distributed.all_reduce(counts)
         return load_of(counts, torch.distributed.get_world_size())
@@ -221,17 +220,17 @@ class RoutedRows:
 
 
 def load_of(counts: torch.Tensor, ranks: int) -> float:
-    """The most of `counts` [forwards, experts] that one of the ranks has, over the mean."""
+    """Load imbalance of counts [forwards, experts]: the most loaded rank over the mean."""
     return ep_load_imbalance(counts.double(), ranks).max().item()
 
 
 def free_bytes() -> float:
-    """Memory of the device that is free now; without bound on the CPU."""
+    """Free memory of the device; infinite on the CPU."""
     return torch.cuda.mem_get_info()[0] if device_utils.is_cuda() else float("inf")
 
 
 def trainer_of(preset, cp: int, args, optimizer: bool = True) -> Trainer:
-    """A model over the ranks by context parallelism or not, with its experts over all of them."""
+    """A model with or without context parallelism; its experts are distributed over all ranks."""
     return Trainer(
         preset,
         cp=cp,
@@ -249,7 +248,7 @@ def trainer_of(preset, cp: int, args, optimizer: bool = True) -> Trainer:
 
 
 def mean_loss(trainer: Trainer, length: int) -> float:
-    """Gradients of a sequence, from zero; returns the mean loss of its tokens."""
+    """Compute the gradients of a sequence; returns the mean loss of its tokens."""
     trainer.zero_gradients()
     report = trainer.forward_backward(make_batch(trainer.preset.vocab_size, length))
     total = report.double()
@@ -258,7 +257,7 @@ def mean_loss(trainer: Trainer, length: int) -> float:
 
 
 def gradient_norm(trainer: Trainer) -> float:
-    """Of all parameters, each once, after the reduction."""
+    """Gradient norm over all parameters after the reduction."""
     square = torch.zeros(2, dtype=torch.float64, device=device_utils.current_device())
     for parameter in trainer.model[0].parameters():
         of_expert = not getattr(parameter, "allreduce", True)
@@ -268,7 +267,7 @@ def gradient_norm(trainer: Trainer) -> float:
 
 
 def check(args) -> dict:
-    """Loss and gradient norm with the sequence split and with the whole of it on every rank."""
+    """Compare loss and gradient norm with a split sequence and with the complete one on every rank."""
     preset, ranks = get_preset(args.preset, 2), torch.distributed.get_world_size()
     found, weights = {}, None
     for cp in (ranks, 1):
@@ -301,7 +300,7 @@ def check(args) -> dict:
 
 
 def measure(trainer: Trainer, length: int, steps: int) -> dict:
-    """Steps of training: loss and time of each, tokens/s of a rank, memory at the peak."""
+    """Train: loss and time of each step, tokens/s per rank, peak memory."""
     if device_utils.is_cuda():
         torch.cuda.reset_peak_memory_stats()
     ranks = torch.distributed.get_world_size()

@@ -124,7 +124,7 @@ def train(flags: list[str]) -> None:
 
 
 def start_profile():
-    """Record from here on."""
+    """Start to profile."""
     import torch
 
     torch.cuda.synchronize()
@@ -135,7 +135,7 @@ def start_profile():
 
 
 def stop_profile(profile) -> dict[str, dict[str, int]]:
-    """How often each kernel and each call of the CUDA runtime came."""
+    """Number of launches of each kernel, and of calls of each CUDA runtime function."""
     import torch
 
     torch.cuda.synchronize()
@@ -213,7 +213,7 @@ class Server:
 
 
 def compare(model: str, servers: dict[str, Server], repeats: int, steps: int) -> dict:
-    """Both trees in turn on one model: a row of the table."""
+    """Run both trees alternately on one model; returns a row of the table."""
     runs = {name: [] for name in servers}
     for repeat in range(repeats):
         for name in sorted(servers, reverse=bool(repeat % 2)):

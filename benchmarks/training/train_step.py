@@ -1,33 +1,32 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole training step of gpt-oss-20b on one GPU, from one layer of each kind.
+"""A training step of gpt-oss-20b on one GPU, extrapolated from one layer of each kind.
 
     python -m benchmarks.training.train_step --json benchmarks/results/train_step_h100.json
     python -m benchmarks.training.train_step --cases 4k --profile
     python -m benchmarks.training.train_step --smoke                    (CPU, a minute)
 
-24 layers do not fit on one card, so three models are trained one after the other in this process:
-a windowed layer, a full layer, and both, each with embedding, head, loss and a real AdamW step, all
-32 experts of the real width, bf16 with fp32 gradients, master weights and moments. From their times
+24 layers do not fit on one card. Three models are therefore trained in this process: a windowed
+layer, a full layer, and both, each with embedding, head, loss and AdamW step, all 32 experts at full
+width, bf16 with fp32 gradients, master weights and moments. From their times
 
     full = both - windowed,   windowed = both - full,   head = windowed + full - both
     step = head + 12 x windowed + 12 x full
 
-which is an extrapolation and printed as one. AdamW's time, measured by parameter, is spread over
-65,536 tokens. Routing is forced to be balanced, as others publish it, or left to a router whose
-bias falls off as `-log(expert + 1)` (`skewed`): the first expert gets 8 times its share.
+which is reported as extrapolated. AdamW's time, measured per parameter, is divided over 65,536
+tokens. Routing is balanced by force, as in others' published figures, or left to a router whose bias
+is `-log(expert + 1)` (`skewed`): the first expert gets 8 times its share.
 
-`tokens/s` is per GPU; model TFLOP/s count 6 a parameter and token and what attention sees, nothing
-twice. Peak GiB is torch's, of the model with both layers, AdamW's step included; planned GiB are what
-`gptoss plan` expects of it.
+`tokens/s` is per GPU. Model TFLOP/s count 6 per parameter and token and the visible query-key pairs,
+without recomputation. Peak GiB is torch's for the model with both layers, including AdamW's step;
+planned GiB is the plan of `gptoss plan`.
 
-What memory costs, by name: `32k-parts` and `32k-lean` (experts in parts made again, all of a layer made
-again), `-offload` (what autograd keeps goes to the host, by benchmarks/lib/activation_offload.py).
+Cases that run only by name: `32k-parts` (experts in recomputed chunks), `32k-lean` (all of a layer
+recomputed), and `-offload` (saved tensors are offloaded by benchmarks/lib/activation_offload.py).
 
-Last, three layers and head are trained at longer and longer sequences until the card is full:
-`lean` (experts in parts and made again), `fast` (nothing made again), `one-by-one` (experts one
-after the other and all logits at once, as upstream's local path, with our attention: upstream's
-own keeps s x s scores).
+Last, three layers and head are trained with increasing sequence lengths until the memory is full:
+`lean` (experts in recomputed chunks), `fast` (no recomputation), `one-by-one` (SequentialMLP and all
+logits at once, as upstream's local path, with our attention: upstream's saves s x s scores).
 """
 
 import argparse
@@ -59,7 +58,7 @@ from megatron.gpt_oss.text_table import aligned
 K = 1024
 STEP_TOKENS = 64 * K
 GIB = 2**30
-# Experts in four parts, made again in the backward: at 128k their rows alone are 20 GB.
+# Experts in four recomputed chunks: at 128k the routed tokens alone are 20 GB.
 EXPERTS_IN_PARTS = dict(
     recompute_granularity="selective", recompute_modules=["moe"], mlp_chunks_for_training=4
 )
@@ -69,7 +68,7 @@ MODELS = {"windowed": [1], "full": [0], "both": [1, 0]}
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         length: of a sequence.
@@ -77,7 +76,7 @@ class Case:
         recompute: Megatron's arguments.
         loss_chunk: tokens whose logits live at a time.
         skewed: a router of its own in place of forced balance.
-        offload: activations go to the host.
+        offload: activations are offloaded to CPU memory.
     """
 
     name: str
@@ -117,7 +116,7 @@ GROWING = {
 
 @dataclass
 class Row:
-    """What was measured, and what follows."""
+    """Measured and extrapolated figures of a case."""
 
     case: str
     tokens: int
@@ -135,7 +134,7 @@ class Row:
 
 @dataclass
 class Growth:
-    """The longest sequence of three layers that fitted, in steps of so many tokens."""
+    """The longest sequence with which three layers fit."""
 
     path: str
     tokens: int
@@ -144,7 +143,7 @@ class Growth:
 
 
 def main() -> None:
-    """Run the chosen cases, print them, write what was asked for."""
+    """Run the selected cases, print and write the results."""
     args = parse_arguments()
     facts = machine()
     print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
@@ -168,7 +167,7 @@ def main() -> None:
 
 
 def grow(name: str, preset, smoke: bool) -> Growth:
-    """Train steps of longer and longer sequences until the memory is full."""
+    """Train with increasing sequence lengths until the memory is full."""
     case, step = GROWING[name]
     if smoke:
         case, step = replace(case, length=256, loss_chunk=min(case.loss_chunk, 64)), 128
@@ -185,7 +184,7 @@ def grow(name: str, preset, smoke: bool) -> Growth:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown name is refused with those that there are."""
+    """Parse the command line; unknown names are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -209,7 +208,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def machine() -> dict:
-    """What the figures belong to."""
+    """GPU, versions and commit of the results."""
     facts = report.machine("torch", "triton")
     if device_utils.is_cuda():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -259,7 +258,7 @@ def run_case(case: Case, preset, args, left_out: list, kernels: dict) -> Row | N
 
 
 def planned(case: Case, preset) -> float:
-    """GiB that `gptoss plan` expects at the peak; nan with offload, which it does not know."""
+    """Planned GiB at the peak; nan with offload, which the planner does not support."""
     if case.offload:
         return float("nan")
     layout = Layout(
@@ -280,7 +279,7 @@ def planned(case: Case, preset) -> float:
 
 
 def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
-    """A model of so many layers, windowed where it says 1."""
+    """A model with one layer per entry of windows; 1: windowed."""
     start_alone()
     with contextlib.redirect_stdout(io.StringIO()):  # Megatron counts parameters aloud
         trainer = Trainer(
@@ -307,13 +306,13 @@ def build(case: Case, preset, windows: list[int], smoke: bool) -> Trainer:
 
 
 def finish(trainer: Trainer) -> None:
-    """Give back all that a model took, NCCL's buffers of its process groups too."""
+    """Free the memory of a model, including NCCL's buffers."""
     trainer.close()
     torch.distributed.destroy_process_group()
 
 
 def measure(trainer: Trainer, case: Case, repeats: int) -> tuple[float, float, float]:
-    """Median seconds of a micro-batch's forward and backward, of AdamW; GiB at the peak."""
+    """Median seconds of forward and backward of a micro-batch; seconds of AdamW; peak GiB."""
     batches = [
         make_batch(trainer.preset.vocab_size, case.length, case.size, seed)
         for seed in range(min(3, repeats + 1))
@@ -336,7 +335,7 @@ def median(values: list[float]) -> float:
 
 
 def profile(trainer: Trainer, case: Case) -> list[dict]:
-    """The kernels of one micro-batch, by time, those of under 0.1 ms together."""
+    """Kernels of one micro-batch by time; those below 0.1 ms are summed."""
     batch = make_batch(trainer.preset.vocab_size, case.length, case.size)
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as found:
         trainer.forward_backward(batch)

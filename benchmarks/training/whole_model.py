@@ -1,33 +1,34 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""gpt-oss-20b whole, all layers, all parameters trained, as a user runs it: pretrain_gpt_oss.py.
+"""All layers and parameters of gpt-oss-20b, trained by pretrain_gpt_oss.py.
 
     python -m benchmarks.training.whole_model --data data/text --tokenizer models/gpt-oss-20b \\
         --folder runs/whole --json benchmarks/results/whole_model_h200x4.json
     python -m benchmarks.training.whole_model ... --cases 32k two-gpus --steps 10
-    python -m benchmarks.training.whole_model ... --show --gpus 8         the commands and the plans alone
-    python -m benchmarks.training.whole_model ... --preset tiny --gpus 4  small, on the CPU too
+    python -m benchmarks.training.whole_model ... --show --gpus 8         commands and plans, no run
+    python -m benchmarks.training.whole_model ... --smoke                 tiny preset, on the CPU
 
-Random weights, bf16, gradients and AdamW's state in fp32, the optimizer's state split over the
-ranks, sequences full of documents between which attention goes. Routing is balanced by force, as
-peers publish; in `-routed` and `two-gpus` the untrained routers choose, and soon all choose the
-same few experts, as those of a trained model do not. --data is what `gptoss tokenize` wrote. Each case is a torchrun of its own on the
-GPUs of this machine, all of them but for `two-gpus`, whose optimizer lives partly on the host:
+Random weights, bf16, gradients and optimizer state in fp32, the state sharded over the ranks.
+Sequences contain several documents and attention crosses their boundaries. Routing is balanced by
+force, as in others' published figures. In `-routed` and `two-gpus` the untrained routers choose, and
+soon all select the same few experts, unlike trained routers. --data is a dataset of `gptoss
+tokenize`. Each case is a separate torchrun on all GPUs of this machine; `two-gpus` uses two, with a
+part of the optimizer in CPU memory:
 
-- 4k: experts over all GPUs, two sequences a micro-batch;
-- 32k: and four GPUs to a sequence, the reference case;
-- 128k, 256k, 384k: all GPUs to a sequence, each layer's inside made again in the backward; the last
-  two are beyond the published model's context, with a larger factor of YaRN;
-- two-gpus: 32k over two GPUs.
+- 4k: experts over all GPUs, two sequences per micro-batch;
+- 32k: in addition four GPUs per sequence, the reference case;
+- 128k, 256k, 384k: all GPUs per sequence, every layer recomputed; the last two exceed the context of
+  the published model, with a larger YaRN factor;
+- two-gpus: 32k on two GPUs.
 
-Where a case is planned larger than the cards, a micro-batch has one sequence, then --memory is
-leaner: on eight cards of 80 GB 4k has one sequence, and 32k `experts`.
+If the plan of a case exceeds the cards, a micro-batch has one sequence, then --memory is leaner: on
+eight cards of 80 GB 4k has one sequence, and 32k uses `experts`.
 
-A step has 32,768 tokens a GPU, or one sequence. Figures are of the run's own metrics.jsonl: the
-median of the steps after the first, or the first fifth, the highest peak of all ranks and steps,
-loss and gradient norm of every step. `load` is the busiest GPU's share of a layer's tokens over the
-mean, the mean over layers, in the steps that the monitor looked at. Planned are `--dry-run`'s
-seconds with that load, and its GiB with even experts and with that load.
+A step has 32,768 tokens per GPU, or one sequence. The figures come from metrics.jsonl of the run:
+the median of the steps after the first, or the first fifth, the highest peak of all ranks and steps,
+loss and gradient norm of every step. `load` is the load imbalance, the routed tokens of the most
+loaded GPU over the mean, averaged over layers, in the steps of the monitor. Planned are the seconds
+of `--dry-run` with that load, and its GiB with an even load and with that load.
 """
 
 import argparse
@@ -131,7 +132,7 @@ CASES = [
 
 @dataclass
 class Row:
-    """One line of the table. Seconds, tokens/s and FLOPs of the median step; GiB of the fullest GPU."""
+    """One row of the table: the median step, and GiB of the peak-memory GPU."""
 
     case: str
     gpus: int
@@ -157,7 +158,7 @@ class Row:
 
 
 def main() -> None:
-    """Run the chosen cases one after the other; one that fails does not stop the others."""
+    """Run the selected cases; a failure does not stop the others."""
     args = parse_arguments()
     facts = report.machine("torch", "triton")
     if torch.cuda.is_available():
@@ -177,7 +178,7 @@ def main() -> None:
         else:
             rows.append(row)
             print(table([row]), flush=True)
-        if args.json:  # after every case: a run that is stopped keeps its rows
+        if args.json:  # after every case, in case the run is interrupted
             report.write_rows(args.json, facts, ["python"], rows, left_out)
     if rows:
         print(table(rows))
@@ -186,7 +187,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; an unknown case is refused with those that there are."""
+    """Parse the command line; unknown cases are rejected."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -228,14 +229,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def card_memory() -> float | None:
-    """GB of this machine's GPUs."""
+    """GB of a GPU of this machine."""
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(0).total_memory / GB
 
 
 def fitted(case: Case, args: argparse.Namespace) -> tuple[list[str], Layout]:
-    """Flags of a case as it fits the cards, or else as small as it can be, and the planner's view."""
+    """Flags and layout of a case; reduced until the plan fits the GPUs."""
     words = list(POLICIES)
     leaner = words[words.index(case.memory) :]
     options = [case, *(replace(case, sequences=1, memory=word) for word in leaner)]
@@ -249,12 +250,12 @@ def fitted(case: Case, args: argparse.Namespace) -> tuple[list[str], Layout]:
 
 
 def gpus_of(case: Case, args: argparse.Namespace) -> int:
-    """How many a case takes."""
+    """Number of GPUs of a case."""
     return min(case.gpus or args.gpus, args.gpus)
 
 
 def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
-    """The command line of pretrain_gpt_oss.py, but for its folder."""
+    """Flags of pretrain_gpt_oss.py without --run-dir."""
     preset, gpus = get_preset(args.preset), gpus_of(case, args)
     # A small preset has the layouts at lengths of its own.
     length = case.length * preset.seq_length // get_preset("20b").seq_length
@@ -279,7 +280,7 @@ def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
 
 
 def command_of(flags: list[str], gpus: int) -> str:
-    """What a person types."""
+    """The torchrun command of a case."""
     return f"torchrun --nproc-per-node {gpus} pretrain_gpt_oss.py {shlex.join(flags)}"
 
 
@@ -299,12 +300,12 @@ def _layout_from_flags(flags: list[str], gpus: int) -> Layout:
 
 
 def planned_gib(layout: Layout, load: float = 1.0) -> float:
-    """What --dry-run says of the fullest GPU."""
+    """Planned GiB of the peak-memory GPU."""
     return peak_rank_memory(replace(layout, expert_load=load)).total / GIB
 
 
 def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) -> Row:
-    """Train, and read what the run wrote.
+    """Run the training and read its metrics.
 
     Raises:
         RuntimeError: it failed; with the end of its output.
@@ -314,7 +315,7 @@ def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) 
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += ["--nproc-per-node", str(gpus), "pretrain_gpt_oss.py", *flags]
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
-    # AdamW on the host has no other threads; ranks beside each other share the cores.
+    # AdamW on the CPU has no other threads; the ranks of a machine share its cores.
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // gpus))
     begin = time.monotonic()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -343,7 +344,7 @@ def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) 
 
 
 def records_of(metrics: Path) -> list[dict]:
-    """What a run wrote so far."""
+    """Records of metrics.jsonl."""
     if not metrics.is_file():
         return []
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
@@ -409,7 +410,7 @@ HEADER += ["peak GiB", "planned GiB", "with load", "load", "loss"]
 
 
 def cells(row: Row) -> list[str]:
-    """A line of the table."""
+    """Cells of a row."""
     return [
         row.case,
         str(row.gpus),
@@ -430,7 +431,7 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: list[Row]) -> str:
-    """For people."""
+    """The table as text."""
     return aligned([HEADER, *map(cells, rows)], left=(0, 3))
 
 

@@ -108,9 +108,9 @@ def test_checkpoint_row():
         },
     }
     found = checkpoint.row('asynchronous', [run], interval=4)
-    assert (found.saves, found.gigabytes, found.held_up_worst_s) == (2, 3.0, 0.4)
-    assert found.held_up_s == pytest.approx(0.3)
-    assert (found.step_s, found.step_beside_s, found.write_s) == (1.0, 2.0, 2.0)
+    assert (found.saves, found.gigabytes, found.blocked_max_s) == (2, 3.0, 0.4)
+    assert found.blocked_s == pytest.approx(0.3)
+    assert (found.step_s, found.step_during_write_s, found.write_s) == (1.0, 2.0, 2.0)
 
 
 def test_wrong_values_get_no_figure(monkeypatch):
