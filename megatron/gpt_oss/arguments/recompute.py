@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--memory: how much of a step is computed again to keep less of it, as one word.
+"""--memory: policies of activation recomputation.
 
-A word stands for Megatron's own flags, and any of those on the command line wins. "core_attn" is
-not among them, for the attention kernels keep no scores; nor "layernorm", whose recomputation
+A policy is a set of Megatron's flags; those on the command line win. No policy recomputes
+"core_attn", because the attention kernels save no scores, or "layernorm", whose recomputation
 compiles C++ when it first runs.
 """
 
@@ -12,24 +12,25 @@ from typing import Callable
 
 from megatron.gpt_oss.errors import UsageError
 
-# Tokens whose logits live at a time; a preset takes LM_LOSS_CHUNK_SIZE of flags.py.
+# --lm-loss-chunk-size in tokens; presets use LM_LOSS_CHUNK_SIZE of flags.py.
 LEAN_LOSS_CHUNK = 2048
 
-# By dest; what a policy leaves out keeps its default, which is no recomputation.
+# By dest; the default of other flags is no recomputation.
 POLICIES: dict[str, dict] = {
     "fast": {},
-    # The experts' activation, a sixth of what a layer keeps, costs 2 to 5 % of the experts' time to
-    # make again (benchmarks/kernels/experts.py).
+    # Recomputes the experts' activation, a sixth of what a layer saves, for 2 to 5 % of the experts'
+    # time (benchmarks/kernels/experts.py).
     "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
-    # The experts' part keeps its input: a third more of its products and exchanges, nothing of
-    # attention, which is most of a long sequence's time. Busy experts cost memory in one layer only.
+    # Saves the input of the MoE layer: a third more expert GEMMs and communication, and no more
+    # attention, which takes most of the time of long sequences. Load imbalance needs memory in one
+    # layer only.
     "experts": {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe"],
         "lm_loss_chunk_size": LEAN_LOSS_CHUNK,
     },
-    # A layer keeps its input alone: a third more of products, two sevenths of attention. Half the
-    # logits of a preset's chunk.
+    # Saves only the input of a layer: a third more GEMMs, two sevenths more attention. Half of a
+    # preset's loss chunk.
     "lean": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -38,8 +39,8 @@ POLICIES: dict[str, dict] = {
     },
 }
 
-# One of these on the command line replaces what a policy says of recomputation, all of it: halves
-# of two policies would not fit each other.
+# One of these on the command line replaces all recompute flags of a policy, because parts of two
+# policies are not compatible.
 RECOMPUTE = (
     "recompute_granularity",
     "recompute_method",
@@ -50,7 +51,7 @@ RECOMPUTE = (
 
 
 def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
-    """What --memory puts under the command line, by dest; nothing without it.
+    """Flags of --memory by dest that the command line does not give; empty without --memory.
 
     Args:
         given: the flags on the command line, and no defaults.

@@ -48,7 +48,7 @@ def test_recipe(file):
         for kind in ('tensor_model', 'context', 'pipeline_model')
     )
     ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    # Said here again rather than asked of the planner, whose problem() is asked below.
+    # Said here again rather than asked of the planner, whose unsupported_reason() is checked below.
     for size, whole in (
         (tp * cp * pp, gpus),
         (etp * ep * pp, gpus),
@@ -61,11 +61,11 @@ def test_recipe(file):
         assert whole % size == 0
     assert etp * ep == 8 and tp <= 8  # experts and tensor parallelism stay in a machine
     assert args.global_batch_size * length == TOKENS[billions]
-    even, busy = script().plan(args), script().plan(args, script().BUSY)
-    assert even.layout.problem() is None
-    assert even.fits and busy.fits
+    even, imbalanced = script().plan(args), script().plan(args, script().IMBALANCE)
+    assert even.layout.unsupported_reason() is None
+    assert even.fits and imbalanced.fits
     # What is left beside the 4.9 GB that an 80 GB card has more, of the 3 to 8 GB of CUDA and NCCL.
-    assert 80e9 - busy.memory.total > 4e9
+    assert 80e9 - imbalanced.memory.total > 4e9
     assert even.layout.offload == 0
 
 
