@@ -79,7 +79,7 @@ def test_flops_and_parameters_of_20b():
     preset = get_preset('20b')
     layer, rest = num_parameters(preset)
     assert 24 * layer + rest == 20_914_757_184
-    # 3.6 billion parameters per token, less the embedding's; attention of 4k tokens adds a tenth.
+    # 3.6 billion active parameters; attention of 4k tokens adds a tenth.
     per_token = model_flops(preset, 4096) / 4096
     assert 6 * 3.0e9 < per_token < 6 * 4.2e9
     assert layer_flops(preset, 4096, True) < layer_flops(preset, 4096, False)
