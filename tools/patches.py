@@ -2,18 +2,18 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 """The patch queue: megatron/ is upstream's pinned wheel plus patches/, in the order of patches/series.
 
-status                       is the materialised tree clean, what was edited, who owns a file
+status                       edited files of megatron/, and the patches of each file
 apply                        bring megatron/ up to date with patches/ (keeps edits)
 apply --to PATH [--group G]  patch a Megatron-LM checkout or an unpacked container tree
-try [VERSION|PATH ...]       what apply --to would do there, and each patch's test before and after
+try [VERSION|PATH ...]       what apply --to would change, and each patch's test before and after
 table [--write]              the table patch x version of patches/README.md
 new GROUP/NAME -m SUBJECT    start a patch
-refresh PATCH [FILE ...]     fold edits of megatron/ into a patch
+refresh PATCH [FILE ...]     add edits of megatron/ to a patch
 refresh                      rewrite line numbers and index lines after a merge
 export --out DIR [VERSION]   a `git am` series, our new modules included
 export --pull-request NAME --out DIR    the commits of one pull request, with their tests
 pull-requests [--write]      list the pull requests; write docs/upstreaming.md
-check                        what CI asks of the series
+check                        what CI checks of the series
 """
 
 import argparse
@@ -50,10 +50,12 @@ def status(workspace: Workspace, args: argparse.Namespace) -> None:
     elif not edits:
         print(f"clean: megatron-core {manifest['upstream']} + {len(workspace.series.patches)}")
     if edits:
-        print("edited, in no patch yet (fold in with `refresh PATCH`):")
+        print("edited, in no patch yet (add with `refresh PATCH`):")
         for path in edits:
-            gone = "" if (workspace.root / path).exists() else "  (deleted)"
-            print(f"  {path}{gone}  owners: {', '.join(workspace.series.owners(path)) or 'none'}")
+            deleted = "" if (workspace.root / path).exists() else "  (deleted)"
+            print(
+                f"  {path}{deleted}  owners: {', '.join(workspace.series.owners(path)) or 'none'}"
+            )
     paths = sorted({path for patch in workspace.series.patches for path in patch.paths})
     width = max(map(len, paths), default=0)
     print("patched files and their patches:")
@@ -62,10 +64,10 @@ def status(workspace: Workspace, args: argparse.Namespace) -> None:
 
 
 def apply(workspace: Workspace, args: argparse.Namespace) -> None:
-    """Materialise, or patch somebody else's tree."""
+    """Write megatron/, or patch another source tree."""
     if args.to is None:
         if args.group:
-            raise QueueError("--group goes with --to; megatron/ here always holds every group.")
+            raise QueueError("--group needs --to; megatron/ here always has every group.")
         changed = workspace.materialise()
         print("megatron/ brought up to date" if changed else "megatron/ is up to date")
         return
@@ -88,7 +90,7 @@ def _print_plan(plan: Plan) -> None:
 
 
 def try_out(workspace: Workspace, args: argparse.Namespace) -> None:
-    """Say what `apply --to` would do, and run each patch's test on the patched tree."""
+    """Show what `apply --to` would change, and run each patch's test on the patched tree."""
     refused = 0
     for what in args.what or list(RELEASES):
         tree = _read(what)
@@ -103,14 +105,14 @@ def try_out(workspace: Workspace, args: argparse.Namespace) -> None:
 
 
 def _read(what: str) -> Tree:
-    """The tree of a known release, a wheel file or a folder."""
+    """The tree of a known release, a wheel file or a directory."""
     if what in RELEASES:
         return read_wheel(locate_release(ROOT, what))
     path = Path(what)
     if path.suffix == ".whl" and path.is_file():
         return read_wheel(path)
     if not path.is_dir():
-        locate_release(ROOT, what)  # says what is known
+        locate_release(ROOT, what)  # raises, and lists the releases
     return read_target(path)
 
 
@@ -125,17 +127,17 @@ def _test(workspace: Workspace, args, what: str, tree: Tree, plan: Plan) -> None
             entries[test]["before"] = astuple(result)
     width = max(map(len, ids), default=0)
     for test, entry in entries.items():
-        told = [f"{name}: {' '.join(found)}".strip() for name, found in entry.items()]
-        print(f"{test:<{width}}  {'; '.join(told)}")
+        results = [f"{name}: {' '.join(found)}".strip() for name, found in entry.items()]
+        print(f"{test:<{width}}  {'; '.join(results)}")
     if args.prove and what in RELEASES and not args.group:
         table.write_evidence(workspace, what, entries, keep=bool(chosen))
 
 
 def _before(workspace: Workspace, tree: Tree, plan: Plan, after: dict) -> dict:
-    """The tests of the tree before it is patched, those of device/ apart.
+    """The tests on the unpatched tree; those of other groups with device/ applied.
 
-    A test of another group runs with device/ in place: without it, a machine that has no GPU would
-    stop long before the defect. What fails on the patched tree says nothing by failing before.
+    Without device/, a machine without a GPU would fail before it reaches the defect. Tests that
+    fail on the patched tree are not run.
     """
     patches = testable(plan)
     own = {test for patch in patches if patch.group == "device" for test in tests_of(patch)}
@@ -154,7 +156,7 @@ def show_table(workspace: Workspace, args: argparse.Namespace) -> None:
     problems = table.check(workspace, plans)
     if problems:
         raise QueueError("\n".join(problems))
-    print(f"{len(plans)} releases: every patch fits or says why not; the table is up to date")
+    print(f"{len(plans)} releases: every patch applies or has a reason; the table is up to date")
 
 
 def new(workspace: Workspace, args: argparse.Namespace) -> None:
@@ -204,7 +206,7 @@ def pull_requests(workspace: Workspace, args: argparse.Namespace) -> None:
 
 
 def check(workspace: Workspace, args: argparse.Namespace) -> None:
-    """Headers complete, whole series applies exactly, each group stands alone, export is stable."""
+    """Headers are complete, the series applies exactly, each group alone too, export is stable."""
     problems = workspace.series.problems()
     pristine = workspace.pristine()
     tree = pristine
@@ -217,11 +219,11 @@ def check(workspace: Workspace, args: argparse.Namespace) -> None:
         try:
             apply_series(pristine, workspace.series.in_groups([group]), exact=False)
         except QueueError as error:
-            problems.append(f"group {group} does not stand alone: {error}")
+            problems.append(f"group {group} does not apply alone: {error}")
     if problems:
         raise QueueError("\n".join(problems))
     count = len(workspace.series.patches)
-    print(f"{count} patches: headers complete, apply exactly, each group stands alone")
+    print(f"{count} patches: headers complete, apply exactly, each group applies alone")
 
 
 def prove_tests(workspace: Workspace, args: argparse.Namespace) -> None:
@@ -259,7 +261,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
     sub = commands.add_parser("try", help=try_out.__doc__, description=try_out.__doc__)
     sub.set_defaults(function=try_out)
-    sub.add_argument("what", nargs="*", help=f"a folder, a wheel, or of {', '.join(RELEASES)}")
+    sub.add_argument(
+        "what", nargs="*", help=f"a directory, a wheel, or one of {', '.join(RELEASES)}"
+    )
     sub.add_argument("--group", help=f"comma separated, of {','.join(GROUPS)} (default: all)")
     sub.add_argument("--no-tests", action="store_true", help="only the table")
     sub.add_argument(
@@ -267,12 +271,12 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME",
-        help="run this patch's test alone (again for more); what is known of the others stays",
+        help="run only this patch's test; repeatable; results of the others are kept",
     )
     sub.add_argument(
         "--prove",
         action="store_true",
-        help="run the tests before patching too; of a release, keep what they said",
+        help="run the tests before patching too; for a release, write patches/evidence.json",
     )
     sub = command("table", show_table)
     sub.add_argument("--write", action="store_true", help="write patches/README.md")

@@ -2,4 +2,4 @@
 
 
 class QueueError(Exception):
-    """A problem that the user can solve; the message says what was found and what to do."""
+    """A problem that the user can solve; the message names the problem and a remedy."""

@@ -19,13 +19,13 @@ from .series import Patch
 from .tree import Tree
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-# All tests take minutes; one that hangs on another version is cut off, and those after it.
+# All tests take minutes; on another version one may hang, and ends the process.
 _TIMEOUT_S = 1500
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one test, and the first line that says why."""
+    """The outcome of one test, and the first line of the reason."""
 
     outcome: str
     reason: str = ""
@@ -37,7 +37,7 @@ def tests_of(patch: Patch) -> list[str]:
 
 
 def testable(plan: Plan) -> list[Patch]:
-    """The patches whose change is on the tree once the plan is carried out."""
+    """The patches whose change is on the patched tree."""
     return [outcome.patch for outcome in plan.with_status(APPLIES, VARIANT, PRESENT)]
 
 
@@ -46,13 +46,13 @@ def run_tests(
 ) -> dict[str, Result]:
     """Run tests of this checkout against the files of ``tree``.
 
-    One process runs them all, but for folders with a conftest.py of their own: if that cannot be
-    imported, pytest runs nothing.
+    One process runs all of them, except those of directories with their own conftest.py: if that
+    cannot be imported, pytest runs nothing.
 
     Args:
         tree: every file under ``megatron/`` that is upstream's; our own modules are added where
             the tree has no file of the same name.
-        timeout: seconds a process; what has not run by then counts as failed.
+        timeout: of a process, in seconds; tests that have not run by then count as failed.
     """
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp)
@@ -101,11 +101,11 @@ def _run(folder: Path, ids: list[str], timeout: float) -> dict[str, Result]:
 
 
 def _result(test: str, lines: list[dict]) -> Result:
-    """The worst of the test's parameters, or what its file said when it was imported."""
+    """The worst of the test's parameters, or the result of importing its file."""
     own = [line for line in lines if test in (line["test"], line["test"].partition("[")[0])]
     own = own or [line for line in lines if line["test"] == test.split("::")[0]]
     if not own:
-        return Result(FAILED, "not found, or no end in time")
+        return Result(FAILED, "not found, or timed out")
     worst = min(own, key=lambda line: (FAILED, SKIPPED, PASSED).index(line["outcome"]))
     return Result(worst["outcome"], _short(worst["reason"]))
 

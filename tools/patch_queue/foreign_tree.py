@@ -27,7 +27,7 @@ def read_target(target: Path) -> Tree:
     """The source files under ``target/megatron``.
 
     Raises:
-        QueueError: ``target`` is not a folder that holds megatron/core.
+        QueueError: ``target`` is not a directory with megatron/core.
     """
     core = target / "megatron" / "core"
     if not (core / "__init__.py").is_file():
@@ -36,8 +36,8 @@ def read_target(target: Path) -> Tree:
             if (folder.parent / "megatron" / "core" / "__init__.py").is_file():
                 hint = f" Did you mean {folder.parent}?"
         raise QueueError(
-            f"{target} holds no megatron/core. Give the folder above it: a Megatron-LM checkout, "
-            f"or the site-packages folder of an installation.{hint}"
+            f"{target} has no megatron/core. Give its parent directory: a Megatron-LM checkout, "
+            f"or the site-packages directory of an installation.{hint}"
         )
     found: Tree = {}
     for folder, folders, files in os.walk(target / "megatron"):
@@ -50,14 +50,14 @@ def read_target(target: Path) -> Tree:
 
 
 def apply_to(root: Path, series: Series, target: Path, groups: list[str]) -> Plan:
-    """Apply the groups' patches to ``target``, the folder that holds ``megatron/core``.
+    """Apply the groups' patches to ``target``, the directory with ``megatron/core``.
 
-    The patches and variants are those of the tree's own version. What is on the tree already
-    stays. All or nothing.
+    The patches and variants are those of the tree's version. Patches that are already applied
+    stay. Either everything is written or nothing.
 
     Raises:
-        QueueError: not a Megatron tree, or some patches do not fit; lists every hunk that refuses,
-            and the target is as it was.
+        QueueError: not a Megatron tree, or some patches do not apply; lists every hunk that
+            does not apply, and the target is unchanged.
     """
     before = read_target(target)
     plan = make_plan(series, before, groups)
@@ -67,10 +67,12 @@ def apply_to(root: Path, series: Series, target: Path, groups: list[str]) -> Pla
         if before.get(name, content) != content:
             refusals.append(f"{name}: the target has another file of this name")
     if refusals:
-        told = plan.found or "unknown"
+        version = plan.found or "unknown"
         raise QueueError(
             "\n".join(
-                [f"{target} (version {told}) was left as it was; {len(refusals)} do not fit:"]
+                [
+                    f"{target} (version {version}) was not changed; {len(refusals)} patches or files do not apply:"
+                ]
                 + refusals
                 + plan.notes
             )
@@ -90,8 +92,8 @@ def modules_for(root: Path, plan: Plan) -> Tree:
 
 
 def _write_all(target: Path, files: Tree, removed) -> None:
-    """Write every file beside its place first, so that a full disk or a read-only tree is met
-    before anything has changed; then rename them."""
+    """Write every file next to its target, then rename: a full disk or a read-only tree fails
+    before anything has changed."""
     staged: list[tuple[Path, Path]] = []
     created: list[Path] = []
     try:
@@ -111,7 +113,7 @@ def _write_all(target: Path, files: Tree, removed) -> None:
             temporary.unlink(missing_ok=True)
         for folder in reversed(created):
             folder.rmdir()
-        raise QueueError(f"{target} cannot be written ({error}); it was left as it was.") from error
+        raise QueueError(f"{target} cannot be written ({error}); it was not changed.") from error
     for temporary, place in staged:
         os.replace(temporary, place)
     for name in removed:

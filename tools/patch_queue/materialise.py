@@ -40,7 +40,7 @@ class Workspace:
         return upstream.read_wheel(upstream.locate_wheel(self.root))
 
     def expected(self) -> Tree:
-        """Upstream's files with the whole series applied."""
+        """Upstream's files with the complete series applied."""
         return apply_series(self.pristine(), self.series.patches)
 
     def manifest(self) -> dict | None:
@@ -62,7 +62,7 @@ class Workspace:
         return {p: (self.root / p).read_bytes() for p in paths if (self.root / p).is_file()}
 
     def edits(self) -> list[str]:
-        """Materialised files that were changed or deleted by hand since."""
+        """Materialised files that were edited or deleted since."""
         manifest = self.manifest()
         if manifest is None:
             return []
@@ -116,9 +116,9 @@ class Workspace:
         if conflicts:
             raise QueueError(
                 "Not materialised: these files hold edits that are in no patch, and the series now "
-                "wants other contents for them:\n  " + "\n  ".join(sorted(conflicts)) + "\n"
-                "Save them elsewhere, delete them, run `python tools/patches.py apply`, make the "
-                "edits again and fold them in with `python tools/patches.py refresh PATCH`."
+                "changes them:\n  " + "\n  ".join(sorted(conflicts)) + "\n"
+                "Save them elsewhere, delete them, run `python tools/patches.py apply`, repeat the "
+                "edits and add them with `python tools/patches.py refresh PATCH`."
             )
         return kept
 
@@ -174,7 +174,7 @@ def _sha256(content: bytes | None) -> str | None:
 def _swap(new: Path, tree: Path, old: Path) -> None:
     """Put ``new`` in the place of ``tree``: in one step where the kernel can, else in two.
 
-    The two-step way leaves a moment without ``tree``; ``_recover`` mends a kill in it.
+    In two steps, ``tree`` does not exist in between; ``_recover`` repairs a kill there.
     """
     if not tree.exists():
         new.rename(tree)
@@ -186,7 +186,7 @@ def _swap(new: Path, tree: Path, old: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        # A folder from a lower layer of an overlay file system (a container image) cannot be
+        # A directory from a lower layer of an overlay file system (a container image) cannot be
         # renamed: copy it, and only then remove it.
         partial = old.with_suffix(".copying")
         shutil.copytree(tree, partial, symlinks=True)
@@ -196,7 +196,7 @@ def _swap(new: Path, tree: Path, old: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE), which Python does not offer. False where it is not to be had."""
+    """renameat2(RENAME_EXCHANGE), which Python does not offer. False where it is not available."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""A pytest plugin: run the tests that a file lists, and append what became of each as JSON lines.
+"""A pytest plugin: run the tests that a file lists, and append each result as a JSON line.
 
-Ids on the command line would stop the whole run where one file cannot be imported.
+Ids on the command line would end the run if one file cannot be imported.
 """
 
 import json
@@ -12,7 +12,7 @@ LIST, REPORT = "PATCH_QUEUE_TESTS", "PATCH_QUEUE_REPORT"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep the listed tests, or all; an id without [parameters] stands for all of them."""
+    """Keep the listed tests, or all; an id without [parameters] selects all of them."""
     if LIST not in os.environ:
         return
     with open(os.environ[LIST], encoding="utf-8") as file:
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_runtest_logreport(report):
-    """One line a test: when it has run, or did not get so far."""
+    """One line for each test: after its call, or after a setup that did not pass."""
     if report.when == "call" or not report.passed and report.when == "setup":
         _write(report.nodeid, report.outcome, report)
 

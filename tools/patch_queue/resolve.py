@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Which patch of the series goes onto a tree, in which form, and why another one does not."""
+"""Which patches apply to a tree, in which variant, and why others do not."""
 
 import re
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ REFUSED = "does not apply"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of one patch on one tree."""
+    """The status of one patch on one tree."""
 
     patch: Patch
     status: str
@@ -30,9 +30,9 @@ class Outcome:
 class Plan:
     """The series on one tree."""
 
-    found: str | None  # the version that the tree tells
+    found: str | None  # the version in package_info.py
     version: str  # the known release it is treated as
-    training: bool  # whether it holds megatron/training
+    training: bool  # whether it has megatron/training
     outcomes: list[Outcome]
     tree: Tree = field(repr=False)  # the patched files
 
@@ -41,11 +41,11 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the version, one sentence each."""
+        """Messages about the version, one sentence each."""
         if self.found is None:
-            return [f"The tree tells no version; treated as {self.version}."]
+            return [f"The tree has no version; treated as {self.version}."]
         if not is_known(self.found):
-            return [f"{self.found} is not a version known here; treated as {self.version}."]
+            return [f"{self.found} is not a supported version; treated as {self.version}."]
         return []
 
 
@@ -74,14 +74,14 @@ def make_plan(series: Series, tree: Tree, groups: list[str], leave_out=()) -> Pl
         for patch in patches
         if ruled_out[patch.name] is None
     }
-    base, present = _take_off(tree, patches, forms)
+    base, present = _remove_applied(tree, patches, forms)
     outcomes, patched = [], base
     for patch in patches:
         if ruled_out[patch.name]:
             outcomes.append(ruled_out[patch.name])
             continue
         known = present.get(patch.name)
-        outcome, after = _put_on(patch, patched, [known] if known else forms[patch.name])
+        outcome, after = _apply_first_form(patch, patched, [known] if known else forms[patch.name])
         if known and outcome.diff:
             outcome = Outcome(patch, PRESENT, known.variant, outcome.diff)
         outcomes.append(outcome)
@@ -122,7 +122,7 @@ def _compose(patch: Patch, variants: list[Patch]) -> Patch:
 
 
 def _ruled_out(patch: Patch, paths: set[str], version: str, training: bool, keep) -> Outcome | None:
-    """By its header, or because it is about files that this tree has not got at all."""
+    """Because of its header, or because the tree lacks all of its files."""
     fields = patch.fields
     fixed = fields.get("Applied-Upstream", "")
     if fixed and numbers(version) >= numbers(fixed):
@@ -133,7 +133,7 @@ def _ruled_out(patch: Patch, paths: set[str], version: str, training: bool, keep
             if in_ranges(version, versions):
                 return Outcome(patch, status, why)
     if not any(map(keep, paths)):
-        why = "the tree holds no megatron/training"
+        why = "the tree has no megatron/training"
         if training:
             first = ".".join(map(str, TRAINING_SINCE))
             why = f"about megatron/training, which is patched from {first} on"
@@ -141,8 +141,8 @@ def _ruled_out(patch: Patch, paths: set[str], version: str, training: bool, keep
     return None
 
 
-def _take_off(tree: Tree, patches: list[Patch], forms) -> tuple[Tree, dict[str, Patch]]:
-    """Take off what is on the tree already, last patch first, as later ones cover earlier ones."""
+def _remove_applied(tree: Tree, patches: list[Patch], forms) -> tuple[Tree, dict[str, Patch]]:
+    """Remove patches that are already applied, last first, since later ones build on earlier ones."""
     present = {}
     for patch in reversed(patches):
         for form in forms.get(patch.name, ()):
@@ -155,7 +155,7 @@ def _take_off(tree: Tree, patches: list[Patch], forms) -> tuple[Tree, dict[str, 
     return tree, present
 
 
-def _put_on(patch: Patch, tree: Tree, forms: list[Patch]) -> tuple[Outcome, Tree]:
+def _apply_first_form(patch: Patch, tree: Tree, forms: list[Patch]) -> tuple[Outcome, Tree]:
     reasons: list[str] = []
     for form in forms:
         try:
@@ -174,7 +174,7 @@ def _put_on(patch: Patch, tree: Tree, forms: list[Patch]) -> tuple[Outcome, Tree
 
 
 def misfits(tree: Tree, patch: Patch) -> list[str]:
-    """File and hunk of each place where the patch does not fit, with the first line missed."""
+    """File and hunk of each place where the patch does not apply, with the first missing line."""
     found = []
     for path in patch.paths:
         diff = patch.only(path).diff
@@ -191,7 +191,9 @@ def misfits(tree: Tree, patch: Patch) -> list[str]:
             if _position(lines, expected) is None:
                 where = f"{path}: hunk {number} of {len(hunks)}"
                 found.append(f"{where} {_first_missed(lines, expected, hunk)}")
-    return found or [f"{path}: its hunks fit one by one, but not together" for path in patch.paths]
+    return found or [
+        f"{path}: its hunks apply separately, but not together" for path in patch.paths
+    ]
 
 
 def _position(lines: list[str], expected: list[str]) -> int | None:

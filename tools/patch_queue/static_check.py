@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Names that a Python file uses and nobody defines: a hunk can fit a version that it breaks."""
+"""Names that a Python file uses and does not define: a patch can apply to a version and break it."""
 
 import ast
 import builtins
@@ -9,10 +9,10 @@ _KNOWN = set(dir(builtins)) | {"__file__", "__name__", "__doc__", "__path__", "_
 
 
 def undefined_names(source: str) -> set[str]:
-    """Global names that are read somewhere in a module and bound nowhere in it.
+    """Global names that a module reads and does not bind.
 
     Raises:
-        SyntaxError: it is no Python.
+        SyntaxError: the source is not Python.
     """
     top = symtable.symtable(source, "module", "exec")
     if "import *" in source:
@@ -39,7 +39,7 @@ def _binds(symbol: symtable.Symbol) -> bool:
 def unbound_attributes(source: str) -> set[str]:
     """CLASS.NAME of each self.NAME that a class reads and neither sets nor defines.
 
-    Inherited ones are among them: what counts is the difference to the unpatched file.
+    These include inherited ones: compare with the unpatched file.
     """
     found: set[str] = set()
     for owner in ast.walk(ast.parse(source)):
@@ -67,7 +67,7 @@ def broken_by(before: dict[str, bytes], after: dict[str, bytes]) -> list[str]:
         try:
             known = _missing(before.get(path, b""))
         except SyntaxError:
-            continue  # no Python before either
+            continue  # not Python before either
         try:
             names = _missing(after[path]) - known
         except SyntaxError as error:

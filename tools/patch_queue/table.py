@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""The table patch x version of patches/README.md, with what the tests showed."""
+"""The table patch x version of patches/README.md, with the results of the tests."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ _CELLS = {
     PRESENT: "already there",
     NOT_NEEDED: "not needed",
     LEFT_OUT: "left out",
-    REFUSED: "**refuses**",
+    REFUSED: "**does not apply**",
 }
 
 
@@ -48,7 +48,7 @@ def release_plans(workspace: Workspace) -> dict[str, Plan]:
 
 
 def cell(outcome: Outcome) -> str:
-    """One cell in words."""
+    """The text of one cell."""
     if outcome.status == VARIANT:
         return f"variant {outcome.detail}"
     return _CELLS[outcome.status]
@@ -71,15 +71,15 @@ def render(workspace: Workspace, plans: dict[str, Plan]) -> str:
         lines.append(f"| {patch.name.removesuffix('.patch')} | " + " | ".join(row) + " |")
     lines += ["", "Why a patch is not on a version:", ""]
     general = "about megatron/training"
-    whole = "the tree holds no megatron/training"
-    without = [name for name, reasons in notes.items() if any(whole in why for why in reasons)]
+    absent = "the tree has no megatron/training"
+    without = [name for name, reasons in notes.items() if any(absent in why for why in reasons)]
     lines.append(
         f"- {', '.join(short(name) for name in without)}: {general}, which the packages of 0.15 "
-        "and 0.16 do not hold."
+        "and 0.16 do not contain."
     )
     for name, reasons in notes.items():
         for why, versions in reasons.items():
-            if whole not in why:
+            if absent not in why:
                 lines.append(f"- {short(name)} ({', '.join(versions)}): {why}.")
     lines += ["", *_open_tests(workspace, plans, evidence), "", _END]
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def short(name: str) -> str:
 
 
 def mark(evidence: dict, version: str, patch: Patch, outcome: Outcome) -> str:
-    """A tick where each test of the patch fails before and passes after, on that version."""
+    """A tick if each test of the patch fails before and passes after, on that version."""
     if outcome.status not in (APPLIES, VARIANT, PRESENT):
         return ""
     found = [evidence.get(version, {}).get(test) for test in tests_of(patch)]
@@ -104,7 +104,7 @@ def proven(entry: dict | None) -> bool:
 
 
 def _open_tests(workspace: Workspace, plans, evidence) -> list[str]:
-    """The patches without a tick, and what their test said."""
+    """The patches without a tick, and the results of their tests."""
     reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
     for number, patch in enumerate(workspace.series.patches):
         for version, plan in plans.items():
@@ -114,14 +114,14 @@ def _open_tests(workspace: Workspace, plans, evidence) -> list[str]:
                 entry = evidence.get(version, {}).get(test)
                 if proven(entry):
                     continue
-                key = _why_not(entry)
+                key = _unproven_reason(entry)
                 reasons.setdefault(key, {}).setdefault(patch.name, []).append(version)
     if not reasons:
-        return ["Every patch's test fails before it and passes after it, on every version."]
+        return ["Every patch's test fails before and passes after, on every version."]
     lines = [
         "Without a tick, because:",
         "",
-        "| what the test said | patches (versions) |",
+        "| result of the test | patches (versions) |",
         "|---|---|",
     ]
     for (what, reason), patches in sorted(reasons.items()):
@@ -133,7 +133,7 @@ def _open_tests(workspace: Workspace, plans, evidence) -> list[str]:
     return lines
 
 
-def _why_not(entry: dict | None) -> tuple[str, str]:
+def _unproven_reason(entry: dict | None) -> tuple[str, str]:
     if entry is None:
         return "not run", ""
     after = entry["after"]
@@ -141,7 +141,7 @@ def _why_not(entry: dict | None) -> tuple[str, str]:
         return "skipped", after[1]
     if after[0] == FAILED:
         return "fails on the patched tree", after[1]
-    return "passes on the unpatched tree too", ""
+    return "passes on the unpatched tree, too", ""
 
 
 def read_evidence(workspace: Workspace) -> dict:
@@ -154,7 +154,7 @@ def write_evidence(workspace: Workspace, version: str, tests: dict, keep: bool =
     """Replace one version's entry, keys in order, so that a second run changes little.
 
     Args:
-        keep: replace what is said of ``tests`` alone, and drop what no patch names any more.
+        keep: replace the results of ``tests`` only, and drop tests that no patch names.
     """
     evidence = read_evidence(workspace)
     if keep:
@@ -175,12 +175,12 @@ def write(workspace: Workspace, plans: dict[str, Plan]) -> Path:
 
 
 def check(workspace: Workspace, plans: dict[str, Plan]) -> list[str]:
-    """What is wrong with the table: it is out of date, or a patch refuses a known release."""
+    """Problems: the table is out of date, or a patch does not apply to a known release."""
     path = workspace.series.folder / README
     problems = []
     if path.read_text(encoding="utf-8") != _with_table(path, render(workspace, plans)):
         problems.append(f"{path} is out of date; run `python tools/patches.py table --write`.")
-    # On our own version these are inherited attributes; elsewhere only what is missing there counts.
+    # Those found on the pinned version are inherited attributes: only others are problems.
     pinned = set(
         broken_by(read_wheel(locate_release(workspace.root, VERSION)), plans[VERSION].tree)
     )

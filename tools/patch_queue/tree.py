@@ -16,7 +16,7 @@ _ABSENT = "0" * 40
 
 
 class DoesNotApply(QueueError):
-    """A patch does not fit a tree; ``reasons`` holds git's lines, one a file and hunk."""
+    """A patch does not apply to a tree; ``reasons`` has one line of git for each file and hunk."""
 
     def __init__(self, patch: Patch, reasons: list[str]):
         super().__init__(f"{patch.name} does not apply:\n  " + "\n  ".join(reasons))
@@ -25,14 +25,14 @@ class DoesNotApply(QueueError):
 
 
 def blob_id(content: bytes | None) -> str:
-    """git's name of a file's content, as it stands in a patch's index line."""
+    """git's hash of a file's content, as in a patch's index line."""
     if content is None:
         return _ABSENT
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _git(args: list[str], cwd: Path, stdin: str | None = None) -> subprocess.CompletedProcess:
-    # Outside any repository, whatever encloses the temporary folder: `git apply` in a subfolder of
+    # Outside any repository that contains the temporary directory: `git apply` in a subdirectory of
     # a work tree silently skips files.
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     env.update(GIT_CEILING_DIRECTORIES=str(cwd.resolve().parent), LC_ALL="C")

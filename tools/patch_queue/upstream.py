@@ -15,7 +15,7 @@ from .tree import Tree
 VERSION = "0.19.2"
 
 # SHA-256 of every Linux wheel of this version. Their Python files are the same; only the compiled
-# helpers differ, and those are built anew for the running Python.
+# helpers differ, and those are built for the running Python.
 WHEELS = {
     "megatron_core-0.19.2-cp312-cp312-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl": (
         "8e3e486f13f559450415b9b9dc0ff3331a0bb83dd154553f7f350a75ff9c42b5"
@@ -87,7 +87,7 @@ def locate_release(root: Path, version: str) -> Path:
     """
     if version not in RELEASES:
         raise QueueError(
-            f"{version} is not one of the releases known here: {', '.join(RELEASES)}. Give the path "
+            f"{version} is not one of the supported releases: {', '.join(RELEASES)}. Give the path "
             "of a tree of it instead."
         )
     cached = root / ".upstream" / _NAME.format(version)

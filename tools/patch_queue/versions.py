@@ -21,7 +21,7 @@ def minor(version: str) -> tuple[int, int]:
     """
     match = re.match(r"(\d+)\.(\d+)", version)
     if match is None:
-        raise QueueError(f"'{version}' is no version of Megatron-Core, such as 0.17 or 0.17.1.")
+        raise QueueError(f"'{version}' is not a version of Megatron-Core, such as 0.17 or 0.17.1.")
     return int(match[1]), int(match[2])
 
 
@@ -35,7 +35,7 @@ def numbers(version: str) -> tuple[int, ...]:
 def in_ranges(version: str, text: str) -> bool:
     """Whether the version is in "0.15", "0.15-0.17", "0.15-0.19.0" or several after commas.
 
-    A bound of two numbers stands for all versions that begin with them.
+    A bound of two numbers includes all versions that start with them.
     """
     found = numbers(version)
     for part in text.split(","):
@@ -47,7 +47,7 @@ def in_ranges(version: str, text: str) -> bool:
 
 
 def detect(tree: Tree) -> str | None:
-    """The version that megatron/core/package_info.py tells, or None where it tells none."""
+    """The version in megatron/core/package_info.py, or None."""
     text = tree.get(PACKAGE_INFO, b"").decode("utf-8", "replace")
     parts = [re.search(rf"^{name}\s*=\s*(\d+)", text, re.M) for name in ("MAJOR", "MINOR", "PATCH")]
     if None in parts:
@@ -59,7 +59,7 @@ def detect(tree: Tree) -> str | None:
 def nearest(version: str | None) -> str:
     """The known release to treat a tree as: of the same minor version, else the closest one.
 
-    A tree that tells no version counts as the newest release.
+    A tree without a version counts as the newest release.
     """
     if version is None:
         return list(RELEASES)[-1]

@@ -87,7 +87,7 @@ def test_evidence_of_a_patch(root, tmp_path):
     assert before[ids[0]].reason == "AssertionError: b is 1"
     told = [after[test].reason for test in ids[1:]]
     assert told[0] == "KeyError: 'gone'" and "nowhere_to_be_found" in told[1]
-    assert told[2] == "not found, or no end in time"
+    assert told[2] == "not found, or timed out"
 
 
 def test_table_is_rendered_and_checked(root, tmp_path, monkeypatch):

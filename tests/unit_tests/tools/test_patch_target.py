@@ -121,7 +121,7 @@ def test_local_edits_in_the_same_lines(root, fork):
     with pytest.raises(QueueError) as refusal:
         apply_to(root, series(root), fork, list(GROUPS))
     text = str(refusal.value)
-    assert "2 do not fit" in text and "left as it was" in text
+    assert "2 patches or files do not apply" in text and "was not changed" in text
     assert "fixes/first.patch: megatron/core/a.py: hunk 1 of 1 expects the line 'line 4'" in text
     assert "device/second.patch: megatron/core/a.py: hunk 1 of 1 expects the line 'line 30'" in text
     assert snapshot(fork) == before
@@ -132,7 +132,7 @@ def test_not_megatron(root, fork, tmp_path, inside):
     """Refused; who names a folder too deep is told the right one."""
     place = fork / inside if inside else tmp_path / "else"
     place.mkdir(exist_ok=True)
-    with pytest.raises(QueueError, match="holds no megatron/core") as refusal:
+    with pytest.raises(QueueError, match="has no megatron/core") as refusal:
         apply_to(root, series(root), place, list(GROUPS))
     assert (f"Did you mean {fork}?" in str(refusal.value)) == bool(inside)
 
@@ -150,7 +150,7 @@ def test_read_only(root, fork, monkeypatch):
         return real(dir=dir, **kwargs)
 
     monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
-    with pytest.raises(QueueError, match="Read-only file system.*left as it was"):
+    with pytest.raises(QueueError, match="Read-only file system.*was not changed"):
         apply_to(root, series(root), fork, list(GROUPS))
     assert len(calls) == 2 and snapshot(fork) == before
 
@@ -161,7 +161,7 @@ def test_unknown_version(root, tmp_path, version, near, monkeypatch, capsys):
     monkeypatch.setattr(command_line, "ROOT", root)
     fork = make_fork(tmp_path / "other", version)
     assert command_line.main(["apply", "--to", str(fork)]) == 0
-    said = f"{version} is not a version known here; treated as {near}."
+    said = f"{version} is not a supported version; treated as {near}."
     assert said in capsys.readouterr().out
     fork = make_fork(tmp_path / "changed", version)
     edit(fork, A, "line 30\n", "line 30 of theirs\n")
@@ -174,7 +174,7 @@ def test_unknown_version(root, tmp_path, version, near, monkeypatch, capsys):
 def test_no_version(root, fork):
     (fork / "megatron/core/package_info.py").unlink()
     plan = apply_to(root, series(root), fork, list(GROUPS))
-    assert plan.notes == ["The tree tells no version; treated as 0.19.2."]
+    assert plan.notes == ["The tree has no version; treated as 0.19.2."]
 
 
 def test_version_arithmetic():
@@ -185,7 +185,7 @@ def test_version_arithmetic():
     assert in_ranges("0.17.1", "0.15,0.17-0.18") and not in_ranges("0.16.1", "0.15,0.17-0.18")
     assert in_ranges("0.19.0", "0.15-0.19.0") and not in_ranges("0.19.2", "0.15-0.19.0")
     assert in_ranges("0.19.2", "0.19.1-0.20") and not in_ranges("0.19.0", "0.19.1-0.20")
-    with pytest.raises(QueueError, match="'main' is no version"):
+    with pytest.raises(QueueError, match="'main' is not a version"):
         nearest("main")
 
 
@@ -282,7 +282,7 @@ def test_try_takes_folders_wheels_and_releases(root, fork, wheel, monkeypatch, c
     assert capsys.readouterr().out.count("fixes/first.patch    applies") == 2
     assert snapshot(fork) == before
     assert command_line.main(["try", "--no-tests", "0.18.77"]) == 2
-    assert "0.18.77 is not one of the releases known here: 0.15.3, " in capsys.readouterr().err
+    assert "0.18.77 is not one of the supported releases: 0.15.3, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "core-alone"])
