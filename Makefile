@@ -23,7 +23,7 @@ help:
 	@echo "make fuzz         random models, layouts and options against one process (N=100 SEED=)"
 	@echo "make fuzz-readers 2,000 mutations of a good file for each reader (N=2000)"
 	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
-	@echo "make lint, fix    black, isort and unused names: check, or rewrite"
+	@echo "make lint, fix    black, isort, unused names, wording: check, or rewrite"
 	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
 
 install: $(VENV)/installed
@@ -68,6 +68,7 @@ lint: test-install
 	$(BIN)/black --check -q $(SOURCES)
 	$(BIN)/isort --check -q $(SOURCES)
 	$(BIN)/ruff check -q $(SOURCES)
+	$(BIN)/python tools/check_wording.py
 
 fix: test-install
 	$(BIN)/black -q $(SOURCES)
