@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # two processes of tests keep two cores busy; more only make them wait longer.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
-PARALLEL = -n $(WORKERS) --dist loadfile
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Cases of `make fuzz`, and the seed of their draws.
 N ?= 100

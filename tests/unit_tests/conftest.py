@@ -26,6 +26,24 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+# Modules that take longest. xdist hands out modules in this order, so that none of these is the last
+# one while the other worker is idle (--no-loadscope-reorder in the Makefile).
+_LONGEST = (
+    'test_fuzz.py',
+    'test_documented_commands.py',
+    'test_grouped_experts.py',
+    'test_parallel_losses.py',
+    'test_context_parallel.py',
+    'test_packaging.py',
+    'test_text_to_model.py',
+    'test_commands.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 # What a launcher sets: a process that finds one of them believes that it is a rank.
 _LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
