@@ -87,7 +87,7 @@ def kernels_of_cuda():
     from megatron.core.fusions import chunked_lm_loss, fused_qkv_rotary
     from megatron.core.transformer import fused_rotary_attention
     from megatron.core.transformer.moe.grouped_mlp import dispatch
-    from megatron.core.transformer.moe.grouped_mlp import permute as row_permutation
+    from megatron.core.transformer.moe.grouped_mlp import permute
 
     def partial_sums(rows, bias):
         return rows.new_empty(len(rows) // 32 + len(bias), bias.shape[1], dtype=torch.float32)
@@ -115,7 +115,7 @@ def kernels_of_cuda():
         return tuple(logits.new_ones(len(logits), dtype=torch.float32) for _ in range(3))
 
     def sum_by_token(rows, token_of_row, num_tokens):
-        order = row_permutation.rows_of_tokens(token_of_row, num_tokens)
+        order = permute.rows_of_tokens(token_of_row, num_tokens)
         sums = rows.new_zeros(num_tokens, rows.shape[1])
         del order
         return sums
@@ -133,7 +133,7 @@ def kernels_of_cuda():
         patch.setattr(dispatch.ELEMENTWISE, 'select', lambda tensor: elementwise)
         patch.setattr(fused_rotary_attention, 'fused_implementation', lambda tensor: 'triton')
         patch.setattr(fused_qkv_rotary, '_TRITON', SimpleNamespace(module=rotation))
-        patch.setattr(row_permutation, '_sum_by_token', sum_by_token)
+        patch.setattr(permute, '_sum_by_token', sum_by_token)
         cross_entropy = SimpleNamespace(module=loss)
         patch.setattr(chunked_lm_loss.CROSS_ENTROPY, 'select', lambda logits: cross_entropy)
         patch.setattr(chunked_lm_loss, '_add_product_', lambda *_: None)

@@ -346,7 +346,7 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _common_factor(dlosses: Tensor, loss_weights: Tensor | None) -> Tensor:
-    """The c in dlosses = c * loss_weights, a scalar tensor, by least squares; checks the residual."""
+    """The scalar tensor c in dlosses = c * loss_weights, by least squares; checks the residual."""
     weights = torch.ones_like(dlosses) if loss_weights is None else loss_weights.to(dlosses.dtype)
     factor = (dlosses * weights).sum() / weights.square().sum().clamp(min=1e-30)
     distance = (dlosses - factor * weights).abs().max()

@@ -1,10 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Triton kernels of the cross entropy over one chunk's logits: read once, then made their gradient.
+"""Triton kernels of the cross entropy of a chunk: one reads the logits, one overwrites them.
 
-The logits stay in their dtype and the gradient takes their place, so a chunk needs no other tensor
-of its size: 6 bytes move for each logit in bf16. Everything is computed in fp32; addresses are
-int64.
+The gradient overwrites the logits in their dtype, so a chunk needs no other tensor of this size: 6
+bytes of traffic per logit in bf16. All arithmetic is in fp32; addresses are int64.
 """
 
 import torch
@@ -15,14 +14,14 @@ BLOCK = 4096
 
 
 def row_statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What a row's loss needs, over this rank's part of the vocabulary.
+    """Statistics of each row for its loss, over this rank's part of the vocabulary.
 
     Args:
         logits: [n, v], contiguous; bf16, fp16 or fp32.
-        labels: [n] int64, columns; one outside of [0, v) belongs to another rank.
+        labels: [n] int64, columns; a column outside of [0, v) belongs to another rank.
     Returns:
-        [n] fp32 each: the maximum, the sum of exp(logit - maximum), the label's logit (0 for one
-        that is elsewhere).
+        [n] fp32 each: the maximum, the sum of exp(logit - maximum), the logit of the label (0 if
+        another rank has it).
     """
     rows, width = logits.shape
     maximum, total, target = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
@@ -39,7 +38,7 @@ def to_gradient_(
     scale: torch.Tensor,
     weights: torch.Tensor,
 ) -> None:
-    """logits = scale * exp(logits - lse), minus weights at the label; in place, rounded once.
+    """Overwrite logits with scale * exp(logits - lse), minus weights at the label; rounded once.
 
     Args:
         logits, labels: as in `row_statistics`.

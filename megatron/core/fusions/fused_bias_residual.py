@@ -3,9 +3,9 @@
 """Bias of the attention output and residual added in one kernel, without dropout.
 
 A layer spec uses `get_bias_residual_add` in place of upstream's `get_bias_dropout_add`. Upstream's
-fusion (--bias-dropout-fusion) is torch.compile of a function that is called with and without dropout,
-bias and gradient, and with several lengths. That exceeds PyTorch's limit of 8 graphs, and the
-function then runs uncompiled.
+fusion (--bias-dropout-fusion) is torch.compile of a function that is called with and without
+dropout, bias and gradient, and with several lengths. That exceeds PyTorch's limit of 8 graphs, and
+the function then runs uncompiled.
 """
 
 from typing import Callable

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-# Of a program; 32 elements a thread. The 2,880 columns of gpt-oss are 94% of three blocks.
+# Block of a program; 32 elements per thread. The 2,880 columns of gpt-oss fill 94% of three blocks.
 BLOCK_ROWS = 4
 BLOCK_COLUMNS = 1024
 

@@ -3,9 +3,9 @@
 """Split of linear_qkv's output and rotary embedding of queries and keys in one kernel.
 
 Upstream's layer splits [s, b, ng, (np/ng + 2) * hn], copies the queries, negates and concatenates
-halves, multiplies twice and adds, each a memory-bound kernel in the tensor's dtype. This kernel reads
-and writes once, forward and backward, computes in fp32 and rounds once. It copies the values as well:
-a view of them would keep the complete output of linear_qkv until the backward.
+halves, multiplies twice and adds, each a memory-bound kernel in the tensor's dtype. This kernel
+reads and writes once, forward and backward, computes in fp32 and rounds once. It copies the values
+as well: a view of them would keep the complete output of linear_qkv until the backward.
 
 Shapes: s tokens, b micro batch, ng key groups of this rank, np query heads of this rank, hn head
 dim, np/ng = `num_queries`.

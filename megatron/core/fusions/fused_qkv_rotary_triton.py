@@ -1,16 +1,16 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The Triton kernel of `fused_qkv_rotary`: splits and rotates, or rotates back and joins.
+"""The Triton kernel of `fused_qkv_rotary`: splits and rotates, or rotates back and concatenates.
 
-A program takes some tokens of one group, loads their cosines and sines once, and goes through the
-group's heads. The gradient of a rotation is the rotation by the negative angle, so that the backward
-is the same kernel with source and target exchanged. Shapes as in `fused_qkv_rotary`.
+A program loads cosines and sines of some tokens once, and processes all heads of one group. The
+gradient of a rotation is the rotation by the negative angle, so the backward is the same kernel
+with source and target exchanged. Shapes as in `fused_qkv_rotary`.
 """
 
 import triton
 import triton.language as tl
 
-# Tokens of a program: 8 bf16 a thread for heads of 64, loaded 16 bytes at a time.
+# Tokens of a program: 8 bf16 per thread for heads of 64, in loads of 16 bytes.
 BLOCK_TOKENS = 32
 
 
@@ -35,7 +35,7 @@ def rotate_back_and_join(dquery, dkey, dvalue, cos, sin, num_queries):
 
 
 def _dense_heads(tensor):
-    """The kernel takes any strides but the last."""
+    """The kernel takes any strides, except that the last is 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -63,7 +63,7 @@ def _launch(qkv, query, key, value, cos, sin, num_queries, backward):
 
 @triton.jit
 def _move(joined, apart, cos, sin, half, mask, ROTATE: tl.constexpr, BACKWARD: tl.constexpr):
-    """One head of each token, from qkv to a tensor of its own, or back."""
+    """Copy one head of each token from qkv to query, key or value, or back."""
     source = apart if BACKWARD else joined
     target = joined if BACKWARD else apart
     first = tl.load(source, mask=mask, other=0.0)

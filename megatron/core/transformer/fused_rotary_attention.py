@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""SelfAttention whose queries and keys are rotated as linear_qkv's output is split."""
+"""SelfAttention that splits linear_qkv's output and rotates queries and keys in one kernel."""
 
 from torch import Tensor
 
@@ -10,17 +10,17 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 
 class FusedRotarySelfAttention(SelfAttention):
-    """SelfAttention for a layer spec; the same parameters, checkpoints and arguments.
+    """SelfAttention for a layer spec, with the same parameters, checkpoints and arguments.
 
-    Where the fused rotation does not apply (CPU, inference, angles of part of a head, packed
-    sequences other than PackedSequence, a norm of queries or keys, fewer key groups than tensor
-    parallel ranks) it is SelfAttention.
+    It is SelfAttention where the fusion does not apply: CPU, inference, rotary embedding of part of
+    a head, packed sequences other than PackedSequence, a norm of queries or keys, fewer key groups
+    than tensor parallel ranks.
     """
 
     _rotation = None  # (angles, implementation) while a forward runs in which it applies
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None, *args, **kwargs):
-        """As SelfAttention.forward, which gets no rotary_pos_emb where q and k come rotated."""
+        """As SelfAttention.forward, which gets no rotary_pos_emb if the fusion rotates q and k."""
         if args or not self._rotates_while_splitting(hidden_states, **kwargs):
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
         self._rotation = kwargs.pop("rotary_pos_emb"), fused_implementation(hidden_states)
@@ -30,7 +30,7 @@ class FusedRotarySelfAttention(SelfAttention):
             self._rotation = None
 
     def get_query_key_value_tensors(self, hidden_states, key_value_states=None, **kwargs):
-        """As SelfAttention's, with query and key rotated and value contiguous where it applies."""
+        """As SelfAttention's; the fusion rotates query and key and makes value contiguous."""
         if self._rotation is None:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, **kwargs)
         freqs, implementation = self._rotation
@@ -54,7 +54,7 @@ class FusedRotarySelfAttention(SelfAttention):
         return (
             fused_implementation(hidden_states) is not None
             and isinstance(rotary_pos_emb, Tensor)
-            # [s, 1, 1, hn]: a row for each token; of packed tokens [t, 1, hn], looked up before.
+            # [s, 1, 1, hn]: one row per token; [t, 1, hn] for packed tokens, already looked up.
             and rotary_pos_emb.dim() == (4 if packed_seq_params is None else 3)
             and rotary_pos_emb.numel() == rotary_pos_emb.size(0) * config.kv_channels
             and inference_context is None

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The learnable sink of attention as a tensor-parallel parameter: one logit a query head."""
+"""The learnable sinks as a tensor-parallel parameter: one logit per query head."""
 
 import torch
 
@@ -10,12 +10,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 @torch.no_grad()
 def init_softmax_offset(param: torch.nn.Parameter, config, tp_group) -> None:
-    """Mark the sinks as split over the heads, and draw them.
+    """Mark the sinks as split over the heads, and initialise them.
 
-    Without the mark, the gradient norm counts those of TP rank 0 only. Drawn as all weights are:
-    with use_cpu_initialization the heads of all ranks at once, of which each rank takes its own,
-    so that the values do not depend on the tensor parallel size; else under the random state of
-    the tensor parallel rank, so that its heads are not copies of another rank's.
+    Without the mark, the gradient norm counts only those of TP rank 0. The initial values are drawn
+    as those of other weights: with use_cpu_initialization for the heads of all ranks, of which each
+    rank takes its own, so that they do not depend on the tensor parallel size; else with the random
+    state of the tensor parallel rank, so that ranks do not have the same values.
 
     Args:
         param: [np], the sinks of this rank's heads.

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The sinks of TransformerEngine's attention as Megatron counts gradients and norms."""
+"""The sinks of TransformerEngine's attention in Megatron's gradient reduction and norms."""
 
 import weakref
 
@@ -13,12 +13,11 @@ from megatron.core.utils import get_pg_size
 
 
 def prepare_te_softmax_offset(module, config, tp_group) -> None:
-    """Mark, draw, and count once the learnable sinks of a TransformerEngine attention module.
+    """Mark and initialise the sinks of a TransformerEngine attention module; count them once.
 
-    TransformerEngine gathers the sinks' gradient over the context parallel group (a2a), so that
-    every rank has all of it, and Megatron's reduction adds up what the ranks of this group have, as
-    it must for every other parameter: the sum is cp times the gradient, whether it is then divided
-    by the number of ranks or of tokens. The ranks' copies are equal, so each gives 1 / cp of it.
+    TransformerEngine gathers the gradient of the sinks over the context parallel group (a2a), so
+    every rank has the complete gradient. Megatron's reduction then sums over the group, as it must
+    for every other parameter, and gets cp times the gradient. A hook therefore divides by cp.
 
     Args:
         module: TEDotProductAttention, after its own __init__; `softmax_offset` [np] and `cp_group`.
@@ -30,8 +29,8 @@ def prepare_te_softmax_offset(module, config, tp_group) -> None:
         return
     if config.use_cpu_initialization or get_cuda_rng_tracker().is_initialized():
         init_softmax_offset(param, config, tp_group)
-    else:  # without Megatron's random states they stay zero
+    else:  # without Megatron's random states they stay 0
         set_tensor_model_parallel_attributes(param, is_parallel=True, dim=0, stride=1)
-    owner = weakref.ref(module)  # the hook lives in C++, where a ring is not collected
+    owner = weakref.ref(module)  # the hook is held in C++: a reference cycle would not be collected
     # Looked up at each call: the group can be set after __init__.
     param.register_hook(lambda gradient: gradient / get_pg_size(owner().cp_group))

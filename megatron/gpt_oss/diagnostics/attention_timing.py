@@ -107,7 +107,7 @@ class Workload:
         return short
 
     def call(self, backend: str, **options) -> Callable:
-        """sink_attention of (q, k, v, sinks) with the options of this workload and the given ones."""
+        """sink_attention of (q, k, v, sinks) with the options of this workload and others."""
         options = dict(options, window_size=self.window_size, backend=backend)
         if self.documents:
             bounds = torch.tensor([0, *self.documents]).cumsum(0)

@@ -2,8 +2,8 @@
 
 """The output bias of an expert whose weights are split over expert tensor parallelism (ETP).
 
-Each ETP rank computes a partial sum of the expert's output, and the token dispatcher adds them up
-later. Each rank holds the whole bias, so it would be counted once per rank.
+Each ETP rank computes a partial sum of the expert output, which the token dispatcher sums later.
+Each rank holds the complete bias, which would be counted once per rank.
 """
 
 import torch
@@ -12,10 +12,10 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 
 class _CountOnce(torch.autograd.Function):
-    """The bias on ETP rank 0 and zeros elsewhere; the whole gradient on every rank.
+    """The bias on ETP rank 0 and zeros elsewhere; the complete gradient on every rank.
 
-    The ranks see the same gradient of the output. The one of the bias is therefore whole on each
-    of them, and its copies stay equal with no reduction.
+    The ranks have the same gradient of the output, so each computes the complete gradient of the
+    bias, and its copies stay equal without a reduction.
     """
 
     @staticmethod
@@ -28,14 +28,14 @@ class _CountOnce(torch.autograd.Function):
 
 
 def count_bias_once(bias, etp_group):
-    """What this ETP rank adds of the bias, so that the sum over the ranks holds it once.
+    """This ETP rank's term of the bias, so that the sum over the ranks contains it once.
 
     Args:
         bias: a tensor, a list of them (one an expert), or None.
         etp_group: the expert tensor parallel group; None without torch.distributed.
     Returns:
-        the bias itself where there is one rank only; else something of the same shapes, with the
-        gradient of the bias whole on every rank.
+        the bias itself with one rank; else tensors of the same shapes, with the complete gradient
+        of the bias on every rank.
     """
     if bias is None or get_pg_size(etp_group) == 1:
         return bias

@@ -2,11 +2,10 @@
 
 """Experts under tensor parallelism without sequence parallelism.
 
-Without sequence parallelism every tensor-parallel rank holds all tokens. The router, the token
-dispatchers and the balancing losses of Megatron expect each rank to hold its own: given the same
-tokens on all of them, an expert would see each token once per rank. So a training step splits the
-sequence over the TP group before the router and joins it after the experts have answered; between
-the two all is as under sequence parallelism.
+Without sequence parallelism every tensor-parallel rank holds all tokens. Router, token dispatchers
+and balancing losses of Megatron expect different tokens on each rank; otherwise an expert would see
+each token once per rank. A training step therefore splits the sequence over the TP group before the
+router and gathers it after the combine, as under sequence parallelism.
 
 [s, b, h] = tokens, micro batch, hidden size.
 """
@@ -22,7 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 
 def check_tokens_can_be_split(config) -> None:
-    """Refuse what would compute with a split sequence as if it were whole.
+    """Reject modules that would treat the split sequence as the complete one.
 
     Raises:
         ValueError: for shared experts and latent projections, which are not summed over the TP
@@ -49,7 +48,7 @@ def check_tokens_can_be_split(config) -> None:
 
 
 def mark_router(router: torch.nn.Module) -> None:
-    """Have finalize_model_grads sum the router's gradients: each TP rank routes its own tokens."""
+    """Make finalize_model_grads sum the router's gradients: TP ranks route different tokens."""
     for param in router.parameters():
         param.sum_gradients_across_tp_domain = True
 
@@ -81,9 +80,9 @@ def split_tokens(
 
 
 def join_tokens(hidden_states: torch.Tensor, tp_group) -> torch.Tensor:
-    """The whole sequence [s, b, h] from every rank's [s / tp, b, h].
+    """Gather the complete sequence [s, b, h] from every rank's [s / tp, b, h].
 
-    The gradient that comes back is the same on all ranks, so that each takes its own part of it.
+    Its gradient is the same on all ranks; each takes its own part.
     """
     return gather_from_sequence_parallel_region(
         hidden_states, tensor_parallel_output_grad=False, group=tp_group

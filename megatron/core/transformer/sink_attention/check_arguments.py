@@ -151,8 +151,8 @@ def check_window_size(window_size: tuple[int, int] | None) -> None:
     is_int = [isinstance(size, int) and not isinstance(size, bool) for size in pair]
     if is_int != [True, True] or pair[0] < -1 or pair[1] not in (-1, 0):
         raise ValueError(
-            f"window_size: is {window_size!r}; wanted (left, 0), the keys before the query's own that "
-            "it sees, -1 for all, or None. Hugging Face's sliding_window of 128 is (127, 0)."
+            f"window_size: is {window_size!r}; wanted (left, 0), with the number of keys before "
+            "the query's own, -1 for all, or None. Hugging Face's sliding_window of 128 is (127, 0)."
         )
 
 

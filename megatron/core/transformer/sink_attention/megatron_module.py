@@ -83,7 +83,7 @@ def core_attention(
 
 
 def _unsupported_reason(module, query, key, attention_mask, attn_mask_type, attention_bias, packed):
-    """Why the kernels cannot run this call, and what to change, in one sentence; None if they can."""
+    """Why the kernels cannot run this call, and what to change; None if they can."""
     dropout = module.attention_dropout.p
     if module.training and dropout > 0:
         return (

@@ -21,7 +21,8 @@ _OPTIONS = ", ".join(f"{kind} {name}" for name, kind in SCHEMA.items())
 @torch.library.custom_op(
     "megatron_sink_attention::forward",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, Tensor? sinks, {_OPTIONS}) -> (Tensor, Tensor)",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? sinks, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
 )
 def forward_op(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *options

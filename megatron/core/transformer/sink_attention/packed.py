@@ -2,9 +2,9 @@
 
 """Packed documents that context parallelism splits as one sequence.
 
-TransformerEngine splits every document for itself, so that its length must be a multiple of
-2 * cp. Here the 2 * cp chunks are those of the whole sequence and documents have any length: a rank
-may hold the end of one, some whole ones and the beginning of another.
+TransformerEngine splits each document, whose length must be a multiple of 2 * cp. Here the 2 * cp
+chunks are those of the complete sequence, and documents have any length: a rank may hold the end of
+one document, several complete ones and the beginning of another.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from megatron.core.transformer.sink_attention.context_parallel import global_pos
 
 @dataclass
 class PackedSequence(PackedSeqParams):
-    """Where the documents of a packed sequence lie; make it with `PackedSequence.of`.
+    """Document boundaries of a packed sequence; make it with `PackedSequence.of`.
 
-    A model on Megatron-Core's own attention takes it as `packed_seq_params`, at any context
-    parallel size and the same on every rank and pipeline stage.
+    A model with Megatron-Core's own attention takes it as `packed_seq_params`, at any context
+    parallel size, with the same values on every rank and pipeline stage.
     """
 
-    num_tokens: int | None = None  # of the whole sequence
+    num_tokens: int | None = None  # of the complete sequence
     longest: int | None = None  # tokens of the longest document; max_seqlen_q is a bound of it
-    run_on: bool = False  # positions go on from one document to the next
+    run_on: bool = False  # positions continue from one document to the next
 
     @classmethod
     def of(
@@ -40,15 +40,15 @@ class PackedSequence(PackedSeqParams):
         """Describe documents in a sequence of `num_tokens`.
 
         Args:
-            cu_seqlens: [documents + 1] int32, of the whole sequence; may end with copies of
+            cu_seqlens: [documents + 1] int32, of the complete sequence; may end with copies of
                 num_tokens, which are documents without tokens.
-            num_tokens: tokens of the whole sequence, before it is split over ranks.
+            num_tokens: tokens of the complete sequence, before it is split over ranks.
             max_seqlen: of the longest document, a Python int; num_tokens by default.
             run_on: count positions from the beginning of the sequence, not of each document.
-                Rotary attention within documents is the same function, but for rounding.
+                Rotary attention within documents is the same function, except for rounding.
         """
         longest = num_tokens if max_seqlen is None else max_seqlen
-        # RotaryEmbedding keeps a table for each bound that it meets: let it be few.
+        # RotaryEmbedding caches a table for each bound: powers of 2 keep them few.
         bound = num_tokens if run_on else min(num_tokens, 1 << (longest - 1).bit_length())
         return cls(
             qkv_format="thd",
@@ -62,7 +62,7 @@ class PackedSequence(PackedSeqParams):
         )
 
     def positions(self, cp_group: ProcessGroup | None = None) -> Tensor:
-        """Place in its document of each token of this rank; in the sequence with `run_on`.
+        """Position of each token of this rank in its document, or in the sequence with `run_on`.
 
         Returns:
             [num_tokens / cp] int64, on the device of cu_seqlens.
@@ -78,7 +78,7 @@ class PackedSequence(PackedSeqParams):
         """The rows of a rotary table for the tokens of this rank.
 
         Args:
-            table: [max_seqlen_q, 1, 1, d]: the angles of each place.
+            table: [max_seqlen_q, 1, 1, d]: the angles of each position.
         Returns:
             [num_tokens / cp, 1, d], for queries and keys [t, heads, d]; None for None.
         """

@@ -27,7 +27,7 @@ class SinkDotProductAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """As DotProductAttention.forward: [sq, b, np * hn], or [t, np * hn] for packed sequences."""
+        """As DotProductAttention.forward: [sq, b, np * hn], packed [t, np * hn]."""
         arguments = (
             query,
             key,

@@ -11,6 +11,7 @@ from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.transformer.fused_rotary_attention import FusedRotarySelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.grouped_mlp.module import GroupedExperts
 from megatron.core.transformer.sink_attention.sink_dot_product_attention import (
     SinkDotProductAttention,
 )
@@ -176,3 +177,13 @@ def test_layer_spec(choice):
     assert attention.submodules.linear_proj is theirs.row_parallel_linear()
     expected = TEDotProductAttention if choice == 'te' else SinkDotProductAttention
     assert attention.submodules.core_attention is expected
+
+
+def test_local_layer_spec():
+    """Without TransformerEngine: attention on our kernels, and grouped experts."""
+    provider = layer_specs.GptOssSpecProvider()
+    config = SimpleNamespace(num_moe_experts=8, moe_grouped_gemm=True)
+    layer = layer_specs.gpt_oss_layer_spec(config, provider).submodules
+    assert layer.self_attention.submodules.core_attention is SinkDotProductAttention
+    assert provider.grouped_mlp_modules(True) is GroupedExperts
+    assert provider.grouped_mlp_modules(False) is not GroupedExperts

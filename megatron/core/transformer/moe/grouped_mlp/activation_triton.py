@@ -1,12 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Triton kernels over the rows of all experts: bias, clamped SwiGLU, router weight, bias sums.
+"""Triton kernels on the routed tokens of all experts: bias, clamped SwiGLU, router weight, dbias.
 
-The rows are cut into tiles that belong to one expert each. How many tiles an expert has depends on
-its rows, which only the device knows: the grid has the most that there can be, a program finds its
-tile from the experts' ends, and those that are left over do nothing. A tile loads its expert's bias
-once and writes one partial sum for the bias' gradient; a second kernel adds the partial sums of
-an expert, always in the same order.
+Tokens are split into tiles of one expert each. The number of tiles of an expert is known only on
+the device: the grid has the maximum, a program finds its tile from the ends of the segments, and
+programs without a tile return. A tile loads the bias of its expert once and writes one partial sum
+of dbias; a second kernel adds the partial sums of an expert in a fixed order.
 
 Addresses are int64: 524,288 rows of 5,760 columns pass 2^31.
 """
@@ -15,19 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
-# Rows and columns that a program takes at a time. Every tile of rows has a partial sum: 6% of the
-# rows' memory.
+# Rows and columns of a block. The partial sums of the tiles are 6% of the memory of the rows.
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
-# A program finds its tile once and goes through several blocks of columns; with few tiles the
-# blocks are dealt out to more programs, so that 132 multiprocessors have something to do.
+# A program processes several blocks of columns of its tile; with few tiles the blocks are split
+# over more programs, to occupy 132 multiprocessors.
 MIN_PROGRAMS = 4096
 
 
 def swiglu_forward(y, bias, probs, ends, constants):
-    """See `activation.weighted_bias_swiglu`; `ends` is `RowGroups.ends`."""
+    """See `activation.weighted_bias_swiglu`; `ends` is `ExpertSegments.ends`."""
     num_rows, width = y.shape[0], y.shape[1] // 2
     out = y.new_empty(num_rows, width)
-    # It has no sums to make: wider blocks are a tenth faster on an H100.
+    # It has no sums: wider blocks are a tenth faster on an H100.
     tiling = _Tiling(num_rows, width, ends, columns=2 * BLOCK_COLUMNS, num_warps=4)
     _swiglu_forward[tiling.grid](
         y,
@@ -93,7 +91,7 @@ def add_weighted_bias_(y, bias, scale, ends):
 
 def weighted_bias_gradients(dy, bias, scale, ends):
     """Gradients of bias and scale of `add_weighted_bias_`, in their dtypes."""
-    # It only reads, and holds little: 0.34 ms instead of 0.59 for 131,072 rows on an H100.
+    # It only reads and uses few registers: 0.34 ms instead of 0.59 for 131,072 rows on an H100.
     tiling = _Tiling(*dy.shape, ends, rows=64, num_warps=4, min_programs=4 * MIN_PROGRAMS)
     dbias, dscale = tiling.partial_sums(dy, dy.shape[1])
     _weighted_bias_gradients[tiling.grid](
@@ -111,7 +109,7 @@ def weighted_bias_gradients(dy, bias, scale, ends):
 
 
 def zero_where_empty_(dweight, ends):
-    """Clear dweight[e], [g, k, n] contiguous, of each expert e without a row."""
+    """Zero dweight[e], [g, k, n] contiguous, of each expert e without a token."""
     size = dweight[0].numel()
     _zero_where_empty[(ends.numel(), min(64, triton.cdiv(size, 4096)))](
         dweight, ends, size, BLOCK=4096
@@ -119,13 +117,13 @@ def zero_where_empty_(dweight, ends):
 
 
 class _Tiling:
-    """How a launch cuts rows and columns."""
+    """Split of rows and columns over the programs of a launch."""
 
     def __init__(
         self, num_rows, width, ends, rows=BLOCK_ROWS, columns=None, num_warps=2, min_programs=None
     ):
-        # Sums over rows go over few warps: on an H100 four for 32 rows are a tenth slower than two
-        # in the activation's backward, eight a third.
+        # Sums over rows take few warps: in the backward of the activation on an H100, four warps
+        # for 32 rows are a tenth slower than two, and eight a third.
         self.ends, self.num_rows = ends, num_rows
         columns = columns or BLOCK_COLUMNS
         self.num_tiles = triton.cdiv(num_rows, rows) + ends.numel()  # at most
@@ -140,7 +138,7 @@ class _Tiling:
         )
 
     def partial_sums(self, like, width):
-        """fp32: over the rows of each tile (None if width is), over each program's columns."""
+        """Buffers in fp32: sums over rows of each tile (None without width), over columns."""
         of_tiles = width and like.new_empty(self.num_tiles, width, dtype=torch.float32)
         return of_tiles, like.new_empty(self.grid[1], self.num_rows, dtype=torch.float32)
 
@@ -156,7 +154,7 @@ class _Tiling:
 
 @triton.jit
 def experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """Of every expert: first row, row after the last, number of tiles, tile after the last."""
+    """For every expert: first row, row after the last, number of tiles, tile after the last."""
     group = tl.arange(0, GROUPS)
     exists = group < num_groups
     end = tl.load(ends + group, mask=exists, other=0)
@@ -167,8 +165,9 @@ def experts_tiles(ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def find_tile(tile, start, end, tiles, tile_end, GROUPS: tl.constexpr):
-    """The expert of a tile, which of its tiles it is, the expert's first row and the row after its
-    last. Past all tiles the expert is one past the last, and the rest means nothing."""
+    """The expert of a tile, the index among its tiles, its first row and the row after its last.
+
+    Past all tiles the expert is one past the last, and the other values are undefined."""
     expert = tl.sum((tile_end <= tile).to(tl.int32), 0)
     mine = tl.arange(0, GROUPS) == expert
     first = tl.sum(tl.where(mine, start, 0), 0)
@@ -178,7 +177,7 @@ def find_tile(tile, start, end, tiles, tile_end, GROUPS: tl.constexpr):
 
 @triton.jit
 def _tile(tile, ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """The expert of a tile, its first row and the expert's end; an expert past the last for none."""
+    """The expert of a tile, the tile's first row and the expert's end; past all tiles no expert."""
     start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
     expert, tile, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
     return expert, first + tile * ROWS, last

@@ -2,9 +2,9 @@
 
 """Sharded tensors of `GroupedExperts`, under the names and in the layout of SequentialMLP.
 
-A parameter holds all local experts, [g, in, out] or [g, out]; a checkpoint holds each expert on its
-own, [out, in], gate and up apart. A ShardedTensorFactory turns one into the other and back, and is
-applied to the optimizer's state of the parameter as well.
+A parameter holds all local experts, [g, in, out] or [g, out]; a checkpoint holds each expert
+separately, [out, in], gate and up apart. A ShardedTensorFactory converts both ways, and also
+applies to the optimizer state of the parameter.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """Where the experts of this rank lie in the global tensors.
+    """Offsets of this rank's experts in the global tensors.
 
     Attributes:
         first_expert: global number of the first local expert.
@@ -42,7 +42,7 @@ class ExpertSharding:
     singleton: bool = False
 
     def key(self, prefix: str, name: str) -> str:
-        """The key of a tensor of the experts; `{expert}` stands for a number put in later."""
+        """The key of a tensor of the experts; `{expert}` is replaced with a number later."""
         return f"{prefix}experts.{'{expert}.' if self.singleton else ''}{name}"
 
     def of_expert(self, key: str, index: int) -> tuple[str, tuple]:
@@ -68,7 +68,7 @@ def expert_factory(
         parameter: [g, in, out] or [g, out].
         prefix: key of the experts; theirs is `<prefix>experts.<name>`.
         name: e.g. "linear_fc1.weight".
-        sharding: where this rank's experts lie.
+        sharding: offsets of this rank's experts.
         tp_axis: axis of one expert's [out, in] or [out] that is split over tensor parallel ranks;
             None if every rank has all of it.
         num_parts: 2 if that axis holds gate and up, each of them split over the ranks.
@@ -104,7 +104,7 @@ def expert_extra_states(
 ) -> dict[str, ShardedObject]:
     """The empty extra state that each linear layer of an expert has in a checkpoint.
 
-    SequentialMLP and TEGroupedMLP write it and ask for it. Keys are `<prefix><name>._extra_state<i>`.
+    SequentialMLP and TEGroupedMLP write and require it. Keys are `<prefix><name>._extra_state<i>`.
     """
     replica_id = (0, sharding.tp_rank, sharding.dp_rank)
     states = {}
@@ -138,19 +138,19 @@ def _expert_shards(key, one, index, replica_id, sharding, tp_axis, num_parts):
 
 
 def check_optimizer_layout(args, saved_args, sharding_type: str) -> None:
-    """Refuse optimizer state that lies in the order of other experts' parameters.
+    """Reject optimizer state in the parameter order of another experts module.
 
-    GroupedExperts, SequentialMLP and TEGroupedMLP have the same number of parameters in another
-    order. Formats that keep the flat buffers of the distributed optimizer could load all the same
-    (in sizes that are multiples of 64, where no parameter is padded), and give every parameter of
-    the experts the state of another.
+    GroupedExperts, SequentialMLP and TEGroupedMLP have the same number of parameters in a
+    different order. Formats with the flat buffers of the distributed optimizer would load without
+    an error (in sizes that are multiples of 64, where no parameter is padded), and give each
+    parameter of the experts the state of another one.
 
     Args:
         args: of this run.
         saved_args: of the run that wrote the checkpoint.
         sharding_type: `distrib_optim_sharding_type` of the checkpoint.
     Raises:
-        RuntimeError: says which setting differs and what to do.
+        RuntimeError: a setting differs.
     """
     in_model_space = ("fully_reshardable", "fully_sharded_model_space")
     if sharding_type in in_model_space or getattr(args, "num_experts", None) is None:

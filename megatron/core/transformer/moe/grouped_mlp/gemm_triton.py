@@ -27,8 +27,8 @@ if Version(triton.__version__) < Version("3.6"):
 
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# 242 registers a thread at most and 180 to 213 KB of shared memory for sm90 (Triton 3.6 and 3.7), no
-# spill: one program on a multiprocessor.
+# 242 registers a thread at most and 180 to 213 KB of shared memory for sm90 (Triton 3.6 and 3.7),
+# no spill: one program on a multiprocessor.
 TILE_ROWS, TILE_COLUMNS, DEPTH = 128, 256, 64
 # ABOVE: tiles above each other that are taken before the next column's. 8 tiles of rows and the
 # columns of a matrix that 132 multiprocessors then read are a few MB of the 50 MB cache.

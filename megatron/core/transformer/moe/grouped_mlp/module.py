@@ -327,6 +327,6 @@ def _check_supported(config: TransformerConfig) -> None:
     for name, value in refused.items():
         if value:
             raise ValueError(
-                f"GroupedExperts does not support {name} = {value}. Use TransformerEngine's experts "
-                "(--transformer-impl transformer_engine), or switch it off."
+                f"GroupedExperts does not support {name} = {value}. Use TransformerEngine's "
+                "experts (--transformer-impl transformer_engine), or switch it off."
             )

@@ -2,9 +2,9 @@
 
 """Permute tokens to the experts and back; each is the gradient of the other.
 
-A token has one row, a copy, for each of its experts. Permute is a gather. Unpermute sums the rows of
-each token in fp32, in their order, and rounds once; a scatter with atomic additions in bf16 rounds
-after each of them.
+A token has one row, a copy, for each of its experts. Permute is a gather. Unpermute sums the rows
+of each token in fp32, in their order, and rounds once; a scatter with atomic additions in bf16
+rounds after each of them.
 """
 
 import torch
@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.grouped_mlp.dispatch import UNPERMUTE
 
 
 def take_rows(tokens: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
-    """The token of each row.
+    """Permute: copy the token of each row.
 
     Args:
         tokens: [n, h], any float.
@@ -25,7 +25,7 @@ def take_rows(tokens: torch.Tensor, token_of_row: torch.Tensor) -> torch.Tensor:
 
 
 def add_rows(rows: torch.Tensor, token_of_row: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The sum of the rows of each token, 0 for one that has none.
+    """Unpermute: sum the rows of each token, 0 for a token without rows.
 
     Args:
         rows: [t, h], any float.
@@ -76,7 +76,8 @@ def rows_of_tokens(
     """The map from tokens to rows, computed on the device.
 
     Returns:
-        [t], int64: rows in the order of their tokens; [n + 1], int64: where each token's begin.
+        [t], int64: rows in the order of their tokens; [n + 1], int64: where those of each token
+        begin.
     """
     tokens, rows = token_of_row.sort(stable=True)
     every = torch.arange(num_tokens + 1, device=tokens.device)

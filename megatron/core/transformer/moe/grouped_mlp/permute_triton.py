@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Triton kernel that adds up the rows of each token; addresses are int64."""
+"""Triton kernel of unpermute: sums the rows of each token; addresses are int64."""
 
 import triton
 import triton.language as tl

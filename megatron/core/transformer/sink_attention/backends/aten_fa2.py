@@ -4,8 +4,8 @@
 
 `torch.nn.attention.varlen.varlen_attn` is the public interface of the same kernel. Its backward
 uses only its own lse, so the operators below it are called (their leading arguments are the same in
-PyTorch 2.5 to 2.13). `torch.nn.attention.activate_flash_attention_impl` replaces the kernel of these
-operators.
+PyTorch 2.5 to 2.13). `torch.nn.attention.activate_flash_attention_impl` replaces the kernel of
+these operators.
 """
 
 import contextlib

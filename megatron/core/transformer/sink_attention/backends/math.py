@@ -126,7 +126,7 @@ class _Tiles:
             yield slice(start, min(start + self.side, last))
 
     def _key_range(self, rows: slice) -> tuple[int, int]:
-        """Keys that any of the rows sees; on CUDA an upper bound, without waiting for the device."""
+        """Keys that any of the rows sees; on CUDA an upper bound, which does not wait."""
         if self.lower.device.type == "cpu":
             lower, upper = self.lower[rows], self.upper[rows]
             seen = upper > lower

@@ -31,7 +31,7 @@ from megatron.core.transformer.sink_attention.context_parallel.layout import chu
 
 
 class AllGatherAttention(torch.autograd.Function):
-    """Of query [2c, b, np, hn], key and value [2c, b, ng, hn] of this rank (or without b), sinks."""
+    """query [2c, b, np, hn], key, value [2c, b, ng, hn] of this rank (or without b), sinks."""
 
     @staticmethod
     def forward(ctx, query, key, value, sinks, kernels: ChunkAttention, group: ProcessGroup):
@@ -130,7 +130,7 @@ class _KeyGradients:
         self.total[group.rank(), 0], self.total[group.rank(), 1] = dk, dv
 
     def add(self, *grads: Tensor) -> None:
-        """Add gradients of the leading keys and values of other ranks; the first call covers all."""
+        """Add gradients of the leading keys and values of others; the first call covers all."""
         rank, chunks = self.group.rank(), self.chunks
         for kv, grad in enumerate(grads):
             parts = grad.unflatten(0, (-1, chunks.shape[3]))

@@ -2,9 +2,9 @@
 
 """Attention with a window: ranks exchange only the halo, the keys before each of the two chunks.
 
-The halo of a chunk is `left` keys, the left size of the window. It comes from several ranks if it is
-longer than a chunk, and never reaches before the first token of the sequence. Gradients of the halo
-are sent back and added in fp32.
+The halo of a chunk is `left` keys, the left size of the window. It comes from several ranks if it
+is longer than a chunk, and never reaches before the first token of the sequence. Gradients of the
+halo are sent back and added in fp32.
 
 A chunk with its halo in front is a sequence whose last query is aligned with its last key: the
 kernels of one rank compute it, sinks included.
@@ -64,7 +64,7 @@ def halo_segments(rank: int, cp: int, tokens: int, left: int) -> tuple[list[Segm
 
 
 def halo_tokens(rank: int, cp: int, tokens: int, left: int) -> int:
-    """Tokens whose key and value a rank receives in one forward; it sends back as many gradients."""
+    """Tokens whose key and value a rank receives in a forward; as many gradients are sent back."""
     halos = halo_segments(rank, cp, tokens, left)
     return sum(s.end - s.start for halo in halos for s in halo if s.owner != rank)
 

@@ -26,7 +26,7 @@ from megatron.core.transformer.sink_attention.context_parallel.layout import chu
 
 
 class RingAttention(torch.autograd.Function):
-    """Of query [2c, b, np, hn], key and value [2c, b, ng, hn] of this rank (or without b), sinks."""
+    """query [2c, b, np, hn], key, value [2c, b, ng, hn] of this rank (or without b), sinks."""
 
     @staticmethod
     def forward(ctx, query, key, value, sinks, kernels: ChunkAttention, group: ProcessGroup):

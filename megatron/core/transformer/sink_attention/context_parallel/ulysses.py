@@ -2,9 +2,10 @@
 
 """Ulysses: every rank gets the complete sequence of its share of the heads.
 
-Forward and backward have two all-to-alls each, with attention on one rank between them, in the order
-of the sequence. If there are fewer key heads than ranks, each is sent to every rank that has queries
-of its group; autograd of the expansion sums their gradients in fp32 on the rank of the key head.
+Forward and backward have two all-to-alls each, with attention on one rank between them, in the
+order of the sequence. If there are fewer key heads than ranks, each is sent to every rank that has
+queries of its group; autograd of the expansion sums their gradients in fp32 on the rank of the key
+head.
 """
 
 from typing import Callable
@@ -29,7 +30,8 @@ def kv_copies(num_heads: int, num_kv_heads: int, ranks: int) -> int:
     if num_heads % ranks:
         raise ValueError(
             f"cp_comm_type: a2a splits {num_heads} query heads over {ranks} ranks, which is not "
-            "divisible; use 'all_gather' or 'p2p', or 'a2a+p2p' with fewer ranks in its first group."
+            "divisible; use 'all_gather' or 'p2p', or 'a2a+p2p' with fewer ranks in its first "
+            "group."
         )
     group, share = num_heads // num_kv_heads, num_heads // ranks
     if share % group == 0:  # complete groups
@@ -69,7 +71,7 @@ def _repeat(x: Tensor, copies: int) -> Tensor:
 
 
 class SequenceToHeads(torch.autograd.Function):
-    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn], one all-to-all."""
+    """Tensors [local tokens, ..., heads, hn] to [tokens, ..., heads / ranks, hn] in one call."""
 
     @staticmethod
     def forward(ctx, *arguments):
