@@ -252,7 +252,7 @@ REFUSED = {
     "context-parallel-packed": (
         dict(context_parallel_size=2),
         {"packed_seq_params": PackedSeqParams(**PACKED)},
-        "split as one sequence here, which PackedSeqParams does not say; .*PackedSequence.of",
+        "splits all documents as one sequence here, which PackedSeqParams does not describe; .*PackedSequence.of",
     ),
     "context-parallel-groups": (
         dict(context_parallel_size=2, cp_comm_type="a2a+p2p"),

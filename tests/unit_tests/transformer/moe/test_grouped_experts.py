@@ -272,16 +272,16 @@ def test_no_weight_decay_of_biases():
 
 
 def test_bias_needs_scale():
-    with pytest.raises(ValueError, match="a bias and no scale"):
+    with pytest.raises(ValueError, match="bias without scale"):
         grouped_linear(torch.ones(1, 2), torch.ones(1, 2, 3), None, bias=torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("setting", [("moe_mlp_glu_interleave_size", 8), ("fp8", "e4m3")])
 def test_refused(setting):
-    """What these experts cannot do is named, not ignored."""
+    """Unsupported options are named, not ignored."""
     config = moe_layer(True).config
     setattr(config, *setting)
-    with pytest.raises(ValueError, match=f"GroupedExperts cannot do {setting[0]} = {setting[1]}"):
+    with pytest.raises(ValueError, match=f"GroupedExperts does not support {setting[0]} = {setting[1]}"):
         GroupedExperts(EXPERTS, config)
 
 

@@ -77,7 +77,7 @@ def test_our_side_of_the_call(name, example, monkeypatch):
     example = SMALL[example]
     if name == "cudnn":
         if example.cu:
-            pytest.skip("cudnn takes no packed sequences")
+            pytest.skip("cudnn does not support packed sequences")
         example = dataclasses.replace(example, window=None)
     q, k, v, sink, dout = example.tensors(torch.float32)
     with stub(name, monkeypatch):

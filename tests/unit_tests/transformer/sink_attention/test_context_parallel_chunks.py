@@ -202,7 +202,7 @@ def test_kernels_on_chunk_pairs(name, example, monkeypatch, fresh_choice):
     """
     example = EXAMPLES[example]
     if name == "cudnn" and example.cu:
-        pytest.skip("cudnn takes no packed sequences")
+        pytest.skip("cudnn does not support packed sequences")
     q, k, v, sink, dout = example.tensors(torch.float32)
     rows = positions(CHUNKS)
     dout[[i for i in range(32) if i not in rows]] = 0
