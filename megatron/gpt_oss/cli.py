@@ -112,7 +112,7 @@ def _run_verify_data(args: argparse.Namespace) -> None:
 
 def _add_init_tiny(commands) -> None:
     parser = commands.add_parser("init-tiny", help="write a tiny random Hugging Face checkpoint")
-    parser.add_argument("folder", type=path)
+    parser.add_argument("directory", type=path)
     parser.add_argument("--seed", type=_seed, default=0)
     parser.set_defaults(run=_run_init_tiny)
 
@@ -120,7 +120,7 @@ def _add_init_tiny(commands) -> None:
 def _run_init_tiny(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 
-    print(f"{write_tiny_hf(args.folder, args.seed)}: tiny gpt-oss, seed {args.seed}")
+    print(f"{write_tiny_hf(args.directory, args.seed)}: tiny gpt-oss, seed {args.seed}")
 
 
 def _add_convert(commands) -> None:
@@ -268,7 +268,7 @@ def _run_verify(args: argparse.Namespace) -> None:
 
 def _add_sample(commands) -> None:
     parser = commands.add_parser("sample", help="generate text from a Hugging Face checkpoint")
-    parser.add_argument("folder", type=path)
+    parser.add_argument("directory", type=path)
     parser.add_argument("--prompt", type=text, default="")
     parser.add_argument("--max-new-tokens", type=number(int, "1 or more"), default=200)
     parser.add_argument(
@@ -281,7 +281,7 @@ def _add_sample(commands) -> None:
 def _run_sample(args: argparse.Namespace) -> None:
     from megatron.gpt_oss.diagnostics.sample import sample_hf
 
-    print(sample_hf(args.folder, args.prompt, args.max_new_tokens, args.temperature, args.seed))
+    print(sample_hf(args.directory, args.prompt, args.max_new_tokens, args.temperature, args.seed))
 
 
 def _add_plot(commands) -> None:

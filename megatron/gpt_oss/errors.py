@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The errors that reach a user, each as one sentence."""
+"""Errors for the user, each as one sentence."""
 
 import atexit
 import contextlib
@@ -18,11 +18,11 @@ EXIT_FAULT = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells report it
 SECONDS_FOR_RANK_0 = 6.0
-# For what a failed process still does after its message.
+# A failed process exits at most this long after its message.
 SECONDS_TO_EXIT = 12
 
 
-# Longer than paths in practice: a name from a damaged file, which would hide its sentence.
+# Words longer than any path: names from damaged files, which are shortened.
 _LONG_WORD = re.compile(r"\S{400,}")
 
 
@@ -31,7 +31,7 @@ def _shortened(message: object) -> str:
 
 
 class UsageError(ValueError):
-    """A mistake in what the user asked for: says what is wrong, the value found, what to do."""
+    """A mistake of the user: the message names what is wrong, the value, and what to do."""
 
     def __init__(self, message: object = ""):
         super().__init__(_shortened(message))
@@ -42,15 +42,15 @@ class PresetError(UsageError):
 
 
 class CheckpointError(UsageError):
-    """A checkpoint that is missing, incomplete, or of another model."""
+    """A checkpoint is missing, incomplete, or of another model."""
 
 
 class RunError(RuntimeError):
-    """What ended a run that was well begun, in words for the user.
+    """An error with a known cause that ended a run.
 
     Args:
         message: what happened, what is saved, what to do.
-        everywhere: every rank has the same message, so that rank 0 alone need print it.
+        everywhere: every rank has the same message, so only rank 0 prints it.
     """
 
     def __init__(self, message: str, everywhere: bool = False):
@@ -59,12 +59,12 @@ class RunError(RuntimeError):
 
 
 def as_refusal(error: BaseException) -> UsageError | None:
-    """What Megatron refuses while it reads arguments and builds the model, as one sentence.
+    """A refusal of Megatron while it validates arguments or builds the model, as UsageError.
 
-    It checks both with assert or ValueError; a bare assert says only which condition failed.
+    Megatron uses assert and ValueError; for an assert without a message, the failed condition is named.
 
     Returns:
-        None for what is a sentence already, and for any other error.
+        None for a UsageError, and for any other error.
     """
     if isinstance(error, UsageError) or not isinstance(error, (AssertionError, ValueError)):
         return None
@@ -76,7 +76,7 @@ def as_refusal(error: BaseException) -> UsageError | None:
 
 
 def _values_in(line: str, error: BaseException) -> str:
-    """The values of `args.NAME` in the line that raised, in brackets."""
+    """The values of `args.NAME` in the line that raised, in parentheses."""
     last = error.__traceback__
     while last.tb_next is not None:
         last = last.tb_next
@@ -90,7 +90,7 @@ def _values_in(line: str, error: BaseException) -> str:
     return f" ({', '.join(values)})" if values else ""
 
 
-# What the machine refuses, and what to do about it. Any other errno is a defect of ours.
+# Errors of the operating system and what to do. Any other errno is a defect of this code.
 _MAKE_ROOM = "Free disk space there, or give a path on another disk."
 _CAUSES = {
     errno.ENOSPC: ("no space left on the disk", _MAKE_ROOM),
@@ -124,8 +124,8 @@ _CAUSES = {
     errno.ENOLCK: ("the file system has no locks left", "Retry later."),
     errno.EOPNOTSUPP: ("the file system does not support the operation", "Give another path."),
 }
-# Errors in which libraries hand on what the operating system told them: as text, or, torch.save, as
-# the error during whose handling they arose. Any other error that arose so speaks for itself.
+# Errors with which libraries pass on an error of the operating system: as text or, in torch.save, as
+# the error's context.
 _WRAPPERS = (
     "RuntimeError",
     "Exception",
@@ -140,7 +140,7 @@ _WRITE_FAILED = re.compile("PytorchStreamWriter|inline_container|file write fail
 
 
 def os_error_in(error: BaseException | None) -> OSError | None:
-    """The refusal of the operating system that an error is, or that a library made it of."""
+    """The OSError that an error is, or that a library wrapped in it; None for other errors."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -156,13 +156,18 @@ def os_error_in(error: BaseException | None) -> OSError | None:
     return None
 
 
+def os_cause(code: int) -> str:
+    """The cause of an OSError in words, for an errno that `os_error_in` finds."""
+    return _CAUSES[code][0]
+
+
 def as_os_sentence(error: BaseException, path: str | os.PathLike | None = None) -> str | None:
-    """What the operating system refused, in one sentence with path and cause.
+    """An error of the operating system as one sentence with path and cause.
 
     Args:
-        path: named where the error names none.
+        path: used if the error has no path.
     Returns:
-        None for an error that is no such refusal.
+        None for any other error.
     """
     found = os_error_in(error)
     if found is None:
@@ -180,11 +185,11 @@ def environment_rank() -> int:
 
 
 def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
-    """Print an error as one line and leave with an exit code.
+    """Print an error as one line and exit.
 
-    Under torchrun every rank may meet the same one (`everywhere`); only rank 0 prints it then. The
-    others leave it the time to: torchrun ends all ranks when the first one leaves. Whoever is still
-    there after that met it alone, and prints it.
+    Under torchrun every rank may have the same error (`everywhere`); then only rank 0 prints it. The
+    other ranks wait, because torchrun ends all ranks when the first one exits. A rank that is still
+    running after the wait has the error alone, and prints it.
     """
     if everywhere and environment_rank() != 0:
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -195,14 +200,13 @@ def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool =
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run an entry point; a UsageError is one sentence on stderr and exit code 2, a RunError 1.
+    """Run an entry point and report known errors as one sentence on stderr.
 
-    So is what the operating system refuses (a full disk, a read-only file system), with path and
-    cause, Ctrl-C (exit code 130) and a lack of memory. Whoever reads our output may go, as `head`
-    does: then there is nobody to tell. What no terminal can show, such as a file name that is not
-    UTF-8, is written with backslashes.
+    Exit codes: 2 for a UsageError and for errors of the operating system (a full disk, a read-only
+    file system), 1 for a RunError and for a lack of memory, 130 for Ctrl-C. A closed output pipe ends
+    the process silently. Text that is not valid UTF-8 is printed with backslashes.
 
-    A process that failed ends SECONDS_TO_EXIT after its message at the latest.
+    A failed process exits at most SECONDS_TO_EXIT after its message.
     """
     try:
         _run(main)
@@ -250,10 +254,10 @@ def _run(main: Callable[[], object]) -> None:
 
 
 def _leave(code: int | str) -> None:
-    """End a failed process that has process groups; let any other end as Python does.
+    """Exit from a failed process that has process groups; other processes exit normally.
 
-    Data workers wait for a reader, and a communicator in its destructor for ranks that are gone:
-    torchrun would wait for the process, which even SIGTERM does not end then.
+    Data workers would wait for their reader, and the destructor of a communicator for ranks that have
+    exited. torchrun would wait for the process, which even SIGTERM does not end then.
     """
     if not _has_process_groups():
         atexit.register(_end_in_time)
@@ -262,7 +266,7 @@ def _leave(code: int | str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises where a data worker dies
     for child in multiprocessing.active_children():
         child.kill()
-    with contextlib.suppress(BaseException):  # writers of logs have something to bring to disk
+    with contextlib.suppress(BaseException):  # log writers flush at exit
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -277,7 +281,7 @@ def _has_process_groups() -> bool:
 
 @contextlib.contextmanager
 def _standard_output() -> Iterator[None]:
-    """Name the standard output in an error of writing to it."""
+    """Name the standard output in an OSError of writing to it."""
     try:
         yield
     except BrokenPipeError:
@@ -287,13 +291,13 @@ def _standard_output() -> Iterator[None]:
 
 
 def _drop_output() -> None:
-    """The interpreter flushes at its end, and would tell of the same error once more."""
+    """Avoid a second error when the interpreter flushes the output at exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _drop_output_if_full() -> bool:
-    """Whether what was printed cannot be written."""
+    """Whether the standard output cannot be written."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -303,7 +307,7 @@ def _drop_output_if_full() -> bool:
 
 
 def _end_in_time() -> None:
-    """By SIGALRM, for a thread does not live until C++ takes down what may wait."""
+    """Use SIGALRM, because threads end before the C++ destructors that may wait."""
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS_TO_EXIT)

@@ -305,12 +305,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def record_of(folder: Path, made_by: str) -> dict:
+def record_of(directory: Path, made_by: str) -> dict:
     """The record of a directory that `made_by` made, with the time at which it was `written`, in ns.
 
     {} for any other directory.
     """
-    path = folder / RECORD
+    path = directory / RECORD
     if path.is_symlink() or not path.is_file():
         return {}
     try:
@@ -323,39 +323,41 @@ def record_of(folder: Path, made_by: str) -> dict:
         return {}
 
 
-def write_record(folder: Path, made_by: str, task: str = "", but: Iterable[str] = ()) -> dict:
+def write_record(directory: Path, made_by: str, task: str = "", but: Iterable[str] = ()) -> dict:
     """List every file of a directory that is complete; the last file that is written into it.
 
     Args:
-        folder: the directory.
+        directory: the directory.
         made_by: the command.
         task: digest of what makes the files what they are.
         but: names at the top that are left out.
     """
-    files = {name: describe(folder / name) for name in files_in(folder, {RECORD, *but})}
+    files = {name: describe(directory / name) for name in files_in(directory, {RECORD, *but})}
     record = {MADE_BY: made_by, "version": VERSION, "task": task, "files": files}
-    write_file(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    write_file(directory / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
     return record
 
 
-def files_in(folder: Path, but: Iterable[str] = (RECORD,)) -> list[str]:
-    """Paths, from `folder`, of all below it that is not a directory; links are not followed.
+def files_in(directory: Path, but: Iterable[str] = (RECORD,)) -> list[str]:
+    """Paths, from `directory`, of all below it that is not a directory; links are not followed.
 
     Args:
         but: names at the top that are left out.
     """
     leave_out = {*but, *_OF_THE_FILE_SYSTEM}
     names = []
-    for parent, folders, files in os.walk(folder, onerror=_raise):
-        if parent == str(folder):
-            folders[:] = [name for name in folders if name not in leave_out]
+    for parent, directories, files in os.walk(directory, onerror=_raise):
+        if parent == str(directory):
+            directories[:] = [name for name in directories if name not in leave_out]
             files = [name for name in files if name not in leave_out]
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        names += [os.path.relpath(os.path.join(parent, name), folder) for name in files + links]
+        links = [name for name in directories if os.path.islink(os.path.join(parent, name))]
+        names += [os.path.relpath(os.path.join(parent, name), directory) for name in files + links]
     return sorted(names)
 
 
-def foreign_file(folder: Path, records: Iterable[Mapping], but: Iterable[str] = ()) -> str | None:
+def foreign_file(
+    directory: Path, records: Iterable[Mapping], but: Iterable[str] = ()
+) -> str | None:
     """The first file of a directory that is in no record, or was changed since; None: all are known.
 
     Args:
@@ -363,8 +365,8 @@ def foreign_file(folder: Path, records: Iterable[Mapping], but: Iterable[str] = 
         but: names at the top that are left out.
     """
     known = [record for record in records if record]
-    for name in files_in(folder, {RECORD, *but}):
-        path = folder / name
+    for name in files_in(directory, {RECORD, *but}):
+        path = directory / name
         mine = any(
             is_unchanged(path, record["files"][name], record["written"])
             for record in known
@@ -391,14 +393,14 @@ def is_unchanged(path: Path, entry: object, written: int) -> bool:
     return info.st_mtime_ns <= written
 
 
-def remove_files(folder: Path, names: Iterable[str]) -> None:
+def remove_files(directory: Path, names: Iterable[str]) -> None:
     """Delete files of a directory by name, and the directories that are empty then."""
     parents = set()
     for name in names:
-        path = folder / name
+        path = directory / name
         with suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
-        while (path := path.parent) != folder:
+        while (path := path.parent) != directory:
             parents.add(path)
     for parent in sorted(parents, key=lambda path: -len(path.parts)):
         with suppress(OSError):  # not empty: something of somebody else's is in it

@@ -37,7 +37,7 @@ class MisplacedOptimizerState(CheckpointLoadError):
 
 
 def mark(metadata: Dict[str, Any]) -> None:
-    """Put the mark into the content metadata of what is about to be saved."""
+    """Add the mark to the content metadata before a save."""
     if metadata.get('distrib_optim_sharding_type') == 'fully_reshardable':
         metadata[MARK] = True
 
@@ -45,21 +45,22 @@ def mark(metadata: Dict[str, Any]) -> None:
 def refuse_unloadable_state(
     args: Namespace, saved_args: Namespace, metadata: Optional[Dict[str, Any]]
 ) -> None:
-    """Refuse optimizer state that this run's optimizer, or its expert parallel size, cannot take.
+    """Refuse optimizer state that does not fit this run's optimizer or expert-parallel size.
 
-    The optimizers with and without --use-distributed-optimizer keep their state in formats of
-    their own, and the latter has fp32 weights only where the model is in bf16 or fp16.
+    Optimizers with and without --use-distributed-optimizer store their state in different formats,
+    and the latter has fp32 weights only for models in bf16 or fp16.
 
-    `fully_reshardable` loads at every expert parallel size. `dp_reshardable` is bound to the buffers of its layout; without the
-    distributed optimizer, state of one optimizer cannot become that of two (one for experts).
+    `fully_reshardable` state loads at every expert-parallel size. `dp_reshardable` state needs the
+    buffers of its layout. Without the distributed optimizer, the state of one optimizer cannot be
+    split into two (one for experts).
 
     Args:
-        args: of this run.
-        saved_args: of the run that wrote the checkpoint.
+        args: arguments of this run.
+        saved_args: arguments of the run that wrote the checkpoint.
         metadata: content metadata of the checkpoint.
 
     Raises:
-        CheckpointLoadError: on every rank; says what was saved, what is wanted, what can be done.
+        CheckpointLoadError: on every rank; names the saved and the requested format, and what to do.
     """
     _refuse_other_optimizer(args, saved_args)
     size, saved = (
@@ -90,7 +91,7 @@ def _refuse_other_optimizer(args: Namespace, saved_args: Namespace) -> None:
 
 
 def _optimizer_flags(args: Namespace) -> Optional[str]:
-    """What decides the format of the optimizer's state, as one would say it; None if unknown."""
+    """The flags that decide the format of the optimizer state, as a phrase; None if unknown."""
     distributed = getattr(args, 'use_distributed_optimizer', None)
     if distributed is None:
         return None
@@ -108,17 +109,17 @@ def refuse_misplaced_state(
 ) -> None:
     """Compare the optimizer's fp32 weights of an unmarked checkpoint with the model's.
 
-    To be called by all ranks, when the model is loaded and the optimizer is not: it may hold the
-    fp32 weights in the model's own memory.
+    Call it on all ranks after the model is loaded and before the optimizer is, which may hold the fp32
+    weights in the model's own memory.
 
     Args:
-        optimizer: of this rank, its buffers in the order of the state; None where none is loaded.
-        model: the model chunks, for the names of parameters.
+        optimizer: of this rank, with buffers in the order of the state; None if none is loaded.
+        model: the model chunks, for parameter names.
         state_dict: of the checkpoint, with 'optimizer', 'args' and 'content_metadata'.
-        checkpoint_name: its directory.
+        checkpoint_name: directory of the checkpoint.
 
     Raises:
-        MisplacedOptimizerState: on every rank; says what is lost and what can be done.
+        MisplacedOptimizerState: on every rank; names what is lost and what to do.
     """
     metadata = state_dict.get('content_metadata') or {}
     if (
@@ -156,7 +157,7 @@ def refuse_misplaced_state(
         f"The optimizer state in {checkpoint_name} {what}: it was written"
         f"{_by_arguments(saved_args)} by a Megatron-Core that misplaces what follows the first "
         "gradient bucket, so that the fp32 weights and Adam moments of these parameters are lost, "
-        "while the model's own weights are right. --no-load-optim goes on from these with new "
+        "while the model's own weights are right. --no-load-optim continues from these with new "
         "moments, --finetune does so from step 0; an earlier checkpoint helps only if it was "
         "written with one bucket (without --overlap-grad-reduce)."
     )
@@ -167,7 +168,7 @@ def _saved_weights(
 ) -> Iterator[Tuple[torch.nn.Parameter, Optional[torch.Tensor]]]:
     """Each parameter of the distributed optimizers with its fp32 weight in the checkpoint.
 
-    None where that is no weight but what rounding to bf16 took from it.
+    The weight is None if the checkpoint has only the remainder of rounding it to bf16.
     """
     parts = getattr(optimizer, 'chained_optimizers', [optimizer])
     states = [state] if len(parts) == 1 else [state.get(index, {}) for index in range(len(parts))]
@@ -200,7 +201,7 @@ def _may_have_several_buckets(args: Optional[Namespace]) -> bool:
 
 @torch.no_grad()
 def _is_misplaced(parameter: torch.nn.Parameter, saved: torch.Tensor) -> bool:
-    """Whether the fp32 weights are not those of the parameter, but for rounding."""
+    """Whether the fp32 weights differ from the parameter by more than rounding."""
     quantized = type(parameter.data) is not torch.Tensor
     weights = (parameter.detach().float() if quantized else parameter.detach()).reshape(-1)
     saved = saved.reshape(-1)
@@ -210,13 +211,13 @@ def _is_misplaced(parameter: torch.nn.Parameter, saved: torch.Tensor) -> bool:
         theirs = saved[begin : begin + CHUNK].to(device='cpu', dtype=torch.float32)
         difference += (ours - theirs).square().sum(dtype=torch.float64).item()
         scale += ours.square().sum(dtype=torch.float64).item()
-    # Not `>`: what is NaN is not the model's either.
+    # Not `>`, so that NaN counts as misplaced.
     allowed = (QUANTIZED if quantized else ROUNDED) ** 2 * scale + SMALLEST**2 * saved.numel()
     return not difference <= allowed
 
 
 def _by_arguments(args: Optional[Namespace]) -> str:
-    """How the run that wrote the checkpoint made its buckets."""
+    """The flags that set the bucket size of the run that wrote the checkpoint."""
     for name in ('ddp_num_buckets', 'ddp_bucket_size'):
         value = getattr(args, name, None)
         if value is not None:

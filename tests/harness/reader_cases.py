@@ -36,7 +36,7 @@ from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
 from megatron.gpt_oss.training.metrics.report import write_report
-from megatron.gpt_oss.training.resume_rules import told
+from megatron.gpt_oss.training.resume_rules import changes_line
 from megatron.gpt_oss.training.run_record import RUN, check_foreign, compare_records, read_record
 from megatron.training import checkpoint_integrity
 
@@ -200,7 +200,7 @@ def _compare(folder):
     check_foreign(folder / 'recorded')
     then = read_record(folder / 'recorded' / 'run.json')
     if then is not None:
-        told(compare_records(then, RECORD))
+        changes_line(compare_records(then, RECORD))
 
 
 def _documents(name):

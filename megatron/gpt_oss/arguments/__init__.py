@@ -2,10 +2,11 @@
 
 """The command line of a run.
 
-parse.py        preset, recipe and flags to one RunSpec (run_spec.py), which everything else reads
+parse.py        preset, recipe and flags to one RunSpec (run_spec.py)
 flags.py        our own flags and defaults; help.py prints --help
-ledger.py       each of Megatron's flags: supported, inert, or refused (check_flags.py refuses)
-validate_*.py   what is refused before a process group exists: sequence, run length, data
+ledger.py       status of each of Megatron's flags; check_flags.py refuses those not supported
+validate_*.py   our checks before a process group exists: model, files, data, sequence, run
+megatron_validation.py  Megatron's own validation, for a run and for a dry run
 recipe.py       --recipe FILE; foreign_names.py: names from NeMo and Hugging Face
-recompute.py    --memory; te_requirements.py, expert_overlap.py: what these features need
+recompute.py    --memory; te_requirements.py, expert_overlap.py: requirements of these features
 """

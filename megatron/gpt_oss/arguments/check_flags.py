@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Refuses flags of Megatron's that no test runs, that have no effect, or that do something else."""
+"""Refuses Megatron flags that are not tested, have no effect, or are wrong for gpt-oss."""
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ PAGE = "docs/flags.md"
 
 @dataclass(frozen=True)
 class Entry:
-    """What the ledger says of a flag or of one value of it.
+    """The ledger's entry of a flag or of one value of it.
 
     Attributes:
         status: 'supported', 'inert', 'untested' or 'wrong'.
-        note: the test that runs it, or why it is refused.
+        note: the test that uses it, or the reason for a refusal.
     """
 
     status: str
@@ -29,10 +29,10 @@ class Entry:
 
 @cache
 def ledger() -> dict[str, Entry]:
-    """By '--flag' and '--flag=value'.
+    """Entries by '--flag' and '--flag=value'.
 
     Raises:
-        ValueError: the ledger has something twice.
+        ValueError: the ledger has a flag twice.
     """
     entries: dict[str, Entry] = {}
     tables = {"supported": SUPPORTED, "inert": INERT, "untested": UNTESTED, "wrong": WRONG}
@@ -46,7 +46,7 @@ def ledger() -> dict[str, Entry]:
 
 
 def entries_of(flag: str, value: object) -> Iterable[Entry]:
-    """What the ledger says of a flag with a value: one entry for each item of a list."""
+    """The entries of a flag with a value: one for each item of a list."""
     items = value if isinstance(value, (list, tuple)) and value else [value]
     for item in items:
         named = f"{flag}={getattr(item, 'name', item)}"
@@ -54,16 +54,16 @@ def entries_of(flag: str, value: object) -> Iterable[Entry]:
 
 
 def check_flags(words: Iterable[str], given: Namespace, parser: ArgumentParser) -> tuple[str, ...]:
-    """Refuse what the ledger does not have as supported.
+    """Refuse flags that the ledger does not list as supported.
 
-    A flag with the value that the run has without it asks for nothing, and is not refused.
+    A flag whose value equals the default of the run is allowed.
 
     Args:
-        words: of the command line.
-        given: what they say, by dest.
-        parser: knows Megatron's flags, and as defaults what the run has without them.
+        words: the command line.
+        given: the arguments that it gives.
+        parser: Megatron's parser, with the defaults of the run.
     Returns:
-        The flags that --allow-untested-flags lets through.
+        The flags that --allow-untested-flags allows.
     Raises:
         UsageError: names the flag and why it is refused.
     """

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What --overlap-moe-expert-parallel-comm needs, said before a process group is made.
+"""Requirements of --overlap-moe-expert-parallel-comm, checked before process groups exist.
 
-It runs the all-to-all of one micro-batch's experts next to the computation of another micro-batch's
-backward: every layer in pieces (attention and router, dispatch, experts, combine), each a graph of
-its own. The rules are those of Megatron's TransformerConfig, which asserts them when the model's
-config is made, and what our experts and the layers of --transformer-impl local do not have.
+The flag overlaps the expert all-to-all of one micro-batch with the backward of another. Each layer is
+split into parts (attention and router, dispatch, experts, combine) with their own autograd graphs.
+The rules are those of Megatron's TransformerConfig, which asserts them when it is created, and
+limitations of our experts and of --transformer-impl local.
 """
 
 from typing import Callable, Iterator
@@ -16,11 +16,11 @@ FLAG = "--overlap-moe-expert-parallel-comm"
 
 
 def check_expert_overlap(value: Callable[[str], object]) -> None:
-    """Refuse what the overlapped schedule cannot run.
+    """Refuse arguments that the overlapped schedule does not support.
 
     Args:
-        value: the argument of a name (argparse's dest), the flags of --memory included, before
-            Megatron's validation.
+        value: value of an argument (argparse's dest), with those of --memory, before Megatron's
+            validation.
     Raises:
         UsageError: names the flag, its value and what to give instead.
     """

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Flags of a run that Megatron does not have, and the defaults of its own that suit one.
+"""Our flags, and our defaults of Megatron's flags.
 
-Imports nothing heavy, so that --help is instant.
+Does not import torch, so that --help is fast.
 """
 
 import argparse
@@ -19,7 +19,7 @@ ALLOW_UNTESTED = "--allow-untested-flags"
 HELP_ALL = "--help-all"
 
 NO_PRESET = "none"
-# Tokens whose logits live at a time: 1.6 GB in bf16, large enough for the products' full rate.
+# Tokens per chunk of the loss: 1.6 GB of logits in bf16, enough for the GEMM's full rate.
 LM_LOSS_CHUNK_SIZE = 4096
 SINK_ATTENTION = ("megatron", "te")
 # Megatron's own writer; its default, nvrx, is nvidia-resiliency-ext's.
@@ -27,14 +27,14 @@ ASYNC_STRATEGY = "mcore"
 
 
 def add_our_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add them to Megatron's parser, or to an empty one."""
+    """Add our flags to Megatron's parser, or to an empty one."""
     _add_model_arguments(parser)
     _add_run_arguments(parser)
     return parser
 
 
 def _add_model_arguments(parser: ArgumentParser) -> None:
-    """What is trained on what."""
+    """Flags of model and data."""
     group = parser.add_argument_group(title="gpt-oss")
     group.add_argument(
         "--preset",
@@ -117,7 +117,7 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
-    """--run-dir and what is logged, kept and trained."""
+    """Flags of the run: directory, logging, checkpoints, trained parameters."""
     group = parser.add_argument_group(title="run")
     group.add_argument(
         "--run-dir",
@@ -206,12 +206,12 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         save_interval=500,
         eval_interval=500,
         eval_iters=10,
-        # SIGTERM and SIGUSR1 save and end the run.
+        # SIGTERM and SIGUSR1 make the run save and exit.
         exit_signal_handler=True,
-        # Attention is causal in every layer, and its kernels know it.
+        # Every layer has causal attention, for which the kernels need no mask.
         create_attention_mask_in_dataloader=False,
-        # A checkpoint goes on at any layout; upstream's default is bound to its TP and PP.
+        # A checkpoint resumes in any layout; upstream's default needs the same TP and PP.
         dist_ckpt_optim_fully_reshardable=True,
-        # What --async-save writes with.
+        # Writer of --async-save.
         async_strategy=ASYNC_STRATEGY,
     )

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What people call a setting in NeMo and Hugging Face, and what it is here."""
+"""Names of settings in NeMo and Hugging Face, and the flags that replace them."""
 
-# By the other name: our flag, or None; and what differs, or why there is none.
+# Name: (flag or None, how it differs or why there is none).
 FOREIGN_NAMES: dict[str, tuple[str | None, str]] = {
     # NeMo and Lightning
     "constant_steps": ("--lr-wsd-decay-iters", "--lr-decay-style WSD keeps the rate until then"),
@@ -107,13 +107,13 @@ FOREIGN_NAMES: dict[str, tuple[str | None, str]] = {
 
 
 def foreign_name(flag: str) -> str | None:
-    """The name in the table that a flag is, whatever its dashes, dots and capitals; or None."""
+    """The table's name for a flag, ignoring dashes, dots and case; None if there is none."""
     words = flag.lstrip("-").split(".")[-1].lower().replace("-", "_")
     return words if words in FOREIGN_NAMES else None
 
 
 def advice(name: str) -> str:
-    """What to give in place of a name of the table, as a sentence."""
+    """A sentence with the flag to use instead of a name of the table."""
     flag, note = FOREIGN_NAMES[name]
     if flag is None:
         return f"There is no such flag: {note}."

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--help: this project's flags and those of Megatron's that most runs need; --help-all is every one.
+"""--help prints our flags and common Megatron flags, --help-all every flag.
 
-Imports nothing heavy, so that --help is instant.
+Does not import torch, so that --help is fast.
 """
 
 import os
@@ -15,7 +15,7 @@ USAGE = "torchrun --nproc-per-node N pretrain_gpt_oss.py --preset NAME [flags]"
 EPILOG = (
     f"{HELP_ALL} also lists all Megatron flags; docs/flags.md lists those that are tested here."
 )
-# By what they are about: flag, value (None for a switch), meaning.
+# By topic: flag, value (None for a switch), meaning.
 COMMON: dict[str, list[tuple[str, str | None, str]]] = {
     "length and batch": [
         ("--train-iters", "STEPS", "training length; or --train-samples"),
@@ -104,7 +104,7 @@ COMMON: dict[str, list[tuple[str, str | None, str]]] = {
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """The text of --help."""
     parser = ArgumentParser(usage=USAGE, add_help=False, allow_abbrev=False, epilog=EPILOG)
     add_our_arguments(parser)
     for title, flags in COMMON.items():
@@ -121,13 +121,13 @@ def asked_for(words: Sequence[str]) -> bool:
 
 
 def show_help() -> None:
-    """Print it, on the first rank alone."""
+    """Print `help_text` on rank 0."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(help_text(), end="", flush=True)
 
 
 def show_all(parser: ArgumentParser) -> None:
-    """Print every flag of a whole parser, this project's first; on the first rank alone."""
+    """Print every flag of a parser on rank 0, with our flags first."""
     alone = add_our_arguments(ArgumentParser(add_help=False))
     ours = {group.title for group in alone._action_groups if group._group_actions}
     parser._action_groups.sort(key=lambda group: group.title not in ours)

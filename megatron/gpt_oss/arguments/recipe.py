@@ -1,14 +1,14 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--recipe FILE: flags of the command line kept in a file, with comments that say why.
+"""--recipe FILE: reads flags from a file, which may have comments.
 
     # 20b at 32k on 8 GPUs
-    --recipe continual.txt          # another file's flags, beside this one
+    --recipe continual.txt          # flags of another file in the same directory
     --preset 20b
     --context-parallel-size 4
 
-A recipe holds words as a shell reads them, without variables; # begins a comment. Its flags stand
-before those of the command line, of which the last one counts.
+A recipe is read like a shell command line without variables; # starts a comment. Its flags come
+before those of the command line, so the command line overrides them.
 """
 
 import shlex
@@ -22,13 +22,13 @@ from megatron.gpt_oss.json_file import read_small_file
 
 
 def with_recipes(words: Sequence[str], read: Callable[[Sequence[str]], Namespace]) -> list[str]:
-    """A command line with the flags of its recipes before its own.
+    """A command line with the flags of its recipes first.
 
     Args:
-        words: of the command line; --recipe itself stays among them.
-        read: what words say as a command line, `recipe` among it; raises UsageError.
+        words: the command line; --recipe stays in it.
+        read: parses words to the arguments that they give; raises UsageError.
     Raises:
-        UsageError: names the file (and the line) and what is wrong there.
+        UsageError: names the file (and the line) and what is wrong.
     """
     named = getattr(read(words), "recipe", ())
     return [*_flags_of([Path(name) for name in named], read, ()), *words]
@@ -48,14 +48,14 @@ def _flags_of(
             named = getattr(read(words), "recipe", ())
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from error
-        beside = [file.parent / name for name in named]
-        flags += _flags_of(beside, read, (*within, file.resolve()))
+        included = [file.parent / name for name in named]
+        flags += _flags_of(included, read, (*within, file.resolve()))
         flags += _without_recipes(words)
     return flags
 
 
 def _without_recipes(words: Sequence[str]) -> list[str]:
-    """Of words that are a command line: --recipe has one value."""
+    """Remove --recipe and its value."""
     rest, after = [], False
     for word in words:
         if not after and word != RECIPE and not word.startswith(f"{RECIPE}="):
@@ -68,7 +68,7 @@ def read_recipe(file: str | Path) -> list[str]:
     """The words of one recipe.
 
     Raises:
-        UsageError: the file cannot be read, or a line is not what a shell would read.
+        UsageError: the file cannot be read, or a line has an open quotation.
     """
     try:
         lines = read_small_file(file).decode("utf-8").splitlines()

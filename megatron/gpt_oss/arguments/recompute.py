@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--memory: policies of activation recomputation.
+"""--memory: activation recompute policies.
 
-A policy is a set of Megatron's flags; those on the command line win. No policy recomputes
-"core_attn", because the attention kernels save no scores, or "layernorm", whose recomputation
-compiles C++ when it first runs.
+A policy sets Megatron's recompute flags; flags on the command line take precedence. No policy uses
+"core_attn", because the attention kernels store no scores, or "layernorm", whose recompute compiles
+C++ when it first runs.
 """
 
 from argparse import Namespace
@@ -12,25 +12,24 @@ from typing import Callable
 
 from megatron.gpt_oss.errors import UsageError
 
-# --lm-loss-chunk-size in tokens; presets use LM_LOSS_CHUNK_SIZE of flags.py.
+# Tokens per chunk of the loss, half of a preset's LM_LOSS_CHUNK_SIZE (flags.py).
 LEAN_LOSS_CHUNK = 2048
 
-# By dest; the default of other flags is no recomputation.
+# Values by dest. Arguments that a policy leaves out keep their default, no recompute.
 POLICIES: dict[str, dict] = {
     "fast": {},
-    # Recomputes the experts' activation, a sixth of what a layer saves, for 2 to 5 % of the experts'
-    # time (benchmarks/kernels/experts.py).
+    # The experts' activation is a sixth of a layer's stored activations; its recompute takes 2 to
+    # 5 % of the experts' time (benchmarks/kernels/experts.py).
     "balanced": {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
-    # Saves the input of the MoE layer: a third more expert GEMMs and communication, and no more
-    # attention, which takes most of the time of long sequences. Load imbalance needs memory in one
-    # layer only.
+    # The MoE layer stores only its input: a third more of its GEMMs and all-to-alls, and none of
+    # attention, which takes most of the time of a long sequence. Load imbalance of the experts then
+    # costs memory in one layer only.
     "experts": {
         "recompute_granularity": "selective",
         "recompute_modules": ["moe"],
         "lm_loss_chunk_size": LEAN_LOSS_CHUNK,
     },
-    # Saves only the input of a layer: a third more GEMMs, two sevenths more attention. Half of a
-    # preset's loss chunk.
+    # A layer stores only its input: a third more GEMMs and two sevenths more attention.
     "lean": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -40,7 +39,7 @@ POLICIES: dict[str, dict] = {
 }
 
 # One of these on the command line replaces all recompute flags of a policy, because parts of two
-# policies are not compatible.
+# policies may not fit together.
 RECOMPUTE = (
     "recompute_granularity",
     "recompute_method",
@@ -51,13 +50,13 @@ RECOMPUTE = (
 
 
 def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
-    """Flags of --memory by dest that the command line does not give; empty without --memory.
+    """Defaults that --memory sets, by dest; {} without the flag.
 
     Args:
-        given: the flags on the command line, and no defaults.
-        value: the argument of a name with the defaults in it, before Megatron's validation.
+        given: the arguments that the command line gives, without defaults.
+        value: value of an argument (argparse's dest) before Megatron's validation.
     Raises:
-        UsageError: the policy needs something that the other flags leave out.
+        UsageError: the policy needs a feature that other flags disable.
     """
     name = getattr(given, "memory", None)
     if name is None:
@@ -67,12 +66,12 @@ def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
     flags = dict(POLICIES[name])
     if any(hasattr(given, dest) for dest in RECOMPUTE):
         flags = {dest: flag for dest, flag in flags.items() if dest not in RECOMPUTE}
-    grouped = value("moe_grouped_gemm") is True  # a flag without a default has argparse's mark
+    grouped = value("moe_grouped_gemm") is True  # without a default it is argparse.SUPPRESS
     if "moe_act" in flags.get("recompute_modules", ()) and not grouped:
         raise UsageError(
             f"--memory {name} recomputes the experts' activation in the backward, which needs "
             "grouped GEMMs. Give --moe-grouped-gemm, or --memory lean."
         )
-    if not value("lm_loss_chunk_size"):  # all logits at once, because the run needs it or says so
+    if not value("lm_loss_chunk_size"):  # the loss is not chunked
         flags.pop("lm_loss_chunk_size", None)
     return {dest: flag for dest, flag in flags.items() if not hasattr(given, dest)}

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a command line asks for, once it is read and checked."""
+"""A parsed and checked command line."""
 
 from argparse import Namespace
 from dataclasses import dataclass
@@ -12,19 +12,18 @@ from megatron.gpt_oss.presets import Preset
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: what --dry-run, the planner, the log and the resume read.
+    """The arguments of a run, for training, --dry-run, the planner and the run record.
 
-    Made by `arguments.read` alone, so that whoever holds one holds checked arguments.
+    Only `parse.read` creates one, after its checks.
 
     Attributes:
-        words: the command line, its recipes' flags before its own.
-        given: by dest, what the command line itself says, and no defaults.
-        args: all arguments by dest: what is given, over --memory, --data-blend, --run-dir and the
-            preset, over Megatron's defaults. `arguments.validate` brings them to what Megatron's
-            own validation makes of them.
+        words: the command line, with the flags of its recipes first.
+        given: the arguments that the command line gives, without defaults.
+        args: all arguments: those given, then defaults of --memory, --data-blend, --run-dir and the
+            preset, then Megatron's. `megatron_validation.validate` adds the values that it derives.
         preset: the model; None with --preset none.
-        untested: flags that --allow-untested-flags let through.
-        names: of the arguments that a command line has; validation adds what it derives.
+        untested: flags that --allow-untested-flags allows.
+        names: names of the arguments before validation.
     """
 
     words: tuple[str, ...]
@@ -41,11 +40,11 @@ class RunSpec:
 
     @property
     def dry_run(self) -> Machines | None:
-        """Of --dry-run, TORCHRUN where it says nothing; None for a run that trains."""
+        """Machines of --dry-run, TORCHRUN if it has no value; None for a training run."""
         return self.args.dry_run
 
     def untested_line(self) -> str | None:
-        """What the log says of flags that --allow-untested-flags let through, if any."""
+        """A line for the log with the flags that --allow-untested-flags allows, if any."""
         if not self.untested:
             return None
         return f"Allowed although not tested here: {', '.join(self.untested)} (docs/flags.md)."

@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What TransformerEngine can run of a gpt-oss run, said before a model is built.
+"""Requirements of TransformerEngine, checked before a model is built.
 
 The rules are those of TransformerEngine 2.20.2: `get_attention_backend` in
-pytorch/attention/dot_product_attention/utils.py and the checks of context_parallel.py beside it;
-those of FP8 recipes are Megatron's `get_fp8_recipe`. cuDNN 9.13.1 and the largest head dim are
-decided in its compiled part and were not read there. It reports a case outside of them from deep
-inside a layer, or goes to unfused attention, whose scores do not fit beyond 8k tokens.
+pytorch/attention/dot_product_attention/utils.py, the checks of context_parallel.py in the same
+directory, and Megatron's `get_fp8_recipe`. cuDNN 9.13.1 and the largest head dim are checked in its
+compiled part, which was not read. Without these checks TransformerEngine fails inside a layer, or
+falls back to unfused attention, whose scores need too much memory beyond 8k tokens.
 """
 
 import re
@@ -18,7 +18,7 @@ import torch
 from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.errors import UsageError
 
-# What a feature needs, as version numbers.
+# Minimum versions.
 SOFTMAX_TYPE_TE = (2, 8, 0)
 LEARNABLE_CUDNN = (9, 13, 1)
 PACKED_CUDNN = (9, 18, 0)
@@ -29,23 +29,23 @@ FP8_RECIPE_TE = {
     "tensorwise": (2, 2, 0),
     "blockwise": (2, 3, 0),
 }
-# Of FusedAttention's backward on the cards before Blackwell.
+# Limits of FusedAttention's backward on GPUs before Blackwell.
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 128, 8
-FP8_ROWS = 16  # a product's rows in FP8
+FP8_ROWS = 16  # FP8 GEMMs need multiples of this many rows
 
 Value = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Versions:
-    """Of TransformerEngine and of cuDNN, each (major, minor, patch) or None where unknown."""
+    """Versions of TransformerEngine and cuDNN: (major, minor, patch), or None if unknown."""
 
     te: tuple[int, int, int] | None
     cudnn: tuple[int, int, int] | None
 
 
 def installed_versions() -> Versions:
-    """Those of this machine, without importing TransformerEngine."""
+    """The installed versions, without importing TransformerEngine."""
     packages = ("transformer_engine", "transformer_engine_torch", "transformer_engine_cu13")
     te = next(filter(None, map(package_version, packages)), None)
     number = torch.backends.cudnn.version() if torch.cuda.is_available() else None
@@ -61,10 +61,10 @@ def _numbers(version: str) -> tuple[int, int, int]:
 
 
 def check_installed(transformer_impl: str, versions: Versions | None = None) -> None:
-    """Refuse a run on TransformerEngine where there is none.
+    """Refuse --transformer-impl transformer_engine if it is not installed.
 
     Raises:
-        UsageError: what to do.
+        UsageError: says what to do.
     """
     versions = versions or installed_versions()
     if transformer_impl == "transformer_engine" and versions.te is None:
@@ -76,12 +76,12 @@ def check_installed(transformer_impl: str, versions: Versions | None = None) -> 
 
 
 def check_transformer_engine(value: Value, versions: Versions | None = None) -> None:
-    """Refuse what TransformerEngine cannot run. Unknown versions count as new enough.
+    """Refuse what TransformerEngine does not support. Unknown versions count as new enough.
 
     Args:
-        value: the argument of a name (argparse's dest), before Megatron's validation.
+        value: value of an argument (argparse's dest) before Megatron's validation.
     Raises:
-        UsageError: what is missing, and what this project would use instead.
+        UsageError: names what is missing and what to use instead.
     """
     versions = versions or installed_versions()
     if value("transformer_impl") != "transformer_engine":
@@ -108,7 +108,7 @@ def check_transformer_engine(value: Value, versions: Versions | None = None) -> 
 
 
 def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
-    """Each reason, half a sentence, for which TransformerEngine's fused attention has not this."""
+    """Reasons, without a final period, why TransformerEngine's fused attention does not support this."""
     cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
     sinks = value("softmax_type") != "vanilla"
     packed = bool(value("dataloader_inter_document_masking"))

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--data-blend, in terms of Megatron's own flags."""
+"""--data-blend as values of Megatron's own arguments."""
 
 import os
 from argparse import Namespace
@@ -25,7 +25,7 @@ _OTHER_WAYS = (
 
 
 def blend_defaults(given: Namespace) -> dict:
-    """Megatron's arguments that say what the data file says; {} without one.
+    """Values of Megatron's arguments for the file of --data-blend; {} without the flag.
 
     Raises:
         UsageError: a mistake in the file, or another flag that names data.

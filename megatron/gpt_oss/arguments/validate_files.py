@@ -93,11 +93,11 @@ def _check_tokenizer(model: str) -> None:
     )
 
 
-def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float | None) -> None:
+def _check_hf_checkpoint(directory: str, preset: Preset | None, yarn_factor: float | None) -> None:
     from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 
-    config = read_hf_config(Path(folder))
-    HFReader(Path(folder)).check_files()
+    config = read_hf_config(Path(directory))
+    HFReader(Path(directory)).check_files()
     if preset is None:
         return
     found = extended(preset_from_hf_config(config), yarn_factor)
@@ -105,7 +105,7 @@ def _check_hf_checkpoint(folder: str, preset: Preset | None, yarn_factor: float 
     for dest, value in ours.items():
         if theirs[dest] != value:
             raise PresetError(
-                f"--load-hf {folder} is a different model than --preset {preset.name}: it has "
+                f"--load-hf {directory} is a different model than --preset {preset.name}: it has "
                 f"{dest} = {theirs[dest]}, the preset {value}. Choose the preset (and "
                 "--preset-layers) that matches the checkpoint."
             )

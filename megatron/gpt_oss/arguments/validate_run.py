@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""How long a run trains, in what batches, what it saves: refused here where Megatron says it late."""
+"""Checks of training length, batch sizes and saving that Megatron makes late or not at all."""
 
 from argparse import Namespace
 
@@ -9,10 +9,10 @@ from megatron.gpt_oss.training.parameter_patterns import check_patterns
 
 
 def check_async_save(args: Namespace, is_cuda: bool) -> None:
-    """Refuse the writers of --async-save that would hang, write old tensors or in the foreground.
+    """Refuse writers of --async-save that would hang, save old tensors or block training.
 
     Raises:
-        UsageError: what to give instead.
+        UsageError: says what to give instead.
     """
     if not args.async_save:
         return
@@ -27,8 +27,8 @@ def check_async_save(args: Namespace, is_cuda: bool) -> None:
             "--async-save then. Drop --async-strategy: --async-save alone writes checkpoints in a "
             "thread, without nvidia-resiliency-ext."
         )
-    # The worker process keeps the tensors of the first save and writes those again (NeMo-RL 3312):
-    # whatever a save gathers anew, as fully_reshardable does all optimizer state, would be old.
+    # The worker process keeps the tensors of the first save and writes them again (NeMo-RL 3312).
+    # Tensors that each save gathers, as all optimizer state in fully_reshardable, would be old.
     if args.async_strategy == "nvrx" and args.ckpt_assume_constant_structure:
         raise UsageError(
             "--ckpt-assume-constant-structure with --async-strategy nvrx: every checkpoint would "
@@ -54,10 +54,10 @@ def _check_nvrx() -> None:
 
 
 def check_batch_size_schedule(args: Namespace) -> None:
-    """Refuse a --step-batch-size-schedule that Megatron's parser would end at, and a ramp.
+    """Refuse --rampup-batch-size and an invalid --step-batch-size-schedule.
 
     Raises:
-        UsageError: what to give instead.
+        UsageError: says what to give instead.
     """
     if args.rampup_batch_size is not None:
         first, by, samples = args.rampup_batch_size
@@ -86,7 +86,7 @@ def check_batch_size_schedule(args: Namespace) -> None:
 
 
 def check_run_arguments(args: Namespace) -> None:
-    """Refuse what Megatron asserts only once the model is built, and what of ours does not fit.
+    """Refuse what Megatron asserts only after the model is built, and invalid values of our flags.
 
     Raises:
         UsageError: names the flag, the value and what to do.
@@ -118,7 +118,9 @@ def check_run_arguments(args: Namespace) -> None:
 
 
 def check_schedule(args: Namespace) -> None:
-    """Refuse a run that does not say how long it trains and at which rate; a dry run need not.
+    """Refuse a run without training length or learning rate, or with an invalid schedule.
+
+    A dry run needs neither.
 
     Raises:
         UsageError: names the flag, the value and what to do.
@@ -161,7 +163,7 @@ def check_schedule(args: Namespace) -> None:
 
 
 def _check_batch_schedule(args: Namespace) -> None:
-    """Batch sizes that change within a run."""
+    """Check the steps of --step-batch-size-schedule."""
     if args.step_batch_size_schedule is None:
         return
     flag = f'--step-batch-size-schedule "{args.step_batch_size_schedule}"'
@@ -183,10 +185,10 @@ def _check_batch_schedule(args: Namespace) -> None:
 
 
 def _as_steps(args: Namespace, first: int, by: int, samples: int) -> str:
-    """A ramp as Megatron defined it: even stretches of samples, `by` more in each."""
+    """A --rampup-batch-size as steps: intervals of equal length, each with `by` more samples."""
     last = args.global_batch_size or first
-    stretches = max(1, (last - first) // by) if by > 0 else 1
+    intervals = max(1, (last - first) // by) if by > 0 else 1
     return " ".join(
-        f"{index * samples // stretches * (args.seq_length or 1)}:{min(first + index * by, last)}"
-        for index in range(stretches + 1)
+        f"{index * samples // intervals * (args.seq_length or 1)}:{min(first + index * by, last)}"
+        for index in range(intervals + 1)
     )

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Arguments that say how a sequence is split over ranks and how it is packed."""
+"""Checks of sequence length, packing and context parallelism."""
 
 import math
 from typing import Callable
@@ -10,10 +10,10 @@ from megatron.gpt_oss.errors import UsageError
 
 
 def check_sequence(value: Callable[[str], object]) -> None:
-    """Refuse what attention could refuse only in a layer, after the process groups are made.
+    """Refuse what attention would refuse only in a layer, after process groups are created.
 
     Args:
-        value: the argument of a name (argparse's dest), before Megatron's validation.
+        value: value of an argument (argparse's dest) before Megatron's validation.
     Raises:
         UsageError: names the flag, its value and what to give instead.
     """
@@ -52,7 +52,7 @@ def _check_length(value) -> None:
     length = value("seq_length")
     if length is None:
         return
-    # Two chunks a rank, and experts or sequence parallelism split what a rank has over TP.
+    # A rank has two chunks; experts or sequence parallelism split its tokens over TP.
     parts = math.lcm(2 * cp, cp * tp)
     if length % parts:
         how = f"2 * context_parallel_size = {2 * cp}"
@@ -65,19 +65,19 @@ def _check_length(value) -> None:
 
 
 def _check_attention(value) -> None:
-    """Attention over ranks is always the kernels': the unfused path sees one rank's keys."""
-    remedies = {
+    """Refuse what only unfused attention supports, which sees only one rank's keys."""
+    hints = {
         "attention_dropout": "Give --attention-dropout 0.",
         "reset_attention_mask": "Give --dataloader-inter-document-masking instead.",
         "hybrid_context_parallel": "Drop it.",
     }
-    for dest, remedy in remedies.items():
+    for dest, hint in hints.items():
         if value(dest):
             flag = f"--{dest.replace('_', '-')}"
             found = "" if value(dest) is True else f" {value(dest)}"
             raise UsageError(
                 f"{flag}{found} cannot be combined with --context-parallel-size "
-                f"{value('context_parallel_size')}. {remedy}"
+                f"{value('context_parallel_size')}. {hint}"
             )
 
 

@@ -88,7 +88,7 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
         UsageError: matplotlib is not installed.
     """
     from megatron.gpt_oss.data.corpus_record import TOKENIZE
-    from megatron.gpt_oss.training.metrics.plot import as_title, import_pyplot, save_picture
+    from megatron.gpt_oss.training.metrics.plot import as_title, import_pyplot, save_plot
 
     pyplot = import_pyplot()
     figure, (above, below) = pyplot.subplots(
@@ -108,6 +108,6 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     )
     for axis in (above, below):
         axis.grid(axis="y", alpha=0.3)
-    save_picture(figure, out, TOKENIZE)
+    save_plot(figure, out, TOKENIZE)
     pyplot.close(figure)
     return Path(out)

@@ -41,25 +41,27 @@ class CheckpointKeeper:
     def clean(self, save_dir: Path) -> list[str]:
         """Rename old checkpoints and start to delete them; returns their names."""
         complete, incomplete = [], []
-        for folder in sorted(save_dir.glob("iter_*"), key=_iteration, reverse=True):
-            is_ours = _iteration(folder) >= 0 and not folder.is_symlink()
-            if not is_ours or not checkpoint_integrity.has_manifest(str(folder)):
+        for directory in sorted(save_dir.glob("iter_*"), key=_iteration, reverse=True):
+            is_ours = _iteration(directory) >= 0 and not directory.is_symlink()
+            if not is_ours or not checkpoint_integrity.has_manifest(str(directory)):
                 continue
-            problem = checkpoint_integrity.find_problem(str(folder))
-            (incomplete if problem else complete).append(folder)
+            problem = checkpoint_integrity.find_problem(str(directory))
+            (incomplete if problem else complete).append(directory)
         if len(complete) < self._keep:
             return []
         oldest = _iteration(complete[self._keep - 1])
         named = self._named_by_tracker(save_dir)
         doomed = [
-            folder
-            for folder in complete + incomplete
-            if _iteration(folder) < oldest and folder.name != named and not _holds_more(folder)
+            directory
+            for directory in complete + incomplete
+            if _iteration(directory) < oldest
+            and directory.name != named
+            and not _holds_more(directory)
         ]
-        for folder in doomed:
-            os.replace(folder, save_dir / (TRASH + folder.name))
+        for directory in doomed:
+            os.replace(directory, save_dir / (TRASH + directory.name))
         self._empty_trash(save_dir)
-        return [folder.name for folder in doomed]
+        return [directory.name for directory in doomed]
 
     def wait(self) -> None:
         """Wait until the renamed checkpoints are deleted."""
@@ -82,24 +84,24 @@ class CheckpointKeeper:
         self._thread.start()
 
 
-def _holds_more(folder: Path) -> bool:
+def _holds_more(directory: Path) -> bool:
     """Whether a checkpoint directory has files that no save wrote."""
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
         listed = json.loads(text).get("files")
         if listed is None:  # an incomplete checkpoint
             return False
         own = {*listed, MANIFEST, MANIFEST + ".tmp"}
-        return bool(set(files_in(folder, ())) - own)
+        return bool(set(files_in(directory, ())) - own)
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
 
-def _iteration(folder: Path) -> int:
-    number = folder.name.removeprefix("iter_")
+def _iteration(directory: Path) -> int:
+    number = directory.name.removeprefix("iter_")
     return int(number) if number.isdigit() else -1
 
 
-def _delete(folders: list[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def _delete(directories: list[Path]) -> None:
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""What a run draws from each corpus, told before its first step."""
+"""How many samples a run takes from each corpus, reported before the first step."""
 
 from dataclasses import dataclass
 
@@ -11,16 +11,16 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
 @dataclass(frozen=True)
 class CorpusUse:
-    """How a training set draws on one corpus.
+    """Use of one corpus by a training set.
 
     Attributes:
-        path: of the corpus, without ending.
-        share: of the samples of the training set.
-        documents, tokens: of the corpus' training split.
-        long_documents, long_tokens: those of more tokens than a sequence, and what they hold. They
-            are cut into several samples; nothing of them is left out.
-        epochs: times that the run goes through the corpus.
-        cut_samples: share of the samples that begin within a document.
+        path: path of the corpus, without extension.
+        share: fraction of the training set's samples.
+        documents, tokens: size of the corpus' training split.
+        long_documents, long_tokens: documents longer than a sequence, and their tokens. They are
+            split into several samples.
+        epochs: passes through the corpus.
+        cut_samples: fraction of the samples that start inside a document.
     """
 
     path: str
@@ -48,13 +48,13 @@ class CorpusUse:
 
 
 def corpus_uses(dataset: object, seq_length: int) -> list[CorpusUse]:
-    """What a training set draws from each of its corpora.
+    """Use of each corpus by a training set.
 
     Args:
-        dataset: as Megatron's builder makes it; None where it is not built, and any other.
-        seq_length: tokens of a sample.
+        dataset: the training set of Megatron's builder, or None on ranks that do not build it.
+        seq_length: tokens per sample.
     Returns:
-        [] for sets that are not made of indexed datasets.
+        [] if the set does not consist of indexed datasets.
     """
     if isinstance(dataset, BlendedDataset):
         drawn = numpy.bincount(dataset.dataset_index, minlength=len(dataset.datasets))
@@ -71,7 +71,7 @@ def _use(dataset: GPTDataset, samples: int, total: int, seq_length: int) -> Corp
     lengths = dataset.dataset.sequence_lengths[dataset.indices]
     long = lengths[lengths > seq_length]
     tokens = int(lengths.sum(dtype=numpy.int64))
-    # (document, offset) of each sample's first token; the last row is where the last one ends.
+    # (document, offset) of each sample's first token; the last row is the end of the last sample.
     offsets = dataset.sample_index[:-1, 1]
     return CorpusUse(
         path=dataset.dataset_path,

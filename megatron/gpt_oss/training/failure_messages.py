@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""What ends a run from outside, each as one message: what happened, what is saved, what to do."""
+"""Messages for runs that fail for a known cause: what happened, what is saved, what to do."""
 
 import errno
 import os
@@ -12,53 +12,58 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron.core.dist_checkpointing.restricted_pickle import RestrictedPickleError
-from megatron.gpt_oss.errors import RunError, as_os_sentence
+from megatron.gpt_oss.errors import RunError, as_os_sentence, os_cause
 from megatron.training import checkpoint_integrity
 from megatron.training.non_finite import NonFiniteError
 from megatron.training.saved_schedule import ScheduleError
 
-# What gloo, NCCL and PyTorch's store say when the other end is gone.
+# Messages of gloo, NCCL and PyTorch's store when another rank has exited.
 _LOST = re.compile(
     "Connection (closed|reset) by (remote )?peer|[Bb]roken pipe|Timed out waiting \\d+ *ms|"
     "[Ss]ocket[ A-Za-z]*(closed|Timeout)|remote process exited|NCCL error|heartbeat|"
     "failed to recv, got 0 bytes|[Cc]onnection (was )?(refused|likely broken)|Application timeout"
 )
 _UNREAD_METADATA = re.compile(r"global metadata read failed: (.*?); rank local")
-_DISK = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is exceeded",
-    errno.EFBIG: "a file is larger than this file system or `ulimit -f` allows",
-    errno.EROFS: "the file system is read-only",
-    errno.EIO: "an input/output error occurred on the disk",
-    errno.ENOENT: "a file or directory disappeared during the write",
-    errno.ESTALE: "the network file system lost the file",
-}
+# Errors of the operating system that end the write of a checkpoint.
+_WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+)
 
 
 def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
-    """The error in one message for the user, or None: let the traceback speak.
+    """The error as one message for the user; None if the cause is unknown.
 
     Args:
-        error: that ended pretrain().
-        args: Megatron's, for what was saved and where.
+        error: the error that ended pretrain().
+        args: Megatron's arguments.
     """
     if isinstance(error, (NonFiniteError, checkpoint_integrity.CheckpointLoadError, ScheduleError)):
         return RunError(str(error), everywhere=True)
     chain = list(checkpoint_integrity.causes(error))
     for cause in chain:
-        # PyTorch hands on the text alone of what kept it from reading .metadata.
+        # PyTorch passes on only the text of an error while reading .metadata.
         unread = _UNREAD_METADATA.search(" ".join(str(cause).split()))
         if unread or isinstance(cause, RestrictedPickleError):
             return RunError(unread[1] if unread else str(cause))
     for cause in map(_written_error, chain):
-        if isinstance(cause, OSError) and cause.errno in _DISK and _is_of_checkpoint(cause, args):
+        if (
+            isinstance(cause, OSError)
+            and cause.errno in _WRITE_ERRORS
+            and _is_of_checkpoint(cause, args)
+        ):
             where = f" ({cause.filename})" if cause.filename else ""
             return RunError(
-                f"A checkpoint could not be written: {_DISK[cause.errno]}{where}. "
+                f"A checkpoint could not be written: {_write_cause(cause)}{where}. "
                 f"{_what_is_saved(args)} Free disk space, then rerun the same command."
             )
     if any(isinstance(cause, CheckpointException) and not cause.failures for cause in chain):
-        return RunError(  # every rank learns that there was a failure, the first one of what kind
+        return RunError(  # every rank gets this error, but only rank 0 its cause
             "A checkpoint could not be written: rank 0 reports the cause. "
             f"{_what_is_saved(args)} Fix the cause, then rerun the same command.",
             everywhere=True,
@@ -78,14 +83,20 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
     return RunError(f"{sentence} {_what_is_saved(args)}") if sentence is not None else None
 
 
+def _write_cause(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "a file or directory disappeared during the write"
+    return os_cause(error.errno)
+
+
 def print_traceback(error: BaseException) -> None:
-    """Into Megatron's own output, for whoever wants to know more."""
+    """Print the traceback to Megatron's own output."""
     traceback.print_exception(error, file=sys.stdout)
     sys.stdout.flush()
 
 
 def _written_error(error: BaseException) -> BaseException:
-    """The OSError of a checkpoint's writer, of which its process hands on the text alone."""
+    """The OSError of a checkpoint writer, from the text that its process passes on."""
     found = re.search(r"[Ww]orker.*\[Errno (\d+)\] ([^'\n]*)(?:'([^']*)')?", str(error))
     if isinstance(error, OSError) or found is None:
         return error
@@ -93,7 +104,10 @@ def _written_error(error: BaseException) -> BaseException:
 
 
 def _is_of_checkpoint(error: OSError, args: Namespace) -> bool:
-    """A named file may be another one; one that is not there may be one that was to be read."""
+    """Whether an OSError is of a checkpoint that is being written.
+
+    A missing file counts only within a checkpoint: it may be an input otherwise.
+    """
     name = str(error.filename or "")
     if not name:
         return error.errno != errno.ENOENT

@@ -2,10 +2,10 @@
 
 """Which arguments may change when a run resumes from its checkpoint.
 
-Each argument of the command line is of one class. FREE ones change no number of the training, or
-say how long and how often. AT_LOAD ones are reported by Megatron's loader with what they change
-(`megatron.training.run_position`). MODEL and OPTIMIZER ones are refused: the checkpoints hold another
-model, or optimizer state that does not fit. All others may change, and one line reports which did.
+Each argument is in one class. FREE arguments do not change the numbers of training, or set lengths
+and intervals. `megatron.training.run_position` reports changes of AT_LOAD arguments when it loads the
+checkpoint. Changes of MODEL and OPTIMIZER arguments are refused, because the checkpoints hold another
+model or optimizer state that does not fit. All others may change, and one line lists the changes.
 """
 
 from typing import Any, Mapping
@@ -60,8 +60,7 @@ FREE = frozenset("""
     preset preset_layers yarn_factor data_blend data_path train_data_path
     tokenizer_model tokenizer_type vocab_size
     """.split())
-# The names among them that another check of a resume takes: sizes of the model (below), data,
-# tokenizer and weights (run_record.py).
+# Other checks cover some of them: MODEL (below) the preset, run_record.py data, tokenizer and weights.
 
 AT_LOAD = frozenset("""
     lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction lr_warmup_iters
@@ -83,12 +82,12 @@ MODEL = frozenset("""
     activation_func_clamp_value glu_linear_offset untie_embeddings_and_output_weights
     padded_vocab_size qk_layernorm multi_latent_attention
     """.split())
-# What a user gave of which they came.
+# Flags that set these arguments.
 _GIVEN_AS = {"num_layers": ("preset_layers",), "rotary_scaling_factor": ("yarn_factor",)}
 
 _LONGEST_SHOWN = 80
 
-# With the optimizer state of a checkpoint, where it is loaded.
+# Refused only if the optimizer state of the checkpoint is loaded.
 OPTIMIZER = frozenset(["freeze", "optimizer"])
 
 _CONSEQUENCES = {
@@ -102,7 +101,7 @@ _CONSEQUENCES = {
 
 
 def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Arguments that both starts of a run have, with another value: name -> (then, now)."""
+    """Arguments of both starts whose values differ: name -> (then, now)."""
     return {
         name: (then[name], now[name])
         for name in sorted(then.keys() & now.keys())
@@ -113,14 +112,14 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[
 def check_changes(
     then: Mapping[str, Any], now: Mapping[str, Any], loads_optimizer: bool = True
 ) -> dict[str, tuple[Any, Any]]:
-    """Refuse what cannot change when a run resumes.
+    """Refuse changes that are not allowed when a run resumes.
 
     Args:
-        then: arguments of the start before, by name, as JSON has them.
-        now: of this start.
-        loads_optimizer: whether the optimizer state of the checkpoint is read.
+        then: arguments of the previous start, by name, as JSON values.
+        now: arguments of this start.
+        loads_optimizer: whether the optimizer state of the checkpoint is loaded.
     Returns:
-        What has to be told: name -> (then, now).
+        The changes to report: name -> (then, now).
     Raises:
         UsageError: names the argument, both values and what to do.
     """
@@ -150,8 +149,8 @@ def check_changes(
     }
 
 
-def told(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """The line that says what changed."""
+def changes_line(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """One line that lists the changes."""
     words = [
         f"{flag_of(name)} {_both(values)}"
         + (f": {_CONSEQUENCES[name]}" if name in _CONSEQUENCES else "")
@@ -161,7 +160,7 @@ def told(changes: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def flag_of(name: str) -> str:
-    """An argument as the command line has it, but for a few that Megatron names otherwise."""
+    """The flag of an argument, except for a few that Megatron names differently."""
     return f"--{name.replace('_', '-')}"
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""run.json of a run's folder: where it is, and the arguments in it. Imports neither torch nor Megatron."""
+"""run.json of a run: its path and its arguments. Imports neither torch nor Megatron."""
 
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,12 @@ from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import read_json
 
 RUN_FILE = "run.json"
-OLD_RUN_FILE = "arguments.json"  # the arguments alone, as versions before had them
+OLD_RUN_FILE = "arguments.json"  # older versions; only the arguments
 
 
-def find_run_file(folder: Path) -> Path | None:
-    """run.json of a run's folder, or what an older version wrote."""
-    files = (folder / name for name in (RUN_FILE, OLD_RUN_FILE))
+def find_run_file(directory: Path) -> Path | None:
+    """run.json in a run's directory, or arguments.json of an older version."""
+    files = (directory / name for name in (RUN_FILE, OLD_RUN_FILE))
     return next((path for path in files if path.is_file()), None)
 
 

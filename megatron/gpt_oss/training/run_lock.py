@@ -1,12 +1,12 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""run.lock: one run at a time in a folder, wherever the other one was started.
+"""run.lock: only one run at a time uses a directory, on any machine.
 
-Rank 0 holds a POSIX record lock on the file, which Linux releases when the process ends, however it
-ends, and which children do not inherit. Not every network file system shows a lock to other
-machines: run.lock.json beside it says who holds it, and the holder counts a number up in it every
-BEAT seconds. A lock of another machine whose number stands still for PATIENCE seconds is of a dead
-run. (Two files, for closing any handle of the first would release the lock.)
+Rank 0 holds a POSIX record lock on the file. Linux releases it when the process ends, and child
+processes do not inherit it. Some network file systems do not show the lock to other machines.
+Therefore run.lock.json names the holder, which increments a counter in it every BEAT seconds. If the
+counter of another machine does not change for PATIENCE seconds, its run is dead. The counter is in a
+second file, because closing any handle of run.lock would release the lock.
 """
 
 import fcntl
@@ -26,22 +26,22 @@ from megatron.gpt_oss.outputs import NO_LOCKS, naming, write_file
 LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
 BEAT = 10.0
 PATIENCE = 40.0
-# A run that was killed may take so long to be gone.
+# Time for a killed run to exit.
 GRACE = 10.0
 
 
 class RunLock:
-    """Holds the lock of a folder while a `with` lasts.
+    """Context manager that holds the lock of a directory.
 
     Args:
-        folder: exists.
-        tell: called with a line on what was found.
+        directory: an existing directory.
+        tell: called with a line about an earlier or another holder.
     Raises:
-        UsageError: another run holds it; names machine, process and since when.
+        UsageError: another run holds the lock; names machine, process and start time.
     """
 
-    def __init__(self, folder: Path, tell: Callable[[str], None]):
-        self._path, self._holder_path = folder / LOCK_FILE, folder / HOLDER_FILE
+    def __init__(self, directory: Path, tell: Callable[[str], None]):
+        self._path, self._holder_path = directory / LOCK_FILE, directory / HOLDER_FILE
         self._tell = tell
         self._ended = threading.Event()
 
@@ -64,7 +64,7 @@ class RunLock:
         self._beats.join()
         if self._read().get("token") == self._holder["token"]:
             self._holder_path.unlink(missing_ok=True)
-        os.close(self._file)  # which releases it
+        os.close(self._file)  # releases the lock
 
     def _take(self) -> None:
         deadline = time.monotonic() + GRACE
@@ -96,7 +96,7 @@ class RunLock:
         return True
 
     def _wait_for_beat(self, holder: dict) -> None:
-        """Of another machine: see whether its number moves."""
+        """Wait whether the counter of a holder on another machine changes."""
         self._tell(
             f"{self._path} belongs to {_named(holder)}: waiting {PATIENCE:.0f} s to see whether it "
             "is alive"
@@ -105,7 +105,7 @@ class RunLock:
         while time.monotonic() < deadline:
             time.sleep(min(1.0, PATIENCE / 10))
             found = self._read()
-            if found and found != holder:  # counted up, or somebody else took over
+            if found and found != holder:  # the counter changed, or another run took over
                 raise UsageError(self._in_use(found))
 
     def _in_use(self, holder: dict) -> str:
@@ -119,7 +119,7 @@ class RunLock:
         while not self._ended.wait(BEAT):
             found = self._read()
             if found and found.get("token") != self._holder["token"]:
-                # After a pause so long that another machine took it for dead.
+                # This process was suspended for so long that another machine considered it dead.
                 print(
                     f"error: {_named(found)} took over {self._path.parent} while this process was "
                     "suspended. This process exits: two runs would write the same checkpoints.",
@@ -140,7 +140,7 @@ class RunLock:
         write_file(self._holder_path, json.dumps(holder) + "\n")
 
     def _read(self) -> dict:
-        """Who holds it; {} for nobody."""
+        """The holder of the lock; {} if there is none."""
         try:
             holder = read_json(self._holder_path)
         except UsageError:
@@ -166,7 +166,7 @@ def _named(holder: dict) -> str:
 
 
 def _boot() -> str:
-    """The running kernel, which containers share whatever their names: its locks are exact."""
+    """ID of the running kernel, which all containers of a machine share."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""run.json: what a run is, from which its next start sees what changed.
+"""run.json: the record of a run, with which its next start is compared.
 
-It lies in --run-dir (else in --save) and holds the command, every argument, and of data, tokenizer
-and starting weights the size and SHA-256 of the files that tell them apart. It is written complete,
-once a start has loaded its checkpoint, so that a start that was refused leaves no trace.
+It is in --run-dir (or --save) and has the command, every argument, and sizes and SHA-256 of the
+files that identify data, tokenizer and initial weights. It is written after the checkpoint is loaded,
+so a refused start does not change it.
 """
 
 import json
@@ -21,7 +21,7 @@ from megatron.gpt_oss.arguments.validate_data import read_prefixes
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.outputs import MADE_BY, sha256, write_file
-from megatron.gpt_oss.training.resume_rules import check_changes, told
+from megatron.gpt_oss.training.resume_rules import changes_line, check_changes
 from megatron.gpt_oss.training.run_file import (
     OLD_RUN_FILE,
     RUN_FILE,
@@ -32,20 +32,20 @@ from megatron.gpt_oss.training.run_file import (
 RUN = "pretrain_gpt_oss.py"
 VERSION = 1
 _MARK = f'{{\n "{MADE_BY}": "{RUN}"'
-# Where the files lie is not what they are.
+# Compared by content, because the path of the data may change.
 _TRAINING_DATA = ("data_path", "train_data_path")
 
 
 class RunRecord:
-    """The record of this start, and how it differs from that of the start before.
+    """The record of this start, and its differences from the previous start.
 
     Args:
-        spec: of this start; its arguments are validated.
+        spec: this start, with validated arguments.
     """
 
     def __init__(self, spec: RunSpec):
         args = spec.args
-        self._folder = home(args)
+        self._directory = home(args)
         values = {name: getattr(args, name, None) for name in spec.names if name != "local_rank"}
         self._record = {
             MADE_BY: RUN,
@@ -57,8 +57,8 @@ class RunRecord:
         self._changes: list[dict] = []
 
     @cached_property
-    def _whole(self) -> dict[str, Any]:
-        """With the files, which are read by rank 0 and, where a run resumes, by every rank."""
+    def _with_files(self) -> dict[str, Any]:
+        """The record with its files. Rank 0 reads them, and every rank if the run resumes."""
         args = self._args
         return self._record | {
             "data": {prefix: _dataset(prefix) for prefix in training_data(args)},
@@ -67,12 +67,12 @@ class RunRecord:
         }
 
     def compare(self, args: Namespace) -> str | None:
-        """Compare with the start before, for a run that resumes from `args.load`.
+        """Compare with the previous start of a run that resumes from `args.load`.
 
         Returns:
-            The line that tells what changed, if anything has to be told.
+            A line with the changes to report, None if there are none.
         Raises:
-            UsageError: what changed cannot: another model, other data of the same name, another
+            UsageError: a change is not allowed: another model, other data of the same name, another
                 tokenizer.
         """
         path = record_of_checkpoints(args.load)
@@ -80,33 +80,33 @@ class RunRecord:
         if not then:
             return None
         self._changes = [item for item in then.get("changes", ()) if isinstance(item, dict)]
-        changes = compare_records(then, self._whole, not args.no_load_optim)
+        changes = compare_records(then, self._with_files, not args.no_load_optim)
         self._changes += [{"arguments": changes}] if changes else []
-        return told(changes) if changes else None
+        return changes_line(changes) if changes else None
 
     def write(self, iteration: int) -> None:
-        """Write run.json, once it is known at which step the run stands."""
-        if self._folder is None:
+        """Write run.json, when the step of the loaded checkpoint is known."""
+        if self._directory is None:
             return
         if self._changes and "step" not in self._changes[-1]:
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             self._changes[-1] = {"step": iteration, "time": when, **self._changes[-1]}
-        text = json.dumps(self._whole | {"changes": self._changes}, indent=1)
-        write_file(self._folder / RUN_FILE, text + "\n")
+        text = json.dumps(self._with_files | {"changes": self._changes}, indent=1)
+        write_file(self._directory / RUN_FILE, text + "\n")
 
 
 def compare_records(
     then: Mapping[str, Any], now: Mapping[str, Any], loads_optimizer: bool = True
 ) -> dict[str, tuple[Any, Any]]:
-    """What of a run has to be told when it resumes: argument -> (then, now).
+    """The changes to report when a run resumes: argument -> (then, now).
 
     Args:
-        then: record of the start before, as read from its file.
+        then: record of the previous start.
         now: record of this start.
-        loads_optimizer: whether the optimizer state of the checkpoint is read.
+        loads_optimizer: whether the optimizer state of the checkpoint is loaded.
     Raises:
-        UsageError: something changed that cannot: another model, other data of the same path,
-            another tokenizer.
+        UsageError: a change is not allowed: another model, other data of the same path, another
+            tokenizer.
     """
     before, arguments = then["arguments"], now["arguments"]
     changes = check_changes(before, arguments, loads_optimizer)
@@ -136,18 +136,18 @@ def compare_records(
 
 
 def home(args: Namespace) -> Path | None:
-    """The folder of a run's record and lock: --run-dir, or --save without it."""
-    folder = args.run_dir or args.save
-    return None if folder is None else Path(folder)
+    """The directory of a run's record and lock: --run-dir, otherwise --save."""
+    directory = args.run_dir or args.save
+    return None if directory is None else Path(directory)
 
 
-def check_foreign(folder: Path) -> None:
-    """Refuse a folder whose run.json somebody else made.
+def check_foreign(directory: Path) -> None:
+    """Refuse a directory whose run.json another program wrote.
 
     Raises:
         UsageError: names the file.
     """
-    path = folder / RUN_FILE
+    path = directory / RUN_FILE
     if not path.is_file():
         return
     with open(path, "rb") as stream:
@@ -157,21 +157,21 @@ def check_foreign(folder: Path) -> None:
 
 
 def record_of_checkpoints(load: str) -> Path | None:
-    """run.json, or arguments.json of an older version, of the run that wrote checkpoints."""
-    folders = [Path(load)]
-    if folders[0].resolve().name == "checkpoints":
-        folders.append(folders[0].resolve().parent)
-    return next(filter(None, map(find_run_file, folders)), None)
+    """run.json (or arguments.json of an older version) of the run that wrote the checkpoints."""
+    directories = [Path(load)]
+    if directories[0].resolve().name == "checkpoints":
+        directories.append(directories[0].resolve().parent)
+    return next(filter(None, map(find_run_file, directories)), None)
 
 
 def training_data(args: Namespace) -> Iterator[str]:
-    """Prefixes of the .bin and .idx files that a run trains on, each once."""
+    """Prefixes of the .bin and .idx files of the training data, without duplicates."""
     words = [word for dest in _TRAINING_DATA for word in read_prefixes(getattr(args, dest, None))]
     yield from dict.fromkeys(word for word in words if "://" not in word)
 
 
 def read_record(path: Path, rank: int = 0) -> dict[str, Any] | None:
-    """The record of the start before; None where it cannot be compared, which is reported."""
+    """The record of the previous start; None, with a note, if it cannot be compared."""
     try:
         arguments = recorded_arguments(path)
         record = {} if path.name == OLD_RUN_FILE else read_json(path)
@@ -188,7 +188,7 @@ def read_record(path: Path, rank: int = 0) -> dict[str, Any] | None:
             if not isinstance(found[name], kind):
                 raise UsageError(f"{path}: {name} is damaged.")
         return found
-    except UsageError as error:  # the checkpoints are what counts
+    except UsageError as error:  # a damaged record must not prevent a resume
         if rank == 0:
             print(f"note: {error} Changes since then cannot be detected.", file=sys.stderr)
         return None
@@ -210,7 +210,7 @@ def _content(entry: Any) -> tuple:
 
 
 def _check_same_data(then: Mapping, now: Mapping) -> None:
-    """The same path holds the same data."""
+    """Refuse other data at the same path."""
     before = {
         entry.get("path"): _content(entry) for entry in then.values() if isinstance(entry, dict)
     }
@@ -224,7 +224,7 @@ def _check_same_data(then: Mapping, now: Mapping) -> None:
 
 
 def _by_content(words: Any, data: Mapping) -> list:
-    """Words of a blend, prefixes by what they hold."""
+    """Words of a blend, with the content of a dataset in place of its prefix."""
     words = map(str, words) if isinstance(words, list) else ()
     return [_content(data.get(word)) or word for word in words]
 
@@ -235,25 +235,25 @@ def _tokenizer(args: Namespace) -> dict[str, Any]:
     path = Path(args.tokenizer_model)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
-        return {"path": str(args.tokenizer_model)}  # a name of the hub
+        return {"path": str(args.tokenizer_model)}  # a name on the Hugging Face Hub
     return {"path": str(path), "sha256": sha256(path)}
 
 
 def _weights(args: Namespace) -> dict[str, Any] | None:
-    """Of --load-hf: its configuration and which file holds what, and how many bytes they are."""
+    """Hashes of the config and the index of --load-hf, and sizes of its weight files."""
     if not args.load_hf:
         return None
-    folder = Path(args.load_hf)
+    directory = Path(args.load_hf)
     names = [name for name in ("config.json", "model.safetensors.index.json")]
-    small = {name: sha256(folder / name) for name in names if (folder / name).is_file()}
-    files = {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
-    return {"path": str(folder), "sha256": small, "bytes": files}
+    small = {name: sha256(directory / name) for name in names if (directory / name).is_file()}
+    files = {path.name: path.stat().st_size for path in sorted(directory.glob("*.safetensors"))}
+    return {"path": str(directory), "sha256": small, "bytes": files}
 
 
 def _same_file(then: Any, now: Any) -> bool:
-    """Whether two entries of a tokenizer or of weights are the same, wherever they lie.
+    """Whether two entries of a tokenizer or of weights have the same content, at any path.
 
-    True where one is missing: an older version recorded none, or this start is given none.
+    True if one is missing: an older version did not record it, or this start does not give it.
     """
     if not isinstance(then, dict) or not isinstance(now, dict):
         return True

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Text from the model while it trains, at any parallel layout.
+"""Generates text during training, in any parallel layout.
 
-Every rank runs the forward pass of the same tokens through Megatron's schedule; the logits of the
-last position come together by one sum over all ranks. The whole prefix is computed anew for every
-token, without a cache: for a look now and then.
+Every rank runs the forward pass of the same tokens through Megatron's schedule, and one all-reduce
+collects the logits of the last position. There is no KV cache: each token recomputes the prefix,
+which is fast enough for an occasional sample.
 """
 
 from argparse import Namespace
@@ -36,16 +36,16 @@ def sample_live(
     temperature: float,
     seed: int,
 ) -> str:
-    """Continue a prompt with the model as it is now. Collective.
+    """Continue a prompt with the current weights. Collective.
 
     Args:
-        model: this rank's chunks, wrapped for training; they are in training mode again after.
-        optimizer: Megatron's, whose updates may not be gathered yet.
+        model: this rank's chunks, wrapped for training; restored to training mode.
+        optimizer: Megatron's optimizer, whose updated parameters may not be gathered yet.
     Returns:
-        The text, on every rank the same.
+        The text, the same on every rank.
     """
     args, timers = get_args(), get_timers()
-    timers("interval-time").stop()  # It would count as the next step's.
+    timers("interval-time").stop()  # Do not count the sample as part of the next step.
     hooked = should_disable_forward_pre_hook(args)
     if hooked:
         disable_forward_pre_hook(model, optimizer=optimizer)
@@ -73,7 +73,7 @@ def last_logits(model: list[torch.nn.Module], args: Namespace, ids: Tensor) -> T
         [1, 1, padded vocabulary] fp32 on the CPU, on every rank.
     """
     num_tokens = ids.shape[1]
-    # Attention is causal and experts take every token, so that padding after the last changes nothing.
+    # Attention is causal and no token is dropped, so padding after the last token has no effect.
     parts = args.tensor_model_parallel_size * 2 * args.context_parallel_size
     padded = -(-num_tokens // parts) * parts
     ids = torch.nn.functional.pad(ids.to(current_device()), (0, padded - num_tokens))
@@ -85,7 +85,7 @@ def last_logits(model: list[torch.nn.Module], args: Namespace, ids: Tensor) -> T
         return output, lambda logits, non_loss_data: logits
 
     chunks = len(model)
-    # An interleaved schedule wants a group of micro-batches; all of them are the same.
+    # An interleaved schedule needs a group of micro-batches; all of them are the same.
     num_microbatches = mpu.get_pipeline_model_parallel_world_size() if chunks > 1 else 1
     if chunks > 1:
         config = get_attr_wrapped_model(model[0], "config")
@@ -105,16 +105,16 @@ def last_logits(model: list[torch.nn.Module], args: Namespace, ids: Tensor) -> T
 
 
 def _gather(logits: Tensor | None, positions: Tensor, wanted: int, args: Namespace) -> Tensor:
-    """Bring the vocabulary's parts of one position together; data-parallel ranks have the same."""
-    whole = torch.zeros(args.padded_vocab_size, device=positions.device)
+    """All-reduce the vocabulary shards of one position; data-parallel ranks have the same logits."""
+    full = torch.zeros(args.padded_vocab_size, device=positions.device)
     place = (positions == wanted).nonzero().flatten()
     if logits is not None and place.numel() and mpu.get_data_parallel_rank() == 0:
         part = logits[0, place[0]].float()
         start = 0
-        if part.numel() < whole.numel():
+        if part.numel() < full.numel():
             start = mpu.get_tensor_model_parallel_rank() * part.numel()
-        is_copy = part.numel() == whole.numel() and mpu.get_tensor_model_parallel_rank() != 0
+        is_copy = part.numel() == full.numel() and mpu.get_tensor_model_parallel_rank() != 0
         if not is_copy:
-            whole[start : start + part.numel()] = part
-    torch.distributed.all_reduce(whole)
-    return whole.view(1, 1, -1).cpu()
+            full[start : start + part.numel()] = part
+    torch.distributed.all_reduce(full)
+    return full.view(1, 1, -1).cpu()

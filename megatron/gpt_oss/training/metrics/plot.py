@@ -22,14 +22,14 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         metrics: metrics.jsonl; records with a step and a loss, or a step and a valid_loss. Of
             several records of one step (a resumed run) the last counts.
         out: the PNG; one of an earlier call is replaced.
-        title: over the picture.
+        title: title of the plot.
     Raises:
         UsageError: nothing to draw, matplotlib is not installed, or `out` is another file.
     """
     by_step = {r["step"]: r for r in read_metrics(metrics) if r.get("loss") is not None}
     if not by_step:
         raise UsageError(f"{metrics} has no record with a step and a loss yet.")
-    check_picture(out, PLOT, [metrics])
+    check_plot(out, PLOT, [metrics])
     records = [by_step[step] for step in sorted(by_step)]
     evaluations: dict[str, dict] = {}  # by validation set, by step
     for record in read_metrics(metrics):
@@ -64,13 +64,13 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
         axes[1, 0].set_ylabel("learning rate")
         axes[1, 0].grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
-    save_picture(figure, out, PLOT)
+    save_plot(figure, out, PLOT)
     pyplot.close(figure)
     return Path(out)
 
 
-def check_picture(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ()) -> None:
-    """See `check_file`; the name must end in .png, so that it is what it says."""
+def check_plot(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ()) -> None:
+    """`check_file`, and refuse a name that does not end in .png."""
     check_file(out, made_by, "The PNG", inputs)
     if Path(out).suffix.lower() not in ("", ".png") and not str(out).startswith("/dev/"):
         raise UsageError(
@@ -78,7 +78,7 @@ def check_picture(out: str | Path, made_by: str, inputs: Iterable[str | Path] = 
         )
 
 
-def save_picture(figure, out: str | Path, made_by: str) -> None:
+def save_plot(figure, out: str | Path, made_by: str) -> None:
     """Write a figure as a PNG that bears the mark of the command."""
     stream = io.BytesIO()
     figure.savefig(stream, dpi=120, format="png", metadata={"Software": made_by})

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""A run as one HTML page: its curves and its whole configuration, with nothing to load from elsewhere."""
+"""`gptoss report`: curves and configuration of a run as one self-contained HTML page."""
 
 import json
 from html import escape
@@ -94,7 +94,7 @@ def _shown(number: float | None) -> str:
 
 
 def _text(value: object) -> str:
-    """Anything that is not of this module, as it may stand in the page."""
+    """Any value as escaped text of the page."""
     text = str(value)
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
 
@@ -113,7 +113,7 @@ def _layer_charts(records: list[dict]) -> str:
     ):
         looks = [(step, load[key]) for step, load in looked if load.get(key)]
         layers = len(looks[0][1]) if looks else 0
-        # A line a layer would be a thicket: the extremes and a few in between.
+        # At most six curves: the first and the last layer, and some in between.
         chosen = sorted({round(i * (layers - 1) / 5) for i in range(6)}) if layers else []
         series = {f"layer {i}": _of_layer(looks, i) for i in chosen}
         parts.append(_section(title, line_chart(series, title)))
@@ -157,7 +157,7 @@ def _configuration(path: Path) -> str:
         return _section("Configuration", f"<p>No {_text(path.name)} in the run directory.</p>")
     try:
         values = recorded_arguments(path)
-    except UsageError as error:  # the curves are there all the same
+    except UsageError as error:  # the curves do not need it
         return _section("Configuration", f"<p>{_text(error)}</p>")
     rows = "".join(
         f"<tr><td>{_text(name)}</td><td>{_text(_json(value))}</td></tr>"

@@ -230,7 +230,7 @@ def test_full_disk_of_one_rank(ranks, inputs, tmp_path):
         assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
         assert 'rerun the same command' in message
         assert seen['seconds'] < 60
-    assert 'the disk is full' in results[0][0]
+    assert 'no space left on the disk' in results[0][0]
     (tmp_path / 'run/checkpoints/iter_0000002/__1_0.distcp').unlink()
     goes_on(ranks, inputs, tmp_path / 'run', flags, 2)
 
@@ -243,7 +243,7 @@ def test_full_disk_of_one_of_several_files(ranks, inputs, tmp_path):
     """A rank's writers are threads of the writer; what one of them fails of is told, too."""
     flags = '--train-iters 3 --ckpt-assume-constant-structure --dist-ckpt-workers 2'
     message, _ = run(ranks, inputs, tmp_path / 'run', flags, full_disk_of_second_file)[0]
-    assert 'A checkpoint could not be written: the disk is full' in message, message
+    assert 'A checkpoint could not be written: no space left on the disk' in message, message
     assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     assert whole(tmp_path / 'run') == 1
 

@@ -232,7 +232,7 @@ def full_disk_at_step_2(folder):
 def test_full_disk_in_a_checkpoint(inputs, ranks, tmp_path):
     flags = '--train-iters 3 --save-interval 1 --keep-checkpoints 1'
     message = run_hurt(ranks, inputs, tmp_path / 'run', flags, full_disk_at_step_2)[0]
-    assert 'A checkpoint could not be written: the disk is full' in message
+    assert 'A checkpoint could not be written: no space left on the disk' in message
     assert f'The last complete checkpoint is {tmp_path}/run/checkpoints/iter_0000001' in message
     assert 'rerun the same command' in message
     # There is room again.
