@@ -89,17 +89,23 @@ def kernels_of_cuda():
     from megatron.core.transformer.moe.grouped_mlp import dispatch
     from megatron.core.transformer.moe.grouped_mlp import permute
 
-    def partial_sums(rows, bias):
-        return rows.new_empty(len(rows) // 32 + len(bias), bias.shape[1], dtype=torch.float32)
+    activation_triton = pytest.importorskip(
+        'megatron.core.transformer.moe.grouped_mlp.activation_triton', exc_type=ImportError
+    )
+
+    def partial_sums(rows, bias, block_rows):
+        """fp32 sums of each tile's rows, as many tiles as the kernel's launch allows for."""
+        num_tiles = len(rows) // block_rows + len(bias)
+        return rows.new_empty(num_tiles, bias.shape[1], dtype=torch.float32)
 
     def swiglu_backward(dout, y, bias, probs, ends, constants):
-        sums = partial_sums(y, bias)
+        sums = partial_sums(y, bias, activation_triton.BLOCK_ROWS)
         gradients = torch.full_like(y, 1e-3), torch.zeros_like(bias), torch.zeros_like(probs)
         del sums
         return gradients
 
     def bias_gradients(dy, bias, scale, ends):
-        sums = partial_sums(dy, bias)
+        sums = partial_sums(dy, bias, activation_triton.BIAS_BLOCK_ROWS)
         gradients = torch.zeros_like(bias), torch.zeros_like(scale)
         del sums
         return gradients

@@ -1,19 +1,19 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Without TransformerEngine and Apex, AdamW is PyTorch's, in the form that needs no memory of its own."""
+"""Without TransformerEngine and Apex, Adam is PyTorch's fused one, which allocates no temporaries."""
 
 import pytest
 import torch
 
 from megatron.core.optimizer import OptimizerConfig, _get_megatron_optimizer_based_on_param_groups
+from tests.harness.live_memory import LiveMemory
+
+SIZE = 33
 
 
-def _step(decoupled):
-    """A parameter after three steps, and the optimizer's defaults."""
-    torch.manual_seed(0)
-    parameter = torch.nn.Parameter(torch.randn(33))
-    start = parameter.detach().clone()
-    gradients = torch.randn(3, 33)
+def _build(decoupled):
+    """A parameter and Megatron's optimizer for it."""
+    parameter = torch.nn.Parameter(torch.randn(SIZE, generator=torch.Generator().manual_seed(0)))
     config = OptimizerConfig(
         optimizer="adam", lr=0.1, weight_decay=0.1, decoupled_weight_decay=decoupled, adam_eps=1e-8
     )
@@ -21,36 +21,33 @@ def _step(decoupled):
     optimizer, _ = _get_megatron_optimizer_based_on_param_groups(
         config, [], [dict(group, is_decoupled_lr=False)], skip_megatron_wrapping=True
     )
-    for gradient in gradients:
-        parameter.grad = gradient.clone()
+    return parameter, optimizer
+
+
+def _train(parameter, optimizer):
+    """Three steps with random gradients in the parameter's dtype."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        parameter.grad = torch.randn(SIZE, generator=generator).to(parameter.dtype)
         optimizer.step()
-    return start, gradients, parameter.detach(), optimizer.defaults
-
-
-def _adam_ref(start, gradients, decoupled, lr=0.1, decay=0.1, betas=(0.9, 0.999), eps=1e-8):
-    """Kingma and Ba's algorithm, and Loshchilov and Hutter's weight decay, in float64."""
-    x = start.double()
-    first, second = torch.zeros_like(x), torch.zeros_like(x)
-    for step, gradient in enumerate(gradients.double(), start=1):
-        if decoupled:
-            x = x - lr * decay * x
-        else:
-            gradient = gradient + decay * x
-        first = betas[0] * first + (1 - betas[0]) * gradient
-        second = betas[1] * second + (1 - betas[1]) * gradient**2
-        mean = first / (1 - betas[0] ** step)
-        x = x - lr * mean / ((second / (1 - betas[1] ** step)).sqrt() + eps)
-    return x
 
 
 def test_one_kernel():
-    """foreach, the default on a GPU, makes a temporary as large as all parameters in fp32."""
-    *_, defaults = _step(True)
-    assert defaults["fused"] is True
+    """foreach, the default on a GPU, allocates a temporary as large as all fp32 parameters."""
+    parameter, optimizer = _build(True)
+    _train(parameter, optimizer)  # allocates the moments
+    memory = LiveMemory([parameter, parameter.grad, *optimizer.state[parameter].values()])
+    with memory:
+        optimizer.step()
+    assert memory.peak < parameter.nbytes
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_values(decoupled):
-    start, gradients, found, _ = _step(decoupled)
-    expected = _adam_ref(start, gradients, decoupled)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    """As PyTorch's unfused AdamW (decoupled weight decay) or Adam, in float64."""
+    parameter, optimizer = _build(decoupled)
+    expected = torch.nn.Parameter(parameter.detach().double())
+    reference = torch.optim.AdamW if decoupled else torch.optim.Adam
+    _train(expected, reference([expected], lr=0.1, weight_decay=0.1, eps=1e-8, foreach=False))
+    _train(parameter, optimizer)
+    torch.testing.assert_close(parameter.double(), expected, rtol=1e-5, atol=1e-6)

@@ -64,7 +64,7 @@ def test_recipe(file):
     even, imbalanced = script().plan(args), script().plan(args, script().IMBALANCE)
     assert even.layout.unsupported_reason() is None
     assert even.fits and imbalanced.fits
-    # What is left beside the 4.9 GB that an 80 GB card has more, of the 3 to 8 GB of CUDA and NCCL.
+    # CUDA and NCCL take 3 to 8 GB, of which 4.9 GB are what an 80 GB card has above 80 GB.
     assert 80e9 - imbalanced.memory.total > 4e9
     assert even.layout.offload == 0
 
@@ -243,8 +243,10 @@ def test_scripts_are_bash_and_the_image_has_what_it_copies():
     for name in ('launch.sh', 'slurm.sbatch'):
         assert _run('bash', '-n', FOLDER / name)[0] == 0
     text = (FOLDER / 'slurm.sbatch').read_text()
-    for line in ('--signal=B:USR1@900', '--requeue', '--open-mode=append', '--ntasks-per-node=1'):
-        assert f'#SBATCH {line}\n' in text
+    # The script traps the signal that it asks for, early enough for srun's --wait.
+    name, seconds = re.search(r'#SBATCH --signal=B:(\w+)@(\d+)\n', text).groups()
+    assert f'trap save_and_end {name}\n' in text
+    assert int(seconds) > int(re.search(r'--wait=(\d+)', text)[1])
     # sbatch reads no further than the first command.
     assert text.rindex('#SBATCH') < text.index('\nset -')
     image = (FOLDER / 'gpt_oss.def').read_text()

@@ -52,9 +52,10 @@ def test_documents():
     assert visible_pairs(4) == 10 and visible_pairs(4, 2) == 1 + 2 + 2 + 2
 
 
-def test_20b_is_six_flops_a_parameter_and_token():
-    """3.61 billion active parameters as OpenAI publishes: with output layer, without embedding."""
-    assert model_flops(arguments('20b', 1), 1.0) == pytest.approx(6 * 3.61e9, rel=5e-3)
+@pytest.mark.parametrize('name, active', [('20b', 3.61e9), ('120b', 5.13e9)])
+def test_six_flops_per_active_parameter(name, active):
+    """Active parameters as in Table 1 of OpenAI's model card: output layer, not embedding."""
+    assert model_flops(arguments(name, 1), 1.0) == pytest.approx(6 * active, rel=2e-3)
 
 
 def test_peaks():

@@ -16,6 +16,7 @@ import triton.language as tl
 
 # Rows and columns of a block. The partial sums of the tiles are 6% of the memory of the rows.
 BLOCK_ROWS, BLOCK_COLUMNS = 32, 64
+BIAS_BLOCK_ROWS = 64  # of weighted_bias_gradients
 # A program processes several blocks of columns of its tile; with few tiles the blocks are split
 # over more programs, to occupy 132 multiprocessors.
 MIN_PROGRAMS = 4096
@@ -92,7 +93,9 @@ def add_weighted_bias_(y, bias, scale, ends):
 def weighted_bias_gradients(dy, bias, scale, ends):
     """Gradients of bias and scale of `add_weighted_bias_`, in their dtypes."""
     # It only reads and uses few registers: 0.34 ms instead of 0.59 for 131,072 rows on an H100.
-    tiling = _Tiling(*dy.shape, ends, rows=64, num_warps=4, min_programs=4 * MIN_PROGRAMS)
+    tiling = _Tiling(
+        *dy.shape, ends, rows=BIAS_BLOCK_ROWS, num_warps=4, min_programs=4 * MIN_PROGRAMS
+    )
     dbias, dscale = tiling.partial_sums(dy, dy.shape[1])
     _weighted_bias_gradients[tiling.grid](
         dy,
