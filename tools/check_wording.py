@@ -76,9 +76,9 @@ def phrases(file: Path = WORDING) -> dict[re.Pattern, str]:
     """{pattern of a phrase: what to write instead}."""
     lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
     pairs = (re.split(r"\t|  +", line, maxsplit=1) for line in lines if line and line[0] != "#")
-    # The first letter in either case: FOLDER is a placeholder of a command line.
+    # The first letter in either case: FOLDER is a placeholder. `folder:` documents an argument.
     return {
-        re.compile(rf"\b[{old[0].upper()}{old[0]}]{re.escape(old[1:])}\b"): new
+        re.compile(rf"\b[{old[0].upper()}{old[0]}]{re.escape(old[1:])}\b(?!:)"): new
         for old, new in pairs
     }
 

@@ -141,7 +141,7 @@ def tensor_error(
     """Largest difference over the largest element; inf where shapes differ.
 
     Args:
-        family_norm: given for bf16: the norms count then, and a difference that is small beside
+        family_norm: given for bf16: the norms count then, and a difference that is small next to
             all tensors of the kind is small. A sink's gradient is a sum that nearly cancels.
     """
     if found.shape != wanted.shape:

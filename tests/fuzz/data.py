@@ -43,7 +43,7 @@ def write_corpus(prefix: Path, problem: Problem) -> Path:
 
 
 def write_model(folder: Path, problem: Problem) -> Path:
-    """A Hugging Face folder in fp32, each weight of which counts."""
+    """A Hugging Face directory in fp32, each weight of which counts."""
     preset = problem.preset()
     return write_hf(folder, preset, model_tensors(preset, problem), dtype=torch.float32)
 

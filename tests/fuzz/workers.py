@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Cases one after the other, in this process or in several."""
+"""Cases in sequence, in this process or in several."""
 
 import dataclasses
 import multiprocessing

@@ -223,7 +223,7 @@ sys.exit(status)
 def stand_in(script: Path, folder: Path):
     """Write a program into `folder` that runs the Python script of the same name as `run` does.
 
-    For shell scripts that start it: put the folder first on their PATH. Signals are not passed on.
+    For shell scripts that start it: put the directory first on PATH. Signals are not forwarded.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
         address = str(folder / 'socket')

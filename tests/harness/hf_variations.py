@@ -47,7 +47,7 @@ def harsh_weights(model, seed: int) -> dict[str, torch.Tensor]:
 def transformers_logits(
     folder, ids: torch.Tensor, seed: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor | Exception:
-    """Logits of transformers' model of the folder's config, whose weights are written to it.
+    """Logits of transformers' model of the directory's config, whose weights are written to it.
 
     Or what it raised.
     """
@@ -77,10 +77,10 @@ def transformers_logits(
 
 
 def our_logits(folder, ids: torch.Tensor) -> torch.Tensor:
-    """Logits of our model of the same folder, as `gptoss sample` builds it.
+    """Logits of our model of the same directory, as `gptoss sample` builds it.
 
     Raises:
-        UsageError: the folder is refused.
+        UsageError: the directory is refused.
     """
     from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config
 

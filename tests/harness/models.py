@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Models and checkpoints of awkward sizes for the tests of this folder."""
+"""Models and checkpoints of awkward sizes for the tests of this directory."""
 
 import dataclasses
 import json
@@ -101,7 +101,7 @@ def mxfp4_tensors(tensors, seed=0):
 
 
 def write_mxfp4(folder, preset, tensors):
-    """Write an MXFP4 folder in two files, with config, index and tokenizer as published."""
+    """Write an MXFP4 directory in two files, with config, index and tokenizer as published."""
     folder.mkdir(parents=True, exist_ok=True)
     write_byte_tokenizer(folder)
     names = sorted(tensors)
@@ -120,7 +120,7 @@ def write_mxfp4(folder, preset, tensors):
 
 
 def count_differing(one, other):
-    """Number of values in which two Hugging Face folders differ, dtypes and names included."""
+    """Number of values in which two Hugging Face directories differ, dtypes and names included."""
     one, other = HFReader(one), HFReader(other)
     assert one.names() == other.names()
     count = 0

@@ -46,8 +46,8 @@ class Reader:
     """A file that is damaged, and what reads it.
 
     Attributes:
-        path: of the file, from the folder of `good_files`.
-        read: takes the folder; ends well or with a UsageError.
+        path: of the file, from the directory of `good_files`.
+        read: takes the directory; ends well or with a UsageError.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Reader:
 
 
 def good_files(folder: Path) -> Path:
-    """One good file for each of `READERS`, and what it needs beside it."""
+    """One good file for each of `READERS`, and what it needs next to it."""
     write_tiny_hf(folder / 'hf', seed=3)
     tensors = HFReader(folder / 'hf').stored_names()
     index = {'metadata': {}, 'weight_map': dict.fromkeys(tensors, 'model.safetensors')}

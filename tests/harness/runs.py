@@ -18,7 +18,7 @@ COMMON = (
 
 
 def write_inputs(folder: Path, num_layers: int = 2) -> Path:
-    """A tiny model and tokens, for `start`; returns the folder."""
+    """A tiny model and tokens, for `start`; returns the directory."""
     import dataclasses
 
     from megatron.gpt_oss.data.byte_tokenizer import build_byte_tokenizer, write_byte_tokenizer

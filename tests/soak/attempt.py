@@ -150,7 +150,7 @@ def _words(process: psutil.Process) -> list[str]:
 
 
 def kill_all(folder: Path) -> None:
-    """End whatever still runs in a folder, also where the soak was interrupted."""
+    """End whatever still runs in a directory, also where the soak was interrupted."""
     for process in psutil.process_iter():
         if process.pid != os.getpid() and any(str(folder) in word for word in _words(process)):
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.soak.attempt import Attempt
 
-# A fault ends the run, or the run goes on by itself.
+# A fault ends the run, or the run continues.
 ENDS, GOES_ON = True, False
 
 

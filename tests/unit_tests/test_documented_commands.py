@@ -3,7 +3,7 @@
 """Every command of README.md, docs/, examples/ and the other pages, as far as a CPU can run it.
 
 All fenced and indented blocks of the pages are read, so that a new one is covered by being there: a
-YAML block is parsed, a block of commands is run line by line in a folder that looks like the
+YAML block is parsed, a block of commands is run line by line in a directory that looks like the
 repository's root, with tiny models and corpora where the page has /models and /corpora. Training
 commands become dry runs, what needs a GPU or a cluster is parsed by its own parser. What is not a
 command is listed in `NOT_COMMANDS`, what is parsed and not run in `PARSED`, each with the reason.
@@ -134,7 +134,7 @@ def without_comment(line: str) -> str:
     return re.sub(r'\s+# .*', '', line)
 
 
-# A folder like the repository's root, with models and corpora.
+# A directory like the repository's root, with models and corpora.
 
 ABSOLUTE = ('/models', '/corpora', '/path/to', '/data')
 
@@ -143,7 +143,7 @@ class Place:
     """Where the commands of one page run.
 
     Args:
-        folder: a new one. seed: the folder with models and corpora that all pages share.
+        folder: a new one. seed: the directory with models and corpora that all pages share.
     """
 
     def __init__(self, folder: Path, seed: Path):
@@ -168,7 +168,7 @@ class Place:
         return {'PATH': str(self.fork()), 'DIR': str(self.folder / 'new')}.get(word, word)
 
     def fork(self) -> Path:
-        """Somebody's checkout of the release, made anew for each command that names it."""
+        """Somebody's checkout of the release, made for each command that names it."""
         return self.folder / 'path' / 'to' / 'Megatron-LM'
 
     def make_fork(self) -> None:
@@ -203,7 +203,7 @@ GIT = ('git', '-c', 'user.name=a', '-c', 'user.email=a@invalid', '-c', 'commit.g
 
 @pytest.fixture(scope='module')
 def seed(tmp_path_factory):
-    """Tiny models and a checkpoint; folders with published sizes and one small tensor; corpora."""
+    """Tiny models, a checkpoint, corpora; directories with published sizes and a small tensor."""
     import torch
     from safetensors.torch import save_file
 
@@ -520,7 +520,7 @@ def test_patch_commands(page, seed, tmp_path):
     if page == 'README.md':
         log = bash('git log --oneline', tmp_path / 'root/path/to/Megatron-LM')
         series = re.findall(r'^\S+\.patch$', (ROOT / 'patches/series').read_text(), flags=re.M)
-        assert len(log.splitlines()) > len(series) / 2  # beside those not needed for this release
+        assert len(log.splitlines()) > len(series) / 2  # next to those not needed for this release
 
 
 def test_every_listed_reason_is_needed():

@@ -170,7 +170,7 @@ def test_broken_packages(imported):
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """A folder on the path, whose packages are optional ones."""
+    """A directory on the path, whose packages are optional ones."""
     own = [f for f in sys.meta_path if not isinstance(f, optional_packages._OptionalPackages)]
     monkeypatch.setattr(sys, "meta_path", own)  # a finder that has seen nothing fail
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_said_once(packages):
 
 
 def test_own_handling(packages):
-    """A package goes on handling what its own modules raise."""
+    """A package still handles what its own modules raise."""
     init = "try:\n    import invented.part\nexcept OSError as error:\n    handled = str(error)\n"
     write(packages, {"invented/__init__.py": init, "invented/part.py": "raise OSError('no part')"})
     assert importlib.import_module("invented").handled == "no part"

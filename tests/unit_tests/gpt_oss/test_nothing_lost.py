@@ -118,10 +118,10 @@ def test_padding_is_no_token(hf, save, tmp_path, capsys):
     assert _rows(export_hf(known, tmp_path / 'alone')) == 101
     assert verify(hf, known)
     assert 'rows 101 to 103 of the checkpoint are padding' in capsys.readouterr().out
-    # The folder has rows beyond the tokenizer's: they are kept, as it has them.
+    # The directory has rows beyond the tokenizer's: they are kept, as it has them.
     fewer = save(arguments | {'tokenizer_vocab_size': 99}, train, padded_vocab_size=104)
     assert _rows(export_hf(fewer, tmp_path / 'fewer', like=hf)) == 101
-    # The tokenizer grew beyond the folder's rows.
+    # The tokenizer grew beyond the directory's rows.
     more = save(arguments | {'tokenizer_vocab_size': 103}, train, padded_vocab_size=104)
     assert _rows(export_hf(more, tmp_path / 'more', like=hf)) == 103
     assert not verify(hf, more)
@@ -320,7 +320,7 @@ def _more_rows(folder):
     ],
 )
 def test_what_a_folder_holds_besides(one_rank, hf, tmp_path, change, words):
-    """Refused by name wherever the folder is read."""
+    """Refused by name wherever the directory is read."""
     copy = shutil.copytree(hf, tmp_path / 'copy')
     change(copy)
     with pytest.raises(CheckpointError, match=words):
@@ -359,6 +359,6 @@ def test_the_config_of_to_hf_is_read_alike(hf, tmp_path):
         out = export_hf(tmp_path / 'm', tmp_path / f'out{number}', like=like)
         assert json.loads((out / 'config.json').read_text())['rope_parameters'] == rope
         assert verify(out, tmp_path / 'm')
-    shutil.rmtree(tmp_path / 'm' / 'hf')  # neither a folder to go by nor its copy
+    shutil.rmtree(tmp_path / 'm' / 'hf')  # neither a directory to go by nor its copy
     out = export_hf(tmp_path / 'm', tmp_path / 'alone')
     assert verify(out, tmp_path / 'm') and verify(source, tmp_path / 'm')

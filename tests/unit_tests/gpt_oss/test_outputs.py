@@ -19,7 +19,7 @@ PAGE = '<!doctype html><html lang="en"><head><title>mine</title></head></html>'
 
 
 def tree(folder):
-    """Every path below a folder with its content, or where a link leads."""
+    """Every path below a directory with its content, or where a link leads."""
     found = {}
     for parent, folders, files in os.walk(folder):
         for name in folders + files:
@@ -340,7 +340,7 @@ def test_a_directory_that_cannot_be_renamed(command, code, work, monkeypatch):
 
 @pytest.mark.parametrize('stop', range(6))
 def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
-    """The rest is moved by the next start, and nothing is written anew."""
+    """The rest is moved by the next start, and nothing is written again."""
     os.mkdir('out')
     moved, move_file = [], unfinished_module.move_file
 

@@ -48,7 +48,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
-    """Five steps of transformers' model with PyTorch's AdamW, and the folder they began with."""
+    """Five steps of transformers' model with PyTorch's AdamW, and the directory they began with."""
     transformers = pytest.importorskip('transformers')
     folder = tmp_path_factory.mktemp('parity')
     write_hf(folder / 'hf', PRESET, trained_tensors(PRESET), dtype=torch.float32)

@@ -56,7 +56,7 @@ def test_every_layer_is_on_it(models, calls):
 
 
 def test_packed_documents(models, calls):
-    """Each document as if it were alone: rotation, window and mask begin anew; gradients too."""
+    """Each document as if it were alone: rotation, window and mask restart; gradients too."""
     model, reference = models
     bounds = [0, 40, 41, 97]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole way as a user walks it: two languages' texts to a trained Hugging Face folder.
+"""The whole way as a user walks it: two languages' texts to a trained Hugging Face directory.
 
 gptoss tokenize, gptoss init-tiny, two ranks of pretrain_gpt_oss.py with context parallel 2 and packed
 documents, gptoss convert to-hf; then transformers against the trained Megatron model.
@@ -88,7 +88,7 @@ def environment():
 
 
 def call(folder, *words, code=0, ranks=1):
-    """Run a command in the folder, as ranks if there are several; returns stdout and stderr."""
+    """Run a command in the directory, as ranks if there are several; returns stdout and stderr."""
     if words[0] == 'gptoss':
         words = ('-m', 'megatron.gpt_oss.cli', *words[1:])
     command = [sys.executable, *map(str, words)]

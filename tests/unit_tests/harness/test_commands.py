@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A forked command beside the same one in a Python of its own, and how it is ended."""
+"""A forked command next to the same one in a Python of its own, and how it is ended."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_ways_to_name_a_program(tmp_path, words):
 
 
 def test_python_path(tmp_path):
-    """Its folders come first, and none of the tests' own."""
+    """Its directories come first, and none of the tests' own."""
     (tmp_path / 'invented.py').write_text("print('imported')")
     program = 'import invented, sys; print(sys.path[1:])'
     options = dict(cwd='/', capture_output=True, text=True)

@@ -42,7 +42,7 @@ def test_agrees_with_transformers(folder, include_special_tokens):
 
 
 def test_build_tokenizer_without_transformers(folder):
-    """Upstream's NameError of AutoTokenizer made 'Unable to instantiate' of every folder."""
+    """Upstream's NameError of AutoTokenizer made 'Unable to instantiate' of every directory."""
     script = textwrap.dedent(f'''
         import argparse, sys
         sys.modules['transformers'] = None  # what a machine without the package looks like

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--async-save with PyTorch alone: written beside the training, equal to a synchronous save."""
+"""--async-save with PyTorch alone: written in the background, equal to a synchronous save."""
 
 import argparse
 import contextlib
@@ -115,7 +115,7 @@ def same(one, other):
 
 @pytest.fixture(scope='module')
 def pairs(ranks, data, tmp_path_factory):
-    """(folder of a synchronous run, folder of an asynchronous one, what that one did), made once."""
+    """(directory of a synchronous run, of an asynchronous run, what that did)."""
     made = {}
 
     def get(layout):
@@ -200,7 +200,7 @@ def test_constant_structure(ranks, data, tmp_path, synchronous, name):
 
 @pytest.mark.parametrize('held_rank', [0, 1])
 def test_tracker_waits_for_every_rank(ranks, data, tmp_path, held_rank):
-    """One rank still writes: the folder is marked as unfinished, and no tracker names it."""
+    """One rank still writes: the directory is marked as unfinished, and no tracker names it."""
     world_size, flags = LAYOUTS['distributed']
     results = train(
         ranks, data, tmp_path, f'{flags} --save-interval 2 {ASYNC}', run_held, world_size, held_rank

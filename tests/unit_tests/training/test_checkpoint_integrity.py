@@ -26,7 +26,7 @@ STEPS = 4
 
 @pytest.fixture(scope='module')
 def saved(ranks, tmp_path_factory):
-    """(dataset prefix, folder with checkpoints of steps 1 to 4, what each step logged)."""
+    """(dataset prefix, directory with checkpoints of steps 1 to 4, what each step logged)."""
     directory = tmp_path_factory.mktemp('saved')
     data = tiny_pretrain.write_random_dataset(str(directory / 'data'))
     record, _ = train(ranks, data, directory / 'checkpoints', STEPS)
@@ -35,7 +35,7 @@ def saved(ranks, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of the checkpoint folder to be hurt."""
+    """A copy of the checkpoint directory to be hurt."""
     shutil.copytree(saved[1], tmp_path / 'checkpoints')
     return tmp_path / 'checkpoints'
 
@@ -92,7 +92,7 @@ def contents(folder: Path):
 
 
 def unseal(folder: Path, *iterations: int) -> None:
-    """Leave the folders as upstream writes them."""
+    """Leave the directories as upstream writes them."""
     for iteration in iterations:
         (folder / f'iter_{iteration:07d}' / 'manifest.json').unlink()
 
@@ -136,7 +136,7 @@ def test_truncated_shard_is_named_and_passed_over(ranks, saved, folder, sealed):
     assert output.count(problem) == 1
     assert f'{folder}/iter_0000004 is not a complete checkpoint' in output
     assert f'{folder}/iter_0000003 is the newest complete checkpoint' in output
-    # The broken one was written anew.
+    # The broken one was written again.
     assert checkpoint_integrity.find_problem(str(folder / 'iter_0000004')) is None
 
 
@@ -155,7 +155,7 @@ def test_flipped_bit_is_passed_over(ranks, saved, folder):
     assert record['steps'][0]['grad_norm'] == steps[3]['grad_norm']
     assert output.count('of __0_0.distcp differ from what was saved') == 1
     assert f'{folder}/iter_0000003 is the newest complete checkpoint' in output
-    # The broken one was written anew.
+    # The broken one was written again.
     again, _ = train(ranks, data, folder, STEPS)
     assert not again['steps'] and checkpoint_integrity.choose(str(folder)).iteration == STEPS
 
@@ -225,7 +225,7 @@ def test_hashes_of_an_earlier_save_go(folder):
 
 @pytest.mark.parametrize('flags', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])
 def test_sigkill_in_a_save(ranks, saved, tmp_path, flags):
-    """Killed while the second checkpoint is written, a run goes on from the first."""
+    """Killed while the second checkpoint is written, a run resumes from the first."""
     data, _, steps = saved
     folder = tmp_path / 'checkpoints'
     with pytest.raises(RankFailure, match='died with exit code -9'):

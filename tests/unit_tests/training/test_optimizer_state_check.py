@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Optimizer state of several gradient buckets goes on; where it was misplaced, it is refused."""
+"""Optimizer state of several gradient buckets is resumed; where it was misplaced, it is refused."""
 
 import contextlib
 from argparse import Namespace
@@ -167,7 +167,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_several_buckets(ranks, data, tmp_path, request, layout):
-    """All optimizer tensors are those of one process, and a resumed run goes on as if never ended."""
+    """All optimizer tensors are those of one process; a resumed run continues without a difference."""
     if layout == 'virtual-stages':
         initial, reference = request.getfixturevalue('four_layers')
     else:

@@ -272,7 +272,7 @@ RESUMED = {
 
 @pytest.mark.parametrize('case', RESUMED)
 def test_checkpoint_resumes(ranks, files, tmp_path, case):
-    """A run that loads a checkpoint goes on as the run that wrote it: bit for bit with the same
+    """A run that loads a checkpoint continues as the run that wrote it: bit for bit with the same
     layout, and within rounding with another. Dropout is on in the first two cases, so that the
     state of the generators counts. The second step's loss shows the moments.
     """

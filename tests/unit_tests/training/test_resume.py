@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A run that is killed and started again goes on bit for bit like the one that was not."""
+"""A run that is killed and started again continues bit for bit like the one that was not."""
 
 import pytest
 import torch

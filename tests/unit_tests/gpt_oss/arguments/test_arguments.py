@@ -226,7 +226,7 @@ def test_one_parser_reads_a_command_line_once(monkeypatch, tmp_path):
     assert len(built) == 1
     assert spec.words == ('--lr', '1e-5', *own, '--dry-run', '1') and spec.dry_run.ranks == 1
     assert spec.args.lr == spec.given.lr == 1e-5 and not hasattr(spec.given, 'num_layers')
-    assert read_words.count(spec.words) == 1  # beside each part of it, and () for the defaults
+    assert read_words.count(spec.words) == 1  # next to each part of it, and () for the defaults
     assert sum(map(len, read_words)) == 2 * len(spec.words)
     # Nothing is left behind: another one in the same process, and no writer was opened.
     own += ['--tensorboard-dir', str(tmp_path / 'tensorboard')]

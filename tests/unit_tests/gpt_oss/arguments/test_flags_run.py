@@ -53,7 +53,7 @@ def without(argv, *flags):
 
 
 def same(ranks, inputs, plain, tmp_path, flags):
-    """The run with these flags is that without them, bit for bit; its folder."""
+    """The run with these flags is that without them, bit for bit; its directory."""
     assert losses(ranks, inputs, tmp_path / 'run', flags) == plain
     return tmp_path / 'run'
 
@@ -72,7 +72,7 @@ def test_same_numbers(ranks, inputs, plain, tmp_path):
 
 
 def test_same_numbers_with_checks(ranks, inputs, plain, tmp_path):
-    """What looks at the training, how validation is split, what is computed again; one document."""
+    """What looks at the training, how validation is split, what is recomputed; one document."""
     flags = (
         '--rerun-mode disabled --check-for-spiky-loss --check-for-large-grads --wandb-entity x '
         '--eval-micro-batch-size 2 --eval-global-batch-size 2 --ddp-average-in-collective '
@@ -100,7 +100,7 @@ def test_logging(ranks, inputs, plain, tmp_path):
 
 
 def test_data(ranks, inputs, plain, tmp_path):
-    """Each split from its own files; indices kept in a folder; a file read instead of mapped."""
+    """Each split from its own files; indices kept in a directory; a file read instead of mapped."""
     data = f'{inputs}/data'
     flags = (
         f'--data-cache-path {tmp_path}/cache --no-mmap-bin-files --num-dataset-builder-threads 2 '

@@ -73,7 +73,7 @@ def test_refused(flags, message):
 
 
 def test_same_losses_and_gradients(make_model):
-    """What is computed again is computed alike: fp32, so that rounding hides nothing."""
+    """Recomputed tensors are equal: fp32, so that rounding hides nothing."""
     preset = dataclasses.replace(ODD, num_layers=2)
     ids = torch.randint(preset.vocab_size, (2, 37), generator=torch.Generator().manual_seed(5))
     positions = torch.arange(37).expand(2, -1)

@@ -22,7 +22,7 @@ FLAGS = '--train-iters 2 --yarn-factor 64'
 
 @pytest.fixture(scope='module')
 def run(ranks, inputs, tmp_path_factory):
-    """The folder of a run whose published model has factor 32."""
+    """The directory of a run whose published model has factor 32."""
     folder = tmp_path_factory.mktemp('yarn') / 'run'
     runs.start(ranks, inputs, folder, FLAGS)
     return folder
@@ -67,7 +67,7 @@ def test_export_writes_the_factor_of_training(run, inputs, tmp_path):
 
 
 def test_export_of_a_checkpoint_that_was_moved(run, inputs, tmp_path):
-    """No arguments.json beside it: the flag says it."""
+    """No arguments.json next to it: the flag says it."""
     moved = shutil.copytree(run / 'checkpoints', tmp_path / 'elsewhere' / 'save')
     out = export_hf(moved, tmp_path / 'out', like=inputs / 'hf', yarn_factor=FACTOR)
     assert json.loads((out / 'config.json').read_text())['rope_scaling']['factor'] == FACTOR

@@ -46,7 +46,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def saved(one_rank, hf, tmp_path_factory):
-    """The same as a --save folder of Megatron; the vocabulary is padded from 101 to 104 rows."""
+    """The same as a --save directory of Megatron; the vocabulary is padded from 101 to 104 rows."""
     model = build_model(ODD, padded_vocab_size=104, bf16=True)
     model.bfloat16()
     load_hf([model], hf)
@@ -70,7 +70,7 @@ def test_round_trip_bit_for_bit(hf, saved, tmp_path, record_property):
     assert 'torch_dtype' not in config
     for name in ('generation_config.json', 'tokenizer.json', 'tokenizer_config.json'):
         assert (out / name).read_bytes() == (hf / name).read_bytes()
-    assert sorted(p.name for p in out.parent.iterdir()) == ['out']  # no temporary folder left
+    assert sorted(p.name for p in out.parent.iterdir()) == ['out']  # no temporary directory left
     assert out.stat().st_mode & 0o055 == 0o055 & ~_umask()
 
 
@@ -127,7 +127,7 @@ def test_shards_and_fp32(hf, saved, tmp_path):
 
 
 def test_config_from_the_shapes(hf, saved, tmp_path):
-    """Without a Hugging Face folder to go by: sizes from the tensors, the padding rows stay."""
+    """Without a Hugging Face directory to go by: sizes from the tensors, the padding rows stay."""
     out = export_hf(saved, tmp_path / 'out')
     config = json.loads((out / 'config.json').read_text())
     expected = hf_config_from_preset(dataclasses.replace(ODD, vocab_size=104))

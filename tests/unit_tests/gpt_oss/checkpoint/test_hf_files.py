@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Reading Hugging Face folders: BF16 and MXFP4, whole and damaged."""
+"""Reading Hugging Face directories: BF16 and MXFP4, whole and damaged."""
 
 import json
 import shutil

@@ -177,7 +177,7 @@ def test_any_layout_loads_any(ranks, hf, tmp_path, record_property, written, rea
 
 
 def test_mxfp4_source_is_what_transformers_dequantises(tmp_path, record_property):
-    """And config, tokenizer and all else come back from what stands beside the checkpoint."""
+    """And config, tokenizer and all else come back from what stands next to the checkpoint."""
     transformers = pytest.importorskip('transformers')
     source = write_mxfp4(tmp_path / 'hf', TINY, mxfp4_tensors(trained_tensors(TINY)))
     out = convert_to_megatron(source, tmp_path / 'out', Layout(ep=2))
@@ -240,7 +240,7 @@ main(sys.argv[1:])
 
 
 def test_training_starts_from_it(tmp_path):
-    """--load of the converted folder trains as --load-hf of its source does."""
+    """--load of the converted directory trains as --load-hf of its source does."""
     from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 
     source = write_tiny_hf(tmp_path / 'hf', seed=3)
@@ -374,7 +374,7 @@ def test_no_room_is_said_before(hf, tmp_path, monkeypatch):
 
 
 def test_no_room_on_the_way(hf, tmp_path, monkeypatch):
-    """The disk fills up: what is done stays, and the same command goes on from there."""
+    """The disk fills up: what is done stays, and the same command resumes from there."""
     read, count = Job.read, 0
 
     def read_until_full(self, part):

@@ -3,7 +3,7 @@
 """gptoss tokenize with gpt-oss' own vocabulary, against an encoder of another make.
 
 The bpe-openai package ships the ranks of o200k and encodes by an algorithm of its own; here they
-become a folder with tokenizer.json, as Hugging Face's gpt-oss folders have one.
+become a directory with tokenizer.json, as Hugging Face's gpt-oss directories have one.
 """
 
 import base64

@@ -275,7 +275,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, workers):
 
 
 def test_killed_while_files_get_their_names(tokenizer, tmp_path, monkeypatch):
-    """Every document is encoded, some files have their names: the rest is done, nothing anew."""
+    """Every document is encoded, some files have their names: the rest is done, nothing twice."""
     _mixed_corpus(tmp_path / 'corpus', 30)
     arguments = dict(split_at=(1024,))
     tokenize_files([tmp_path / 'corpus'], tmp_path / 'whole' / 'data', tokenizer, **arguments)

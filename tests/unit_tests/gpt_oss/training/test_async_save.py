@@ -89,7 +89,7 @@ def slow_write_of_2(folder, seen):
 
 
 def test_lines_and_metrics(ranks, inputs, tmp_path):
-    """Two ranks, experts on both, nothing but --async-save: saved beside the training, in order."""
+    """Two ranks, experts on both, nothing but --async-save: saved in the background, in order."""
     run_dir = tmp_path / 'run'
     flags = f'--train-iters 3 {EXPERTS}'
     (_, first), (printed, second) = run(ranks, inputs, run_dir, flags, slow_write_of_2, 2)
@@ -123,7 +123,7 @@ def test_lines_and_metrics(ranks, inputs, tmp_path):
         assert float(match[3]) == pytest.approx(record['background_seconds'], abs=0.06)
         assert float(match[2]) == pytest.approx(record['blocking_seconds'], abs=0.06)
     assert whole(run_dir) == 3
-    # And another layout goes on from it.
+    # And another layout resumes from it.
     flags = '--train-iters 4 --context-parallel-size 2 --no-load-optim'
     run(ranks, inputs, run_dir, flags, world_size=2)
     assert sorted(runs.steps(read_metrics(run_dir / 'metrics.jsonl'))) == [1, 2, 3, 4]
@@ -274,7 +274,7 @@ def killed_while_writing(folder, seen):
 
 
 def test_kill_9_while_writing(ranks, inputs, tmp_path):
-    """The checkpoint before is what the next run goes on from; the torso is written anew."""
+    """The checkpoint before is what the next run resumes from; the torso is written again."""
     flags = f'--train-iters 3 {EXPERTS}'
     with pytest.raises(RankFailure, match='died with exit code -9'):
         run(ranks, inputs, tmp_path / 'run', flags, killed_while_writing, 2)
@@ -353,7 +353,7 @@ def unknown_error_while_writing(folder, seen):
 
 
 def test_unknown_error_gives_the_checkpoint_up(ranks, inputs, tmp_path):
-    """Other ranks may be gone: nothing is finalised, and the folder says so."""
+    """Other ranks may be gone: nothing is finalised, and the directory says so."""
     with pytest.raises(RankFailure, match='Interrupted'):
         run(ranks, inputs, tmp_path / 'run', '--train-iters 3', unknown_error_while_writing)
     folder = str(tmp_path / 'run/checkpoints')

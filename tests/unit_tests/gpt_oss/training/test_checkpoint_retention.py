@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--keep-checkpoints: which folders go, and that the last whole checkpoint never does."""
+"""--keep-checkpoints: which directories go, and that the last whole checkpoint never does."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_a_broken_newest_one_does_not_count(tmp_path, hurt):
 
 
 def test_what_is_never_deleted(tmp_path):
-    """What the tracker names, links, folders of upstream and of others; nothing without a whole one."""
+    """Kept: what the tracker names, links, directories of others; all without a complete one."""
     save(tmp_path, 1)
     (tmp_path / 'iter_0000002').mkdir()  # without a manifest
     (tmp_path / 'iter_best').mkdir()

@@ -69,7 +69,7 @@ def test_words():
 
 @pytest.mark.parametrize('layout', ['', EP2, PP2], ids=['one-rank', 'ep2-distopt', 'pp2'])
 def test_frozen(ranks, inputs, tmp_path, layout):
-    """Frozen weights stay bit for bit, have no moments, and a resumed run goes on as one did."""
+    """Frozen weights stay bit for bit, have no moments, and a resumed run continues as one did."""
     world_size = 2 if layout else 1
     patterns = ('*.router.*', 'embedding.*')
     held = 'decoder.layers.1.self_attention.linear_qkv.*'

@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
 """pretrain_gpt_oss.py on a GPU: what the CPU cannot show of the optimizer on the host and of saves
-beside the training."""
+next to the training."""
 
 import pytest
 import torch

@@ -227,7 +227,7 @@ def test_samples(ranks, inputs, tmp_path):
 
 
 def test_samples_then_iterations(ranks, inputs, tmp_path):
-    """A run that counted in samples goes on in iterations, and back."""
+    """A run that counted in samples continues in iterations, and back."""
     start(ranks, inputs, tmp_path / 'run', '--train-samples 32 --exit-interval 4')
     flags = '--train-iters 10'
     printed, records = start(ranks, inputs, tmp_path / 'run', f'{flags} --exit-interval 6')

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What ends a run from outside: one clear message, nothing saved lost, the same command goes on."""
+"""What ends a run from outside: one clear message, nothing saved lost, the same command resumes."""
 
 import os
 import shutil
@@ -107,11 +107,11 @@ def test_signal_to_every_process(inputs, tmp_path):
     'mode', ['', pytest.param('--async-save', marks=pytest.mark.slow)], ids=['', 'async']
 )
 def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
-    """The other rank says so in one line and ends; the run goes on from the last checkpoint."""
+    """The other rank says so in one line and ends; the run resumes from the last checkpoint."""
     flags = f'--train-iters 100000 --save-interval 2 --context-parallel-size 2 {mode}'
     running = Processes(inputs, tmp_path / 'run', flags)
     running.wait_for_step(3)
-    # Written beside the training, the checkpoint of step 2 may come later.
+    # Written in the background, the checkpoint of step 2 may come later.
     running.wait_until((tmp_path / 'run/checkpoints/latest_checkpointed_iteration.txt').is_file)
     running.processes[0].kill()
     started = time.monotonic()
@@ -252,7 +252,7 @@ def lose_all(folder):
 
 @pytest.mark.parametrize('hurt', [lose_folder_of_step_2, lose_all], ids=['newest', 'all'])
 def test_checkpoint_deleted_under_the_run(inputs, ranks, tmp_path, hurt):
-    """The run goes on and saves again; what it keeps by --keep-checkpoints counts what is there."""
+    """The run continues and saves again; --keep-checkpoints counts what is there."""
     flags = '--train-iters 4 --save-interval 1 --keep-checkpoints 2'
     message = run_hurt(ranks, inputs, tmp_path / 'run', flags, hurt)[0]
     assert message == 'the run was not ended'
@@ -263,7 +263,7 @@ def test_checkpoint_deleted_under_the_run(inputs, ranks, tmp_path, hurt):
 
 
 def lose_folder_in_save(folder):
-    """The folder vanishes between its beginning and the writing of its shard."""
+    """The directory vanishes between its beginning and the writing of its shard."""
     fsync = os.fsync
 
     def fsync_or_lose(handle):

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One run at a time in a folder; what a dead one left is recognised, and told."""
+"""One run at a time in a directory; what a dead one left is recognised, and told."""
 
 import json
 import os

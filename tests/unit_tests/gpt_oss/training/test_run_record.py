@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""run.json: a second start sees what changed, and goes on, tells it in one line, or refuses."""
+"""run.json: a second start sees what changed, and continues, reports it in one line, or refuses."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ LONGER = SAVED.replace('--train-iters 2', '--train-iters 3')
 
 @pytest.fixture(scope='module')
 def first(ranks, inputs, tmp_path_factory):
-    """The folder of a run of two steps."""
+    """The directory of a run of two steps."""
     folder = tmp_path_factory.mktemp('first') / 'run'
     runs.start(ranks, inputs, folder, SAVED)
     return folder
@@ -274,7 +274,7 @@ def test_save_over_another_run(ranks, inputs, first, run_dir):
 
 
 def test_folder_in_use(ranks, inputs, tmp_path, monkeypatch):
-    """Nothing is made there; a run that fails gives the folder back."""
+    """Nothing is made there; a run that fails gives the directory back."""
     monkeypatch.setenv('PYTHONPATH', str(ROOT))
     command = [sys.executable, '-c', HOLD, str(tmp_path)]
     with commands.Popen(command, stdout=subprocess.PIPE, text=True) as holder:

@@ -27,7 +27,7 @@ runpy.run_path({str(Path(sys.executable).with_name("gptoss"))!r}, run_name="__ma
 
 @pytest.fixture
 def programs(tmp_path_factory):
-    """A folder whose `gptoss` does not import torch each time; the ranks that it launches do."""
+    """A directory whose `gptoss` does not import torch each time; the ranks that it launches do."""
     folder, script = tmp_path_factory.mktemp("bin"), tmp_path_factory.mktemp("script") / "gptoss"
     script.write_text(GPTOSS)
     with commands.stand_in(script, folder):

@@ -2,7 +2,7 @@
 
 """What a token dispatcher remembers of a layer until the next forward: nothing that holds its graph.
 
-A layer that is made again in the backward has its input as a leaf of that graph. Whoever holds the
+A layer that is recomputed in the backward has its input as a leaf of that graph. Whoever holds the
 graph afterwards holds the input and its gradient, of every layer.
 """
 
