@@ -111,12 +111,21 @@ class TritonKernels:
         """The module with the kernels."""
         return importlib.import_module(self._module)
 
+    @functools.cached_property
+    def _missing(self) -> str | None:
+        # Only what is not installed: a defect of the kernels must not select another implementation.
+        try:
+            self.module
+        except ImportError as error:
+            return f"importing {self._module} failed: {error}"
+        return None
+
     def unsupported_reason(self, *tensors: torch.Tensor) -> str | None:
         if not all(tensor.is_cuda for tensor in tensors):
             return "needs CUDA tensors"
         if not all(tensor.dtype in self.dtypes for tensor in tensors):
             return "computes in fp32 and takes bf16, fp16 and fp32"
-        return import_problem(self._module)
+        return self._missing
 
 
 class PyTorchOperations:

@@ -86,8 +86,7 @@ def kernels_of_cuda():
     """Kernels that allocate as those of CUDA do, where the CPU's reference takes more."""
     from megatron.core.fusions import chunked_lm_loss, fused_qkv_rotary
     from megatron.core.transformer import fused_rotary_attention
-    from megatron.core.transformer.moe.grouped_mlp import dispatch
-    from megatron.core.transformer.moe.grouped_mlp import permute
+    from megatron.core.transformer.moe.grouped_mlp import dispatch, permute
 
     activation_triton = pytest.importorskip(
         'megatron.core.transformer.moe.grouped_mlp.activation_triton', exc_type=ImportError
