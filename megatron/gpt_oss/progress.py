@@ -1,51 +1,31 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One live line on stderr; silent where stderr is no terminal."""
+"""Progress bars on stderr."""
 
-import sys
-import time
+from tqdm import tqdm
 
 
-class Progress:
-    """Share done, speed and time left.
+def progress_bar(total: int, unit: str = "B", enabled: bool = True, initial: int = 0) -> tqdm:
+    """A tqdm bar; it shows nothing where stderr is not a terminal.
 
     Args:
-        total: of the work, in units of `advance`.
-        unit: shown after the amounts.
-        scale: factor from `advance`'s unit to the shown one.
+        total: amount of work, in `unit`.
+        unit: of the amounts; tqdm shows them with an SI prefix.
         enabled: False shows nothing.
+        initial: work that an earlier process did; it does not count for the rate.
     """
+    disable = None if enabled else True  # None: tqdm asks whether stderr is a terminal
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        unit_scale=True,
+        disable=disable,
+        dynamic_ncols=True,
+    )
 
-    def __init__(self, total: float, unit: str, scale: float = 1.0, enabled: bool = True):
-        self._total, self._unit, self._scale = max(total, 1e-9), unit, scale
-        self._enabled = enabled and sys.stderr.isatty()
-        self._done = self._before = 0.0
-        self._start = time.monotonic()
-        self._shown = 0.0
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc_info) -> None:
-        if self._enabled and self._shown:
-            print(file=sys.stderr)
-
-    def begin_at(self, done: float) -> None:
-        """Count what an earlier process did, which says nothing of the speed of this one."""
-        self._done = self._before = done
-
-    def advance(self, amount: float, note: str = "") -> None:
-        """Count work as done; the line is redrawn ten times a second at most."""
-        self._done += amount
-        now = time.monotonic()
-        if not self._enabled or (now - self._shown < 0.1 and self._done < self._total):
-            return
-        self._shown = now
-        speed = (self._done - self._before) / max(now - self._start, 1e-9)
-        left = (self._total - self._done) / max(speed, 1e-9)
-        line = (
-            f"{100 * self._done / self._total:5.1f} %  "
-            f"{self._done * self._scale:.1f} of {self._total * self._scale:.1f} {self._unit}  "
-            f"{speed * self._scale:.1f} {self._unit}/s  {left:.0f} s left  {note}"
-        )
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+def advance(bar: tqdm, amount: int, note: str) -> None:
+    """Add finished work, and show a note behind the rate with the next redraw."""
+    bar.set_postfix_str(note, refresh=False)
+    bar.update(amount)

@@ -237,7 +237,7 @@ def pass_over_damaged(load: Callable) -> Callable:
                 if not found:
                     raise
                 for damage in found:
-                    _damaged[os.path.realpath(damage.folder)] = str(damage)
+                    _damaged[os.path.realpath(damage.directory)] = str(damage)
 
     return load_complete
 

@@ -19,12 +19,11 @@ from megatron.gpt_oss import errors
 from megatron.gpt_oss.arguments.recipe import read_recipe
 from megatron.gpt_oss.checkpoint.checkpoint_model import preset_of_checkpoint
 from megatron.gpt_oss.checkpoint.hf.auxiliary_files import check_tokenizer
-from megatron.gpt_oss.checkpoint.hf.check import check_tensors
-from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
+from megatron.gpt_oss.checkpoint.hf.check import open_hf
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.hf.safetensors_file import SafetensorsFile
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
-from megatron.gpt_oss.checkpoint.resumable_output import Unfinished
+from megatron.gpt_oss.checkpoint.resumable_output import ResumableOutput
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.data.blend import num_tokens, read_blend
 from megatron.gpt_oss.data.eod import document_end_of
@@ -104,7 +103,7 @@ def _write_small_files(folder: Path) -> None:
     output = PartialOutput(folder / 'made', [''], 'uint16', {'a': 1}, False)
     output.save({'file': 0, 'record': 0, 'skipped': [['a', 'b']]})
     output.close()
-    work = Unfinished(folder / 'work', {'a': 1})
+    work = ResumableOutput(folder / 'work', {'a': 1})
     (folder / 'work' / 'x').write_bytes(b'abc')
     work.finish('x')
     work.wait()
@@ -133,7 +132,7 @@ def _metadata(folder):
 
 def _shard(folder):
     reader = TorchDistReader(folder / 'ckpt' / 'release')
-    reader.whole('decoder.final_layernorm.weight')
+    reader.global_tensor('decoder.final_layernorm.weight')
     reader.layer(('self_attention.linear_qkv.weight',), 1)
 
 
@@ -145,8 +144,7 @@ def _safetensors(folder):
 
 
 def _weights(folder):
-    reader = HFReader(folder / 'hf')
-    check_tensors(reader, preset_from_hf_config(read_hf_config(folder / 'hf')))
+    reader, _ = open_hf(folder / 'hf')
     reader.close()
 
 
@@ -223,7 +221,7 @@ def _journal(folder):
 
 
 def _conversion(folder):
-    work = Unfinished(folder / 'work', {'a': 1})
+    work = ResumableOutput(folder / 'work', {'a': 1})
     work.close()
     (folder / 'work' / 'x').write_bytes(b'abc')
 

@@ -39,13 +39,13 @@ class DamagedShard(RuntimeError):
     """A shard has other bytes than were written.
 
     Args:
-        folder: of its checkpoint.
+        directory: of its checkpoint.
         what: a sentence about the shard.
     """
 
-    def __init__(self, folder: str, what: str):
-        super().__init__(folder, what)  # both, for other ranks get it pickled
-        self.folder, self.what = folder, what
+    def __init__(self, directory: str, what: str):
+        super().__init__(directory, what)  # both, for other ranks get it pickled
+        self.directory, self.what = directory, what
 
     def __str__(self) -> str:
         return self.what
@@ -148,11 +148,11 @@ class BlockHashes:
     """The hashes of a checkpoint's shards; each block is checked once. Threads may share it.
 
     Args:
-        folder: of one iteration.
+        directory: of one iteration.
     """
 
-    def __init__(self, folder):
-        self._folder = Path(folder)
+    def __init__(self, directory):
+        self._directory = Path(directory)
         self._lock = threading.Lock()
         self._known: Dict[str, Tuple[int, Optional[List[str]]]] = {}
         self._checked: Set[Tuple[str, int]] = set()
@@ -161,7 +161,7 @@ class BlockHashes:
         """Check the blocks that a part of a shard lies in.
 
         Args:
-            name: of the shard, from the folder.
+            name: of the shard, from the directory.
             offset: of the part, in bytes.
             length: of the part, in bytes.
         Raises:
@@ -169,7 +169,7 @@ class BlockHashes:
         """
         with self._lock:
             if name not in self._known:
-                self._known[name] = _read_hashes(self._folder, name + SUFFIX)
+                self._known[name] = _read_hashes(self._directory, name + SUFFIX)
         block, hashes = self._known[name]
         if hashes is None or length <= 0:
             return
@@ -179,7 +179,7 @@ class BlockHashes:
             self._checked.update((name, number) for number in numbers)
         if not numbers:
             return
-        with open(self._folder / name, 'rb', buffering=0) as file:
+        with open(self._directory / name, 'rb', buffering=0) as file:
             for number in numbers:
                 size, found = _hash_of(file.fileno(), number * block, block)
                 wanted = hashes[number] if number < len(hashes) else None
@@ -188,7 +188,7 @@ class BlockHashes:
                         self._checked.discard((name, number))
                     last = number * block + max(size, 1) - 1
                     raise DamagedShard(
-                        str(self._folder),
+                        str(self._directory),
                         f'bytes {number * block} to {last} of {name} differ from what was saved '
                         '(XXH3).',
                     )
@@ -211,10 +211,10 @@ def _hash_of(file: int, offset: int, length: int) -> Tuple[int, str]:
     return done, block.hexdigest()
 
 
-def _read_hashes(folder: Path, name: str) -> Tuple[int, Optional[List[str]]]:
+def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
     """(block size, hashes); None for a shard that has none, or where xxhash is missing."""
     try:
-        text = (folder / name).read_text()
+        text = (directory / name).read_text()
     except FileNotFoundError:
         return BLOCK, None
     if xxhash is None:
@@ -224,12 +224,14 @@ def _read_hashes(folder: Path, name: str) -> Tuple[int, Optional[List[str]]]:
         version, block, hashes = found['version'], found['block'], found['xxh3_128']
         whole = isinstance(block, int) and block > 0 and isinstance(hashes, list)
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedShard(str(folder), f'{name} is damaged ({type(error).__name__}).') from error
+        raise DamagedShard(
+            str(directory), f'{name} is damaged ({type(error).__name__}).'
+        ) from error
     if version != VERSION:
         what = f'{name} has the unsupported version {version}.'
-        raise DamagedShard(str(folder), what)
+        raise DamagedShard(str(directory), what)
     if not whole:
-        raise DamagedShard(str(folder), f'{name} is damaged.')
+        raise DamagedShard(str(directory), f'{name} is damaged.')
     return block, hashes
 
 

@@ -236,15 +236,15 @@ def metadata_of(data: bytes, path: str) -> Metadata:
     return metadata
 
 
-def read_metadata(folder) -> Metadata:
-    """The metadata of a checkpoint folder, see `metadata_of`."""
-    path = os.path.join(folder, METADATA_NAME)
+def read_metadata(directory) -> Metadata:
+    """The metadata of a checkpoint directory, see `metadata_of`."""
+    path = os.path.join(directory, METADATA_NAME)
     with open(path, 'rb') as stream:
         return metadata_of(stream.read(), path)
 
 
 def _check_metadata(metadata: Any) -> None:
-    """Refuse metadata whose fields are not of their kind, or point out of the folder."""
+    """Refuse metadata whose fields are not of their kind, or point out of the directory."""
     tensors = getattr(metadata, 'state_dict_metadata', None)
     if not _is_metadata(metadata) or not isinstance(tensors, dict):
         raise RestrictedPickleError('it holds no checkpoint metadata')
@@ -411,7 +411,7 @@ def restrict_readers() -> None:
 
 
 def _read_metadata(self, *args, **kwargs) -> Metadata:
-    """For `FileSystemReader`: the metadata of the folder, or of one rank."""
+    """For `FileSystemReader`: the metadata of the directory, or of one rank."""
     rank = kwargs.get('rank')
     name = METADATA_NAME if rank is None else f'__{rank}{METADATA_NAME}'
     path = self.fs.concat_path(self.path, name)

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What makes two gpt-oss models compute different functions of the same weights.
+"""Compare the architecture and constants of two gpt-oss models.
 
-Compared by Megatron's arguments (`architecture_flags`), whoever has them: a preset, a live model,
-or a checkpoint, which keeps those of the run that wrote it.
+The comparison uses Megatron's arguments (`architecture_flags`) of a preset, of a model in memory, or
+of the run that saved a checkpoint.
 """
 
 from typing import Any, Iterable, Mapping
@@ -13,7 +13,7 @@ import torch
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.presets import Preset, architecture_flags, get_preset, windowed_layers
 
-# Arguments that no preset sets, with the only value under which the model is gpt-oss.
+# Arguments that no preset sets, with the value that gpt-oss needs.
 NEUTRAL = {
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
@@ -31,7 +31,7 @@ NEUTRAL = {
     "moe_apply_probs_on_input": False,
     "softmax_scale": None,
 }
-# What an argument that was not given stands for.
+# Meaning of None.
 _DEFAULTS = {
     "rotary_scaling_factor": 1.0,
     "yarn_original_max_position_embeddings": 4096,
@@ -39,15 +39,15 @@ _DEFAULTS = {
     "yarn_beta_slow": 1.0,
     "yarn_correction_range_round_to_int": True,
 }
-# Compared by the tensors' shapes, or of dense layers, which gpt-oss does not have.
+# Not compared: tensor shapes cover the first; the second is of dense layers, which gpt-oss lacks.
 _SHAPES = ("padded_vocab_size", "ffn_hidden_size")
 
 
 def comparable(flags: Mapping[str, Any], num_layers: int) -> dict:
-    """Arguments in one form: equal if and only if they mean the same.
+    """Normalize arguments, so that equivalent ones are equal.
 
     Args:
-        flags: by dest; those that are missing stay missing.
+        flags: arguments by dest; missing ones stay missing.
         num_layers: of the model.
     """
     found = {
@@ -57,7 +57,7 @@ def comparable(flags: Mapping[str, Any], num_layers: int) -> dict:
     if "window_attn_skip_freq" in found:
         found["window_attn_skip_freq"] = windowed_layers(flags, num_layers)
         if not any(found["window_attn_skip_freq"]):
-            found["window_size"] = None  # of no layer
+            found["window_size"] = None  # no layer has a window
     if found.get("window_size") is not None:
         found["window_size"] = tuple(found["window_size"])
     if isinstance(found.get("moe_layer_freq"), (list, tuple)) and all(found["moe_layer_freq"]):
@@ -74,14 +74,14 @@ def comparable(flags: Mapping[str, Any], num_layers: int) -> dict:
 def first_difference(
     expected: Preset, found: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> tuple[str, Any, Any] | None:
-    """The first argument in which a model is not that of a preset.
+    """The first argument of a model that differs from a preset.
 
     Args:
         expected: the preset.
-        found: the model's arguments by dest; what is missing is not compared.
+        found: the model's arguments by dest; missing ones are not compared.
         ignore: arguments that are not compared.
     Returns:
-        Its dest, the value of the preset and the one found, or None.
+        (dest, value of the preset, value of the model), or None.
     """
     wanted = comparable({**architecture_flags(expected), **NEUTRAL}, expected.num_layers)
     compared = comparable({d: v for d, v in found.items() if d in wanted}, expected.num_layers)
@@ -91,7 +91,7 @@ def first_difference(
     return None
 
 
-# The names of arguments in a TransformerConfig, where they differ.
+# {argument: field of TransformerConfig} where the names differ.
 _IN_CONFIG = {
     "num_experts": "num_moe_experts",
     "group_query_attention": "",
@@ -105,7 +105,7 @@ _FLAGS = tuple(architecture_flags(get_preset("tiny")))
 
 
 def arguments_of_model(model: torch.nn.Module) -> dict:
-    """Megatron's arguments that a live GPTModel was built with, as far as it keeps them."""
+    """The arguments that a GPTModel was built with, as far as the model stores them."""
     from megatron.core.fusions.fused_bias_geglu import quick_gelu
 
     config = model.config
@@ -124,13 +124,13 @@ def arguments_of_model(model: torch.nn.Module) -> dict:
 def check_same_function(
     expected: Preset, expected_by: str, found: Mapping[str, Any], found_by: str, hint: str
 ) -> None:
-    """Refuse a model of another architecture or other constants than a preset's.
+    """Reject a model whose architecture or constants differ from a preset's.
 
     Args:
         expected: the preset.
-        expected_by: whose it is, for the message.
+        expected_by: name of its source, for the message.
         found: Megatron's arguments of the model, by dest.
-        found_by: whose they are.
+        found_by: name of the model.
         hint: what to do.
     Raises:
         CheckpointError: names the first argument that differs, and both values.
@@ -144,7 +144,7 @@ def check_same_function(
 
 
 def _shown(dest: str) -> str:
-    """As a model's config calls it; for the user a windowed layer is one whatever the flag."""
+    """The name of an argument in a message."""
     if dest == "window_attn_skip_freq":
         return "windowed layers"
     return _IN_CONFIG.get(dest) or dest

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The model that a Megatron checkpoint holds: sizes, constants, and how much of it is padding.
+"""Sizes, constants and vocabulary padding of the model in a Megatron checkpoint.
 
-Sizes are the tensors' shapes. What the shapes do not say (window, rotation, top-k, epsilon, clamp)
-is read from the arguments of the run, which Megatron keeps in the checkpoint.
+Sizes follow from tensor shapes. Constants (window, rotary embedding, top-k, epsilon, clamp) are read
+from the run arguments, which Megatron saves in the checkpoint.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import torch
 from megatron.gpt_oss.checkpoint.architecture import comparable, first_difference
 from megatron.gpt_oss.checkpoint.hf.config import check_hf_config, hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf.fields import (
-    MOST_EXPERTS,
+    MAX_EXPERTS,
     alternating_layers,
 )
 from megatron.gpt_oss.checkpoint.mapping import FC1, GLOBAL_NAMES, LAYER_NAMES, QKV
@@ -28,7 +28,7 @@ from megatron.gpt_oss.presets import MOST_LAYERS, Preset, windowed_layers
 
 VOCABULARY = tuple(key for key in GLOBAL_NAMES if not key.startswith("decoder."))
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
-# Sizes that are compared one by one, so that the message names the size, not a tensor.
+# Compared before tensors, so that a message names the size.
 SIZES = (
     "num_layers",
     "hidden_size",
@@ -41,23 +41,23 @@ SIZES = (
 
 
 def preset_of_checkpoint(reader: TorchDistReader) -> Preset:
-    """The model of a checkpoint; `vocab_size` counts every row, padding included.
+    """The preset of a checkpoint's model; its `vocab_size` includes padding.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape or would be lost in Hugging Face's
-            format, or the run was of a model that is not gpt-oss.
+        CheckpointError: a tensor is missing, has an unexpected shape or no counterpart in the Hugging
+            Face format, or the model is not gpt-oss.
     """
     preset = _preset_from_shapes(reader)
-    _check_sizes(preset, reader.folder)
+    _check_sizes(preset, reader.directory)
     try:
-        preset = _with_constants(preset, reader.arguments(), reader.folder)
+        preset = _with_constants(preset, reader.arguments(), reader.directory)
     except (TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise CheckpointError(
-            f"{reader.folder} holds run arguments that are invalid for a gpt-oss model "
+            f"{reader.directory} holds run arguments that are invalid for a gpt-oss model "
             f"({brief(error)}). The checkpoint is damaged; use another one."
         ) from error
-    # The sizes and constants are those of a config that can be written.
-    check_hf_config(hf_config_from_preset(preset), reader.folder)
+    # The Hugging Face config must be able to represent the model.
+    check_hf_config(hf_config_from_preset(preset), reader.directory)
     _check_tensors(reader, preset)
     return preset
 
@@ -87,23 +87,23 @@ def _shape(reader: TorchDistReader, key: str, rank: int) -> tuple[int, ...]:
     shape = reader.shape(key)
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(
-            f"{reader.folder}: '{key}' has shape {brief(shape)}, expected {rank} sizes above 0. Is "
+            f"{reader.directory}: '{key}' has shape {brief(shape)}, expected {rank} sizes above 0. Is "
             "it a checkpoint of a gpt-oss model?"
         )
     return shape
 
 
-def _check_sizes(preset: Preset, folder: Path) -> None:
-    """Refuse sizes by which loops would not end."""
-    for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MOST_EXPERTS)):
+def _check_sizes(preset: Preset, directory: Path) -> None:
+    """Reject sizes of damaged files, over which loops would take hours."""
+    for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MAX_EXPERTS)):
         if not 1 <= getattr(preset, name) <= most:
             raise CheckpointError(
-                f"{folder} has {name} = {getattr(preset, name)} (from its tensors), expected 1 to "
+                f"{directory} has {name} = {getattr(preset, name)} (from its tensors), expected 1 to "
                 f"{most}. The checkpoint is damaged; use another one."
             )
 
 
-# Fields of a preset that are arguments of the run, under the name of the argument.
+# {field of a preset: argument of the run}
 _CONSTANTS = {
     "num_experts_per_tok": "moe_router_topk",
     "rms_norm_eps": "layernorm_epsilon",
@@ -120,8 +120,8 @@ _CONSTANTS = {
 }
 
 
-def _with_constants(preset: Preset, arguments: Mapping[str, Any], folder: Path) -> Preset:
-    """What the arguments of the run say; without arguments, what all published models have."""
+def _with_constants(preset: Preset, arguments: Mapping[str, Any], directory: Path) -> Preset:
+    """Set the constants from the run arguments; without arguments keep the published values."""
     if not arguments:
         return preset
     found = comparable(arguments, preset.num_layers)
@@ -143,7 +143,7 @@ def _with_constants(preset: Preset, arguments: Mapping[str, Any], folder: Path) 
     if difference is not None:
         dest, wanted, value = difference
         raise CheckpointError(
-            f"{folder} was trained with {dest} = {value}, gpt-oss has {wanted}. The Hugging "
+            f"{directory} was trained with {dest} = {value}, gpt-oss has {wanted}. The Hugging "
             "Face format cannot represent it."
         )
     longest = max(int(preset.yarn_factor * preset.yarn_original_max_position_embeddings), 1)
@@ -152,7 +152,7 @@ def _with_constants(preset: Preset, arguments: Mapping[str, Any], folder: Path) 
 
 
 def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
-    """Refuse a checkpoint that lacks a tensor, or holds one that has no counterpart."""
+    """Reject a checkpoint that lacks a tensor, or has one without counterpart."""
     expected = {
         part.key: part.global_shape
         for file in checkpoint_files(preset, Layout())
@@ -161,23 +161,23 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
     shapes = {k: v for k, v in reader.tensor_shapes().items() if not _OPTIMIZER.match(k)}
     found: dict[tuple[str, int | None], str] = {}
     for key, shape in shapes.items():
-        known, layer = _usual(key, expected)
+        known, layer = _canonical_key(key, expected)
         if known is None:
-            others = sum(_usual(other, expected)[0] is None for other in shapes) - 1
+            others = sum(_canonical_key(other, expected)[0] is None for other in shapes) - 1
             raise CheckpointError(
-                f"{reader.folder} holds '{key}'{f' and {others} more' if others else ''}, which "
+                f"{reader.directory} holds '{key}'{f' and {others} more' if others else ''}, which "
                 "gpt-oss in Hugging Face does not have; the export would lose it."
             )
         if (known, layer) in found or (known, None) in found:
             raise CheckpointError(
-                f"{reader.folder} holds '{key}' and another tensor for the same weights. It is "
+                f"{reader.directory} holds '{key}' and another tensor for the same weights. It is "
                 "unclear which of the two to use."
             )
         found[known, layer] = key
         wanted = expected[known] if layer is None else expected[known][1:]
         if tuple(shape) != tuple(wanted):
             raise CheckpointError(
-                f"{reader.folder}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} from "
+                f"{reader.directory}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} from "
                 "the other tensors. Is it a checkpoint of a gpt-oss model?"
             )
     for key in expected:
@@ -188,13 +188,13 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
         if missing:
             where = "" if missing[0] is None else f" of layer {missing[0]}"
             raise CheckpointError(
-                f"{reader.folder} has no tensor '{key}'{where}. Is it a checkpoint of a gpt-oss "
+                f"{reader.directory} has no tensor '{key}'{where}. Is it a checkpoint of a gpt-oss "
                 "model?"
             )
 
 
-def _usual(key: str, expected: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """The name under which a conversion writes a tensor, and its layer if the key has it."""
+def _canonical_key(key: str, expected: Mapping[str, Any]) -> tuple[str | None, int | None]:
+    """The key that `convert to-megatron` uses for a tensor, and the layer if the key contains it."""
     match = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key)
     if match is None:
         return (key if key in expected else None), None
@@ -208,12 +208,12 @@ def _usual(key: str, expected: Mapping[str, Any]) -> tuple[str | None, int | Non
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """The rows of a checkpoint's vocabulary.
+    """Number of vocabulary rows of a checkpoint.
 
     Attributes:
-        rows: that belong to the model.
-        padding: that only fill the embedding up, behind them.
-        note: a sentence for the user, or "".
+        rows: rows of tokens.
+        padding: padding rows after them.
+        note: a message for the user, or "".
     """
 
     rows: int
@@ -224,20 +224,19 @@ class Vocabulary:
 def vocabulary_of(
     reader: TorchDistReader, like: int | None, asked: int | None = None
 ) -> Vocabulary:
-    """Which rows of the vocabulary are the model's, and which padding.
+    """Distinguish the vocabulary rows of tokens from padding.
 
-    Megatron pads the tokenizer's size to a multiple of --make-vocab-size-divisible-by times TP,
-    where nobody says --padded-vocab-size; a run keeps the three numbers in its checkpoint. Without
-    them, rows of zeros are padding (`load_hf` makes them), and what else there is belongs to the
-    model.
+    Without --padded-vocab-size, Megatron pads the size of the tokenizer to a multiple of
+    --make-vocab-size-divisible-by times TP. A run saves these arguments in its checkpoint. Without
+    them, rows of zeros are padding (`load_hf` writes zeros) and all other rows are tokens.
 
     Args:
         reader: of the checkpoint.
-        like: vocab_size of the Hugging Face folder to go by, if any.
-        asked: the number of rows that the user said.
+        like: vocab_size of a Hugging Face directory of the same model, if any.
+        asked: --vocab-size.
     Raises:
-        CheckpointError: the checkpoint has fewer rows than `like` or `asked`, or padding and grown
-            rows cannot be told apart.
+        CheckpointError: the checkpoint has fewer rows than `like` or `asked`, or rows may be either
+            padding or tokens.
     """
     held = reader.shape(VOCABULARY[0])[0]
     if asked is not None:
@@ -246,7 +245,7 @@ def vocabulary_of(
         return Vocabulary(asked, held - asked)
     if like is not None and held < like:
         raise CheckpointError(
-            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face checkpoint {like}. "
+            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint {like}. "
             "Give the Hugging Face checkpoint that training started from."
         )
     if held == like:
@@ -259,21 +258,21 @@ def vocabulary_of(
     if tokens is not None:
         padded = -(-tokens // multiple) * multiple == held
         rows = max(tokens, like or 0) if padded else held
-        return _told(rows, held, like, "the tokenizer of the run has no more tokens")
+        return _vocabulary(rows, held, like, "the tokenizer of the run has no more tokens")
     if like is None:
         return Vocabulary(held)
     if not any(_any_nonzero(reader, key, like, held) for key in VOCABULARY):
-        return _told(like, held, like, "they are zeros")
+        return _vocabulary(like, held, like, "they are zeros")
     if multiple > 1 and -(-like // multiple) * multiple == held:
         raise CheckpointError(
-            f"{reader.folder} has {held} rows of vocabulary, the Hugging Face checkpoint {like}, "
+            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint {like}, "
             f"and {like} padded to a multiple of {multiple} is {held}: the rows from {like} on may be "
             f"padding or tokens. Choose: --vocab-size {like} or --vocab-size {held}."
         )
-    return _told(held, held, like, "")
+    return _vocabulary(held, held, like, "")
 
 
-def _told(rows: int, held: int, like: int | None, why: str) -> Vocabulary:
+def _vocabulary(rows: int, held: int, like: int | None, why: str) -> Vocabulary:
     notes = []
     if like is not None and rows != like:
         notes.append(
@@ -286,13 +285,13 @@ def _told(rows: int, held: int, like: int | None, why: str) -> Vocabulary:
 
 
 def _any_nonzero(reader: TorchDistReader, key: str, first: int, stop: int) -> bool:
-    return bool(torch.any(reader.whole(key, slice(first, stop)) != 0))
+    return bool(torch.any(reader.global_tensor(key, slice(first, stop)) != 0))
 
 
 def check_same_sizes(
     found: Preset, wanted: Preset, checkpoint: str | Path, like: str | Path
 ) -> None:
-    """Refuse a checkpoint of other sizes than a Hugging Face folder, the vocabulary aside.
+    """Reject a checkpoint whose sizes, except the vocabulary, differ from a Hugging Face directory's.
 
     Raises:
         CheckpointError: names the size, and both values.
@@ -313,9 +312,9 @@ def check_same_constants(
     like: str | Path,
     ignore: tuple[str, ...] = (),
 ) -> None:
-    """Refuse a checkpoint whose run computed another function than a Hugging Face folder says.
+    """Reject a checkpoint whose run arguments differ from the config of a Hugging Face directory.
 
-    A checkpoint without the arguments of its run is not compared.
+    A checkpoint without run arguments passes.
 
     Raises:
         CheckpointError: names Megatron's argument, and both values.

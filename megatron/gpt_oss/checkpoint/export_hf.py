@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Write a Hugging Face gpt-oss folder from a Megatron checkpoint, tensor by tensor.
+"""Convert a Megatron checkpoint to a Hugging Face gpt-oss directory, expert by expert.
 
-Needs no process group and no model: one process reads a torch_dist checkpoint that any parallel
-layout saved, an expert at a time, and writes each where the file's header says that it lies. The
-folder appears when it is whole; a killed export goes on with the next file.
+One process without process group and model reads a torch_dist checkpoint of any parallel layout and
+writes each part at its offset in a safetensors file. The directory appears when it is complete. A
+killed export resumes with the next file.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from megatron.gpt_oss.checkpoint.checkpoint_model import (
     vocabulary_of,
 )
 from megatron.gpt_oss.checkpoint.hf.auxiliary_files import (
+    auxiliary_files,
     check_tokenizer,
-    companion_files,
-    copy_companions,
+    copy_auxiliary_files,
 )
 from megatron.gpt_oss.checkpoint.hf.config import (
     CONFIG_NAME,
@@ -37,14 +37,13 @@ from megatron.gpt_oss.checkpoint.hf.writer import (
     write_config,
     write_weights,
 )
-from megatron.gpt_oss.checkpoint.resumable_output import TO_HF, fingerprint, unfinished
+from megatron.gpt_oss.checkpoint.resumable_output import TO_HF, fingerprint, open_output
 from megatron.gpt_oss.checkpoint.torch_dist.reader import (
-    COMPANIONS_NAME,
+    AUXILIARY_NAME,
     TorchDistReader,
     find_iteration,
 )
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.progress import Progress
 from megatron.gpt_oss.training.run_file import find_run_file, recorded_arguments
 
 
@@ -59,37 +58,36 @@ def export_hf(
     yarn_factor: float | None = None,
     vocab_size: int | None = None,
 ) -> Path:
-    """Write a torch_dist checkpoint as a Hugging Face folder.
+    """Convert a torch_dist checkpoint to a Hugging Face directory.
 
     Args:
-        checkpoint: a --save folder (its latest iteration is taken) or one iter_* folder.
-        out: the folder to write; must not exist, or be empty.
-        like: a Hugging Face gpt-oss folder whose config, tokenizer and other small files are taken
-            over, and the names of its weight files where they hold the same tensors. By default
-            what `convert to-megatron` put beside the checkpoint. Without either the config is read
-            off the tensors' shapes and the arguments of the run, and there is no tokenizer.
-        dtype: "bf16", "fp32" or "mxfp4" (the experts' matrices, rounded to nearest; the rest
-            in bf16), of the weights written.
-        overwrite: `out` may be an earlier export, with no file besides; it is replaced once the
-            new one is complete.
-        max_shard_bytes: size of one file.
-        progress: show a line on stderr.
-        yarn_factor: with which the model was trained, where that extends the context of `like`; by
-            default what the checkpoint, or run.json in the run's folder, says.
-        vocab_size: rows of the vocabulary to write; by default all that are not padding, see
-            `vocabulary_of`.
+        checkpoint: a --save directory (its latest iteration) or one iter_* directory.
+        out: output directory; must be empty or not exist.
+        like: a Hugging Face gpt-oss directory to copy config, tokenizer and other small files from,
+            and the names of its weight files if they have the same tensors. By default the files
+            that `convert to-megatron` saved with the checkpoint. Without either, the config follows
+            from tensor shapes and run arguments, and there is no tokenizer.
+        dtype: of the weights: "bf16", "fp32" or "mxfp4" (expert matrices rounded to nearest, other
+            tensors in bf16).
+        overwrite: replace an earlier export in `out` once the new one is complete. `out` must not
+            have other files.
+        max_shard_bytes: maximum size of a file.
+        progress: show a bar on stderr.
+        yarn_factor: YaRN factor of the training if it extended the context of `like`; by default
+            that of the checkpoint or of run.json.
+        vocab_size: rows of the vocabulary to write; by default all but padding, see `vocabulary_of`.
     Returns:
-        The folder.
+        The output directory.
     Raises:
-        UsageError: no or a damaged checkpoint, another model than `like`, `out` is not empty, or
-            the disk has no room.
+        UsageError: the checkpoint is missing or damaged, `like` is another model, `out` is not
+            empty, or the disk has not enough space.
     """
     job = ExportJob(checkpoint, like, dtype, max_shard_bytes, yarn_factor, vocab_size)
     return job.run(Path(out), overwrite, progress)
 
 
 class ExportJob:
-    """An export that has been checked and can begin; see `export_hf` for arguments and errors."""
+    """An export whose inputs are checked; see `export_hf` for arguments and errors."""
 
     def __init__(
         self,
@@ -102,8 +100,8 @@ class ExportJob:
     ):
         iteration = find_iteration(checkpoint)
         self.checkpoint = Path(checkpoint)
-        if like is None and (iteration.parent / COMPANIONS_NAME / CONFIG_NAME).is_file():
-            like = iteration.parent / COMPANIONS_NAME
+        if like is None and (iteration.parent / AUXILIARY_NAME / CONFIG_NAME).is_file():
+            like = iteration.parent / AUXILIARY_NAME
         self.like = None if like is None else Path(like)
         self.reader = TorchDistReader(iteration)
         held = preset_of_checkpoint(self.reader)
@@ -126,7 +124,7 @@ class ExportJob:
         self.plan = FilePlan.of(self.preset, dtype, max_shard_bytes, weight_map)
 
     def _extend(self, asked: float | None, iteration: Path) -> None:
-        """Write YaRN's factor of the training into the config, where it extends the context."""
+        """Set the YaRN factor of the training in the config if it extends the context."""
         factor = asked or self.reader.arguments().get("rotary_scaling_factor")
         factor = factor or _trained_factor(iteration)
         own = preset_from_hf_config(self.config).yarn_factor
@@ -134,28 +132,27 @@ class ExportJob:
             self.config = with_yarn_factor(self.config, factor)
 
     def run(self, out: Path, overwrite: bool = False, progress: bool = False) -> Path:
-        """Write the folder, see `export_hf`."""
+        """Write the directory, see `export_hf`."""
         needed = self.plan.bytes_total()
-        companions = [] if self.like is None else companion_files(self.like)
-        names = {*self.plan.files, INDEX_NAME, CONFIG_NAME, *(path.name for path in companions)}
-        inputs = [self.checkpoint, self.reader.folder, *filter(None, [self.like])]
-        with unfinished(
+        auxiliary = [] if self.like is None else auxiliary_files(self.like)
+        names = {*self.plan.files, INDEX_NAME, CONFIG_NAME, *(path.name for path in auxiliary)}
+        inputs = [self.checkpoint, self.reader.directory, *filter(None, [self.like])]
+        with open_output(
             out, self.task(), needed, overwrite, names=names, made_by=TO_HF, inputs=inputs
         ) as work:
             if work.complete:
                 return out
-            with Progress(needed, "GB", 1e-9, progress) as bar:
-                write_weights(self.reader, self.preset, self.plan, work.folder, work, bar)
-            write_config(self.config, self.plan.dtype, work.folder)
+            write_weights(self.reader, self.preset, self.plan, work.directory, work, progress)
+            write_config(self.config, self.plan.dtype, work.directory)
             if self.like is not None:
-                copy_companions(self.like, work.folder)
+                copy_auxiliary_files(self.like, work.directory)
         return out
 
     def task(self) -> dict:
-        """What makes the result what it is."""
+        """Everything that determines the output; a run with another value cannot resume this one."""
         return {
             "direction": "to Hugging Face",
-            "source": fingerprint([self.reader.folder / ".metadata"]),
+            "source": fingerprint([self.reader.directory / ".metadata"]),
             "dtype": self.plan.dtype,
             "config": self.config,
             "files": list(self.plan.files),
@@ -163,7 +160,7 @@ class ExportJob:
 
 
 def _trained_factor(iteration: Path) -> float | None:
-    """YaRN's factor of the run that wrote RUN/checkpoints/iter_*, if it gave one."""
+    """--yarn-factor of the run that wrote RUN/checkpoints/iter_*, or None."""
     path = find_run_file(iteration.parent.parent)
     try:
         factor = recorded_arguments(path).get("yarn_factor") if path is not None else None
@@ -172,9 +169,9 @@ def _trained_factor(iteration: Path) -> float | None:
     return factor if is_number(factor) else None
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Which file holds what in a folder with an index, if it can be read."""
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """{tensor: file name} of a directory, or None without a valid index."""
     try:
-        return read_weight_map(folder / INDEX_NAME)
+        return read_weight_map(directory / INDEX_NAME)
     except UsageError:
         return None

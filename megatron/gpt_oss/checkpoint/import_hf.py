@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Write a Hugging Face gpt-oss folder as a Megatron checkpoint (torch_dist), piece by piece.
+"""Convert a Hugging Face gpt-oss directory to a Megatron checkpoint (torch_dist), shard by shard.
 
-Needs no process group and no model: one process reads a piece, brings it into Megatron's layout and
-writes it through PyTorch's own checkpoint writer. The result is a `release` checkpoint, Megatron's
-form of weights without optimizer and iteration: --load takes it, at any parallel layout.
+One process without process group and model reads a shard, converts it to Megatron's layout and writes
+it with PyTorch's checkpoint writer. The result is a `release` checkpoint, which has weights but no
+optimizer state and no iteration. --load accepts it at any parallel layout.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -39,29 +39,20 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron.core.dist_checkpointing.block_hashes import SUFFIX, HashingFileSystem
 from megatron.core.dist_checkpointing.checkpoint_names import MANIFEST, RELEASE, TRACKER
 from megatron.gpt_oss.checkpoint.hf.auxiliary_files import (
+    auxiliary_files,
     check_tokenizer,
-    companion_files,
-    copy_companions,
+    copy_auxiliary_files,
 )
-from megatron.gpt_oss.checkpoint.hf.check import check_tensors
-from megatron.gpt_oss.checkpoint.hf.config import (
-    CONFIG_NAME,
-    preset_from_hf_config,
-    read_hf_config,
-)
-from megatron.gpt_oss.checkpoint.hf.reader import INDEX_NAME, HFReader
-from megatron.gpt_oss.checkpoint.mapping import (
-    as_contiguous,
-    hf_names,
-    hf_to_megatron,
-    locate,
-)
+from megatron.gpt_oss.checkpoint.hf.check import open_hf
+from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME
+from megatron.gpt_oss.checkpoint.hf.reader import INDEX_NAME
+from megatron.gpt_oss.checkpoint.mapping import as_contiguous, hf_to_megatron, locate
 from megatron.gpt_oss.checkpoint.read_ahead import read_ahead
 from megatron.gpt_oss.checkpoint.resumable_output import (
     TO_MEGATRON,
-    Unfinished,
+    ResumableOutput,
     fingerprint,
-    unfinished,
+    open_output,
 )
 from megatron.gpt_oss.checkpoint.torch_dist.layout import (
     CheckpointFile,
@@ -69,9 +60,9 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import (
     Part,
     checkpoint_files,
 )
-from megatron.gpt_oss.checkpoint.torch_dist.reader import COMPANIONS_NAME
+from megatron.gpt_oss.checkpoint.torch_dist.reader import AUXILIARY_NAME
 from megatron.gpt_oss.presets import preset_flags
-from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.progress import advance, progress_bar
 
 _COMMON_STATE = "common_state/shard_0_1"
 _COMMON_PREFIX = "__0_common_"
@@ -80,48 +71,41 @@ _COMMON_PREFIX = "__0_common_"
 def convert_to_megatron(
     hf: str | Path, out: str | Path, layout: Layout = Layout(), progress: bool = False
 ) -> Path:
-    """Write a Hugging Face folder as a Megatron checkpoint.
+    """Convert a Hugging Face directory to a Megatron checkpoint.
 
     Args:
-        hf: BF16 or MXFP4 checkpoint.
-        out: the folder to write, for --load; must not exist, or be empty.
-        layout: of the ranks whose files are written. Any layout loads any.
-        progress: show a line on stderr.
+        hf: BF16 or MXFP4 model.
+        out: output directory, for --load; must be empty or not exist.
+        layout: of the shards and files. Any other layout can load them.
+        progress: show a bar on stderr.
     Returns:
-        The folder.
+        The output directory.
     Raises:
-        UsageError: the source is not whole or of another model, the layout does not fit, `out` is
-            not empty, or the disk has no room.
+        UsageError: the source is incomplete or of another model, the layout does not fit the model,
+            `out` is not empty, or the disk has not enough space.
     """
     return Job(Path(hf), layout).run(Path(out), progress)
 
 
 class Job:
-    """A conversion that has been checked and can begin.
+    """A conversion whose source and layout are checked. See `convert_to_megatron`.
 
-    Args:
-        hf: the source.
-        layout: whose files are written.
     Raises:
-        UsageError: the source is not whole or of another model, or the layout does not fit.
+        UsageError: the source is incomplete or of another model, or the layout does not fit it.
     """
 
     def __init__(self, hf: Path, layout: Layout = Layout()):
         self.hf, self.layout = hf, layout
-        self.preset = preset_from_hf_config(read_hf_config(hf))
-        self.reader = HFReader(hf)
-        check_tensors(self.reader, self.preset)
+        self.reader, self.preset = open_hf(hf)
+        self.reader.check_scales()
         check_tokenizer(hf)
-        for name in filter(self.reader.is_mxfp4, hf_names(self.preset)):
-            self.reader.check_scales(name)
-        stored = {e.dtype for entries in self.reader.files().values() for e in entries.values()}
-        # fp32 files stay fp32: whatever else is there, MXFP4 too, fits into it.
-        self.dtype = torch.float32 if "F32" in stored else torch.bfloat16
+        # fp32 holds the values of every other dtype, MXFP4 included.
+        self.dtype = torch.float32 if "F32" in self.reader.dtypes() else torch.bfloat16
         self.files = list(checkpoint_files(self.preset, layout))
 
     def run(self, out: Path, progress: bool = False) -> Path:
         """Write the checkpoint, see `convert_to_megatron`."""
-        with unfinished(
+        with open_output(
             out,
             self.task(),
             self.bytes_total(),
@@ -131,43 +115,46 @@ class Job:
         ) as work:
             if work.complete:
                 return out
-            (work.folder / RELEASE).mkdir(exist_ok=True)
+            (work.directory / RELEASE).mkdir(exist_ok=True)
             megatron = _import_megatron()
-            with _without_checksums(), Progress(self.bytes_total(), "GB", 1e-9, progress) as bar:
-                results = self.write_files(work, bar)
+            with _without_checksums():
+                results = self.write_files(work, progress)
             work.wait()
             dist_checkpointing, checkpoint_integrity = megatron.result()
-            self.write_metadata(work.folder / RELEASE, results)
+            self.write_metadata(work.directory / RELEASE, results)
             config = dist_checkpointing.CheckpointingConfig("torch_dist", 1)
-            dist_checkpointing.save_config(config, str(work.folder / RELEASE))
-            companions = work.folder / COMPANIONS_NAME
-            copy_companions(self.hf, companions)
-            for name in (CONFIG_NAME, INDEX_NAME):
-                if (self.hf / name).is_file():
-                    shutil.copyfile(self.hf / name, companions / name)
-            checkpoint_integrity.finish_save(str(work.folder / RELEASE))
-            checkpoint_integrity.write_tracker(str(work.folder / TRACKER), RELEASE)
+            dist_checkpointing.save_config(config, str(work.directory / RELEASE))
+            self.copy_auxiliary_files(work.directory / AUXILIARY_NAME)
+            checkpoint_integrity.finish_save(str(work.directory / RELEASE))
+            checkpoint_integrity.write_tracker(str(work.directory / TRACKER), RELEASE)
         return out
 
+    def copy_auxiliary_files(self, target: Path) -> None:
+        """Copy the tokenizer, templates, config.json and the index of the source."""
+        copy_auxiliary_files(self.hf, target)
+        for name in (CONFIG_NAME, INDEX_NAME):
+            if (self.hf / name).is_file():
+                shutil.copyfile(self.hf / name, target / name)
+
     def names(self) -> set[str]:
-        """The files that are written, from the output directory."""
+        """Paths of the output files, relative to the output directory."""
         release = [".metadata", "metadata.json", MANIFEST]
-        companions = {path.name for path in companion_files(self.hf)} | {CONFIG_NAME, INDEX_NAME}
+        auxiliary = {path.name for path in auxiliary_files(self.hf)} | {CONFIG_NAME, INDEX_NAME}
         shards = [*map(_name, self.files), f"{RELEASE}/{_COMMON_PREFIX}0.distcp"]
         return {
             *shards,
             *(shard + SUFFIX for shard in shards),
             *(f"{RELEASE}/{name}" for name in release),
-            *(f"{COMPANIONS_NAME}/{name}" for name in companions),
+            *(f"{AUXILIARY_NAME}/{name}" for name in auxiliary),
             TRACKER,
         }
 
     def bytes_total(self) -> int:
-        """Bytes of all tensors, as they are written."""
+        """Bytes of all output tensors."""
         return sum(self._bytes(part) for file in self.files for part in file.parts)
 
     def task(self) -> dict:
-        """What makes the result what it is."""
+        """Everything that determines the output; a run with another value cannot resume this one."""
         source = [self.hf / name for name in (*self.reader.files(), CONFIG_NAME)]
         return {
             "direction": "to Megatron",
@@ -175,41 +162,44 @@ class Job:
             "layout": asdict(self.layout),
         }
 
-    def write_files(self, work: Unfinished, bar: Progress) -> list[WriteResult]:
-        """Write the files that are not there yet; where everything lies in all of them."""
-        total = sum(len(file.parts) for file in self.files)
-        bar.begin_at(
-            sum(self._bytes(p) for f in self.files if _name(f) in work.done for p in f.parts)
-        )
-        # `work` brings the files to disk while the next one is read.
+    def write_files(self, work: ResumableOutput, progress: bool) -> list[WriteResult]:
+        """Write the files that are missing; return the place of every tensor in all files."""
+        remaining = [file for file in self.files if _name(file) not in work.done]
+        parts = [part for file in remaining for part in file.parts]
+        done = self.bytes_total() - sum(map(self._bytes, parts))
+        # `work` syncs the files to disk while the next one is read.
         writer = dcp.FileSystemWriter(
-            work.folder / RELEASE,
+            work.directory / RELEASE,
             thread_count=1,
             per_thread_copy_ahead=0,
             overwrite=True,
             sync_files=False,
         )
         writer.fs = HashingFileSystem()
-        parts = [part for file in self.files if _name(file) not in work.done for part in file.parts]
         tensors = read_ahead(self.read, parts)
-        count, results = 0, []
-        for file in self.files:
-            if _name(file) in work.done:
-                results += [_from_json(place) for place in work.done[_name(file)]["places"]]
-            else:
-                planner = _LazyPlanner(
-                    self, file, tensors, work, bar, f"{{}} of {total} pieces", count
-                )
+        results = [
+            _from_json(place)
+            for file in self.files
+            if file not in remaining
+            for place in work.done[_name(file)]["places"]
+        ]
+        with progress_bar(self.bytes_total(), enabled=progress, initial=done) as bar:
+            for file in remaining:
+
+                def written(count: int, name: str = _name(file)) -> None:
+                    work.written(name, count)
+                    advance(bar, count, name)
+
+                planner = _LazyPlanner(file, self.dtype, tensors, written)
                 plan = SavePlan(planner.items(), storage_data=_StoragePrefix(file.prefix))
-                written = writer.write_data(plan, planner).wait()
-                work.finish(_name(file), {"places": [_to_json(result) for result in written]})
-                results += written
-            count += len(file.parts)
+                places = writer.write_data(plan, planner).wait()
+                work.finish(_name(file), {"places": [_to_json(place) for place in places]})
+                results += places
         return results
 
-    def write_metadata(self, folder: Path, results: list[WriteResult]) -> None:
-        """Write what is known of the whole: where each piece lies, and the arguments."""
-        writer = dcp.FileSystemWriter(folder, thread_count=1, overwrite=True)
+    def write_metadata(self, directory: Path, results: list[WriteResult]) -> None:
+        """Write .metadata (places of all shards) and the common state (arguments)."""
+        writer = dcp.FileSystemWriter(directory, thread_count=1, overwrite=True)
         writer.fs = HashingFileSystem()
         common = WriteItem(MetadataIndex(_COMMON_STATE), WriteItemType.BYTE_IO)
         plan = SavePlan([common], storage_data=_StoragePrefix(_COMMON_PREFIX))
@@ -226,7 +216,7 @@ class Job:
         writer.finish(Metadata(tensors), [results])
 
     def read(self, part: Part) -> torch.Tensor:
-        """One piece in Megatron's layout, from the source."""
+        """Read one shard and convert it to Megatron's layout."""
         where = locate(part.key, part.offset, part.shape)
         value = hf_to_megatron(where, self.preset, self.reader.read)
         return as_contiguous(value, self.dtype).view(part.sizes)
@@ -235,11 +225,11 @@ class Job:
         return torch.Size(part.shape).numel() * self.dtype.itemsize
 
     def _common_state(self) -> dict:
-        """What Megatron keeps beside the tensors; the model's arguments, as a run has them."""
+        """The common state of a checkpoint, with the model's arguments as a run saves them."""
         args = argparse.Namespace(
             **preset_flags(self.preset),
             add_position_embedding=True,
-            tokenizer_vocab_size=self.preset.vocab_size,  # no row of it is padding
+            tokenizer_vocab_size=self.preset.vocab_size,  # no padding
             tensor_model_parallel_size=self.layout.tp,
             pipeline_model_parallel_size=self.layout.pp,
             expert_model_parallel_size=self.layout.ep,
@@ -262,38 +252,33 @@ class Job:
 
 
 class _LazyPlanner(dcp.DefaultSavePlanner):
-    """Gives the writer one piece after the other, when it asks.
+    """Reads each tensor when the writer asks for it.
 
     Args:
-        job: the conversion.
-        file: what to give.
-        tensors: the pieces, in the order of the file.
-        work: told of every piece, so that the one before comes to disk.
-        bar: told of every piece, with `note` and the number of pieces, `count` at the beginning.
+        file: the file to write.
+        dtype: of its tensors.
+        tensors: the tensors, in the order of the file.
+        written: called with the size of each tensor in bytes.
     """
 
     def __init__(
         self,
-        job: Job,
         file: CheckpointFile,
+        dtype: torch.dtype,
         tensors: Iterator[torch.Tensor],
-        work: Unfinished,
-        bar: Progress,
-        note: str,
-        count: int,
+        written: Callable[[int], None],
     ):
         super().__init__()
-        self._job, self._file, self._tensors, self._work = job, file, tensors, work
-        self._bar, self._note, self._count = bar, note, count
+        self._file, self._dtype, self._tensors, self._written = file, dtype, tensors, written
         self._parts = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in file.parts}
         self._order = iter(self._parts)
 
     def items(self) -> list[WriteItem]:
-        """What is to be written."""
+        """The items of the save plan."""
         items = []
         for index, part in self._parts.items():
             size = torch.Size(part.global_shape)
-            data = TensorWriteData(_chunk(part), TensorProperties(self._job.dtype), size)
+            data = TensorWriteData(_chunk(part), TensorProperties(self._dtype), size)
             items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
         for key in self._file.objects:
             items.append(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO))
@@ -304,15 +289,13 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return _saved([None])
         tensor = next(self._tensors)
-        assert write_item.index == next(self._order), "the writer asks in another order"
-        self._count += 1
-        self._work.written(_name(self._file), tensor.nbytes)
-        self._bar.advance(tensor.nbytes, self._note.format(self._count))
+        assert write_item.index == next(self._order), "the writer uses another order"
+        self._written(tensor.nbytes)
         return tensor
 
 
 class _BytesPlanner(dcp.DefaultSavePlanner):
-    """Gives the writer objects that are bytes already."""
+    """Writes objects that are serialized already."""
 
     def __init__(self, objects: dict[str, io.BytesIO]):
         super().__init__()
@@ -325,8 +308,7 @@ class _BytesPlanner(dcp.DefaultSavePlanner):
 
 @contextmanager
 def _without_checksums() -> Iterator[None]:
-    """torch.load does not look at the CRC32 of a record, and computing it takes three quarters of
-    the time of torch.save (0.55 GB/s with, 2.4 GB/s without)."""
+    """Save without CRC32: torch.load does not check it, and it slows torch.save from 2.4 to 0.55 GB/s."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -336,7 +318,7 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _import_megatron() -> Future:
-    """Megatron's modules that end a checkpoint: two seconds of imports, while pieces are read."""
+    """Import the modules that finish a checkpoint, which takes two seconds, in the background."""
 
     def load() -> tuple:
         names = ("core.dist_checkpointing.core", "training.checkpoint_integrity")
@@ -349,7 +331,7 @@ def _import_megatron() -> Future:
 
 
 def _name(file: CheckpointFile) -> str:
-    """As the writer names the only file of a plan, from the output folder."""
+    """Path of a file, relative to the output directory; the writer appends 0.distcp."""
     return f"{RELEASE}/{file.prefix}0.distcp"
 
 

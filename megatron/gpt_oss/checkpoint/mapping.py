@@ -1,16 +1,16 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Which Hugging Face tensor is which Megatron tensor: names and layouts, no files, no processes.
+"""Names and layouts of Hugging Face and Megatron tensors, as pure functions.
 
-Megatron tensors are named by their key in a sharded state dict, where the tensors of all layers
-are one global tensor with the layer as axis 0 (and the expert as axis 1):
+The name of a Megatron tensor is its key in a sharded state dict, where all layers are one global
+tensor with the layer as axis 0 (and the expert as axis 1):
 
     decoder.layers.self_attention.linear_qkv.weight       [layers, groups x (q.., k, v), h]
     decoder.layers.mlp.experts.experts.linear_fc1.weight  [layers, experts, gate then up, h]
 
-Hugging Face (BF16 files) keeps q, k and v apart, interleaves gate and up (gate 0, up 0, gate 1,
-...) and stores the experts' matrices [experts, in, out], transposed against Megatron's [out, in].
-`down_proj` is square in the published sizes: a wrong transpose fits, and only a forward shows it.
+Hugging Face (BF16 files) has separate q, k and v, interleaves gate and up (gate 0, up 0, gate 1,
+...) and stores expert matrices as [experts, in, out], the transpose of Megatron's [out, in].
+`down_proj` is square in the published sizes, so that only a forward shows a missing transpose.
 """
 
 import re
@@ -27,8 +27,8 @@ GLOBAL_NAMES = {
     "decoder.final_layernorm.weight": "model.norm.weight",
     "output_layer.weight": "lm_head.weight",
 }
-# The same layout on both sides. A norm has several keys: TransformerEngine's fused layers and
-# upstream's local spec name it after the linear layer that follows.
+# Tensors with the same layout. A norm has two keys: TransformerEngine's fused layers and upstream's
+# local spec name it after the linear layer that follows it.
 LAYER_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "input_layernorm.weight": "input_layernorm.weight",
@@ -49,7 +49,7 @@ ReadFn = Callable[[str, tuple], torch.Tensor]
 
 @dataclass(frozen=True)
 class Location:
-    """A rank's part of one layer's tensor: the key without its layer, and where the part lies."""
+    """A shard of one layer's tensor: key without layer, layer, expert, and slices within the tensor."""
 
     key: str
     layer: int | None
@@ -58,12 +58,12 @@ class Location:
 
 
 def locate(key: str, global_offset: tuple[int, ...], local_shape: tuple[int, ...]) -> Location:
-    """Take layer and expert out of a sharded tensor's key and offsets.
+    """Find layer and expert of a sharded tensor from its key and offsets.
 
     Args:
         key: of a ShardedTensor, with the layers stacked on axis 0 or with the layer in the key.
-        global_offset: of the part, prepended axes included.
-        local_shape: of the part, without prepended axes.
+        global_offset: of the shard, with prepended axes.
+        local_shape: of the shard, without prepended axes.
     """
     index = tuple(
         slice(start, start + size)
@@ -78,18 +78,18 @@ def locate(key: str, global_offset: tuple[int, ...], local_shape: tuple[int, ...
 
 
 def hf_to_megatron(where: Location, preset: Preset, read: ReadFn) -> torch.Tensor:
-    """Read a rank's part of a Megatron tensor from a Hugging Face checkpoint.
+    """Read a shard of a Megatron tensor from a Hugging Face model.
 
     Args:
-        where: which part, from `locate`.
+        where: the shard, from `locate`.
         preset: the model's sizes.
-        read: read(name, index) gives a part of a Hugging Face tensor; index is an int or a
+        read: read(name, index) returns a part of a Hugging Face tensor; index is an int or a
             contiguous slice for each leading dimension.
     Returns:
-        The part, of the shape that `where.index` says, perhaps a transposed view (`copy_matrix`
-        copies it fast). Rows that only pad the vocabulary are 0.
+        The shard; it may be a transposed view, which `copy_matrix` copies fast. Padding rows of the
+        vocabulary are 0.
     Raises:
-        CheckpointError: the key has no counterpart.
+        CheckpointError: gpt-oss has no such tensor.
     """
     if where.layer is None:
         if where.key not in GLOBAL_NAMES:
@@ -137,9 +137,9 @@ def _read_vocab_padded(where: Location, preset: Preset, read: ReadFn) -> torch.T
 
 
 def _read_qkv(where: Location, preset: Preset, prefix: str, read: ReadFn) -> torch.Tensor:
-    """Gather rows of q, k and v, which Megatron keeps group by group, from their own tensors."""
+    """Read rows of Megatron's qkv, which is ordered by query group, from q, k and v."""
     heads = preset.num_attention_heads // preset.num_query_groups
-    # Within one group: where each projection starts, and its rows a group.
+    # (projection, first row within a group, rows per group)
     parts = (
         ("q", 0, heads * preset.head_dim),
         ("k", heads * preset.head_dim, preset.head_dim),
@@ -161,10 +161,10 @@ def _read_qkv(where: Location, preset: Preset, prefix: str, read: ReadFn) -> tor
 
 
 def _read_fc1(rows: slice, preset: Preset, read: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-    """Rows of [gate; up] from a first dimension that interleaves them."""
+    """Rows of [gate; up] from rows that interleave them."""
     width = preset.moe_ffn_hidden_size
     pieces = []
-    for half in (0, 1):  # gate at even positions, up at odd ones
+    for half in (0, 1):  # gate in even rows, up in odd rows
         first, last = max(rows.start - half * width, 0), min(rows.stop - half * width, width)
         if first < last:
             pieces.append(read(slice(2 * first, 2 * last))[half::2])
@@ -176,13 +176,12 @@ def _read_fc1(rows: slice, preset: Preset, read: Callable[[slice], torch.Tensor]
     return out
 
 
-# bf16 matrices of an expert on one core: 0.4 GB/s as one copy, 1.3 GB/s in panels of this many
-# columns.
+# Columns per panel. bf16 expert matrix on one core: 0.4 GB/s in one copy, 1.3 GB/s in panels.
 _PANEL = 256
 
 
 def copy_matrix(out: torch.Tensor, value: torch.Tensor) -> None:
-    """`out.copy_(value)`; a transposed matrix in panels that stay in the cache."""
+    """`out.copy_(value)`, for a transposed matrix in panels that fit the cache."""
     if value.dim() == 2 and value.stride(0) < value.stride(1) and out.device.type == "cpu":
         for to, part in zip(out.split(_PANEL, dim=1), value.split(_PANEL, dim=1)):
             to.copy_(part)
@@ -191,7 +190,7 @@ def copy_matrix(out: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def as_contiguous(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor itself where it is as wanted already, else a copy."""
+    """`value` if it is contiguous and of the dtype, else a copy that is."""
     if value.is_contiguous() and value.dtype == dtype:
         return value
     out = torch.empty(value.shape, dtype=dtype)
@@ -200,22 +199,22 @@ def as_contiguous(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def is_expert_matrix(name: str) -> bool:
-    """Whether a Hugging Face tensor holds matrices of all experts (what MXFP4 quantises)."""
+    """Whether a Hugging Face tensor has the matrices of all experts, which MXFP4 quantizes."""
     return name.endswith((".mlp.experts.gate_up_proj", ".mlp.experts.down_proj"))
 
 
 class MegatronSource(Protocol):
-    """Where `megatron_to_hf` takes whole Megatron tensors from."""
+    """Provides the Megatron tensors of `megatron_to_hf`."""
 
-    def whole(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
-        """A global tensor without layers, or a range of its rows."""
+    def global_tensor(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
+        """A tensor outside the layers, or a range of its rows."""
 
     def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
-        """One layer of a tensor (of one expert), under the first of the keys that exists."""
+        """One layer (and expert) of a tensor, under the first of `keys` that exists."""
 
 
 def hf_names(preset: Preset) -> list[str]:
-    """Every tensor of a Hugging Face gpt-oss checkpoint (BF16), in the order of the forward."""
+    """Names of the tensors of a Hugging Face gpt-oss model (BF16), in model order."""
     layer_endings = (
         "input_layernorm.weight",
         *(f"self_attn.{p}_proj.{e}" for p in "qkvo" for e in ("weight", "bias")),
@@ -260,7 +259,7 @@ def hf_shape(name: str, preset: Preset) -> tuple[int, ...]:
 
 
 def is_vocabulary_matrix(name: str) -> bool:
-    """Whether a Hugging Face tensor has a row for each token: embedding and head."""
+    """Whether a Hugging Face tensor is the embedding or the output layer."""
     return name in ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -275,19 +274,19 @@ def megatron_to_hf(
 
     Args:
         name: one of `hf_names`.
-        preset: the model's sizes; rows that only pad the vocabulary are left out.
-        source: gives Megatron tensors, one layer at a time.
-        expert: give only this expert's part of a tensor of the experts.
-        rows: give only these rows of a matrix of the vocabulary.
+        preset: the model's sizes; padding rows of the vocabulary are omitted.
+        source: provides Megatron tensors.
+        expert: return only this expert of an expert tensor.
+        rows: return only these rows of a vocabulary matrix.
     Returns:
-        The tensor, perhaps a transposed view.
+        The tensor; it may be a transposed view.
     """
     for key, hf_name in GLOBAL_NAMES.items():
         if name == hf_name:
             if not is_vocabulary_matrix(name):
-                return source.whole(key)
+                return source.global_tensor(key)
             start, stop, _ = (rows or slice(None)).indices(preset.vocab_size)
-            return source.whole(key, slice(start, stop))
+            return source.global_tensor(key, slice(start, stop))
     _, _, number, ending = name.split(".", 3)
     layer = int(number)
     keys = tuple(key for key, hf_ending in LAYER_NAMES.items() if hf_ending == ending)
@@ -307,10 +306,9 @@ def megatron_to_hf(
 
 
 def expert_matrix(name: str, source: MegatronSource, expert: int) -> torch.Tensor:
-    """One expert's matrix of a Hugging Face tensor, [out, in] as Megatron and MXFP4 files have it.
+    """The matrix of one expert, [out, in] as in Megatron and in MXFP4 files.
 
-    Gate and up lie one behind the other; `interleave_gate_up` of whatever has their rows brings
-    them into the order of Hugging Face.
+    Rows of gate precede rows of up; `interleave_gate_up` converts to the order of Hugging Face.
     """
     _, _, layer, ending = name.split(".", 3)
     key = (FC1 if ending.endswith("gate_up_proj") else FC2) + "weight"
@@ -318,13 +316,13 @@ def expert_matrix(name: str, source: MegatronSource, expert: int) -> torch.Tenso
 
 
 def interleave_gate_up(gate_then_up: torch.Tensor, dim: int = 0) -> torch.Tensor:
-    """Gate first and then up, to gate 0, up 0, gate 1, ..."""
+    """Convert [gate; up] to gate 0, up 0, gate 1, up 1, ..."""
     gate, up = gate_then_up.chunk(2, dim=dim)
     return torch.stack((gate, up), dim=dim + 1).flatten(dim, dim + 1)
 
 
 def _split_qkv(qkv: torch.Tensor, letter: str, preset: Preset) -> torch.Tensor:
-    """The rows of q, k or v out of [(q x heads/group, k, v) x groups, ...]."""
+    """The rows of q, k or v of a qkv tensor [groups x (q.., k, v), ...]."""
     heads = preset.num_attention_heads // preset.num_query_groups
     groups = qkv.reshape(preset.num_query_groups, heads + 2, preset.head_dim, *qkv.shape[1:])
     part = {"q": slice(0, heads), "k": slice(heads, heads + 1), "v": slice(heads + 1, None)}[letter]

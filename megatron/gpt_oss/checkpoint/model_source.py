@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A live model as a source of Megatron's tensors, for export without a checkpoint on disk."""
+"""Tensors of a model in memory, for export without a checkpoint on disk."""
 
 import torch
 
@@ -9,14 +9,14 @@ from megatron.gpt_oss.checkpoint.mapping import locate
 
 
 class ModelSource:
-    """A `MegatronSource` over a live model that one rank holds whole (TP, PP and EP of 1).
+    """A `MegatronSource` over a complete model on one rank (TP, PP and EP of 1).
 
     Args:
         model: a GPTModel, unwrapped.
     """
 
     def __init__(self, model: torch.nn.Module):
-        self._whole: dict[str, torch.Tensor] = {}
+        self._global: dict[str, torch.Tensor] = {}
         self._layers: dict[tuple[str, int], torch.Tensor] = {}
         with torch.no_grad():
             for part in sharded_tensors(model.sharded_state_dict()):
@@ -25,7 +25,7 @@ class ModelSource:
                 shape = part.global_shape[prepended:]
                 index = where.index
                 if where.layer is None:
-                    target = self._whole.setdefault(where.key, part.data.new_empty(shape))
+                    target = self._global.setdefault(where.key, part.data.new_empty(shape))
                 else:
                     if where.expert is not None:
                         shape = (part.global_shape[prepended - 1], *shape)
@@ -34,9 +34,9 @@ class ModelSource:
                     target = self._layers.setdefault(at, part.data.new_empty(shape))
                 target[index] = part.data
 
-    def whole(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
+    def global_tensor(self, key: str, rows: slice = slice(None)) -> torch.Tensor:
         """See `MegatronSource`."""
-        return self._whole[key][rows]
+        return self._global[key][rows]
 
     def layer(self, keys: tuple[str, ...], layer: int, expert: int | None = None) -> torch.Tensor:
         """See `MegatronSource`."""

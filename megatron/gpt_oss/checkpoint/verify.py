@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Whether a Megatron checkpoint is the same model as a Hugging Face folder, and where not.
+"""Compare a Megatron checkpoint with a Hugging Face directory.
 
-First the weights, an expert at a time, whatever the size; then, where both models fit into memory,
-the function: hidden states after every layer and logits, against transformers where it is installed
-(else against a Megatron model that reads the folder).
+Weights are compared one expert at a time. If both models fit into memory, hidden states after each
+layer and logits are compared too, with transformers if it is installed, otherwise with a Megatron
+model that loads the directory.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron.gpt_oss.checkpoint.checkpoint_model import (
     preset_of_checkpoint,
     vocabulary_of,
 )
-from megatron.gpt_oss.checkpoint.hf.check import check_tensors
+from megatron.gpt_oss.checkpoint.hf.check import open_hf
 from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.mapping import (
@@ -37,15 +37,15 @@ from megatron.gpt_oss.checkpoint.mapping import (
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.progress import advance, progress_bar
 
-# fp32 sums in another order differ by 1e-6 of the largest value, a wrong layout by 1e-2 and more.
+# Relative to the largest value: another order of fp32 sums gives 1e-6, a wrong layout 1e-2 or more.
 LOGITS_TOLERANCE = 1e-4
 
 
 @dataclass
 class Difference:
-    """The first place of a tensor where the two differ, and how far they do at most."""
+    """The first element of a tensor that differs, and the largest difference of the tensor."""
 
     name: str
     index: tuple[int, ...]
@@ -57,8 +57,8 @@ class Difference:
         parts = self.name.split(".")
         layer = f" (layer {parts[2]})" if parts[:2] == ["model", "layers"] else ""
         return (
-            f"{self.name}{layer} at {list(self.index)}: {self.hf:.8g} in the Hugging Face checkpoint, "
-            f"{self.megatron:.8g} in the checkpoint; largest difference {self.largest:.3g}"
+            f"{self.name}{layer} at {list(self.index)}: {self.hf:.8g} in the Hugging Face model, "
+            f"{self.megatron:.8g} in the Megatron checkpoint; largest difference {self.largest:.3g}"
         )
 
 
@@ -69,23 +69,22 @@ def verify(
     num_tokens: int = 64,
     progress: bool = False,
 ) -> bool:
-    """Compare and print what was found.
+    """Compare two models and print the result.
 
     Args:
-        hf: a Hugging Face gpt-oss folder, BF16 or MXFP4.
-        load: a --save folder (its latest iteration) or one iter_* folder.
-        logits: "yes", "no", or "auto": where both models fit into half of the free memory.
-        num_tokens: length of the sequence of random tokens that goes through both.
-        progress: show a line on stderr.
+        hf: a Hugging Face gpt-oss directory, BF16 or MXFP4.
+        load: a --save directory (its latest iteration) or one iter_* directory.
+        logits: "yes", "no", or "auto": if both models fit into half of the free memory.
+        num_tokens: number of random tokens for the comparison of logits.
+        progress: show a bar on stderr.
     Returns:
         True if the two are the same model.
     Raises:
-        UsageError: one of the two is not whole, or they have other sizes.
+        UsageError: one of the two is incomplete, or their sizes differ.
     """
     hf = Path(hf)
-    preset = preset_from_hf_config(read_hf_config(hf))
-    hf_reader, checkpoint = HFReader(hf), TorchDistReader(find_iteration(load))
-    check_tensors(hf_reader, preset)
+    hf_reader, preset = open_hf(hf)
+    checkpoint = TorchDistReader(find_iteration(load))
     held = preset_of_checkpoint(checkpoint)
     check_same_sizes(held, preset, load, hf)
     same = compare_constants(checkpoint, preset)
@@ -109,57 +108,56 @@ def verify(
             "Identical tensors give identical logits."
         )
     elif logits != "no":
-        return compare_logits(hf, checkpoint.folder, trained, num_tokens) and same
+        return compare_logits(hf, checkpoint.directory, trained, num_tokens) and same
     return same
 
 
 def compare_constants(checkpoint: TorchDistReader, preset: Preset) -> bool:
-    """Print the first constant (window, rotation, top-k, ...) in which the two differ."""
+    """Compare constants (window, rotary embedding, top-k, ...) and print the first difference."""
     arguments = checkpoint.arguments()
     difference = first_difference(preset, arguments)
     if difference is not None:
         dest, expected, found = difference
         print(
-            f"config: {dest} is {expected} in the Hugging Face checkpoint, {found} in the checkpoint"
+            f"config: {dest} is {expected} in the Hugging Face model, {found} in the Megatron checkpoint"
         )
     elif not arguments:
-        print("config: not compared, because the checkpoint does not hold its run arguments")
+        print("config: not compared, because the Megatron checkpoint has no run arguments")
     return difference is None
 
 
 def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
-    """Print which rows of the vocabulary one of the two has alone; padding is not missed."""
+    """Print the vocabulary rows that only one of the two has; padding does not count."""
     held = checkpoint.shape(VOCABULARY[0])[0]
     if held < preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face checkpoint, {held} in the "
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {held} in the Megatron "
             f"checkpoint; rows {held} to {preset.vocab_size - 1} are missing there"
         )
         return False
     try:
         rows = vocabulary_of(checkpoint, preset.vocab_size).rows
-    except CheckpointError:  # padding or not, they are not in the folder
+    except CheckpointError:  # padding or tokens, they are not in the directory
         rows = held
     if rows > preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face checkpoint, {rows} in the "
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {rows} in the Megatron "
             f"checkpoint; rows {preset.vocab_size} to {rows - 1} are missing in {hf}"
         )
         return False
     if held > rows:
-        print(f"vocabulary: rows {rows} to {held - 1} of the checkpoint are padding")
+        print(f"vocabulary: rows {rows} to {held - 1} of the Megatron checkpoint are padding")
     return True
 
 
 def _in_which_dtypes(hf: HFReader, checkpoint: TorchDistReader) -> str:
-    """Whether the same values are the same bits."""
+    """The dtypes of both for the message."""
     names = {torch.bfloat16: "BF16", torch.float32: "F32"}
     ours = {names.get(d, str(d)) for d in checkpoint.dtypes()}
-    stored = {entry.dtype for entries in hf.files().values() for entry in entries.values()}
-    theirs = stored - {"U8"}  # MXFP4 is BF16 when it is read
+    theirs = hf.dtypes() - {"U8"}  # MXFP4 is read as BF16
     if ours == theirs:
         return "bit for bit"
-    return f"value for value: {_either(theirs)} in Hugging Face, {_either(ours)} in the checkpoint"
+    return f"value for value: {_either(theirs)} in the Hugging Face model, {_either(ours)} in the Megatron checkpoint"
 
 
 def _either(names: set[str]) -> str:
@@ -169,15 +167,16 @@ def _either(names: set[str]) -> str:
 def compare_tensors(
     hf: HFReader, checkpoint: MegatronSource, preset: Preset, progress: bool = False
 ) -> tuple[Difference | None, int]:
-    """The first difference in the order of the forward, and the number of tensors that differ."""
+    """The first difference in model order, and the number of tensors that differ."""
     first, count = None, 0
     names = hf_names(preset)
-    with Progress(sum(math.prod(hf_shape(n, preset)) for n in names), "G", 1e-9, progress) as bar:
+    total = sum(math.prod(hf_shape(name, preset)) for name in names)
+    with progress_bar(total, " elements", progress) as bar:
         for number, name in enumerate(names):
             difference = _compare_tensor(hf, checkpoint, preset, name)
             if difference is not None:
                 first, count = first or difference, count + 1
-            bar.advance(math.prod(hf_shape(name, preset)), f"{number + 1} of {len(names)} tensors")
+            advance(bar, math.prod(hf_shape(name, preset)), f"{number + 1} of {len(names)} tensors")
     return first, count
 
 
@@ -196,7 +195,7 @@ def _compare_tensor(
         one, other = one.double(), other.double()
         differ = ~(one == other)  # NaN differs from all
         if not differ.any():
-            continue  # the same values in a wider type
+            continue  # equal values of different dtypes
         largest = (one - other).abs().nan_to_num(torch.inf).max().item()
         if found is None:
             place = tuple(differ.nonzero()[0].tolist())
@@ -211,10 +210,10 @@ def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -
     """Run both models in fp32 and print the first layer and token that differ.
 
     Args:
-        hf: the Hugging Face folder.
+        hf: the Hugging Face directory.
         iteration: the checkpoint.
-        preset: the model of the checkpoint, with the rows of vocabulary that both have.
-        num_tokens: length of the sequence.
+        preset: the model of the checkpoint, with the vocabulary rows that both have.
+        num_tokens: number of random tokens.
     """
     if num_tokens < 1:
         raise UsageError(f"--num-tokens {num_tokens} is invalid. Give 1 or more.")
@@ -248,7 +247,7 @@ def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -
 
 
 def _relative_error(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """[tokens]: the largest difference at a token, relative to the largest value of all."""
+    """[tokens], the largest difference of each token relative to the largest value of all tokens."""
     return ((one - other).abs().amax(dim=-1) / one.abs().max()).nan_to_num(torch.inf)
 
 
@@ -257,15 +256,15 @@ def _first_token(one: torch.Tensor, other: torch.Tensor) -> int | None:
     return int(bad[0]) if len(bad) else None
 
 
-def _run_transformers(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Hidden states after each layer, [tokens, h], then logits, [tokens, vocabulary]; fp32."""
+def _run_transformers(directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+    """fp32 hidden states after each layer, [tokens, h], followed by logits, [tokens, vocabulary]."""
     import transformers
 
     options = {}
-    if "quantization_config" in read_hf_config(folder):
+    if "quantization_config" in read_hf_config(directory):
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     model = transformers.GptOssForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", **options
+        directory, dtype=torch.float32, attn_implementation="eager", **options
     ).float()
     states: list[torch.Tensor] = []
     for layer in model.model.layers:
@@ -278,13 +277,13 @@ def _run_transformers(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
     return [*states, logits]
 
 
-def _run_megatron_hf(folder: Path, ids: torch.Tensor) -> list[torch.Tensor]:
+def _run_megatron_hf(directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
     from megatron.gpt_oss.checkpoint.load_hf import load_hf
     from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
 
-    preset = preset_from_hf_config(read_hf_config(folder))
+    preset = preset_from_hf_config(read_hf_config(directory))
     with single_rank_model(preset) as model:
-        load_hf([model], folder)
+        load_hf([model], directory)
         return _run(model, ids)
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The data file of a run: which corpora, how much of each, and what their losses are measured on.
+"""The file of --data-blend: the corpora of a run, their weights and their validation sets.
 
     corpora:
       japanese:
@@ -11,11 +11,11 @@
         path: /data/code
         weight: 0.3
 
-Without any `weight` a corpus counts by its tokens. `upsample` is for corpora that were split by
-length (--split-at): how often a token of that bucket is drawn for each one of a bucket that is not
-named. A weight or a factor of 0 leaves the files alone: they need not even exist. A corpus's
-validation set is what gptoss tokenize --validation-share held out (PATH.valid); `validation:` names
-another one, or is false.
+If no corpus has a `weight`, each is weighted by its number of tokens. `upsample` is for corpora that
+were split by length (--split-at): a token of that bucket is drawn so many times as often as a token
+of a bucket that is not listed. With a weight or a factor of 0 the files are not read and need not
+exist. The validation set of a corpus is the part that gptoss tokenize --validation-share held out
+(PATH.valid); `validation:` names another one, or is false.
 """
 
 import os
@@ -40,9 +40,9 @@ class Source:
     """One dataset of the blend.
 
     Attributes:
-        name: of the corpus, with the bucket of lengths after a dot.
-        prefix: path without ending.
-        weight: share of the training tokens, above 0; all together are 1.
+        name: of the corpus, followed by a dot and the length bucket.
+        prefix: path without extension.
+        weight: share of the training tokens, above 0; the weights of a blend sum to 1.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Blend:
-    """What a data file says.
+    """The content of a data file.
 
     Attributes:
-        sources: to train on.
-        validation: {corpus: path without ending}; may be empty.
+        sources: training datasets.
+        validation: {corpus: path without extension}; may be empty.
     """
 
     sources: tuple[Source, ...]
@@ -64,14 +64,86 @@ class Blend:
 
 
 def read_blend(file: str | Path) -> Blend:
-    """Read a data file and look at the datasets that it names.
+    """Read a data file and check the datasets that it names.
 
     Args:
-        file: YAML; relative paths in it begin at its folder, $NAME is an environment variable.
+        file: YAML; relative paths in it start at its directory, $NAME is an environment variable.
     Raises:
-        UsageError: names file, corpus and what is wrong, and what to do.
+        UsageError: names file, corpus, what is wrong and what to do.
     """
     file = Path(file)
+    corpora = [Corpus.parse(file, name, fields) for name, fields in _read_corpora(file).items()]
+    _check_weights(file, corpora)
+    validation = {c.name: prefix for c in corpora if (prefix := _validation_prefix(c)) is not None}
+    shares: dict[tuple[str, str], float] = {}
+    for corpus in corpora:
+        shares |= _shares(corpus)
+    total = sum(shares.values())
+    sources = (Source(name, prefix, share / total) for (name, prefix), share in shares.items())
+    return Blend(tuple(sources), validation)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One entry of a data file.
+
+    Attributes:
+        place: file and corpus, for messages.
+        name: of the corpus.
+        prefix: path without extension.
+        weight: None where no corpus has one.
+        upsample: {bucket: factor}.
+        validation: path without extension; None for the default, False for none.
+    """
+
+    place: str
+    name: str
+    prefix: str
+    weight: float | None
+    upsample: dict[str, float]
+    validation: str | bool | None
+
+    @classmethod
+    def parse(cls, file: Path, name: object, fields: object) -> "Corpus":
+        """Check the keys and types of an entry.
+
+        Raises:
+            UsageError: names the key and its value.
+        """
+        if not isinstance(name, (str, int)) or not str(name).isprintable():
+            raise UsageError(f"{file}: a corpus has the name {brief(name)}. Give it a name.")
+        place = f"{file}, corpus {name}"
+        if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
+            raise UsageError(f"{place}: no path. Give the --output of gptoss tokenize.")
+        for key in fields:
+            if key not in _CORPUS_KEYS:
+                raise UsageError(
+                    f"{place}: unknown key {brief(key)}. Known keys: {', '.join(_CORPUS_KEYS)}."
+                )
+        validation = fields.get("validation")
+        for key, value in (("path", fields["path"]), ("validation", validation)):
+            if not isinstance(value, (str, bool, type(None))) or "\0" in str(value):
+                raise UsageError(f"{place}: {key} is {brief(value)}. Give a path.")
+        upsample = fields.get("upsample") or {}
+        if not isinstance(upsample, dict):
+            raise UsageError(
+                f"{place}: upsample is {brief(upsample)}. Give for example {{32k-up: 4}}."
+            )
+        _check_number(place, "weight", fields.get("weight"))
+        for bucket, factor in upsample.items():
+            _check_number(place, f"upsample {str(bucket)[:60]}", factor)
+        return cls(
+            place,
+            str(name),
+            _resolve(file, fields["path"]),
+            fields.get("weight"),
+            upsample,
+            _resolve(file, validation) if isinstance(validation, str) else validation,
+        )
+
+
+def _read_corpora(file: Path) -> dict:
+    """The entries of a data file, by name."""
     try:
         content = yaml.safe_load(read_small_file(file).decode("utf-8"))
     except OSError as error:
@@ -88,116 +160,99 @@ def read_blend(file: str | Path) -> Blend:
         raise UsageError(
             f"{file} must hold only the key 'corpora:', with a name and a path for each corpus."
         )
-    for name, corpus in corpora.items():
-        if not isinstance(name, (str, int)) or not str(name).isprintable():
-            raise UsageError(f"{file}: a corpus has the name {brief(name)}. Give it a name.")
-        _check_corpus(f"{file}, corpus {name}", corpus)
-    weighted = [name for name, corpus in corpora.items() if corpus.get("weight") is not None]
-    if weighted and len(weighted) < len(corpora):
-        missing = next(name for name in corpora if name not in weighted)
+    return corpora
+
+
+def _check_number(place: str, what: str, number: object) -> None:
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if number is not None and not (is_number and 0 <= number < 2**1000):
+        raise UsageError(f"{place}: {what} is {brief(number)}. Give a number, 0 or more.")
+
+
+def _check_weights(file: Path, corpora: list[Corpus]) -> None:
+    """Refuse weights for some corpora only, and weights that are all 0."""
+    missing = [corpus.name for corpus in corpora if corpus.weight is None]
+    weighted = [corpus.name for corpus in corpora if corpus.weight is not None]
+    if missing and weighted:
         raise UsageError(
-            f"{file}: {weighted[0]} has a weight and {missing} has none. Give one to every corpus, "
+            f"{file}: {weighted[0]} has a weight and {missing[0]} has none. Give one to every corpus, "
             "or to none to weight each by its tokens."
         )
-    shares: dict[tuple[str, str], float] = {}
-    validation = {}
-    for name, corpus in corpora.items():
-        place, prefix = f"{file}, corpus {name}", _resolve(file, corpus["path"])
-        weight = corpus.get("weight")
-        held_out = _validation_prefix(place, file, prefix, corpus, weight)
-        if held_out:
-            validation[str(name)] = held_out
-        if weight == 0:
-            continue
-        parts = _buckets(place, prefix, corpus.get("upsample") or {})
-        total = sum(parts.values())
-        for bucket, part in parts.items():
-            label = f"{name}.{bucket}" if bucket else str(name)
-            path = f"{prefix}.{bucket}" if bucket else prefix
-            shares[label, path] = part if weight is None else weight * part / total
-    if not shares:
+    if not missing and all(corpus.weight == 0 for corpus in corpora):
         raise UsageError(f"{file}: every weight is 0. Give one corpus a weight above 0.")
-    total = sum(shares.values())
-    sources = (Source(name, path, share / total) for (name, path), share in shares.items())
-    return Blend(tuple(sources), validation)
 
 
-def _check_corpus(place: str, corpus: object) -> None:
-    if not isinstance(corpus, dict) or not isinstance(corpus.get("path"), str):
-        raise UsageError(f"{place}: no path. Give the --output of gptoss tokenize.")
-    for field in ("path", "validation"):
-        if "\0" in str(corpus.get(field) if isinstance(corpus.get(field), str) else ""):
-            raise UsageError(f"{place}: {field} is {brief(corpus[field])}. Give a path.")
-    if not isinstance(corpus.get("validation"), (str, bool, type(None))):
-        raise UsageError(f"{place}: validation is {brief(corpus['validation'])}. Give a path.")
-    for key in corpus:
-        if key not in _CORPUS_KEYS:
-            raise UsageError(
-                f"{place}: unknown key {brief(key)}. Known keys: {', '.join(_CORPUS_KEYS)}."
-            )
-    upsample = corpus.get("upsample") or {}
-    if not isinstance(upsample, dict):
-        raise UsageError(f"{place}: upsample is {brief(upsample)}. Give for example {{32k-up: 4}}.")
-    numbers = {
-        "weight": corpus.get("weight"),
-        **{f"upsample {str(k)[:60]}": v for k, v in upsample.items()},
+def _shares(corpus: Corpus) -> dict[tuple[str, str], float]:
+    """{(name, path without extension): share} of the datasets of a corpus; shares do not sum to 1."""
+    if corpus.weight == 0:
+        return {}
+    tokens = _buckets(corpus)
+    shares = tokens
+    if corpus.weight is not None:
+        total = sum(tokens.values())
+        shares = {bucket: corpus.weight * count / total for bucket, count in tokens.items()}
+    return {
+        (_joined(corpus.name, bucket), _joined(corpus.prefix, bucket)): share
+        for bucket, share in shares.items()
     }
-    for what, number in numbers.items():
-        is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-        if number is not None and not (is_number and 0 <= number < 2**1000):
-            raise UsageError(f"{place}: {what} is {brief(number)}. Give a number, 0 or more.")
 
 
-def _buckets(place: str, prefix: str, upsample: dict) -> dict[str, float]:
-    """{bucket: tokens times its factor} of those that are read; '' where nothing is split."""
+def _joined(prefix: str, bucket: str) -> str:
+    return f"{prefix}.{bucket}" if bucket else prefix
+
+
+def _buckets(corpus: Corpus) -> dict[str, float]:
+    """{length bucket: tokens times factor} of the datasets to read; '' for a corpus without split."""
+    prefix, upsample = corpus.prefix, corpus.upsample
     if os.path.exists(f"{prefix}.idx") and not upsample:
         return {"": num_tokens(prefix)}
-    folder, start = Path(prefix).parent, f"{Path(prefix).name}."
-    found = [path.name[len(start) : -4] for path in folder.glob(f"{start}*.idx")]
-    # By length: '8k-32k' after '0-8k'.
+    directory, start = Path(prefix).parent, f"{Path(prefix).name}."
+    found = [path.name[len(start) : -4] for path in directory.glob(f"{start}*.idx")]
     found = sorted((name for name in found if _BUCKET.fullmatch(name)), key=_lower_edge)
     if not found and not upsample:
         raise UsageError(
-            f"{place}: no file {prefix}.idx. Create the dataset with: gptoss tokenize."
+            f"{corpus.place}: no file {prefix}.idx. Create the dataset with: gptoss tokenize."
         )
     for bucket, factor in upsample.items():
         if bucket not in found and factor:
             raise UsageError(
-                f"{place}: upsample names {bucket}, and {prefix} has "
+                f"{corpus.place}: upsample names {bucket}, and {prefix} has "
                 f"{', '.join(found) or 'no length buckets'}. Split it with: gptoss tokenize "
                 "--split-at 8k,32k."
             )
-    read = [bucket for bucket in found if upsample.get(bucket, 1) != 0]
-    if not read:
+    factors = {bucket: upsample.get(bucket, 1) for bucket in found}
+    tokens = {
+        b: factor * num_tokens(f"{prefix}.{b}") for b, factor in factors.items() if factor != 0
+    }
+    if not tokens:
         raise UsageError(
-            f"{place}: every bucket has the factor 0. To omit the corpus give weight: 0."
+            f"{corpus.place}: every bucket has the factor 0. To omit the corpus give weight: 0."
         )
-    return {bucket: upsample.get(bucket, 1) * num_tokens(f"{prefix}.{bucket}") for bucket in read}
+    return tokens
 
 
 def _lower_edge(bucket: str) -> int:
+    """The smallest length of a bucket; 8192 for '8k-32k'."""
     edge = bucket.split("-")[0]
     return int(edge[:-1]) * 1024 if edge.endswith("k") else int(edge)
 
 
-def _validation_prefix(
-    place: str, file: Path, prefix: str, corpus: dict, weight: float | None
-) -> str | None:
-    """The held-out documents of a corpus; of one that is not read only where they are named."""
-    given = corpus.get("validation")
-    if given is False or (given is None and weight == 0):
+def _validation_prefix(corpus: Corpus) -> str | None:
+    """The validation set of a corpus; a corpus of weight 0 has one only if the file names it."""
+    given = corpus.validation
+    if given is False or (given is None and corpus.weight == 0):
         return None
-    held_out = f"{prefix}.{VALIDATION}" if given is None else _resolve(file, str(given))
-    if not os.path.exists(f"{held_out}.idx"):
+    prefix = given if isinstance(given, str) else f"{corpus.prefix}.{VALIDATION}"
+    if not os.path.exists(f"{prefix}.idx"):
         if given is None:
             return None
-        raise UsageError(f"{place}: validation: no file {held_out}.idx.")
-    check_dataset(held_out)
-    return held_out
+        raise UsageError(f"{corpus.place}: validation: no file {prefix}.idx.")
+    check_dataset(prefix)
+    return prefix
 
 
 def num_tokens(prefix: str) -> int:
-    """Tokens of a dataset, which is checked.
+    """Check a dataset and return its number of tokens.
 
     Raises:
         UsageError: it is damaged, or has no token.
@@ -220,7 +275,7 @@ def _resolve(file: Path, path: str) -> str:
 def without_unread(
     blend: tuple[list[str], list[float] | None] | None,
 ) -> tuple[list[str], list[float] | None] | None:
-    """Megatron's (prefixes, weights) without the datasets of weight 0, which it would refuse.
+    """Remove the datasets of weight 0 from Megatron's (prefixes, weights); Megatron rejects them.
 
     Raises:
         UsageError: nothing is left.

@@ -17,18 +17,18 @@ def build_byte_tokenizer() -> Tokenizer:
     """The tokenizer: 256 bytes with their value as id, <|endoftext|> with id 256."""
     vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    # use_regex=False: no splitting into words, which would only matter for merges.
+    # use_regex=False: no splitting into words, which only affects merges.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return tokenizer
 
 
-def write_byte_tokenizer(folder: Path) -> None:
+def write_byte_tokenizer(directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json, as transformers loads them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    build_byte_tokenizer().save(str(folder / TOKENIZER_NAME))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    build_byte_tokenizer().save(str(directory / TOKENIZER_NAME))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -37,13 +37,13 @@ def write_byte_tokenizer(folder: Path) -> None:
         "model_max_length": 131072,
     }
     text = json.dumps(config, indent=2) + "\n"
-    (folder / TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
+    (directory / TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's).
+    """The printable character of each byte in GPT-2's byte-level vocabulary.
 
-    A printable Latin-1 byte stands for itself; the others take the characters from U+0100 on.
+    A printable Latin-1 byte is itself; the others map to U+0100 and the following characters.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))

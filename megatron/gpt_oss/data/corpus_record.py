@@ -1,10 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""PREFIX.json of `gptoss tokenize`: what was written, and the record of its files.
+"""PREFIX.json of `gptoss tokenize`: a summary, and the record of the output files.
 
-The record names each file beside PREFIX.json by what follows PREFIX, so that it stays true where
-all of them are renamed, and gives size and SHA-256: `gptoss verify-data` reads them, and a file that
-is not in it is not replaced.
+The record has size and SHA-256 of each file under the name without PREFIX, so that it stays valid if
+all files are renamed. `gptoss verify-data` checks it, and only files in it are replaced.
 """
 
 import json
@@ -22,25 +21,25 @@ DATASET = (".bin", ".idx")
 
 
 def dataset_prefix(prefix: Path, name: str) -> Path:
-    """Path of a dataset of a run, without ending."""
+    """Path of a dataset of a run, without extension."""
     return prefix.with_name(f"{prefix.name}.{name}") if name else prefix
 
 
 def ending(name: str, end: str) -> str:
-    """What follows PREFIX in the name of a dataset's file: ('valid', '.bin') -> '.valid.bin'."""
+    """The name of a dataset's file without PREFIX: ('valid', '.bin') -> '.valid.bin'."""
     return f".{name}{end}" if name else end
 
 
 def output_of(prefix: Path, end: str) -> Path:
-    """The file of an output with an ending."""
+    """The file of an output with an extension."""
     return prefix.with_name(prefix.name + end)
 
 
 def check_prefix(output: str | Path) -> Path:
-    """--output as the path of files without ending.
+    """--output as a path without extension.
 
     Raises:
-        UsageError: it names a directory, not files in one.
+        UsageError: it names a directory.
     """
     text = os.fspath(output)
     if not text.strip() or text.endswith(("/", "/.", "/..")) or text in (".", ".."):
@@ -52,7 +51,7 @@ def check_prefix(output: str | Path) -> Path:
 
 
 def read_record(prefix: Path) -> dict | None:
-    """The content of PREFIX.json, with the time at which it was `written` in ns; None: not ours."""
+    """PREFIX.json with its modification time in ns as `written`; None if `gptoss tokenize` did not write it."""
     path = output_of(prefix, SUMMARY)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -66,16 +65,16 @@ def read_record(prefix: Path) -> dict | None:
 
 
 def owner_of(prefix: Path) -> tuple[Path, dict, str] | None:
-    """(PREFIX of the record, record, name) of the dataset at a path, also of a part of a corpus."""
+    """(PREFIX of the record, record, name) of a dataset, which may be a part of a corpus."""
     record = read_record(prefix)
     if record is not None:
         return prefix, record, ""
     start, dot, name = prefix.name.rpartition(".")
     if not dot or not start:
         return None
-    whole = prefix.with_name(start)
-    record = read_record(whole)
-    return (whole, record, name) if record is not None and name in record["datasets"] else None
+    corpus = prefix.with_name(start)
+    record = read_record(corpus)
+    return (corpus, record, name) if record is not None and name in record["datasets"] else None
 
 
 def check_outputs(
@@ -85,14 +84,14 @@ def check_outputs(
     inputs: Iterable[Path],
     named_already: Iterable[Path] = (),
 ) -> None:
-    """Refuse to write over what is read, and over what `gptoss tokenize` did not make.
+    """Reject an output that would replace an input, or a file of another command.
 
     Args:
         prefix: of the output.
         names: of its datasets.
         overwrite: an earlier output may be replaced.
         inputs: the files that are read.
-        named_already: files of this very output, from a start that was killed.
+        named_already: files that a killed process of this output has renamed already.
     Raises:
         UsageError: names the file and what to do.
     """
@@ -107,9 +106,9 @@ def check_outputs(
         if path.is_dir():
             raise UsageError(f"{path} is a directory. Give another --output.")
         if not path.exists():
-            continue  # a link that leads to nothing yet: it will
+            continue  # a link whose target will be created
         if end in (SUMMARY, HISTOGRAM):
-            if known:  # it may be that of the start before
+            if known:  # a killed process may have written it
                 check_mine(path, TOKENIZE, "--output")
                 continue
             mine = record is not None if end == SUMMARY else _is_mine(path)
@@ -139,7 +138,7 @@ def _is_recorded(path: Path, end: str, record: dict | None) -> bool:
 
 
 def former_outputs(prefix: Path, kept: Iterable[str]) -> list[Path]:
-    """Files of the output that is replaced, which the new one does not have: to be removed."""
+    """Files of the replaced output that the new one does not have; they are to be removed."""
     record = read_record(prefix)
     if record is None:
         return []

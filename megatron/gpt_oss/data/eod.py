@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The token that ends the documents of a dataset, and a tokenizer that knows it.
+"""The end-of-document token of a dataset, and a tokenizer that returns it.
 
-Megatron takes the tokenizer's eos_token for the end of a document, and its pad_token for padding.
-In gpt-oss these are <|return|>, which ends an answer, and <|endoftext|>, which ends a document:
-datasets whose documents end with the latter would have it replaced by token 0 and never learned,
-and --eod-mask-loss would find no end.
+Megatron uses the tokenizer's eos_token as end of document and its pad_token as padding. In gpt-oss
+these are <|return|>, which ends an answer, and <|endoftext|>, which ends a document. With them,
+<|endoftext|> in a dataset would be replaced by token 0 and not be learned, and --eod-mask-loss would
+find no end of a document.
 """
 
 from os.path import getsize
@@ -21,14 +21,14 @@ NO_PADDING = -1
 
 
 def document_end_of(prefixes: Sequence[str]) -> int | None:
-    """The token with which every document ends, by the first documents of each dataset.
+    """Find the end-of-document token from the first documents of each dataset.
 
     Args:
-        prefixes: paths without ending.
+        prefixes: paths without extension.
     Returns:
-        Its id; None where documents end with anything, as others' datasets may.
+        Its id; None if documents of a dataset end with different tokens.
     Raises:
-        UsageError: datasets end their documents with different tokens.
+        UsageError: two datasets have different end-of-document tokens.
     """
     found: dict[int, str] = {}
     for prefix in prefixes:
@@ -61,14 +61,14 @@ def _last_tokens(prefix: str) -> set[int]:
 
 
 class DatasetTokenizer:
-    """A tokenizer as Megatron's datasets ask it: documents end as they do, nothing is padding.
+    """A tokenizer for Megatron's datasets with the end-of-document token of the data and no padding.
 
     Args:
-        tokenizer: answers everything else.
-        end_id: see `document_end_of`; None leaves the end of a document to the tokenizer.
+        tokenizer: for all other attributes.
+        end_id: see `document_end_of`; None for the tokenizer's own.
     """
 
-    pad = NO_PADDING  # what is tokenised already is never padded
+    pad = NO_PADDING  # datasets are not padded
 
     def __init__(self, tokenizer: object, end_id: int | None):
         self._tokenizer, self._end_id = tokenizer, end_id
@@ -79,6 +79,6 @@ class DatasetTokenizer:
         return self._tokenizer.eod if self._end_id is None else self._end_id
 
     def __getattr__(self, name: str):
-        if name.startswith("_"):  # not there yet while it is unpickled
+        if name.startswith("_"):  # during unpickling
             raise AttributeError(name)
         return getattr(self._tokenizer, name)

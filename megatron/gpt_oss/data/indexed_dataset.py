@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Megatron's .idx file: written from an array of lengths, and checked before a run begins.
+"""Write and check Megatron's .idx files.
 
-Layout (`megatron.core.datasets.indexed_dataset._IndexWriter`): magic, version 1, type of the
-tokens, number of sequences and of document ends; then length (int32) and byte offset (int64) of
-each sequence, and the sequence at which each document begins (int64), one more at the end.
+Layout (`megatron.core.datasets.indexed_dataset._IndexWriter`): magic, version 1, dtype of the tokens,
+number of sequences, number of document indices; then length (int32) and byte offset (int64) of each
+sequence, and the first sequence of each document (int64), followed by the number of sequences.
 """
 
 import os
@@ -32,18 +32,18 @@ _DTYPES = {
     8: "uint16",
 }
 _REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."
-_AT_A_TIME = 2**20  # entries
+_CHUNK = 2**20  # entries
 _checked: dict[tuple, "IndexHeader"] = {}
 _CODES = {name: code for code, name in _DTYPES.items()}
 
 
 def write_index(stream: BinaryIO, lengths: numpy.ndarray, dtype: str) -> None:
-    """Write the .idx of documents that lie one after the other in the .bin.
+    """Write the .idx of a .bin with contiguous documents.
 
     Args:
-        stream: where to.
+        stream: the output.
         lengths: [documents] int32, in tokens.
-        dtype: numpy's name of the tokens' type.
+        dtype: numpy dtype name of the tokens.
     """
     count = len(lengths)
     stream.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], count, count + 1))
@@ -55,11 +55,11 @@ def write_index(stream: BinaryIO, lengths: numpy.ndarray, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What stands at the beginning of an .idx."""
+    """Header of an .idx."""
 
     dtype: str
     sequences: int
-    documents: int  # one more than documents
+    documents: int  # number of documents plus 1
 
     @property
     def lengths_at(self) -> int:
@@ -68,20 +68,19 @@ class IndexHeader:
 
     @property
     def pointers_at(self) -> int:
-        """Byte offset of the sequences' places in the .bin."""
+        """Byte offset of the byte offsets of sequences."""
         return _HEADER.size + 4 * self.sequences
 
     @property
     def size(self) -> int:
-        """Bytes of the whole file."""
+        """Size of the file in bytes."""
         return _HEADER.size + 12 * self.sequences + 8 * self.documents
 
 
 def check_dataset(prefix: str | Path) -> IndexHeader:
-    """Refuse a dataset whose .idx is damaged or does not belong to its .bin.
+    """Reject a dataset whose .idx is damaged or does not fit its .bin.
 
-    Reads all of the .idx, some 20 bytes a document, once for each state of the files: every length,
-    where every sequence begins and which sequences make a document.
+    Reads the complete .idx, 20 bytes per document, and caches the result until a file changes.
 
     Raises:
         UsageError: names the file, what it has and what to do.
@@ -142,7 +141,7 @@ def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
     if _DTYPES[code].startswith("float"):
         raise UsageError(f"{idx} holds {_DTYPES[code]} values, which are not token ids. {_REMEDY}")
     header = IndexHeader(_DTYPES[code], sequences, documents)
-    # Multimodal sets have one more byte a sequence.
+    # Multimodal datasets have one more byte per sequence.
     if size not in (header.size, header.size + sequences):
         raise UsageError(
             f"{idx} has {size:,} bytes; with {sequences:,} sequences it must have "
@@ -152,10 +151,10 @@ def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
 
 
 def _check_sequences(idx: str, stream: BinaryIO, header: IndexHeader, itemsize: int) -> None:
-    """Each sequence begins where the one before ends."""
+    """Check that each sequence starts at the end of the previous one."""
     position = 0
-    for first in range(0, header.sequences, _AT_A_TIME):
-        count = min(_AT_A_TIME, header.sequences - first)
+    for first in range(0, header.sequences, _CHUNK):
+        count = min(_CHUNK, header.sequences - first)
         lengths = _array(stream, header.lengths_at + 4 * first, count, "<i4").astype(numpy.int64)
         pointers = _array(stream, header.pointers_at + 8 * first, count, "<i8")
         if (negative := lengths < 0).any():
@@ -175,10 +174,10 @@ def _check_sequences(idx: str, stream: BinaryIO, header: IndexHeader, itemsize: 
 
 
 def _check_documents(idx: str, stream: BinaryIO, header: IndexHeader) -> None:
-    """Documents follow each other, from the first sequence to the last; one may be empty."""
+    """Check that documents cover all sequences in order; a document may be empty."""
     before = 0
-    for first in range(0, header.documents, _AT_A_TIME):
-        count = min(_AT_A_TIME, header.documents - first)
+    for first in range(0, header.documents, _CHUNK):
+        count = min(_CHUNK, header.documents - first)
         begins = _array(stream, header.size - 8 * (header.documents - first), count, "<i8")
         steps = numpy.diff(begins, prepend=before)
         wrong = (steps < 0) | (begins < 0) | (begins > header.sequences)
@@ -198,7 +197,7 @@ def _array(stream: BinaryIO, offset: int, count: int, dtype: str) -> numpy.ndarr
 
 
 def read_lengths(prefix: str | Path) -> numpy.ndarray:
-    """[sequences] int32: the tokens of each sequence, mapped from a checked .idx."""
+    """[sequences] int32, the length of each sequence in tokens, mapped from the .idx."""
     header = check_dataset(prefix)
     if not header.sequences:
         return numpy.empty(0, dtype=numpy.int32)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Lengths of documents: the buckets of --split-at, and the histogram of a corpus."""
+"""Document lengths: the buckets of --split-at, and the histogram of a corpus."""
 
 import re
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ def parse_lengths(words: str) -> tuple[int, ...]:
     """'8k,32k' -> (8192, 32768).
 
     Raises:
-        UsageError: not rising lengths above 0.
+        UsageError: the lengths are not positive and increasing.
     """
     lengths = []
     for word in words.split(","):
@@ -40,7 +40,7 @@ def short_length(length: int) -> str:
 
 
 def bucket_names(split_at: Sequence[int]) -> list[str]:
-    """(8192, 32768) -> ['0-8k', '8k-32k', '32k-up']; [] where nothing is split."""
+    """(8192, 32768) -> ['0-8k', '8k-32k', '32k-up']; [] without a split."""
     if not split_at:
         return []
     edges = [short_length(length) for length in (0, *split_at)]
@@ -53,8 +53,8 @@ class Histogram:
 
     Attributes:
         edges: powers of two; bar i counts lengths from edges[i] up to below edges[i + 1].
-        documents, tokens: of each bar.
-        long_tokens: in documents of more than `LONG` tokens.
+        documents, tokens: number in each bar.
+        long_tokens: tokens in documents of more than `LONG` tokens.
     """
 
     edges: tuple[int, ...]
@@ -64,20 +64,20 @@ class Histogram:
 
     @classmethod
     def of(cls, lengths: numpy.ndarray) -> "Histogram":
-        """Count lengths, [documents] int."""
+        """The histogram of lengths, [documents] int."""
         longest = int(lengths.max()) if len(lengths) else 1
         edges = [1 << power for power in range(longest.bit_length() + 1)]
         bars = numpy.searchsorted(edges, lengths, side="right") - 1
         size = len(edges) - 1
         documents = numpy.bincount(bars, minlength=size)
-        # In integers: bincount's weights are floats.
+        # bincount would sum in floats.
         tokens = [int(lengths[bars == bar].sum(dtype=numpy.int64)) for bar in range(size)]
         long_tokens = int(lengths[lengths > LONG].sum(dtype=numpy.int64))
         return cls(tuple(edges), tuple(map(int, documents)), tuple(tokens), long_tokens)
 
     @property
     def long_share(self) -> float:
-        """Share of all tokens that lie in documents of more than `LONG` tokens."""
+        """Share of the tokens in documents of more than `LONG` tokens."""
         return self.long_tokens / max(1, sum(self.tokens))
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Load the fast tokenizer of a Hugging Face folder with the `tokenizers` package alone."""
+"""Load the fast tokenizer of a Hugging Face directory with the `tokenizers` package."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron.gpt_oss.data.byte_tokenizer import (
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import brief, read_json
 
-_LARGEST_ID = 2**31 - 1  # the files of token ids are int32 at most
+_LARGEST_ID = 2**31 - 1  # token ids are stored as int32
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,22 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Smallest vocabulary that holds every token."""
+        """Highest token id plus 1."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without any special token added."""
+        """Ids of a text, without added special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens are left out."""
+        """Text of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def read_tokenizer(
     file: Path, error: type[UsageError] = UsageError, hint: str = "Download the file again."
 ) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, tried on a few characters.
+    """Load a tokenizer.json, and check that it encodes a few characters.
 
     Raises:
         UsageError: of the class `error`; names the file and what is wrong with it.
@@ -68,14 +68,14 @@ def read_tokenizer(
 
 
 def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextTokenizer:
-    """Load tokenizer.json (and tokenizer_config.json beside it).
+    """Load tokenizer.json, and tokenizer_config.json from the same directory.
 
     Args:
-        path: the folder, or its tokenizer.json.
-        end_token: ends a document; by default <|endoftext|> where the tokenizer has it, else its
-            eos_token. (gpt-oss' eos_token is <|return|>, the end of an answer.)
+        path: the directory, or its tokenizer.json.
+        end_token: end-of-document token; by default <|endoftext|> if the tokenizer has it, else its
+            eos_token. (In gpt-oss, eos_token is <|return|>, the end of an answer.)
     Raises:
-        UsageError: no such file, not a tokenizer, or it does not know the end token.
+        UsageError: the file is missing or invalid, or has no such end token.
     """
     path = Path(path)
     file = path / TOKENIZER_NAME if path.is_dir() else path
@@ -96,9 +96,9 @@ def load_text_tokenizer(path: str | Path, end_token: str | None = None) -> TextT
     return TextTokenizer(tokenizer, end_token, end_id)
 
 
-def eos_token_of(folder: Path) -> str | None:
-    """eos_token of a folder's tokenizer_config.json, or None."""
-    file = folder / TOKENIZER_CONFIG_NAME
+def eos_token_of(directory: Path) -> str | None:
+    """The eos_token of tokenizer_config.json in a directory, or None."""
+    file = directory / TOKENIZER_CONFIG_NAME
     if not file.is_file():
         return None
     token = read_json(file, hint="Download it again.").get("eos_token")

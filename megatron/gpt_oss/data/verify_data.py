@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss verify-data`: all of a dataset is read and compared with what was written.
+"""`gptoss verify-data`: check all bytes of datasets.
 
-The .idx in itself and against the .bin (see `check_dataset`), every token against the vocabulary,
-sizes and SHA-256 against PREFIX.json.
+Checks that .idx is valid and fits .bin (see `check_dataset`), that all tokens are in the vocabulary,
+and that sizes and SHA-256 are those of PREFIX.json.
 """
 
 import glob
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Iterable
 
 import numpy
+from tqdm import tqdm
 
 from megatron.gpt_oss.data.corpus_record import (
     DATASET,
@@ -26,40 +27,39 @@ from megatron.gpt_oss.data.corpus_record import (
 from megatron.gpt_oss.data.indexed_dataset import check_dataset
 from megatron.gpt_oss.errors import UsageError, as_os_sentence
 from megatron.gpt_oss.outputs import naming, sha256
-from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.progress import advance, progress_bar
 
 _BYTES_AT_A_TIME = 8 * 2**20
 
 
 def verify_data(prefixes: Iterable[str | Path], progress: bool = False) -> bool:
-    """Read datasets whole and print, a line for each, whether it is sound.
+    """Check datasets completely and print one line for each.
 
     Args:
-        prefixes: paths without ending; of a corpus in parts, the one that `--output` named means
-            all of them.
-        progress: show a line on stderr.
+        prefixes: paths without extension; the --output of a split corpus stands for all its parts.
+        progress: show a bar on stderr.
     Returns:
-        Whether all are sound.
+        Whether all are valid.
     Raises:
-        UsageError: there is no dataset at a path.
+        UsageError: a path has no dataset.
     """
     found = [(Path(prefix), _datasets(Path(prefix))) for prefix in prefixes]
     sizes = [_size(dataset_prefix(p, name)) for p, names in found for name in names]
-    sound = True
-    with Progress(sum(sizes), "GB", 1e-9, progress) as bar:
+    valid = True
+    with progress_bar(sum(sizes), enabled=progress) as bar:
         lines = []
         for prefix, names in found:
             for name in names:
                 problem, line = _verify(prefix, name, bar)
-                sound = sound and problem is None
+                valid = valid and problem is None
                 lines.append(problem or line)
-            sound = _verify_skipped(prefix, lines) and sound
+            valid = _verify_skipped(prefix, lines) and valid
     print("\n".join(lines))
-    return sound
+    return valid
 
 
 def _datasets(prefix: Path) -> list[str]:
-    """Names of the datasets that a path means."""
+    """Names of the datasets at a path."""
     owner = owner_of(prefix)
     if owner is not None and owner[0] == prefix:
         return sorted(owner[1]["datasets"]) or [""]
@@ -78,8 +78,8 @@ def _size(target: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _verify(prefix: Path, name: str, bar: Progress) -> tuple[str | None, str]:
-    """(what is wrong, what is right) with one dataset."""
+def _verify(prefix: Path, name: str, bar: tqdm) -> tuple[str | None, str]:
+    """(problem, "") or (None, result) of one dataset."""
     target = dataset_prefix(prefix, name)
     owner = owner_of(prefix if name else target)
     try:
@@ -109,8 +109,8 @@ def _verify(prefix: Path, name: str, bar: Progress) -> tuple[str | None, str]:
         return str(error), ""
     except OSError as error:
         return as_os_sentence(error, target) or f"{target}: {error}", ""
-    told = "unchanged (SHA-256)" if record else f"consistent; no {prefix}{SUMMARY} to compare with"
-    return None, f"{target}: {documents:,} documents, {tokens:,} tokens, {told}"
+    state = "unchanged (SHA-256)" if record else f"consistent; no {prefix}{SUMMARY} to compare with"
+    return None, f"{target}: {documents:,} documents, {tokens:,} tokens, {state}"
 
 
 _REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."
@@ -127,8 +127,8 @@ def _compare(path: Path, expected: dict, digest: str) -> str | None:
     return None
 
 
-def _read_tokens(target: Path, dtype: str, bar: Progress) -> tuple[int, int, int, str]:
-    """(highest id, lowest id, tokens, SHA-256) of a .bin."""
+def _read_tokens(target: Path, dtype: str, bar: tqdm) -> tuple[int, int, int, str]:
+    """(highest id, lowest id, number of tokens, SHA-256) of a .bin."""
     path = output_of(target, ".bin")
     digest = hashlib.sha256()
     highest, lowest, tokens = 0, 0, 0
@@ -138,12 +138,12 @@ def _read_tokens(target: Path, dtype: str, bar: Progress) -> tuple[int, int, int
             ids = numpy.frombuffer(piece, dtype=dtype)
             highest, lowest = max(highest, int(ids.max())), min(lowest, int(ids.min()))
             tokens += len(ids)
-            bar.advance(len(piece), os.path.basename(path))
+            advance(bar, len(piece), os.path.basename(path))
     return highest, lowest, tokens, digest.hexdigest()
 
 
 def _verify_skipped(prefix: Path, lines: list[str]) -> bool:
-    """The list of what was left out, where there is one."""
+    """Check PREFIX.skipped.txt, if it is recorded."""
     owner = owner_of(prefix)
     expected = (
         owner[1]["outputs"].get(SKIPPED) if owner is not None and owner[0] == prefix else None

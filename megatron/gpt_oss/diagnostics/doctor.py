@@ -172,10 +172,10 @@ def cudnn_mismatch() -> str | None:
     system = ctypes.util.find_library("cudnn")
     if system is None or importlib.util.find_spec("nvidia.cudnn") is None:
         return None
-    folder = next(iter(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations))
+    directory = next(iter(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations))
     return (
         f"TransformerEngine finds {system} on the system besides PyTorch's own cuDNN and may fall "
-        f"back to unfused attention: export CUDNN_HOME={folder}"
+        f"back to unfused attention: export CUDNN_HOME={directory}"
     )
 
 

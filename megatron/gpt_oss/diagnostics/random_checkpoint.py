@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME, hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf.reader import SINGLE_NAME
 from megatron.gpt_oss.checkpoint.mapping import hf_names, hf_shape
-from megatron.gpt_oss.checkpoint.resumable_output import unfinished
+from megatron.gpt_oss.checkpoint.resumable_output import open_output
 from megatron.gpt_oss.data.byte_tokenizer import (
     BYTE_VOCAB_SIZE,
     TOKENIZER_CONFIG_NAME,
@@ -51,11 +51,11 @@ def random_hf_tensors(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write_tiny_hf(folder: str | Path, seed: int = 0, preset: Preset | None = None) -> Path:
+def write_tiny_hf(directory: str | Path, seed: int = 0, preset: Preset | None = None) -> Path:
     """Write a random BF16 checkpoint with config and byte-level tokenizer.
 
     Args:
-        folder: made if it is not there; what an earlier call wrote is replaced.
+        directory: made if it is not there; what an earlier call wrote is replaced.
         seed: of the weights.
         preset: the sizes; `tiny` by default.
     Raises:
@@ -64,21 +64,23 @@ def write_tiny_hf(folder: str | Path, seed: int = 0, preset: Preset | None = Non
     preset = preset or get_preset("tiny")
     task = {"seed": seed, "preset": dataclasses.asdict(preset)}
     needed = sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset)) * 2
-    with unfinished(folder, task, needed, overwrite=True, names=_NAMES, made_by=INIT_TINY) as work:
+    with open_output(
+        directory, task, needed, overwrite=True, names=_NAMES, made_by=INIT_TINY
+    ) as work:
         if not work.complete:
-            _write(work.folder, seed, preset)
-    return Path(folder)
+            _write(work.directory, seed, preset)
+    return Path(directory)
 
 
-def _write(folder: Path, seed: int, preset: Preset) -> None:
-    write_byte_tokenizer(folder)
+def _write(directory: Path, seed: int, preset: Preset) -> None:
+    write_byte_tokenizer(directory)
     tensors = {k: v.to(torch.bfloat16) for k, v in random_hf_tensors(preset, seed).items()}
-    save_file(tensors, folder / SINGLE_NAME, metadata={"format": "pt"})
+    save_file(tensors, directory / SINGLE_NAME, metadata={"format": "pt"})
     end_of_text = BYTE_VOCAB_SIZE - 1
     config = hf_config_from_preset(preset, eos_token_id=end_of_text, pad_token_id=end_of_text)
-    write_json(folder / CONFIG_NAME, config)
+    write_json(directory / CONFIG_NAME, config)
     write_json(
-        folder / _GENERATION_CONFIG,
+        directory / _GENERATION_CONFIG,
         {"eos_token_id": end_of_text, "pad_token_id": end_of_text, "do_sample": True},
     )
 

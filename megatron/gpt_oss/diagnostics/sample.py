@@ -69,8 +69,8 @@ def gpt_model_logits(model: torch.nn.Module) -> LogitsFn:
 
 
 @contextmanager
-def open_hf_model(folder: str | Path) -> Iterator[torch.nn.Module]:
-    """A GPTModel with the weights of a Hugging Face folder, in a process group of its own.
+def open_hf_model(directory: str | Path) -> Iterator[torch.nn.Module]:
+    """A GPTModel with the weights of a Hugging Face directory, in a process group of its own.
 
     On CUDA in bf16, else in fp32. The process must not have a process group yet.
     """
@@ -78,24 +78,24 @@ def open_hf_model(folder: str | Path) -> Iterator[torch.nn.Module]:
     from megatron.gpt_oss.checkpoint.load_hf import load_hf
     from megatron.gpt_oss.diagnostics.standalone_model import single_rank_model
 
-    preset = preset_from_hf_config(read_hf_config(Path(folder)))
+    preset = preset_from_hf_config(read_hf_config(Path(directory)))
     with single_rank_model(preset, bf16=device_utils.is_cuda()) as model:
-        load_hf([model], folder)
+        load_hf([model], directory)
         yield model
 
 
 def sample_hf(
-    folder: str | Path,
+    directory: str | Path,
     prompt: str,
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     seed: int = 0,
 ) -> str:
-    """Continue a prompt with the model and tokenizer of a Hugging Face folder."""
+    """Continue a prompt with the model and tokenizer of a Hugging Face directory."""
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens} generates nothing. Give 1 or more.")
-    read_hf_config(Path(folder))  # for its errors: "no tokenizer" would say too little
-    tokenizer = load_text_tokenizer(folder)
-    with open_hf_model(folder) as model:
+    read_hf_config(Path(directory))  # for its errors: "no tokenizer" would say too little
+    tokenizer = load_text_tokenizer(directory)
+    with open_hf_model(directory) as model:
         logits_of = gpt_model_logits(model)
         return generate(logits_of, tokenizer, prompt, max_new_tokens, temperature, seed)

@@ -83,7 +83,7 @@ def test_grown_rows_survive(hf, grown, tmp_path, capsys):
     convert_to_megatron(grown, tmp_path / 'm')
     assert not verify(hf, tmp_path / 'm')
     printed = capsys.readouterr().out
-    assert '101 rows in the Hugging Face checkpoint, 111 in the checkpoint' in printed
+    assert '101 rows in the Hugging Face model, 111 in the Megatron checkpoint' in printed
     assert 'rows 101 to 110 are missing' in printed and 'bit for bit' not in printed
     out = tmp_path / 'out'
     cli.main(f'convert to-hf --load {tmp_path}/m --like {hf} --out {out}'.split())
@@ -249,7 +249,9 @@ def test_dtypes(hf, tmp_path, capsys):
     wide = write_hf(tmp_path / 'wide', ODD, tensors, torch.float32)
     convert_to_megatron(wide, tmp_path / 'm')
     assert verify(hf, tmp_path / 'm')
-    assert 'value for value: BF16 in Hugging Face, F32 in the checkpoint' in capsys.readouterr().out
+    assert (
+        'BF16 in the Hugging Face model, F32 in the Megatron checkpoint' in capsys.readouterr().out
+    )
     exact = write_hf(tmp_path / 'exact', ODD, trained_tensors(ODD), torch.float32)
     convert_to_megatron(exact, tmp_path / 'm32')
     assert not verify(hf, tmp_path / 'm32')

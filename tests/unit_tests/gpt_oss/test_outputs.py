@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.gpt_oss import cli, outputs
-from megatron.gpt_oss.checkpoint import resumable_output as unfinished_module
+from megatron.gpt_oss.checkpoint import resumable_output
 from megatron.gpt_oss.errors import as_os_sentence, run_main
 
 PAGE = '<!doctype html><html lang="en"><head><title>mine</title></head></html>'
@@ -342,7 +342,7 @@ def test_a_directory_that_cannot_be_renamed(command, code, work, monkeypatch):
 def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
     """The rest is moved by the next start, and nothing is written again."""
     os.mkdir('out')
-    moved, move_file = [], unfinished_module.move_file
+    moved, move_file = [], resumable_output.move_file
 
     def move_or_die(source, target):
         if len(moved) == stop:
@@ -350,11 +350,11 @@ def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
         moved.append(target)
         move_file(source, target)
 
-    monkeypatch.setattr(unfinished_module, 'move_file', move_or_die)
+    monkeypatch.setattr(resumable_output, 'move_file', move_or_die)
     with pytest.raises(SystemExit):  # as Ctrl-C ends a command
         gptoss(*f'{TO_HF} out'.split())
     assert os.path.exists('out/.gptoss.partial/.gptoss.json')
-    monkeypatch.setattr(unfinished_module, 'move_file', move_file)
+    monkeypatch.setattr(resumable_output, 'move_file', move_file)
     monkeypatch.setattr('megatron.gpt_oss.checkpoint.export_hf.write_weights', None)
     gptoss(*f'{TO_HF} out'.split())
     assert tree('out') == tree('back')

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a Hugging Face folder has beside weights and config: tokenizer, templates, licence."""
+"""The other files of a Hugging Face directory: tokenizer, templates, licence."""
 
 import shutil
 from pathlib import Path
@@ -23,15 +23,15 @@ _WEIGHTS = (
     ".onnx",
     ".incomplete",
 )
-# A tokenizer has some 30 MB; what is larger is weights by another name.
+# A tokenizer has about 30 MB; larger files are weights in a format that is not in the list.
 _LARGEST = 200 * 10**6
 
 
-def companion_files(folder: Path) -> list[Path]:
-    """The files to take along, config and shard index left out (they are written anew)."""
+def auxiliary_files(directory: Path) -> list[Path]:
+    """The files to copy: all but weights, config.json and the index, which are written."""
     return sorted(
         path
-        for path in Path(folder).iterdir()
+        for path in Path(directory).iterdir()
         if path.is_file()
         and not path.name.startswith(".")
         and path.name not in (CONFIG_NAME, INDEX_NAME)
@@ -40,21 +40,21 @@ def companion_files(folder: Path) -> list[Path]:
     )
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy them, byte for byte, into a folder that is made if it is not there."""
+def copy_auxiliary_files(source: Path, target: Path) -> None:
+    """Copy the auxiliary files of `source` to `target`, which is created if necessary."""
     target.mkdir(parents=True, exist_ok=True)
-    for path in companion_files(source):
+    for path in auxiliary_files(source):
         with naming(target / path.name):
             shutil.copyfile(path, target / path.name)
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Refuse a tokenizer.json that cannot be read; a folder without one is well.
+def check_tokenizer(directory: Path) -> None:
+    """Reject an invalid tokenizer.json; a directory without one passes.
 
     Raises:
-        CheckpointError: names the file and what is wrong with it.
+        CheckpointError: names the file and what is wrong.
     """
-    path = Path(folder) / TOKENIZER_NAME
+    path = Path(directory) / TOKENIZER_NAME
     if not path.exists():
         return
     read_tokenizer(path, CheckpointError)

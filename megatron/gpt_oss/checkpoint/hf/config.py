@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""config.json of a Hugging Face gpt-oss checkpoint: read, check, and to or from a `Preset`."""
+"""Read and check the config.json of a Hugging Face gpt-oss model; convert it from and to a `Preset`."""
 
 from pathlib import Path
 
@@ -12,19 +12,21 @@ from megatron.gpt_oss.presets import Preset, extended
 CONFIG_NAME = "config.json"
 
 
-def read_hf_config(folder: Path) -> dict:
-    """Read the config.json of a gpt-oss folder.
+def read_hf_config(directory: Path) -> dict:
+    """Read the config.json of a gpt-oss directory.
 
     Raises:
-        CheckpointError: the folder or file is missing, is not JSON, or is of another model.
+        CheckpointError: directory or file is missing, not JSON, or of a model that is not supported.
     """
-    folder = Path(folder)
-    path = folder / CONFIG_NAME
-    if not folder.is_dir():
-        raise CheckpointError(f"No directory {folder}. Give a Hugging Face checkpoint directory.")
+    directory = Path(directory)
+    path = directory / CONFIG_NAME
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"No directory {directory}. Give a Hugging Face checkpoint directory."
+        )
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its download "
+            f"{directory} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its download "
             "is incomplete."
         )
     config = read_json(path, dict, CheckpointError, "Download it again.")
@@ -33,10 +35,10 @@ def read_hf_config(folder: Path) -> dict:
 
 
 def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
-    """Refuse a config whose function is not implemented, or that transformers refuses.
+    """Reject a config that is not implemented here, or that transformers rejects.
 
     Raises:
-        CheckpointError: names the file, the field, its value and what is read.
+        CheckpointError: names the file, the field, its value and the supported values.
     """
     model_type = config.get("model_type")
     if model_type != "gpt_oss":
@@ -48,7 +50,7 @@ def check_hf_config(config: dict, path: Path | str = CONFIG_NAME) -> None:
 
 
 def preset_from_hf_config(config: dict, name: str = "hf", seq_length: int = 4096) -> Preset:
-    """The `Preset` of the function that transformers computes from a config.
+    """The `Preset` of the model that transformers builds from a config.
 
     Raises:
         CheckpointError: see `check_hf_config`.
@@ -78,12 +80,12 @@ def preset_from_hf_config(config: dict, name: str = "hf", seq_length: int = 4096
 
 
 def _yarn(read: dict) -> dict:
-    """The rotation as fields of a preset."""
+    """The rotary embedding as fields of a preset."""
     rope = read["rope"]
     theta = rope["rope_theta"]
     theta = int(theta) if theta == int(theta) else theta
     if rope["rope_type"] == "default":
-        # YaRN of factor 1 stretches nothing, whatever its ramp, and scales by 1.
+        # YaRN of factor 1 is plain RoPE.
         longest = read["max_position_embeddings"]
         return {
             "rope_theta": theta,
@@ -109,12 +111,12 @@ def _yarn(read: dict) -> dict:
 
 
 def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> dict:
-    """The config.json of a preset, as transformers reads it (old and new field names alike).
+    """The config.json of a preset, with the field names of old and new transformers.
 
     Args:
         preset: the model.
-        dtype: "bfloat16" or "float32", of the weights in the folder.
-        extra: further fields, e.g. eos_token_id.
+        dtype: "bfloat16" or "float32", of the weights.
+        extra: additional fields, e.g. eos_token_id.
     """
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -151,9 +153,9 @@ def hf_config_from_preset(preset: Preset, dtype: str = "bfloat16", **extra) -> d
 
 
 def with_yarn_factor(config: dict, factor: float) -> dict:
-    """The config of the same model over the context that a factor of YaRN stretches it to.
+    """The config of the same model with another YaRN factor, which extends its context.
 
-    What transformers would derive from the old length is written out.
+    Values that transformers would derive from the old length are written explicitly.
     """
     preset = extended(preset_from_hf_config(config), factor)
     given = [name for name in ("rope_scaling", "rope_parameters") if config.get(name)]
@@ -172,7 +174,7 @@ _OF_ROPE = ("type", "attention_factor", "mscale", "mscale_all_dim", "rope_theta"
 
 
 def _rope_scaling(preset: Preset) -> dict:
-    """The rotation of a preset, all but rope_theta."""
+    """rope_scaling of a preset, without rope_theta."""
     rope = {
         "beta_fast": preset.yarn_beta_fast,
         "beta_slow": preset.yarn_beta_slow,

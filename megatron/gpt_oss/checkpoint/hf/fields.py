@@ -1,10 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The fields of a Hugging Face config.json as data: what transformers does with each, and what is
-read here.
+"""The fields of a Hugging Face config.json: defaults, supported values, behaviour of transformers.
 
-Every field gives the function that transformers' GptOssForCausalLM computes from it, or is refused
-by name. `python -m megatron.gpt_oss.checkpoint.hf.fields` writes the tables of docs/hf_config.md.
+Each field has the same effect as in transformers' GptOssForCausalLM, or is rejected by name.
+`python -m megatron.gpt_oss.checkpoint.hf.fields` writes the tables of docs/hf_config.md.
 """
 
 import math
@@ -15,10 +14,10 @@ from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
 from megatron.gpt_oss.presets import MOST_LAYERS
 
-TRANSFORMERS = "5.24"  # whose reading this is
-REQUIRED = object()  # the default of a field that must be there
+TRANSFORMERS = "5.24"  # version that this table describes
+REQUIRED = object()  # default of a field that must be present
 
-# A check returns what is wrong with a value, or None.
+# Returns what is wrong with a value, or None.
 Check = Callable[[Any], str | None]
 
 
@@ -27,12 +26,12 @@ class Field:
     """A field of config.json, or of its rope_scaling.
 
     Attributes:
-        name: as written.
-        default: what transformers takes where the field is absent; REQUIRED if it then fails.
-        check: refuses a value.
-        reads: the values that are read, in words.
-        null: what null means to transformers, or "" where it is refused.
-        note: what transformers does with other values, or with the field.
+        name: of the field.
+        default: value that transformers uses if the field is absent; REQUIRED if it fails then.
+        check: checks a value.
+        reads: supported values, as text.
+        null: meaning of null in transformers, or "" if it is rejected.
+        note: behaviour of transformers, for other values if the text names none.
     """
 
     name: str
@@ -63,23 +62,23 @@ class Field:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number."""
     if type(value) is int:
-        return abs(value) < 2**1000  # larger ones are no floats
+        return abs(value) < 2**1000  # larger values overflow a float
     return type(value) is float and math.isfinite(value)
 
 
-# What no model has and nothing here could hold. A size beyond means a damaged file, and would
-# take all memory, or hours, before anything else stops it.
-MOST_EXPERTS = 2**16
-MOST_EXPERTS_IN_ALL = 2**20
-_MOST_WIDTH = 2**20
-_MOST_TOKENS = 2**31 - 1  # token ids and windows are int32
-_MOST_POSITIONS = 2**53  # positions are exact in fp64
-_MOST_THETA = 1e12
-_MOST_FACTOR = 1e6
-_MOST_FP32 = 3e38
+# Upper limits of sizes. Larger values come from damaged files and would exhaust memory or run for
+# hours.
+MAX_EXPERTS = 2**16
+MAX_EXPERTS_IN_ALL = 2**20
+_MAX_WIDTH = 2**20
+_MAX_TOKENS = 2**31 - 1  # token ids and windows are int32
+_MAX_POSITIONS = 2**53  # positions are exact in fp64
+_MAX_THETA = 1e12
+_MAX_FACTOR = 1e6
+_MAX_FP32 = 3e38
 
 
-def _whole(least: int, most: int) -> Check:
+def _integer(least: int, most: int) -> Check:
     def check(value: Any) -> str | None:
         if type(value) is int and least <= value <= most:
             return None
@@ -102,7 +101,7 @@ def _number(most: float, above: float | None = None, least: float | None = None)
 
 
 def _decimal(least: float, most: float, open_end: bool = False) -> Check:
-    """transformers validates these: a number without a decimal point is an error there."""
+    """A float; transformers rejects a number without a decimal point."""
 
     def check(value: Any) -> str | None:
         if type(value) is float and math.isfinite(value) and value <= most:
@@ -118,7 +117,7 @@ def _only(*values: Any, because: str = "no other value is implemented") -> Check
     shown = " or ".join(f"{value!r}" for value in values)
 
     def check(value: Any) -> str | None:
-        # 1 == True: the type counts too.
+        # Compare types too, because 1 == True.
         if any(type(value) is type(allowed) and value == allowed for allowed in values):
             return None
         return f"gpt-oss has {shown} and {because}"
@@ -148,59 +147,61 @@ def _empty(what: str) -> Check:
     return lambda value: None if value == {} else f"{what}; remove the field"
 
 
-def _refused(what: str) -> Check:
+def _rejected(what: str) -> Check:
     return lambda value: f"{what}; remove the field"
 
 
 _BOOLEAN = _one_of_types(bool, what="true or false")
 _DTYPES = ("bfloat16", "float32", "float16", "auto")
-_FIXED_BY_CODE = "transformers' code has the activation written in it and reads no other"
+_FIXED_BY_CODE = "transformers hardcodes the activation"
 
 FIELDS = (
     Field("model_type", REQUIRED, _only("gpt_oss"), "'gpt_oss'"),
-    Field("num_hidden_layers", 36, _whole(1, MOST_LAYERS), f"1 to {MOST_LAYERS}"),
-    Field("hidden_size", 2880, _whole(1, _MOST_WIDTH), "any"),
-    Field("num_attention_heads", 64, _whole(1, _MOST_WIDTH), "any multiple of num_key_value_heads"),
-    Field("num_key_value_heads", 8, _whole(1, _MOST_WIDTH), "any"),
+    Field("num_hidden_layers", 36, _integer(1, MOST_LAYERS), f"1 to {MOST_LAYERS}"),
+    Field("hidden_size", 2880, _integer(1, _MAX_WIDTH), "any"),
+    Field(
+        "num_attention_heads", 64, _integer(1, _MAX_WIDTH), "any multiple of num_key_value_heads"
+    ),
+    Field("num_key_value_heads", 8, _integer(1, _MAX_WIDTH), "any"),
     Field(
         "head_dim",
         64,
-        lambda value: _whole(2, _MOST_WIDTH)(value) or ("it must be even" if value % 2 else None),
+        lambda value: _integer(2, _MAX_WIDTH)(value) or ("it must be even" if value % 2 else None),
         "any even number",
-        note="absent it is 64, not hidden_size / num_attention_heads",
+        note="if absent, 64 instead of hidden_size / num_attention_heads",
     ),
-    Field("num_local_experts", 128, _whole(2, MOST_EXPERTS), f"2 to {MOST_EXPERTS}"),
+    Field("num_local_experts", 128, _integer(2, MAX_EXPERTS), f"2 to {MAX_EXPERTS}"),
     Field(
         "num_experts",
         None,
-        _whole(2, MOST_EXPERTS),
-        f"2 to {MOST_EXPERTS}",
-        note="another name of num_local_experts; where both are given this one counts",
+        _integer(2, MAX_EXPERTS),
+        f"2 to {MAX_EXPERTS}",
+        note="alias of num_local_experts; takes precedence",
     ),
     Field(
         "num_experts_per_tok",
         4,
-        _whole(2, MOST_EXPERTS),
+        _integer(2, MAX_EXPERTS),
         "2 to num_local_experts",
-        note="with 1 the router would have no gradient, and Megatron-Core refuses it",
+        note="with 1 the router has no gradient, and Megatron-Core rejects it",
     ),
     Field(
         "experts_per_token",
         None,
-        _whole(1, MOST_EXPERTS),
+        _integer(1, MAX_EXPERTS),
         "the value of num_experts_per_tok",
         null="ignored",
-        note="ignored; refused where it contradicts num_experts_per_tok",
+        note="ignored; rejected here if it contradicts num_experts_per_tok",
     ),
-    Field("intermediate_size", 2880, _whole(1, _MOST_WIDTH), "any"),
-    Field("vocab_size", 201088, _whole(1, _MOST_TOKENS), "any"),
-    Field("max_position_embeddings", 131072, _whole(1, _MOST_POSITIONS), "any"),
+    Field("intermediate_size", 2880, _integer(1, _MAX_WIDTH), "any"),
+    Field("vocab_size", 201088, _integer(1, _MAX_TOKENS), "any"),
+    Field("max_position_embeddings", 131072, _integer(1, _MAX_POSITIONS), "any"),
     Field(
         "sliding_window",
         128,
-        _whole(1, _MOST_TOKENS),
-        f"1 to {_MOST_TOKENS}",
-        note="keys that a query sees, itself included; null is an error there, even without a "
+        _integer(1, _MAX_TOKENS),
+        f"1 to {_MAX_TOKENS}",
+        note="number of keys per query, including its own; null is an error, even without a "
         "windowed layer",
     ),
     Field(
@@ -212,21 +213,21 @@ FIELDS = (
             and all(isinstance(kind, str) and kind in _LAYER_KINDS for kind in value)
             else "it must list sliding_attention or full_attention for every layer"
         ),
-        "any pattern of sliding_attention and full_attention, one a layer",
+        "sliding_attention or full_attention for each layer",
         null="as absent",
-        note="absent the layers alternate, the first is windowed; 'attention' is full_attention",
+        note="if absent, layers alternate and the first is windowed; 'attention' is full_attention",
     ),
     Field("rms_norm_eps", 1e-5, _decimal(0.0, 1.0), "0.0 to 1.0"),
-    Field("swiglu_limit", 7.0, _decimal(0.0, _MOST_FP32, open_end=True), "above 0.0"),
-    Field("swiglu_alpha", 1.702, _only(1.702), "1.702", note="another value is used"),
-    Field("hidden_act", "silu", _only("silu", because=_FIXED_BY_CODE), "'silu'", note="never used"),
-    Field("attention_bias", True, _only(True), "true", note="false: no biases"),
+    Field("swiglu_limit", 7.0, _decimal(0.0, _MAX_FP32, open_end=True), "above 0.0"),
+    Field("swiglu_alpha", 1.702, _only(1.702), "1.702", note="other values are supported"),
+    Field("hidden_act", "silu", _only("silu", because=_FIXED_BY_CODE), "'silu'", note="ignored"),
+    Field("attention_bias", True, _only(True), "true", note="false removes the biases"),
     Field(
         "tie_word_embeddings",
         False,
         _only(False),
         "false",
-        note="true: the head is the embedding",
+        note="true shares the weights of embedding and output layer",
     ),
     Field(
         "attention_dropout",
@@ -237,65 +238,65 @@ FIELDS = (
             else "gpt-oss is trained without; set it to 0.0"
         ),
         "0",
-        note="another value is used in training",
+        note="other values apply in training",
     ),
     Field(
         "initializer_range",
         0.02,
-        _decimal(0.0, _MOST_FACTOR),
+        _decimal(0.0, _MAX_FACTOR),
         "0.0 or more",
-        note="of new weights only",
+        note="initialization only",
     ),
     Field(
         "pad_token_id",
         None,
         _one_of_types(int, what="a token id"),
-        "a row of the vocabulary",
+        "an id of the vocabulary",
         null="as absent",
-        note="the embedding of this token gets no gradient in transformers",
+        note="the embedding of this token has no gradient",
     ),
-    Field("bos_token_id", None, _token, "any", null="as absent", note="not part of the function"),
-    Field("eos_token_id", None, _token, "any", null="as absent", note="not part of the function"),
-    Field("is_causal", True, _only(True), "true", note="false: attention to later tokens"),
+    Field("bos_token_id", None, _token, "any", null="as absent", note="generation only"),
+    Field("eos_token_id", None, _token, "any", null="as absent", note="generation only"),
+    Field("is_causal", True, _only(True), "true", note="false disables the causal mask"),
     Field(
         "output_router_logits",
         False,
         _BOOLEAN,
         "any",
-        note="true adds an auxiliary loss in training; here --moe-aux-loss-coeff does",
+        note="true adds an auxiliary loss in training; use --moe-aux-loss-coeff here",
     ),
     Field(
         "router_aux_loss_coef",
         0.001,
-        _decimal(-_MOST_FP32, _MOST_FP32),
+        _decimal(-_MAX_FP32, _MAX_FP32),
         "any",
-        note="of that auxiliary loss",
+        note="coefficient of the auxiliary loss",
     ),
-    Field("use_cache", True, _BOOLEAN, "any", note="not part of the function"),
-    Field("return_dict", True, _only(True), "true", note="another value is an error there"),
+    Field("use_cache", True, _BOOLEAN, "any", note="generation only"),
+    Field("return_dict", True, _only(True), "true", note="other values are an error"),
     Field(
         "dtype",
         None,
         _only(*_DTYPES),
         "bfloat16, float32, float16, auto",
         null="as absent",
-        note="the weights are read in the dtype of the files",
+        note="ignored here: weights keep the dtype of the files",
     ),
     Field("torch_dtype", None, _only(*_DTYPES), "as dtype", null="as absent"),
     Field(
         "quantization_config",
         None,
         _quantization,
-        "MXFP4, where the files hold it",
+        "MXFP4, if the files contain it",
         null="as absent",
-        note="other methods are used",
+        note="other methods are supported",
     ),
     Field(
         "rope_theta",
         150000.0,
-        _number(_MOST_THETA, above=1),
-        f"above 1, at most {_MOST_THETA:g}",
-        note="where rope_scaling (rope_parameters) has no rope_theta of its own",
+        _number(_MAX_THETA, above=1),
+        f"above 1, at most {_MAX_THETA:g}",
+        note="used if rope_scaling (rope_parameters) has no rope_theta",
     ),
     Field(
         "partial_rotary_factor",
@@ -303,14 +304,14 @@ FIELDS = (
         _only(1, 1.0),
         "1",
         null="as absent",
-        note="another value is an error there",
+        note="other values are an error",
     ),
     Field(
         "original_max_position_embeddings",
         None,
-        _whole(1, _MOST_POSITIONS),
+        _integer(1, _MAX_POSITIONS),
         "1 or more",
-        note="for YaRN, before the one in rope_scaling",
+        note="for YaRN; takes precedence over the field in rope_scaling",
     ),
     Field(
         "rope_scaling",
@@ -318,7 +319,7 @@ FIELDS = (
         _one_of_types(dict, what="an object"),
         "the fields below",
         null="as absent",
-        note="where it is not empty, instead of rope_parameters",
+        note="if not empty, used instead of rope_parameters",
     ),
     Field(
         "rope_parameters",
@@ -326,7 +327,8 @@ FIELDS = (
         _one_of_types(dict, what="an object"),
         "the fields below",
         null="as absent",
-        note="absent: YaRN of factor 32.0 over 4096 positions, not rounded; {}: rope_type default",
+        note="if absent, YaRN of factor 32.0 over 4096 positions without truncation; {} is rope_type "
+        "default",
     ),
     Field(
         "per_layer_config",
@@ -334,34 +336,34 @@ FIELDS = (
         _empty("layers that differ in more than layer_types are not implemented"),
         "{}",
         null="as absent",
-        note="each layer has its own sizes",
+        note="per-layer sizes",
     ),
     Field(
         "transformers_weights",
         None,
-        _refused("it names another file of weights, which is not read here"),
-        "nothing",
+        _rejected("it names another weight file, which is not supported"),
+        "none",
         null="as absent",
     ),
     Field(
         "fusion_config",
         None,
-        _refused("it asks transformers to fuse modules, which is not read here"),
-        "nothing",
+        _rejected("it makes transformers fuse modules, which is not supported"),
+        "none",
         null="as absent",
     ),
-    Field("_rope_type_labels", None, _refused("it renames the keys of rope_parameters"), "nothing"),
+    Field("_rope_type_labels", None, _rejected("it renames the keys of rope_parameters"), "none"),
 )
 
-# What a field may hold in layer_types, and what transformers takes it for.
+# {value in layer_types: kind of layer}
 _LAYER_KINDS = {
     "sliding_attention": "sliding_attention",
     "full_attention": "full_attention",
     "attention": "full_attention",
 }
 
-# Of rope_scaling, or rope_parameters, with rope_type yarn. Of rope_type default only rope_theta
-# counts. Keys that are not listed here are ignored by transformers too.
+# Fields of rope_scaling or rope_parameters for rope_type yarn. For rope_type default only rope_theta is
+# used. transformers ignores keys that are not listed here.
 ROPE_TYPES = ("yarn", "default")
 ROPE_FIELDS = (
     Field(
@@ -369,66 +371,68 @@ ROPE_FIELDS = (
         None,
         _only(*ROPE_TYPES),
         "'yarn' or 'default' (no scaling)",
-        note="absent it is what `type` says, without either 'default'; linear, dynamic, longrope, "
-        "llama3 and proportional are used",
+        note="if absent, `type`, else 'default'; linear, dynamic, longrope, llama3 and proportional "
+        "are supported",
     ),
-    Field("type", None, _only(*ROPE_TYPES), "as rope_type, where that is absent"),
+    Field("type", None, _only(*ROPE_TYPES), "as rope_type; used if that is absent"),
     Field(
         "rope_theta",
         None,
-        _number(_MOST_THETA, above=1),
-        f"above 1, at most {_MOST_THETA:g}",
-        note="absent: the one outside",
+        _number(_MAX_THETA, above=1),
+        f"above 1, at most {_MAX_THETA:g}",
+        note="if absent, rope_theta of config.json",
     ),
     Field(
         "factor",
         REQUIRED,
-        _number(_MOST_FACTOR, above=0),
-        f"above 0, at most {_MOST_FACTOR:g}",
+        _number(_MAX_FACTOR, above=0),
+        f"above 0, at most {_MAX_FACTOR:g}",
         null="max_position_embeddings / original_max_position_embeddings",
-        note="absent it is an error there",
+        note="required",
     ),
     Field(
         "original_max_position_embeddings",
         None,
         lambda value: (
             None
-            if is_number(value) and 1 <= value <= _MOST_POSITIONS and value == int(value)
+            if is_number(value) and 1 <= value <= _MAX_POSITIONS and value == int(value)
             else ("it must be an integer of 1 or more")
         ),
         "1 or more",
-        note="absent it is max_position_embeddings, whatever initial_context_length says",
+        note="if absent, max_position_embeddings; initial_context_length is ignored",
     ),
-    Field("beta_fast", 32, _number(_MOST_FACTOR, least=0), "0 or more", null="32", note="0 is 32"),
-    Field("beta_slow", 1, _number(_MOST_FACTOR, least=0), "0 or more", null="1", note="0 is 1"),
+    Field(
+        "beta_fast", 32, _number(_MAX_FACTOR, least=0), "0 or more", null="32", note="0 means 32"
+    ),
+    Field("beta_slow", 1, _number(_MAX_FACTOR, least=0), "0 or more", null="1", note="0 means 1"),
     Field(
         "truncate",
         True,
         _BOOLEAN,
         "true or false",
         null="false",
-        note="whether the ends of the ramp are rounded; absent it is true",
+        note="rounds the ends of the ramp",
     ),
     Field(
         "attention_factor",
         None,
-        _number(_MOST_FACTOR),
+        _number(_MAX_FACTOR),
         "any number",
         null="as absent",
-        note="of cosine and sine; absent it follows from factor, mscale and mscale_all_dim",
+        note="scales cosine and sine; if absent, computed from factor, mscale and mscale_all_dim",
     ),
     Field(
         "mscale",
         None,
-        _number(_MOST_FACTOR),
+        _number(_MAX_FACTOR),
         "any number",
         null="as absent",
-        note="counts where mscale_all_dim is there too and neither is 0",
+        note="used if mscale_all_dim is present too and neither is 0",
     ),
     Field(
         "mscale_all_dim",
         None,
-        _number(_MOST_FACTOR),
+        _number(_MAX_FACTOR),
         "any number",
         null="as absent",
         note="see mscale",
@@ -438,12 +442,11 @@ ROPE_FIELDS = (
         1.0,
         _only(1, 1.0),
         "1",
-        note="another value is an error there",
+        note="other values are an error",
     ),
 )
 
-# Keys that would replace a method or a class attribute of transformers' config: what they do there
-# is no reading of a field.
+# Keys that would replace a method or class attribute of transformers' config class.
 RESERVED = frozenset("""_auto_class _check_received_keys _decode_special_floats _dict_from_json_file
     _encode_special_floats _get_config_dict _get_files_timestamps _get_generation_parameters
     _getattr_without_heterogeneous_validation _hasattr_without_heterogeneous_validation
@@ -465,10 +468,10 @@ RESERVED = frozenset("""_auto_class _check_received_keys _decode_special_floats 
 
 
 def read_fields(config: dict, where: str) -> dict:
-    """What transformers reads from a config: a value for each name of `FIELDS`.
+    """The value of each of `FIELDS` as transformers reads it.
 
-    `num_local_experts` and `layer_types` (a list, one kind a layer) are resolved; `rope` is added,
-    see `_read_rope`.
+    Aliases of `num_local_experts` and defaults of `layer_types` (one kind per layer) are resolved.
+    `rope` is added, see `_read_rope`.
 
     Args:
         config: config.json.
@@ -502,7 +505,7 @@ def alternating_layers(num_layers: int) -> list[str]:
 
 
 def _check_together(read: dict, where: str) -> None:
-    """Refuse values that are well each for itself."""
+    """Reject values that contradict each other."""
     heads, groups = read["num_attention_heads"], read["num_key_value_heads"]
     experts, top_k = read["num_local_experts"], read["num_experts_per_tok"]
     listed, pad = read["layer_types"], read["pad_token_id"]
@@ -521,10 +524,10 @@ def _check_together(read: dict, where: str) -> None:
                 f"{where} has {name} = {read[name]} and {second} = {read[second]}"
                 f"{other.removeprefix(second)}."
             )
-    if read["num_hidden_layers"] * experts > MOST_EXPERTS_IN_ALL:
+    if read["num_hidden_layers"] * experts > MAX_EXPERTS_IN_ALL:
         raise CheckpointError(
             f"{where} has num_hidden_layers = {read['num_hidden_layers']} and num_local_experts = "
-            f"{experts}, more than {MOST_EXPERTS_IN_ALL} experts in all."
+            f"{experts}, more than {MAX_EXPERTS_IN_ALL} experts in all."
         )
     if listed is not None and len(listed) != read["num_hidden_layers"]:
         raise CheckpointError(
@@ -538,11 +541,11 @@ def _check_together(read: dict, where: str) -> None:
 
 
 def _read_rope(config: dict, read: dict, where: str) -> dict:
-    """The rotation that transformers computes, by the names of `ROPE_FIELDS`, numbers resolved.
+    """The rotary embedding as transformers reads it, by the names of `ROPE_FIELDS`.
 
     Returns:
-        `rope_type`, `rope_theta`, and for YaRN all others; `attention_factor`, `mscale` and
-        `mscale_all_dim` are None where they do not count.
+        `rope_type`, `rope_theta`, and for YaRN all other fields; `attention_factor`, `mscale` and
+        `mscale_all_dim` are None if they are not used.
     """
     name = "rope_scaling" if read["rope_scaling"] else "rope_parameters"
     given = read[name]
@@ -596,10 +599,10 @@ def markdown() -> str:
         ("config.json", FIELDS),
         ("rope_scaling or rope_parameters", ROPE_FIELDS),
     ):
-        lines = [f"| {title} | absent | null | read here | transformers |", "| --- " * 5 + "|"]
+        lines = [f"| {title} | default | null | supported | transformers |", "| --- " * 5 + "|"]
         for field in fields:
-            absent = "refused" if field.default is REQUIRED else _json(field.default)
-            row = (f"`{field.name}`", absent, field.null or "refused", field.reads, field.note)
+            default = "required" if field.default is REQUIRED else _json(field.default)
+            row = (f"`{field.name}`", default, field.null or "rejected", field.reads, field.note)
             lines.append("| " + " | ".join(row) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""MXFP4 as in openai/gpt-oss files: 4-bit floats (E2M1) in blocks of 32 with a shared exponent.
+"""MXFP4 as in openai/gpt-oss files: blocks of 32 4-bit floats (E2M1) with a shared exponent.
 
 Source: OCP Microscaling Formats (MX) Specification 1.0; the packing is that of transformers'
 `convert_moe_packed_tensors`.
@@ -12,7 +12,7 @@ import torch
 
 from megatron.gpt_oss.checkpoint.hf import mxfp4_bits
 
-# The sixteen values of E2M1, by code; bit 3 is the sign.
+# The values of E2M1 by code; bit 3 is the sign.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 EXPONENT_BIAS = 127
 LARGEST_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2^2
@@ -23,7 +23,7 @@ NAN_SCALE = 255
 def dequantize(
     blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """Expand MXFP4 to floats; every value is exact in bfloat16.
+    """Convert MXFP4 to floats; every value is exact in bfloat16.
 
     Args:
         blocks: [..., n, 16] uint8; the low nibble of a byte is the even element.
@@ -32,13 +32,13 @@ def dequantize(
     Returns:
         [..., n * 32].
     """
-    # One look-up gives both values of a byte, scaled, and pieces stay in the cache: 3 GB/s of bf16 on
-    # one core, where looking nibbles up and ldexp gave 0.02.
+    # One table look-up per byte gives two scaled values, and a chunk fits the cache: 3 GB/s of bf16 on
+    # one core. A look-up per nibble followed by ldexp gave 0.02.
     out = torch.empty(*blocks.shape[:-2], blocks.shape[-2] * BLOCK, dtype=torch.bfloat16)
     out = out.to(blocks.device)
     pairs = _pairs().to(blocks.device)
     flat = out.view(torch.int32).view(-1, BLOCK // 2)
-    parts = (x.split(_PIECE) for x in (flat, blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)))
+    parts = (x.split(_CHUNK) for x in (flat, blocks.reshape(-1, BLOCK // 2), scales.reshape(-1)))
     for to, block, scale in zip(*parts):
         index = block.to(torch.int32)
         index.add_((scale.to(torch.int32) << 8).unsqueeze(-1))
@@ -46,8 +46,8 @@ def dequantize(
     return out.to(dtype)
 
 
-# Blocks of 32 worked on at a time: 0.75 MB of bf16 values.
-_PIECE = 12288
+# Blocks at a time: 0.75 MB of bf16 values.
+_CHUNK = 12288
 
 
 @functools.cache
@@ -63,15 +63,14 @@ def _pairs() -> torch.Tensor:
 
 
 def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round floats to MXFP4.
+    """Round floats to MXFP4 by section 6.3 of the specification.
 
-    The rule is that of section 6.3 of the specification: the shared exponent of a block is
-    floor(log2(largest magnitude)) - 2, an element is the nearest multiple (ties to the even code),
-    and what lies beyond 6 times the scale becomes 6. A block of zeros has scale 0. Values that some
-    block of MXFP4 holds come back as they are, though another scale may hold them too.
+    The shared exponent of a block is floor(log2(largest magnitude)) - 2. An element is the nearest
+    multiple of the scale, ties to the even code, and saturates at 6. A block of zeros has scale 0.
+    Values that came from MXFP4 are exact, though the scale may be another one.
 
     Args:
-        values: [..., n * 32], any float, finite.
+        values: [..., n * 32], any float dtype, finite.
     Returns:
         blocks [..., n, 16] and scales [..., n], both uint8, for `dequantize`.
     Raises:
@@ -85,7 +84,7 @@ def quantize(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _quantize_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same values as `_quantize_floats`, nearly thirty times as fast."""
+    """`_quantize_floats` for bf16 on the CPU, about 30 times as fast."""
     bits = values.contiguous().view(torch.int16).view(-1)
     groups = (*values.shape[:-1], values.shape[-1] // BLOCK)
     blocks = torch.empty(*groups, BLOCK // 2, dtype=torch.uint8)
@@ -106,7 +105,7 @@ def _quantize_floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     exponent = torch.frexp(largest).exponent - 1 - LARGEST_EXPONENT
     exponent = exponent.clamp(-EXPONENT_BIAS, EXPONENT_BIAS)
     exponent = torch.where(largest == 0, -EXPONENT_BIAS, exponent)
-    # Two steps: 2^127 and more are not in the range of one fp32 factor.
+    # In two steps, because 2^127 and more exceed the range of an fp32 factor.
     half = -exponent // 2
     scaled = torch.ldexp(torch.ldexp(values, half.unsqueeze(-1)), (-exponent - half).unsqueeze(-1))
     sign = (torch.signbit(scaled)).to(torch.uint8) << 3
@@ -115,10 +114,10 @@ def _quantize_floats(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _round_to_even_code(magnitude: torch.Tensor) -> torch.Tensor:
-    """The code (0 .. 7) of the nearest E2M1 magnitude; ties to the even code, as IEEE 754 has it.
+    """The code (0 .. 7) of the nearest E2M1 magnitude; ties to the even code.
 
-    Codes are equidistant below 2 (steps of 0.5), from 2 to 4 (1) and from 4 on (2), and
-    torch.round goes to the even multiple, which is the even code in each range.
+    Steps are 0.5 below 2, 1 from 2 to 4, and 2 from 4 on. torch.round rounds ties to the even
+    multiple, which is the even code in each range.
     """
     small = torch.round(magnitude * 2)  # codes 0 .. 4
     middle = torch.round(magnitude) + 2  # 2, 3, 4 -> codes 4, 5, 6

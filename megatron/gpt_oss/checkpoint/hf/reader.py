@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Slices of a Hugging Face gpt-oss checkpoint, read from disk only as they are asked for."""
+"""Read slices of the tensors of a Hugging Face gpt-oss checkpoint."""
 
 import os
 import threading
@@ -19,10 +19,10 @@ MXFP4_SUFFIXES = ("_blocks", "_scales")
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Which file of its folder holds which tensor, from a model.safetensors.index.json.
+    """Read {tensor: file name} from a model.safetensors.index.json.
 
     Raises:
-        CheckpointError: it is no such file, or names a file that is not in its folder.
+        CheckpointError: the index is invalid, or names a file outside its directory.
     """
     hint = "Download it again."
     weight_map = read_json(index, dict, CheckpointError, hint).get("weight_map")
@@ -31,7 +31,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
             f"{index} has weight_map = {brief(weight_map)}, not an object. {hint}"
         )
     for name, file in weight_map.items():
-        # A name alone: 'a/b' and '..' would leave the folder, NUL no system takes.
+        # 'a/b' and '..' are outside the directory, NUL is invalid in a file name.
         if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(
                 f"{index} places {brief(name)} in {brief(file)}, which is not the name of a file in "
@@ -45,47 +45,47 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 class HFReader:
-    """Reads tensors by their BF16 names, whether the files hold BF16 or MXFP4.
+    """Reads tensors by their BF16 names from BF16 or MXFP4 files. It is thread-safe.
 
-    Which of the two is decided by the names that are present. An MXFP4 matrix is stored
-    [E, out, in] and comes back [E, in, out], as BF16 files store it.
+    A matrix is in MXFP4 if its blocks are stored. It is stored as [E, out, in] and returned as
+    [E, in, out], the layout of BF16 files.
 
     Args:
-        folder: with model.safetensors, or its shards and model.safetensors.index.json.
+        directory: has model.safetensors, or shards and model.safetensors.index.json.
     Raises:
-        CheckpointError: there is neither, or the index is not readable.
+        CheckpointError: it has neither, or the index is invalid.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
         self._open_files: dict[str, SafetensorsFile] = {}
         self._lock = threading.Lock()
         self._of_thread = threading.local()
-        index = self.folder / INDEX_NAME
+        index = self.directory / INDEX_NAME
         if index.is_file():
             self._file_of = read_weight_map(index)
-        elif (self.folder / SINGLE_NAME).is_file():
+        elif (self.directory / SINGLE_NAME).is_file():
             self._file_of = dict.fromkeys(self._open(SINGLE_NAME).entries, SINGLE_NAME)
         else:
             raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_NAME} nor {INDEX_NAME}. Is the download "
+                f"{self.directory} has neither {SINGLE_NAME} nor {INDEX_NAME}. Is the download "
                 "complete?"
             )
 
     def check_files(self) -> None:
-        """Raise CheckpointError if a file of the index is missing or cut short."""
+        """Raise CheckpointError if a file of the index is missing or truncated."""
         files = sorted(set(self._file_of.values()))
-        missing = [name for name in files if not (self.folder / name).is_file()]
+        missing = [name for name in files if not (self.directory / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{self.folder} has {len(files) - len(missing)} of {len(files)} files of its "
+                f"{self.directory} has {len(files) - len(missing)} of {len(files)} files of its "
                 f"index; missing: {', '.join(missing)}. Is the download complete?"
             )
         for name in files:
             self._open(name)
 
     def names(self) -> set[str]:
-        """The tensors in the folder, MXFP4 pairs under their BF16 name."""
+        """Names of the tensors, MXFP4 pairs under their BF16 name."""
         blocks, scales = MXFP4_SUFFIXES
         names = {name.removesuffix(blocks) for name in self._file_of if not name.endswith(scales)}
         return names
@@ -98,20 +98,26 @@ class HFReader:
         return self.entry(name).shape
 
     def files(self) -> dict[str, dict[str, Entry]]:
-        """The tensors that each file holds, as they are stored."""
+        """The stored tensors of each file."""
         return {name: self._open(name).entries for name in sorted(set(self._file_of.values()))}
 
+    def dtypes(self) -> set[str]:
+        """Dtypes of the stored tensors, as safetensors names them."""
+        return {entry.dtype for entries in self.files().values() for entry in entries.values()}
+
     def stored_names(self) -> set[str]:
-        """The tensors that the folder says it holds, as they are stored."""
+        """Names of the stored tensors, by the index."""
         return set(self._file_of)
 
     def file_of(self, stored: str) -> str | None:
-        """The name of the file in which a stored tensor is read, if any."""
+        """Name of the file that has a stored tensor by the index, or None."""
         return self._file_of.get(stored)
 
     def stored_in(self, name: str) -> Path:
-        """The file of a stored tensor (of the first of a MXFP4 pair)."""
-        return self.folder / self._file_of[name if name in self._file_of else self._stored(name)[0]]
+        """Path of the file of a tensor (of the blocks of an MXFP4 pair)."""
+        return (
+            self.directory / self._file_of[name if name in self._file_of else self._stored(name)[0]]
+        )
 
     def is_mxfp4(self, name: str) -> bool:
         """Whether a tensor is stored as blocks and scales."""
@@ -122,9 +128,9 @@ class HFReader:
 
         Args:
             name: e.g. model.layers.0.mlp.experts.gate_up_proj.
-            index: an int or a contiguous slice for each leading dimension; () is all of it.
+            index: an int or a contiguous slice for each leading dimension; () for the full tensor.
         Returns:
-            The part; a thread's last one is kept, not to read it twice, and is not to be changed.
+            The part; do not modify it, because each thread caches its last one.
         Raises:
             CheckpointError: no such tensor, or its file is missing or damaged.
         """
@@ -132,12 +138,12 @@ class HFReader:
         last = self._of_thread
         if getattr(last, "key", None) != key:
             read = self._read_mxfp4 if self.is_mxfp4(name) else self._read_plain
-            last.key, last.part = None, None  # two at a time are one too many
+            last.key, last.part = None, None  # free the old part first
             last.key, last.part = key, read(name, index)
         return last.part
 
     def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of a stored tensor.
+        """Dtype, shape and byte range of a stored tensor.
 
         Raises:
             CheckpointError: no such tensor, or its file is missing or damaged.
@@ -147,24 +153,25 @@ class HFReader:
         entries = self._open(self._file_of[name]).entries
         if name not in entries:
             raise CheckpointError(
-                f"{self.folder / self._file_of[name]} does not hold '{name}', which its index "
+                f"{self.directory / self._file_of[name]} does not hold '{name}', which its index "
                 f"lists; it holds {len(entries)} other tensors. Download the file again."
             )
         return entries[name]
 
-    def check_scales(self, name: str) -> None:
-        """Read the scales of an MXFP4 tensor, a 17th of it, and refuse NaN and what overflows.
+    def check_scales(self) -> None:
+        """Read the scales of all MXFP4 tensors, 1/17 of their bytes; refuse NaN and overflow.
 
         Raises:
             CheckpointError: names file, tensor, place and value.
         """
-        stored = self._stored(name)[1]
-        for expert in range(self.entry(stored).shape[0]):
-            if self._read_plain(stored, (expert,)).max() >= NAN_SCALE - 2:
-                self.read(name, (expert,))
+        for name in filter(self.is_mxfp4, sorted(self.names())):
+            stored = self._stored(name)[1]
+            for expert in range(self.entry(stored).shape[0]):
+                if self._read_plain(stored, (expert,)).max() >= NAN_SCALE - 2:
+                    self.read(name, (expert,))
 
     def close(self) -> None:
-        """Close the files; a later read opens them again."""
+        """Close the files; a later read reopens them."""
         for file in self._open_files.values():
             file.close()
         self._open_files = {}
@@ -174,7 +181,7 @@ class HFReader:
         return self._open(self._file_of[name]).read(name, index)
 
     def _read_mxfp4(self, name: str, index: tuple) -> torch.Tensor:
-        """BF16 index [experts, in, out] of a tensor stored [experts, out, in / 32]."""
+        """Read index [experts, in, out] of a tensor that is stored as [experts, out, in / 32]."""
         expert, columns, rows = (*index, *(slice(None),) * (3 - len(index)))
         first, stop, _ = columns.indices(self.shape(name)[1])
         groups = slice(first // BLOCK, -(-stop // BLOCK))
@@ -200,7 +207,7 @@ class HFReader:
         place[2] += groups.start
         stored = self._stored(name)[1]
         raise CheckpointError(
-            f"{self.folder / self._file_of[stored]}: '{stored}' has {scale} at {place}"
+            f"{self.directory / self._file_of[stored]}: '{stored}' has {scale} at {place}"
             + (" (NaN)" if scale == NAN_SCALE else ", and its block overflows")
             + f"; expected {NAN_SCALE - 3} at most. The file is damaged; download it again."
         )
@@ -213,18 +220,18 @@ class HFReader:
         with self._lock:
             if filename not in self._open_files:
                 try:
-                    self._open_files[filename] = SafetensorsFile(self.folder / filename)
+                    self._open_files[filename] = SafetensorsFile(self.directory / filename)
                 except FileNotFoundError as error:
                     raise CheckpointError(
-                        f"{self.folder} lacks {filename}, which its index lists. Is the download "
+                        f"{self.directory} lacks {filename}, which its index lists. Is the download "
                         "complete?"
                     ) from error
             return self._open_files[filename]
 
     def _missing_message(self, name: str) -> str:
-        """Say which tensors of the same kind there are, e.g. 23 of 24 layers."""
+        """Say in how many layers the tensor exists."""
         parts = name.split(".")
-        message = f"{self.folder} has no tensor '{name}'"
+        message = f"{self.directory} has no tensor '{name}'"
         if len(parts) > 3 and parts[1] == "layers":
             ending = ".".join(parts[3:])
             layers = {

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The safetensors format by position: parts of a file read, and a file written part by part.
+"""Read parts of safetensors files, and write such files part by part.
 
-The library maps whole files into memory, so that a process that walks through a checkpoint seems to
-hold all of it, and writes a file only from tensors that are all there. Here a part is one read, and
-one write, at the place that the header names.
+The safetensors library maps complete files into memory, which counts as resident memory of the
+process, and it writes a file only from tensors that are all in memory. Here each part is one read or
+one write at the offset from the header.
 
 Source: https://huggingface.co/docs/safetensors (8 bytes of header length, header as JSON, data).
 """
@@ -21,9 +21,9 @@ import torch
 
 from megatron.gpt_oss.checkpoint.torch_dist.byte_ranges import (
     LARGEST_CALL,
-    is_one_run,
-    read_run,
-    run_offset,
+    element_offset,
+    is_contiguous,
+    read_bytes,
 )
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import LARGEST_FILE, brief, parse_json
@@ -42,7 +42,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Types of the format that no gpt-oss tensor has; those of less than a byte have no size here.
+# Other dtypes of the format; None for those smaller than a byte.
 _OTHER_SIZES = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
@@ -63,7 +63,7 @@ Index = tuple[int | slice, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: dtype as the format writes it, shape, first byte and the one after."""
+    """One tensor of a file: dtype as in the header, shape, bytes `start` to `stop` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -72,12 +72,12 @@ class Entry:
 
 
 class SafetensorsFile:
-    """A file opened for reading; only its header is in memory.
+    """A safetensors file opened for reading.
 
     Args:
         path: the file.
     Raises:
-        CheckpointError: the file is cut short or damaged; says what was found and expected.
+        CheckpointError: the file is truncated or damaged; says what was found and expected.
         FileNotFoundError: there is no such file.
     """
 
@@ -97,7 +97,7 @@ class SafetensorsFile:
             raise
 
     def close(self) -> None:
-        """Close the file; reading is an error afterwards."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -112,7 +112,7 @@ class SafetensorsFile:
             name: a key of `entries`.
             index: an int or a contiguous slice for each leading dimension.
         Returns:
-            A tensor of its own memory; dimensions with an int are dropped.
+            A new tensor; dimensions indexed by an int are dropped.
         """
         entry = self.entries[name]
         box, kept = _box(entry.shape, index)
@@ -122,12 +122,12 @@ class SafetensorsFile:
                 f"{self.path}: '{name}' has dtype {entry.dtype}, which is not supported."
             )
         dtype = DTYPES[entry.dtype]
-        if is_one_run(box, entry.shape):
+        if is_contiguous(box, entry.shape):
             out = torch.empty(shape, dtype=dtype)
-            offset = entry.start + run_offset(box, entry.shape) * dtype.itemsize
-            read_run(self._fd, self.path, offset, out)
+            offset = entry.start + element_offset(box, entry.shape) * dtype.itemsize
+            read_bytes(self._fd, self.path, offset, out)
         else:
-            # Mapped for the moment of the copy: the columns of a matrix are no one run of bytes.
+            # Columns of a matrix are not contiguous: map the file during the copy.
             integer = numpy.dtype(f"i{dtype.itemsize}")
             array = numpy.memmap(self.path, integer, "r", entry.start, entry.shape or (1,))
             part = numpy.array(array[tuple(slice(*bounds) for bounds in box)])
@@ -212,12 +212,12 @@ def _is_count(value: Any) -> bool:
 
 
 class SafetensorsWriter:
-    """A file of known tensors, whose rows are written in any order.
+    """Writes a file of known tensors, whose rows may come in any order.
 
     Args:
-        path: the file; an older one is replaced. Its whole size is taken from the disk at once.
-        tensors: (name, dtype, shape) of each tensor, in the order in which they lie in the file.
-            Bytes last: a tensor begins at a multiple of its item size only then.
+        path: the file; an existing one is replaced. Disk space is allocated for all of it.
+        tensors: (name, dtype, shape) of each tensor in file order. Dtypes must be in descending
+            size, so that each tensor starts at a multiple of its item size.
     """
 
     def __init__(self, path: Path, tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]):
@@ -244,7 +244,7 @@ class SafetensorsWriter:
         os.close(self._fd)
 
     def write(self, name: str, rows: torch.Tensor, first_row: int = 0) -> None:
-        """Write rows of a tensor (or all of it), from `first_row` of its first dimension on."""
+        """Write rows of a tensor, starting at row `first_row`."""
         offset, dtype, row_bytes = self._entries[name]
         assert rows.dtype == dtype and rows.is_contiguous(), (name, rows.dtype, rows.stride())
         self._write(rows.view(-1).view(torch.uint8).numpy(), offset + first_row * row_bytes)
@@ -260,7 +260,7 @@ class SafetensorsWriter:
 def safetensors_header(
     tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
 ) -> tuple[bytes, int]:
-    """The header of a file with these tensors, and the size of the whole file."""
+    """The header of a file with these tensors, and the size of the file in bytes."""
     fields: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in tensors:
@@ -272,12 +272,12 @@ def safetensors_header(
         }
         offset = stop
     text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # as the library does, so that the data is aligned
+    text += b" " * (-len(text) % 8)  # aligns the data, as the library does
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
 
 
 def _box(shape: tuple[int, ...], index: Index) -> tuple[list[tuple[int, int]], list[int]]:
-    """Bounds in every dimension, and the dimensions that stay."""
+    """Bounds in each dimension, and the dimensions that are not indexed by an int."""
     bounds, kept = [], []
     for i, size in enumerate(shape):
         at = index[i] if i < len(index) else slice(None)

@@ -1,11 +1,12 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The weight files of a Hugging Face folder, written tensor by tensor from Megatron's."""
+"""Write the weight files of a Hugging Face directory from Megatron's tensors, part by part."""
 
 import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -25,14 +26,14 @@ from megatron.gpt_oss.checkpoint.mapping import (
     megatron_to_hf,
 )
 from megatron.gpt_oss.checkpoint.read_ahead import read_ahead
-from megatron.gpt_oss.checkpoint.resumable_output import Unfinished
+from megatron.gpt_oss.checkpoint.resumable_output import ResumableOutput
 from megatron.gpt_oss.checkpoint.torch_dist.layout import LARGEST_PART
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.gpt_oss.presets import Preset
-from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.progress import advance, progress_bar
 
 MXFP4 = "mxfp4"
-# What is not in MXFP4 is in bfloat16, in published files too.
+# With MXFP4 the other tensors are in bfloat16, as in the published files.
 DTYPES = {
     "bf16": (torch.bfloat16, "bfloat16"),
     "fp32": (torch.float32, "float32"),
@@ -48,12 +49,12 @@ QUANTIZATION_CONFIG = {
     ],
     "quant_method": MXFP4,
 }
-MAX_SHARD_BYTES = 5 * 10**9  # the size of the shards that transformers writes
+MAX_SHARD_BYTES = 5 * 10**9  # default of transformers
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `first` to `stop` of the `rows` that a tensor has; of an expert matrix, one expert."""
+    """Rows `first` to `stop` of a tensor with `rows` rows; a row of an expert matrix is an expert."""
 
     name: str
     first: int
@@ -63,12 +64,12 @@ class Piece:
 
 @dataclass
 class FilePlan:
-    """Which weights go into which file.
+    """The tensors of each weight file.
 
     Attributes:
         dtype: of the export.
-        files: the names of `hf_names` in each file.
-        stored: (name, dtype, shape) of what a name of `hf_names` is stored as.
+        files: {file name: names of `hf_names`}.
+        stored: {name of `hf_names`: (name, dtype, shape) of each stored tensor}.
     """
 
     dtype: str
@@ -79,10 +80,10 @@ class FilePlan:
     def of(
         cls, preset: Preset, dtype: str, max_bytes: int, weight_map: dict[str, str] | None = None
     ) -> "FilePlan":
-        """Files of at most `max_bytes` in the order of the forward, or those of `weight_map`.
+        """Plan files of at most `max_bytes` in model order, or the files of `weight_map` if it fits.
 
         Raises:
-            UsageError: there is no such dtype, or its blocks do not fit the model.
+            UsageError: unknown dtype, or the model's sizes are not multiples of the MXFP4 block.
         """
         if dtype not in DTYPES:
             raise UsageError(f"Unknown dtype '{dtype}'. Choose one of {', '.join(DTYPES)}.")
@@ -93,7 +94,7 @@ class FilePlan:
         if weight_map is not None and set(weight_map) == set(stored):
             for name, tensors in plan.stored.items():
                 plan.files.setdefault(weight_map[tensors[0][0]], []).append(name)
-            # A file that holds half of a pair is nobody's: then the map is not gone by.
+            # Ignore a map that splits an MXFP4 pair over two files.
             if all(weight_map[n] == f for f in plan.files for n in plan.stored_names(f)):
                 return plan
             plan.files = {}
@@ -110,23 +111,24 @@ class FilePlan:
             plan.files[of_many if len(shards) > 1 else SINGLE_NAME] = names
         return plan
 
-    def bytes_of(self, name: str, rows: int | None = None) -> int:
-        """Bytes of what is stored for a name, or for some rows (experts) of it."""
-        return sum(
-            (s[0] if rows is None else rows) * math.prod(s[1:]) * d.itemsize
-            for _, d, s in self.stored[name]
-        )
+    def bytes_of(self, name: str) -> int:
+        """Bytes of the tensors that are stored for a name."""
+        return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.stored[name])
+
+    def bytes_of_piece(self, piece: Piece) -> int:
+        """Bytes of the rows (experts) of a piece."""
+        return self.bytes_of(piece.name) * (piece.stop - piece.first) // piece.rows
 
     def bytes_total(self) -> int:
-        """Bytes of all weights."""
+        """Bytes of all stored tensors."""
         return sum(self.bytes_of(name) for name in self.stored)
 
     def stored_names(self, file: str) -> list[str]:
-        """Names of the tensors in a file."""
+        """Names of the stored tensors of a file."""
         return [stored for name in self.files[file] for stored, _, _ in self.stored[name]]
 
     def pieces(self, file: str) -> list["Piece"]:
-        """What is read at a time: tensors, each expert's part, some rows of the vocabulary."""
+        """The parts of a file that are read at a time: a tensor, an expert, rows of the vocabulary."""
         pieces = []
         for name in self.files[file]:
             rows, *others = self.stored[name][0][2]
@@ -140,7 +142,7 @@ class FilePlan:
         return pieces
 
     def header(self, file: str) -> list[tuple[str, torch.dtype, tuple]]:
-        """The tensors of a file in the order in which they lie there, bytes last."""
+        """The stored tensors of a file in file order: descending item size."""
         tensors = [tensor for name in self.files[file] for tensor in self.stored[name]]
         return sorted(tensors, key=lambda tensor: -tensor[1].itemsize)
 
@@ -163,75 +165,83 @@ def write_hf(
     source: MegatronSource,
     preset: Preset,
     config: dict,
-    folder: Path,
+    directory: Path,
     dtype: str = "bf16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write config and weights of a model into an existing folder.
+    """Write config and weights of a model into an existing directory.
 
     Args:
-        source: gives Megatron's tensors.
+        source: provides Megatron's tensors.
         preset: the model's sizes.
         config: config.json; its dtype field is set.
-        folder: where to.
+        directory: the output directory.
         dtype: see `export_hf`.
-        max_shard_bytes: size of one file.
+        max_shard_bytes: maximum size of a file.
     """
     plan = FilePlan.of(preset, dtype, max_shard_bytes)
-    write_weights(source, preset, plan, folder)
-    write_config(config, dtype, folder)
+    write_weights(source, preset, plan, directory)
+    write_config(config, dtype, directory)
 
 
 def write_weights(
     source: MegatronSource,
     preset: Preset,
     plan: FilePlan,
-    folder: Path,
-    work: Unfinished | None = None,
-    bar: Progress | None = None,
+    directory: Path,
+    work: ResumableOutput | None = None,
+    progress: bool = False,
 ) -> None:
     """Write the weight files and their index.
 
     Args:
-        source: gives Megatron's tensors.
+        source: provides Megatron's tensors.
         preset: the model's sizes.
-        plan: which files.
-        folder: where to.
-        work: the files that it knows to be done are left out.
-        bar: told of every tensor.
+        plan: the tensors of each file.
+        directory: the output directory.
+        work: records the finished files; the files that it has already are skipped.
+        progress: show a bar on stderr.
     """
     files = [file for file in plan.files if work is None or file not in work.done]
-    before = [name for file in plan.files if file not in files for name in plan.files[file]]
-    if bar is not None:
-        bar.begin_at(sum(map(plan.bytes_of, before)))
     pieces = [piece for file in files for piece in plan.pieces(file)]
     values = read_ahead(lambda piece: _values(piece, source, preset, plan), pieces)
-    count = len(before)
-    for file in files:
-        with SafetensorsWriter(folder / file, plan.header(file)) as writer:
-            for piece in plan.pieces(file):
-                for (stored, _, _), value in zip(plan.stored[piece.name], next(values)):
-                    writer.write(stored, value, piece.first)
-                count += piece.stop == piece.rows
-                size = plan.bytes_of(piece.name, piece.stop - piece.first)
+    total, remaining = plan.bytes_total(), sum(map(plan.bytes_of_piece, pieces))
+    with progress_bar(total, enabled=progress, initial=total - remaining) as bar:
+        for file in files:
+            for size in _write_file(directory / file, plan, values):
+                advance(bar, size, file)
                 if work is not None:
                     work.written(file, size)
-                if bar is not None:
-                    bar.advance(size, f"{count} of {len(plan.stored)} tensors")
-        if work is not None:
-            work.finish(file)
+            if work is not None:
+                work.finish(file)
+    _write_index(plan, directory)
+
+
+def _write_file(
+    path: Path, plan: FilePlan, values: Iterator[tuple[torch.Tensor, ...]]
+) -> Iterator[int]:
+    """Write the pieces of a file; yields the bytes of each."""
+    with SafetensorsWriter(path, plan.header(path.name)) as writer:
+        for piece in plan.pieces(path.name):
+            for (stored, _, _), value in zip(plan.stored[piece.name], next(values)):
+                writer.write(stored, value, piece.first)
+            yield plan.bytes_of_piece(piece)
+
+
+def _write_index(plan: FilePlan, directory: Path) -> None:
+    """Write the index of a model of several files."""
     if list(plan.files) == [SINGLE_NAME]:
         return
     weight_map = {stored: file for file in plan.files for stored in plan.stored_names(file)}
     index = {"metadata": {"total_size": plan.bytes_total()}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / INDEX_NAME).write_text(text, encoding="utf-8")
+    (directory / INDEX_NAME).write_text(text, encoding="utf-8")
 
 
 def _values(
     piece: Piece, source: MegatronSource, preset: Preset, plan: FilePlan
 ) -> tuple[torch.Tensor, ...]:
-    """What is stored for a piece."""
+    """The stored tensors of a piece."""
     name = piece.name
     if not is_expert_matrix(name):
         rows = slice(piece.first, piece.stop)
@@ -247,16 +257,16 @@ def _values(
         raise CheckpointError(
             f"'{name}' of the checkpoint, expert {expert}, cannot be rounded to MXFP4: {error}."
         ) from error
-    if name.endswith("gate_up_proj"):  # a quarter of the bytes that there were before rounding
+    if name.endswith("gate_up_proj"):  # after rounding, because it moves a quarter of the bytes
         return interleave_gate_up(blocks), interleave_gate_up(scales)
     return blocks, scales
 
 
-def write_config(config: dict, dtype: str, folder: Path) -> None:
-    """Write config.json for weights of this dtype."""
+def write_config(config: dict, dtype: str, directory: Path) -> None:
+    """Write config.json for weights of a dtype."""
     config = {k: v for k, v in config.items() if k not in ("torch_dtype", "quantization_config")}
     config["dtype"] = DTYPES[dtype][1]
     if dtype == MXFP4:
         config["quantization_config"] = QUANTIZATION_CONFIG
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Parts of a tensor in a file: which are one run of bytes, and how one is read.
+"""Read contiguous parts of a tensor from a file.
 
-A box is a pair (first, stop) for every dimension.
+A box is a pair (start, stop) for each dimension.
 """
 
 import math
@@ -16,31 +16,33 @@ from megatron.gpt_oss.errors import CheckpointError
 
 Box = Sequence[tuple[int, int]]
 
-# What follows a run is mostly the next to be read. Two of the largest pieces: the disk works while
-# they are computed on.
+# Read-ahead hint: the following bytes are usually read next. The size is twice the largest read.
 _ASK_AHEAD = 64 * 2**20
 _ASK_AHEAD_FROM = 2**20
-# Linux reads and writes at most 2 GiB a call.
+# Linux reads and writes at most 2 GiB per call.
 LARGEST_CALL = 2**30
 
 
-def is_one_run(box: Box, shape: Sequence[int]) -> bool:
-    """Whether the box is one run of bytes: single entries, then a range, then whole dimensions."""
+def is_contiguous(box: Box, shape: Sequence[int]) -> bool:
+    """Whether a box of a contiguous tensor is contiguous.
+
+    It is if its dimensions are single entries, then one range, then full dimensions.
+    """
     rest = [i for i, (start, stop) in enumerate(box) if stop - start != 1]
     first = rest[0] if rest else len(box)
     return all(tuple(box[i]) == (0, shape[i]) for i in range(first + 1, len(box)))
 
 
-def run_offset(box: Box, shape: Sequence[int]) -> int:
-    """Elements of a contiguous tensor before the first of the box."""
+def element_offset(box: Box, shape: Sequence[int]) -> int:
+    """Index of the first element of a box in a contiguous tensor."""
     return sum(start * math.prod(shape[i + 1 :]) for i, (start, _) in enumerate(box))
 
 
-def read_run(fd: int, path: Path, offset: int, out: torch.Tensor) -> None:
-    """Fill a contiguous tensor from a place in a file; several threads may share the descriptor.
+def read_bytes(fd: int, path: Path, offset: int, out: torch.Tensor) -> None:
+    """Fill a contiguous tensor from a byte offset of a file; threads may share the descriptor.
 
     Raises:
-        CheckpointError: the file ends before.
+        CheckpointError: the file is too short.
     """
     if not out.numel():
         return

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""How a parallel layout cuts the model's tensors into the pieces and files of a checkpoint.
+"""The shards and files that a parallel layout saves, computed without a process group or a model.
 
-Names, offsets and shapes are those that the model's own `sharded_state_dict` gives at that layout
-(a test compares the two), found without a process group or a model. Any layout loads any other's.
+Names, offsets and shapes are those of the model's own `sharded_state_dict` at that layout; a test
+compares the two. A checkpoint of any layout loads at any other layout.
 """
 
 import math
@@ -15,7 +15,7 @@ from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.presets import Preset
 
 _LAYERS = "decoder.layers."
-# A vocabulary is cut further, so that a conversion never holds more: any cut loads.
+# Vocabulary matrices are split into smaller shards, which bounds the memory of a conversion.
 LARGEST_PART = 8 * 2**20  # elements
 
 
@@ -36,34 +36,34 @@ class Layout:
 
     @property
     def stage_ranks(self) -> int:
-        """Ranks of a pipeline stage that it takes to hold each piece once."""
+        """Number of ranks that hold each shard of a pipeline stage once."""
         return math.lcm(self.tp, self.expert_tp * self.ep)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One piece of a global tensor: offsets and shape, with layer and expert as leading axes."""
+    """One shard of a global tensor. Layer and expert are leading axes of offset and global shape."""
 
     key: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
-    shape: tuple[int, ...]  # without the axes of layer and expert
+    shape: tuple[int, ...]  # without the layer and expert axes
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Shape as the checkpoint has it, with leading ones."""
+        """Shape in the checkpoint: `shape` with a leading 1 for each of layer and expert."""
         return (1,) * (len(self.offset) - len(self.shape)) + self.shape
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """What one file holds.
+    """Contents of one file.
 
     Attributes:
-        prefix: of the file's name.
-        parts: pieces of tensors.
-        objects: keys of objects without contents. Megatron's linear layers save one each, and
-            loading asks for it.
+        prefix: of the file name.
+        parts: shards of tensors.
+        objects: keys of empty objects. Megatron's linear layers save one each and expect it when
+            they load.
     """
 
     prefix: str
@@ -72,7 +72,7 @@ class CheckpointFile:
 
 
 def check_layout(layout: Layout, preset: Preset) -> None:
-    """Refuse a layout that this model cannot have.
+    """Reject a layout whose sizes do not divide the model's.
 
     Raises:
         UsageError: names the flag, its value and what it has to divide.
@@ -118,11 +118,11 @@ def _global_parts(preset: Preset, layout: Layout, stage: int, rank: int) -> Iter
         return
     shape = (preset.vocab_size, preset.hidden_size)
     if stage == 0:
-        yield from _cut("embedding.word_embeddings.weight", (), (), shape, 0, rank, layout.tp)
+        yield from _split("embedding.word_embeddings.weight", (), (), shape, 0, rank, layout.tp)
     if stage == layout.pp - 1:
         if rank == 0:
-            yield _whole("decoder.final_layernorm.weight", (), (), shape[1:])
-        yield from _cut("output_layer.weight", (), (), shape, 0, rank, layout.tp)
+            yield _unsplit("decoder.final_layernorm.weight", (), (), shape[1:])
+        yield from _split("output_layer.weight", (), (), shape, 0, rank, layout.tp)
 
 
 def _layer_parts(preset: Preset, layout: Layout, layer: int, rank: int) -> Iterator[Part]:
@@ -133,28 +133,30 @@ def _layer_parts(preset: Preset, layout: Layout, layer: int, rank: int) -> Itera
     attention = _LAYERS + "self_attention."
     if rank < layout.tp:
         tp = (rank, layout.tp)
-        yield from _cut(_LAYERS + QKV + "weight", of, at, (qkv, hidden), 0, *tp)
-        yield from _cut(_LAYERS + QKV + "bias", of, at, (qkv,), 0, *tp)
+        yield from _split(_LAYERS + QKV + "weight", of, at, (qkv, hidden), 0, *tp)
+        yield from _split(_LAYERS + QKV + "bias", of, at, (qkv,), 0, *tp)
         sinks = attention + "core_attention.softmax_offset"
-        yield from _cut(sinks, of, at, (preset.num_attention_heads,), 0, *tp)
-        yield from _cut(attention + "linear_proj.weight", of, at, (hidden, query), 1, *tp)
+        yield from _split(sinks, of, at, (preset.num_attention_heads,), 0, *tp)
+        yield from _split(attention + "linear_proj.weight", of, at, (hidden, query), 1, *tp)
     if rank == 0:
-        yield _whole(attention + "linear_proj.bias", of, at, (hidden,))
-        yield _whole(_LAYERS + QKV + "layer_norm_weight", of, at, (hidden,))
-        yield _whole(_LAYERS + "pre_mlp_layernorm.weight", of, at, (hidden,))
-        yield _whole(_LAYERS + "mlp.router.weight", of, at, (experts, hidden))
-        yield _whole(_LAYERS + "mlp.router.bias", of, at, (experts,))
+        yield _unsplit(attention + "linear_proj.bias", of, at, (hidden,))
+        yield _unsplit(_LAYERS + QKV + "layer_norm_weight", of, at, (hidden,))
+        yield _unsplit(_LAYERS + "pre_mlp_layernorm.weight", of, at, (hidden,))
+        yield _unsplit(_LAYERS + "mlp.router.weight", of, at, (experts, hidden))
+        yield _unsplit(_LAYERS + "mlp.router.bias", of, at, (experts,))
     of = (preset.num_layers, experts)
     for expert, piece in _own_experts(preset, layout, rank):
         at, etp = (layer, expert), layout.expert_tp
-        # Gate and up are cut each for itself: rank i holds part i of both.
+        # Gate and up are split separately: rank i holds part i of both.
         for half in (piece, piece + etp):
-            yield from _cut(_LAYERS + FC1 + "weight", of, at, (2 * width, hidden), 0, half, 2 * etp)
+            yield from _split(
+                _LAYERS + FC1 + "weight", of, at, (2 * width, hidden), 0, half, 2 * etp
+            )
         for half in (piece, piece + etp):
-            yield from _cut(_LAYERS + FC1 + "bias", of, at, (2 * width,), 0, half, 2 * etp)
-        yield from _cut(_LAYERS + FC2 + "weight", of, at, (hidden, width), 1, piece, etp)
+            yield from _split(_LAYERS + FC1 + "bias", of, at, (2 * width,), 0, half, 2 * etp)
+        yield from _split(_LAYERS + FC2 + "weight", of, at, (hidden, width), 1, piece, etp)
         if piece == 0:
-            yield _whole(_LAYERS + FC2 + "bias", of, at, (hidden,))
+            yield _unsplit(_LAYERS + FC2 + "bias", of, at, (hidden,))
 
 
 def _layer_objects(preset: Preset, layout: Layout, layer: int, rank: int) -> Iterator[str]:
@@ -169,17 +171,17 @@ def _layer_objects(preset: Preset, layout: Layout, layer: int, rank: int) -> Ite
 
 
 def _own_experts(preset: Preset, layout: Layout, rank: int) -> Iterator[tuple[int, int]]:
-    """The experts of a rank of a stage, and its place in their tensor parallel group."""
+    """(expert, tensor-parallel rank within it) of each expert that a rank of a stage holds."""
     group, piece = divmod(rank, layout.expert_tp)
     count = preset.num_experts // layout.ep
     if group < layout.ep:
         yield from ((expert, piece) for expert in range(group * count, (group + 1) * count))
 
 
-def _cut(
+def _split(
     key: str, of: tuple, at: tuple, shape: tuple[int, ...], dim: int, piece: int, pieces: int
 ) -> Iterator[Part]:
-    """Piece number `piece` along `dim`; a vocabulary that does not divide ends in a smaller one."""
+    """Shard number `piece` of `pieces` along `dim`; the last one may be smaller."""
     size = -(-shape[dim] // pieces)
     start, stop = min(piece * size, shape[dim]), min((piece + 1) * size, shape[dim])
     others = math.prod(shape) // shape[dim]
@@ -187,9 +189,9 @@ def _cut(
     for first in range(start, stop, most):
         offset = [0] * len(shape)
         offset[dim] = first
-        cut = (*shape[:dim], min(most, stop - first), *shape[dim + 1 :])
-        yield Part(key, (*of, *shape), (*at, *offset), cut)
+        shard_shape = (*shape[:dim], min(most, stop - first), *shape[dim + 1 :])
+        yield Part(key, (*of, *shape), (*at, *offset), shard_shape)
 
 
-def _whole(key: str, of: tuple, at: tuple, shape: tuple[int, ...]) -> Part:
+def _unsplit(key: str, of: tuple, at: tuple, shape: tuple[int, ...]) -> Part:
     return Part(key, (*of, *shape), (*at, *(0,) * len(shape)), shape)

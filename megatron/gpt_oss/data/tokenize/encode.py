@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What the processes of `gptoss tokenize` do: records to token ids.
+"""Tokenize records, in the worker processes of `gptoss tokenize`.
 
-Imports neither torch nor Megatron, so that a process starts in a fraction of a second.
+Does not import torch or Megatron, so that a process starts in a fraction of a second.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from megatron.gpt_oss.data.tokenize.documents import BadDocument, Record, text_o
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What turns records into tokens; sent once to each process.
+    """Parameters of tokenization; sent once to each process.
 
     Attributes:
-        tokenizer: the JSON of a `tokenizers.Tokenizer`.
+        tokenizer: JSON of a `tokenizers.Tokenizer`.
         end_id: appended to each document.
-        dtype: numpy's name of the ids' type.
+        dtype: numpy dtype name of the ids.
         key: field that holds the text.
-        validation_share: of the documents, 0 to 1, that are held out, chosen by their text alone.
+        validation_share: fraction of held-out documents, 0 to 1; a hash of the text selects them.
     """
 
     tokenizer: str
@@ -36,14 +36,14 @@ class EncodeJob:
 
 @dataclass
 class Encoded:
-    """The documents of one batch of records, in their order.
+    """The documents of a batch of records, in order.
 
     Attributes:
-        ids: [tokens], the documents one after the other.
-        lengths: [documents] int32, each with its end-of-document token.
+        ids: [tokens], concatenated documents.
+        lengths: [documents] int32, including the end-of-document token.
         held_out: [documents] bool.
-        empty: places in the batch of the records without text.
-        bad: places of those that could not be read, with the reason.
+        empty: indices in the batch of the records without text.
+        bad: (index in the batch, reason) of each record that could not be read.
     """
 
     ids: numpy.ndarray
@@ -54,12 +54,12 @@ class Encoded:
 
 
 class Encoder:
-    """Turns batches of records into tokens, as an `EncodeJob` says."""
+    """Tokenizes batches of records."""
 
     def __init__(self, job: EncodeJob):
         self._job = job
         self._tokenizer = Tokenizer.from_str(job.tokenizer)
-        self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is no document end
+        self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is plain text
         self._threshold = int(job.validation_share * 2**64)
 
     def __call__(self, records: list[Record]) -> Encoded:
@@ -86,7 +86,7 @@ class Encoder:
         return Encoded(ids, lengths, held_out, empty, bad)
 
     def _is_held_out(self, text: str) -> bool:
-        """By a hash of the text: the same in any order of files, and for copies of a document."""
+        """Select by a hash of the text, which is independent of file order and equal for duplicates."""
         if not self._threshold:
             return False
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -97,12 +97,12 @@ _encoder: Encoder | None = None
 
 
 def start_process(job: EncodeJob) -> None:
-    """Set up a process; its documents are the unit of parallelism, not threads of its own."""
+    """Initialize a worker process. Tokenizer threads are disabled, because there is one process per core."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(job)
 
 
 def encode_in_process(records: list[Record]) -> Encoded:
-    """Encode in a process that `start_process` set up."""
+    """Tokenize in a process that `start_process` initialized."""
     return _encoder(records)

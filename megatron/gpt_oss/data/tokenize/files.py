@@ -44,25 +44,25 @@ from megatron.gpt_oss.data.tokenize.workers import process_map
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer
 from megatron.gpt_oss.errors import UsageError, as_os_sentence
 from megatron.gpt_oss.outputs import MADE_BY, write_file
-from megatron.gpt_oss.progress import Progress
+from megatron.gpt_oss.progress import advance, progress_bar
 
-BATCH_BYTES = 2_000_000  # of text that a process gets at a time
+BATCH_BYTES = 2_000_000  # of text per batch
 BATCH_RECORDS = 2_000
-SAVE_SECONDS = 20.0  # at most so much work is done again after a kill
+SAVE_SECONDS = 20.0  # at most this much work is lost by a kill
 SKIP, STOP = "skip", "stop"
 SKIP_EMPTY = "empty"
-_MOST_SHOWN = 100  # places kept in the summary; all are in PREFIX.skipped.txt
+_MAX_SHOWN = 100  # skipped documents in the summary; PREFIX.skipped.txt lists all
 
 
 @dataclass
 class Summary:
-    """What a run of `tokenize_files` did.
+    """Result of `tokenize_files`.
 
     Attributes:
-        datasets: {path without ending: (documents, tokens)} of what was written.
-        skipped: (place, reason) of what was left out, the first hundred.
-        num_skipped: all of them.
-        tokens_per_second: of this process; 0 where an earlier one had encoded everything.
+        datasets: {path without extension: (documents, tokens)}.
+        skipped: (place, reason) of the first hundred skipped documents.
+        num_skipped: number of skipped documents.
+        tokens_per_second: of this process; 0 if an earlier process tokenized everything.
     """
 
     files: int = 0
@@ -89,22 +89,22 @@ class _Part:
     """Records of one file within a batch."""
 
     file: int
-    first: int  # records of the file before these
+    first: int  # number of records of the file before this part
     count: int
-    position: int  # bytes of the file that were read
+    position: int  # bytes of the file read so far
     ends_file: bool
 
 
 @dataclass
 class _Batch:
-    """What a process gets at a time: a part of a large file, or many small files."""
+    """Input of a process: a part of a large file, or several small files."""
 
     records: list[Record] = field(default_factory=list)
     parts: list[_Part] = field(default_factory=list)
     size: int = 0
 
     def is_full(self) -> bool:
-        most = max(len(self.records), len(self.parts))  # files may be without records
+        most = max(len(self.records), len(self.parts))  # files may be empty
         return self.size >= BATCH_BYTES or most >= BATCH_RECORDS
 
 
@@ -122,29 +122,28 @@ def tokenize_files(
     split_at: Sequence[int] = (),
     validation_share: float = 0.0,
 ) -> Summary:
-    """Tokenise text into output_prefix.bin and .idx, which appear when they are whole.
+    """Tokenize text into output_prefix.bin and .idx, which appear when they are complete.
 
-    See `documents.read_records` for what a document is in which file. Each ends with the
-    end-of-document token. What looks like a special token in a text stays text. The output depends
-    on inputs and arguments alone, not on the number of processes; a killed run goes on where it was
-    when it is started again. output_prefix.json tells what was written.
+    `documents.read_records` defines the documents of a file. Each gets an end-of-document token.
+    Special tokens in a text are plain text. The output depends on inputs and arguments only, not on
+    the number of processes. A killed run resumes if it is started again. output_prefix.json has a
+    summary.
 
     Args:
         inputs, patterns, exclude: see `find_files`.
-        output_prefix: path without ending.
+        output_prefix: path without extension.
         tokenizer: see `load_text_tokenizer`.
         json_key: field or column that holds the text.
         overwrite: replace an existing dataset, and an unfinished one.
-        show_progress: a live line on stderr.
-        workers: processes.
-        bad: 'stop' at a line or row that cannot be read, or 'skip' it. Whole text files that are
-            not UTF-8, and documents without text, are always skipped; all are told.
-        split_at: rising lengths in tokens: a dataset for the documents below the first, one for
-            those from the first to below the second, ... (see `bucket_names`).
-        validation_share: share of the documents that goes to output_prefix.valid instead, chosen
-            by the text, so that copies of a document stay together.
+        show_progress: show a bar on stderr.
+        workers: number of processes.
+        bad: 'stop' at a line or row that cannot be read, or 'skip' it. Text files that are not
+            UTF-8, and documents without text, are always skipped. All skipped documents are listed.
+        split_at: increasing lengths in tokens that separate the datasets, see `bucket_names`.
+        validation_share: fraction of the documents that goes to output_prefix.valid. A hash of the
+            text selects them, so that duplicates stay together.
     Raises:
-        UsageError: nothing to read, a bad line, or the dataset exists.
+        UsageError: there are no documents, a line is invalid, or the dataset exists.
     """
     prefix = check_prefix(output_prefix)
     if workers < 1:
@@ -156,7 +155,7 @@ def tokenize_files(
     buckets = bucket_names(split_at) or [""]
     names = buckets + ([VALIDATION] if validation_share else [])
     files = find_files(inputs, patterns, exclude)
-    # As DType.optimal_dtype chooses, without importing torch.
+    # As DType.optimal_dtype, without importing torch.
     dtype = "uint16" if tokenizer.vocab_size < 65500 else "int32"
     job = EncodeJob(
         tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
@@ -172,7 +171,7 @@ def tokenize_files(
         if not output.complete:
             run = _Run(files, output, buckets, split_at, bad)
             rate = run.encode(job, workers, show_progress)
-        # Hours may have passed, and somebody may have written there.
+        # Check again: another process may have written there in the meantime.
         check_outputs(prefix, names, overwrite, files, output.named_already())
         summary = _publish(output, prefix, names, tokenizer)
     except BaseException as error:
@@ -186,11 +185,11 @@ def tokenize_files(
 
 
 class _NothingFound(UsageError):
-    """There is no document to go on with."""
+    """The input has no document."""
 
 
 class _Run:
-    """Reading, encoding and writing; `_state` is what the journal holds of it."""
+    """Reads, tokenizes and writes; the journal stores `_state`."""
 
     def __init__(
         self,
@@ -206,7 +205,7 @@ class _Run:
         self._file, self._record = state.get("file", 0), state.get("record", 0)
         self.files = state.get("files", 0)
         self.tokens = state.get("tokens", 0)
-        self._found = state.get("found", 0)  # documents of the file in work
+        self._found = state.get("found", 0)  # documents of the current file
         self.num_skipped = state.get("num_skipped", 0)
         self.skipped = state.get("skipped", [])
 
@@ -222,19 +221,18 @@ class _Run:
         }
 
     def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> float:
-        """Go on from the state to the last file; returns tokens a second."""
+        """Tokenize the remaining files; return tokens/s."""
         sizes = [path.stat().st_size for path in self._files]
         started = saved = time.monotonic()
         rate, tokens_before, position = 0.0, self.tokens, sum(sizes[: self._file])
-        with Progress(sum(sizes), "MB", 1e-6, show_progress) as progress:
-            progress.begin_at(position)
+        with progress_bar(sum(sizes), enabled=show_progress, initial=position) as bar:
             for batch, encoded in self._encoded(job, workers):
                 self._take(batch, encoded)
                 now = time.monotonic()
                 rate = (self.tokens - tokens_before) / max(now - started, 1e-9)
                 last = batch.parts[-1]
                 here = sum(sizes[: last.file]) + last.position
-                progress.advance(here - position, f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
+                advance(bar, here - position, f"{self.tokens:,} tokens, {rate:,.0f} tokens/s")
                 position = here
                 if now - saved >= SAVE_SECONDS:
                     self._output.save(self._state())
@@ -248,7 +246,7 @@ class _Run:
             encoder = Encoder(job)
             yield from ((batch, encoder(batch.records)) for batch in batches)
             return
-        # Only the records go to the processes; the batch says where they come from.
+        # Processes get only the records; the batch keeps their places.
         waiting: list[_Batch] = []
 
         def records():
@@ -281,7 +279,7 @@ class _Run:
             yield batch
 
     def _take(self, batch: _Batch, encoded: Encoded) -> None:
-        """Write what came of a batch."""
+        """Write the documents of a batch and update the state."""
         bad, empty = dict(encoded.bad), set(encoded.empty)
         start = 0
         for part in batch.parts:
@@ -290,7 +288,7 @@ class _Run:
             start += part.count
             reasons = [(batch.records[i].number, bad[i]) for i in places if i in bad]
             for number, reason in reasons:
-                self._refuse(path, number, reason)
+                self._reject(path, number, reason)
             self._found += part.count - len(reasons) - sum(i in empty for i in places)
             self._file, self._record = part.file, part.first + part.count
             if part.ends_file:
@@ -301,15 +299,15 @@ class _Run:
         self._write(encoded)
         self.tokens += len(encoded.ids)
 
-    def _refuse(self, path: Path, number: int, reason: str) -> None:
-        """Stop at a record that could not be read, or leave it out."""
+    def _reject(self, path: Path, number: int, reason: str) -> None:
+        """Stop at a record that could not be read, or skip it."""
         place = place_of(path, number)
         if self._bad == STOP and not (number == 0 and is_whole_text(path)):
             raise UsageError(f"{place}: {reason}. To skip such lines give --bad-lines {SKIP}.")
         self._skip(place, reason)
 
     def _write(self, encoded: Encoded) -> None:
-        """Each document to its dataset, in order."""
+        """Append each document to its dataset, in order."""
         which = numpy.searchsorted(self._split_at, encoded.lengths, side="right")
         which[encoded.held_out] = len(self._buckets)
         owner = numpy.repeat(which, encoded.lengths)
@@ -320,13 +318,13 @@ class _Run:
 
     def _skip(self, place: str, reason: str) -> None:
         self.num_skipped += 1
-        if len(self.skipped) < _MOST_SHOWN:
+        if len(self.skipped) < _MAX_SHOWN:
             self.skipped.append((place, reason))
         self._output.note_skipped(f"{place}: {reason}")
 
 
 def _task(job: EncodeJob, files: Sequence[Path], split_at: Sequence[int]) -> dict:
-    """What makes the output what it is."""
+    """Everything that determines the output; a run with another value cannot resume this one."""
     stats = [(str(path.absolute()), path.stat()) for path in files]
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return {
@@ -346,7 +344,7 @@ def _digest(text: str) -> str:
 def _publish(
     output: PartialOutput, prefix: Path, names: Sequence[str], tokenizer: TextTokenizer
 ) -> Summary:
-    """Name the finished datasets, and write the summary beside them."""
+    """Rename the finished datasets, and write PREFIX.json."""
     state = output.state
     lengths = {name: output.lengths(name) for name in names}
     everything = numpy.concatenate(list(lengths.values()))
@@ -389,12 +387,12 @@ def _record(
         "files": summary.files,
         "documents": summary.documents,
         "tokens": summary.tokens,
-        # Beside this file; '' is the name without a split.
+        # By dataset name; '' without a split.
         "datasets": {
             name: {"documents": documents, "tokens": tokens}
             for name, (documents, tokens) in zip(published, counts)
         },
-        # By what follows the name of this file without .json.
+        # By file name without PREFIX.
         "outputs": outputs,
         "share_of_tokens_in_documents_over_32k": histogram.long_share,
         "lengths": {
@@ -411,11 +409,11 @@ def _record(
 
 
 def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
-    """The error as a user sees it."""
-    kept = f" Finished work is kept in {output.folder}: the same command resumes from there."
-    sentence = as_os_sentence(error, output.folder.parent)
+    """The error with a hint that finished work is kept."""
+    kept = f" Finished work is kept in {output.directory}: the same command resumes from there."
+    sentence = as_os_sentence(error, output.directory.parent)
     if sentence is not None:
         return UsageError(sentence + (kept if output.saved else ""))
-    if isinstance(error, UsageError) and output.saved and output.folder.exists():
+    if isinstance(error, UsageError) and output.saved and output.directory.exists():
         return UsageError(f"{error}{kept}")
     return error

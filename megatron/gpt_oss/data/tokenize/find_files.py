@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The files that the inputs of `gptoss tokenize` mean."""
+"""Find the input files of `gptoss tokenize`."""
 
 import fnmatch
 import glob
@@ -14,12 +14,12 @@ from megatron.gpt_oss.errors import UsageError
 def find_files(
     inputs: Sequence[str | Path], patterns: Sequence[str], exclude: Sequence[str] = ()
 ) -> list[Path]:
-    """Files, folders and glob patterns as files, sorted, each once.
+    """Find the files of files, directories and glob patterns, sorted and without duplicates.
 
     Args:
-        inputs: files, folders, or glob patterns.
-        patterns: names to take from a folder.
-        exclude: patterns on the whole path, of files to leave out.
+        inputs: files, directories, or glob patterns.
+        patterns: file names to read in a directory.
+        exclude: patterns of paths to skip.
     Raises:
         UsageError: an input matches nothing.
     """
@@ -27,7 +27,7 @@ def find_files(
     for item in map(str, inputs):
         if os.path.isdir(item):
             tree = (p for p in Path(item).rglob("*") if p.is_file())
-            matches = [p for p in tree if any(_fits(p.name, n) for n in patterns)]
+            matches = [p for p in tree if any(_matches(p.name, n) for n in patterns)]
             hint = f" with a name like {', '.join(patterns)} (change it with --pattern)"
         else:
             matches = [Path(p) for p in glob.glob(item, recursive=True) if os.path.isfile(p)]
@@ -40,7 +40,7 @@ def find_files(
     return sorted(found)
 
 
-def _fits(name: str, pattern: str) -> bool:
-    """A pattern in small letters fits capitals too: '*.jsonl' takes A.JSONL."""
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a name matches; a lower-case pattern also matches upper case ('*.jsonl', A.JSONL)."""
     name = name.lower() if pattern == pattern.lower() else name
     return fnmatch.fnmatchcase(name, pattern)

@@ -41,38 +41,38 @@ from megatron.gpt_oss.outputs import (
 )
 
 _JOURNAL, _LOCK, _SKIPPED, _INDEX = "journal.json", "lock", "skipped.txt", "idx"
-# Whatever the datasets of an earlier start were: '', 'valid', '8k-32k', '32k-up'.
+# Datasets of any earlier start: '', 'valid', '8k-32k', '32k-up'.
 _MINE = re.compile(
     r"journal\.json(\.new)?|\.journal\.json\.[0-9a-f]{8}\.new|lock|skipped\.txt|idx|"
     r"(valid|\d+k?-(\d+k?|up))?\.(bin|lengths)"
 )
-# Where Megatron keeps the samples that it cut from a dataset, by the dataset's path alone.
+# Cache of Megatron's sample indices; its key is only the path of the dataset.
 _CACHE = Path("cache", "GPTDataset_indices")
 _CACHED = re.compile(r"[0-9a-f]{32}-\w+-\w+-\w+\.(txt|npy)")
 
 
 class PartialOutput:
-    """The files of a run that is not finished.
+    """The partial output of `tokenize_files`.
 
     Args:
         prefix: of the output.
         names: of its datasets; '' is the prefix itself, 'x' is prefix.x.
-        dtype: numpy's name of the tokens' type.
-        task: what makes the output what it is; work of another task is not gone on with.
-        overwrite: begin anew where an earlier run left the work of another task.
+        dtype: numpy dtype name of the tokens.
+        task: everything that determines the output; files of another task are not resumed.
+        overwrite: discard the files of another task.
     Attributes:
-        state: what the caller gave to the last `save`, of this process or an earlier one.
-        complete: every document was written, and only the files' names are missing.
+        state: argument of the last `save`, of this process or an earlier one.
+        complete: all documents are written; only the final names are missing.
     """
 
     def __init__(self, prefix: Path, names: list[str], dtype: str, task: dict, overwrite: bool):
         self._prefix, self._names, self._dtype = prefix, names, dtype
-        self.folder = prefix.parent / f".{prefix.name}.partial"
-        self._check_mine()
-        with naming(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+        self.directory = prefix.parent / f".{prefix.name}.partial"
+        self._check_owned()
+        with naming(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
-        self._lock = open(os.open(self.folder / _LOCK, flags, 0o666), "w")
+        self._lock = open(os.open(self.directory / _LOCK, flags, 0o666), "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -87,7 +87,7 @@ class PartialOutput:
         self._files: dict[str, BinaryIO] = {}
         self.complete = self.saved = False
         try:
-            with naming(self.folder / _LOCK):  # a full disk is met before the work begins
+            with naming(self.directory / _LOCK):  # detects a full disk before the work starts
                 os.truncate(self._lock.fileno(), 0)
                 os.write(self._lock.fileno(), f"{TOKENIZE}\n".encode())
                 os.fsync(self._lock.fileno())
@@ -96,65 +96,64 @@ class PartialOutput:
             self.state = journal["state"] if journal else {}
             self.complete = bool(journal) and journal["complete"]
             self.saved = bool(journal)
-            # SHA-256 of what is written, while it is.
+            # SHA-256 of the files, updated during writing.
             self._digests = {name: hashlib.sha256() for name in names}
             self._recorded = journal.get("digests", {}) if journal else {}
             if not self.complete:
                 self._open(journal["sizes"] if journal else {})
         except BaseException:
             self.close()
-            if set(files_in(self.folder, ())) <= {_LOCK}:
+            if set(files_in(self.directory, ())) <= {_LOCK}:
                 self.remove()
             raise
 
     def append(self, name: str, ids: numpy.ndarray, lengths: numpy.ndarray) -> None:
-        """Add documents to a dataset: their ids one after the other, and their lengths."""
+        """Append documents to a dataset: concatenated ids, and lengths."""
         ids = numpy.ascontiguousarray(ids)
-        with naming(self.folder / f"{name}.bin"):
+        with naming(self.directory / f"{name}.bin"):
             self._files[f"{name}.bin"].write(ids)
         self._digests[name].update(ids)
-        with naming(self.folder / f"{name}.lengths"):
+        with naming(self.directory / f"{name}.lengths"):
             lengths = numpy.ascontiguousarray(lengths, dtype=numpy.int32)
             self._files[f"{name}.lengths"].write(lengths)
 
     def note_skipped(self, line: str) -> None:
-        """Add a line to the list of what was left out."""
-        with naming(self.folder / _SKIPPED):
+        """Append a line to the list of skipped documents."""
+        with naming(self.directory / _SKIPPED):
             self._files[_SKIPPED].write(f"{line}\n".encode("utf-8", "surrogateescape"))
 
     def save(self, state: dict, complete: bool = False) -> None:
-        """Bring everything to disk and record how far the run is."""
+        """Sync all files to disk and record the state in the journal."""
         sizes = {}
         for name, file in self._files.items():
-            with naming(self.folder / name):
+            with naming(self.directory / name):
                 sync_to_disk(file)
             sizes[name] = file.tell()
         journal = {"task": self._task, "state": state, "sizes": sizes, "complete": complete}
         if complete:
             self._recorded = {name: digest.hexdigest() for name, digest in self._digests.items()}
             journal["digests"] = self._recorded
-        write_file(self.folder / _JOURNAL, json.dumps(journal))
+        write_file(self.directory / _JOURNAL, json.dumps(journal))
         self.state, self.saved, self.complete = state, True, complete
 
     def lengths(self, name: str) -> numpy.ndarray:
-        """[documents] int32 of a dataset, once complete."""
-        return numpy.fromfile(self.folder / f"{name}.lengths", dtype=numpy.int32)
+        """[documents] int32, the lengths of a complete dataset."""
+        return numpy.fromfile(self.directory / f"{name}.lengths", dtype=numpy.int32)
 
     def named_already(self) -> list[Path]:
-        """Files that have their names, of an output that was complete when it was killed."""
+        """Files that a killed process of this output has renamed already."""
         if not self.complete:
             return []
-        named = [name for name in self._names if not (self.folder / f"{name}.bin").exists()]
+        named = [name for name in self._names if not (self.directory / f"{name}.bin").exists()]
         files = [output_of(self._prefix, ending(name, end)) for name in named for end in DATASET]
-        skipped = self.folder / _SKIPPED
+        skipped = self.directory / _SKIPPED
         return files + ([] if skipped.exists() else [output_of(self._prefix, SKIPPED)])
 
     def publish(self) -> tuple[list[str], dict[str, dict]]:
-        """Give the finished files their names; a kill in between loses nothing.
+        """Rename the finished files; after a kill the next start continues.
 
         Returns:
-            The datasets that exist now, those with documents, and size and SHA-256 of each file by
-            what follows PREFIX in its name.
+            Names of the datasets with documents, and {file name without PREFIX: size and SHA-256}.
         """
         published, outputs = [], {}
         for name in self._names:
@@ -164,24 +163,24 @@ class PartialOutput:
                 continue
             published.append(name)
             data, index = (output_of(target, end) for end in DATASET)
-            source = self.folder / f"{name}.bin"
-            if source.exists() or not index.exists():  # or an earlier process came so far
-                with naming(self.folder / _INDEX), open(self.folder / _INDEX, "wb") as stream:
+            source = self.directory / f"{name}.bin"
+            if source.exists() or not index.exists():  # else an earlier process moved it
+                with naming(self.directory / _INDEX), open(self.directory / _INDEX, "wb") as stream:
                     write_index(stream, lengths, self._dtype)
                     sync_to_disk(stream)
-                # An old index never stands beside new data: without an index there is no dataset.
+                # Remove the old index first, so that it is never combined with new data.
                 with naming(index):
                     index.resolve().unlink(missing_ok=True)
                 _empty_cache(target)
                 if source.exists():
                     move_file(source, data)
-                move_file(self.folder / _INDEX, index)
+                move_file(self.directory / _INDEX, index)
             outputs[ending(name, ".bin")] = {
                 "size": data.stat().st_size,
                 "sha256": self._recorded.get(name) or sha256(data),
             }
             outputs[ending(name, ".idx")] = {"size": index.stat().st_size, "sha256": sha256(index)}
-        skipped, target = self.folder / _SKIPPED, output_of(self._prefix, SKIPPED)
+        skipped, target = self.directory / _SKIPPED, output_of(self._prefix, SKIPPED)
         if skipped.exists() and skipped.stat().st_size:
             move_file(skipped, target)
         if not skipped.exists() and target.exists():
@@ -189,49 +188,49 @@ class PartialOutput:
         return published, outputs
 
     def close(self) -> None:
-        """Close the files; what was saved stays for another start."""
+        """Close the files; a later start resumes from the last `save`."""
         for file in self._files.values():
             file.close()
         self._files.clear()
         self._lock.close()
 
     def remove(self) -> None:
-        """Close, and leave nothing of ours."""
+        """Close, and remove all files."""
         self.close()
         with suppress(OSError):
-            remove_files(self.folder, filter(_MINE.fullmatch, files_in(self.folder, ())))
-            self.folder.rmdir()
+            remove_files(self.directory, filter(_MINE.fullmatch, files_in(self.directory, ())))
+            self.directory.rmdir()
 
-    def _check_mine(self) -> None:
-        """Refuse a directory that is a link, or holds what no unfinished dataset has."""
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            what = "a symbolic link" if self.folder.is_symlink() else "a file"
+    def _check_owned(self) -> None:
+        """Reject a directory that is a link, or has files of others."""
+        if self.directory.is_symlink() or (self.directory.exists() and not self.directory.is_dir()):
+            what = "a symbolic link" if self.directory.is_symlink() else "a file"
             raise UsageError(
-                f"{self.folder} is {what}, but the unfinished dataset needs a directory of that "
+                f"{self.directory} is {what}, but the unfinished dataset needs a directory of that "
                 "name. Move it away, or give another --output."
             )
-        if not self.folder.exists():
+        if not self.directory.exists():
             return
-        found = files_in(self.folder, ())
+        found = files_in(self.directory, ())
         known = _LOCK in found or _JOURNAL in found
         for name in found:
-            is_link = (self.folder / name).is_symlink()
+            is_link = (self.directory / name).is_symlink()
             if not known or is_link or not _MINE.fullmatch(name):
                 raise UsageError(
-                    f"{self.folder / name} is not a file of an unfinished dataset, and {self.folder} "
+                    f"{self.directory / name} is not a file of an unfinished dataset, and {self.directory} "
                     "is reserved for one. Move it away, or give another --output."
                 )
 
     def _open(self, sizes: dict[str, int]) -> None:
         wanted = [f"{name}{end}" for name in self._names for end in (".bin", ".lengths")]
         for name in (*wanted, _SKIPPED):
-            file = open(self.folder / name, "r+b" if name in sizes else "w+b")
+            file = open(self.directory / name, "r+b" if name in sizes else "w+b")
             self._files[name] = file
             file.seek(0, os.SEEK_END)
             if file.tell() < sizes.get(name, 0):
                 raise UsageError(
-                    f"{self.folder / name} is shorter than when it was saved. Remove "
-                    f"{self.folder}, or give --overwrite, to start over."
+                    f"{self.directory / name} is shorter than when it was saved. Remove "
+                    f"{self.directory}, or give --overwrite, to start over."
                 )
             file.truncate(sizes.get(name, 0))
             if name.endswith(".bin"):
@@ -241,10 +240,10 @@ class PartialOutput:
             file.seek(0, os.SEEK_END)
 
     def _read_journal(self, overwrite: bool) -> dict | None:
-        path = self.folder / _JOURNAL
+        path = self.directory / _JOURNAL
         if not path.exists():
             return None
-        remedy = f"Remove {self.folder}, or give --overwrite, to start over."
+        remedy = f"Remove {self.directory}, or give --overwrite, to start over."
         try:
             journal = read_json(path, hint=remedy)
             _check_journal(journal, f"{path} {{}}. {remedy}")
@@ -258,24 +257,24 @@ class PartialOutput:
             return None
         if differ:
             raise UsageError(
-                f"{self.folder} is an unfinished dataset with different {', '.join(differ)}. Finish it "
+                f"{self.directory} is an unfinished dataset with different {', '.join(differ)}. Finish it "
                 "with its original arguments and files, or give --overwrite."
             )
         return journal
 
 
 def _empty_cache(target: Path) -> None:
-    """Remove the samples that Megatron cut from the old data."""
-    folder = target / _CACHE
-    if not folder.is_dir() or folder.is_symlink():
+    """Remove Megatron's sample indices of the old data."""
+    directory = target / _CACHE
+    if not directory.is_dir() or directory.is_symlink():
         return
     with suppress(OSError):
-        remove_files(folder, filter(_CACHED.fullmatch, files_in(folder)))
-        folder.rmdir()
+        remove_files(directory, filter(_CACHED.fullmatch, files_in(directory)))
+        directory.rmdir()
 
 
 def _check_journal(journal: dict, message: str) -> None:
-    """Refuse a journal whose fields are not of their kinds."""
+    """Reject a journal whose fields have wrong types."""
     kinds = {"task": dict, "state": dict, "sizes": dict, "complete": bool}
     for name, kind in kinds.items():
         if type(journal.get(name)) is not kind:

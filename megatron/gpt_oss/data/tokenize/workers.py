@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A function over an iterator in many processes, results in order, memory bounded."""
+"""Map a function over an iterator in several processes, in order and with bounded memory."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from typing import Callable, Iterable, Iterator
 
 from megatron.gpt_oss.errors import UsageError
 
-AHEAD = 3  # items a process: one in work, one waiting for it, one on its way back
+AHEAD = 3  # items per process: one in work, one queued, one returned
 
 
 def process_map(
@@ -24,15 +24,17 @@ def process_map(
     initializer: Callable,
     initargs: tuple,
 ) -> Iterator[tuple[object, object]]:
-    """(item, function(item)) in the order of the items, which are taken as they are needed.
+    """Yield (item, function(item)) in order; items are read from the iterator as needed.
 
     Args:
-        function, initializer: of a module's top level; they are pickled by name.
-        processes: at least 1; end with this one, even when it is killed.
+        function, initializer: module-level functions, which are pickled by name.
+        processes: at least 1. They exit with this process, even if it is killed.
     Raises:
-        UsageError: a process was killed, for example for its memory.
+        UsageError: a process was killed, for example because memory ran out.
     """
-    context = multiprocessing.get_context("spawn")  # torch and tokenizers have threads: no fork
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # fork is unsafe with the threads of torch and tokenizers
     pool = ProcessPoolExecutor(processes, context, _begin, (initializer, initargs))
     pending = deque()
     try:
@@ -54,7 +56,7 @@ def process_map(
 
 
 def _begin(initializer: Callable, initargs: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_follow_parent, daemon=True).start()
     initializer(*initargs)
 

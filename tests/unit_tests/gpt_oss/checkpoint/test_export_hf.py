@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron.core import dist_checkpointing
+from megatron.gpt_oss.checkpoint import resumable_output
 from megatron.gpt_oss.checkpoint.export_hf import ExportJob, export_hf
 from megatron.gpt_oss.checkpoint.hf.config import hf_config_from_preset
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
@@ -35,7 +36,7 @@ from tests.harness.models import (
 
 @pytest.fixture(scope='module')
 def hf(tmp_path_factory):
-    """A checkpoint with all its companions, as training would begin with."""
+    """A checkpoint with auxiliary files, as training starts from."""
     config = hf_config_from_preset(ODD, eos_token_id=7) | {'torch_dtype': 'bfloat16', 'note': 'x'}
     folder = tmp_path_factory.mktemp('export') / 'hf'
     write_hf(folder, ODD, trained_tensors(ODD), config=config)
@@ -296,9 +297,7 @@ def test_a_killed_export_goes_on(saved, tmp_path):
 
 
 def test_no_room(hf, saved, tmp_path, monkeypatch):
-    from megatron.gpt_oss.checkpoint import resumable_output as unfinished
-
-    monkeypatch.setattr(unfinished, 'free_space', lambda path: 10**6)
+    monkeypatch.setattr(resumable_output, 'free_space', lambda path: 10**6)
     with pytest.raises(UsageError, match='out needs 0.07 GB on disk, 0.00 GB are free'):
         export_hf(saved, tmp_path / 'out', like=hf)
     assert not list(tmp_path.iterdir())

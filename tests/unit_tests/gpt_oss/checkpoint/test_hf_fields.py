@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from megatron.gpt_oss.checkpoint.hf import fields as hf_fields
-from megatron.gpt_oss.checkpoint.hf.check import check_tensors
+from megatron.gpt_oss.checkpoint.hf.check import open_hf
 from megatron.gpt_oss.checkpoint.hf.config import (
     hf_config_from_preset,
     preset_from_hf_config,
     read_hf_config,
 )
-from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.hf.writer import QUANTIZATION_CONFIG
 from megatron.gpt_oss.errors import UsageError
 from tests.harness.hf_variations import (
@@ -248,7 +247,7 @@ def test_config_and_files_disagree_about_mxfp4(tmp_path, said):
     extra = {'quantization_config': QUANTIZATION_CONFIG} if said else {}
     write_config(tmp_path, hf_config_from_preset(TINY, **extra))
     with pytest.raises(UsageError, match='quantization_config'):
-        check_tensors(HFReader(tmp_path), TINY)
+        open_hf(tmp_path)
 
 
 @pytest.mark.parametrize('number', range(SWEEP))

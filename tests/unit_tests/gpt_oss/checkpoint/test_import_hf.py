@@ -20,7 +20,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.gpt_oss import cli
-from megatron.gpt_oss.checkpoint import resumable_output as unfinished_module
+from megatron.gpt_oss.checkpoint import resumable_output
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.import_hf import Job, convert_to_megatron
@@ -216,7 +216,7 @@ def test_reader_reads_runs_and_the_rest(hf, tmp_path, monkeypatch, name):
         one, other = (megatron_to_hf(tensor, PRESET, reader) for reader in (ours, theirs))
         assert torch.equal(one, other), tensor
     rows = slice(100, 260)
-    one, other = (r.whole('output_layer.weight', rows) for r in (ours, theirs))
+    one, other = (r.global_tensor('output_layer.weight', rows) for r in (ours, theirs))
     assert torch.equal(one, other) and len(one) == 160
     cut_by_columns = by_runs.count(False)
     assert (cut_by_columns > 0) == (name != '1') and by_runs.count(True) > 60
@@ -331,7 +331,7 @@ def test_a_killed_conversion_goes_on(hf, tmp_path):
 
 
 def test_two_at_once_are_refused(hf, tmp_path):
-    with unfinished_module.unfinished(tmp_path / 'out', Job(hf).task(), 1000):
+    with resumable_output.open_output(tmp_path / 'out', Job(hf).task(), 1000):
         with pytest.raises(UsageError, match='Another process is writing'):
             convert_to_megatron(hf, tmp_path / 'out')
 
@@ -367,7 +367,7 @@ def test_layouts_that_do_not_fit(layout, words):
 
 def test_no_room_is_said_before(hf, tmp_path, monkeypatch):
     usage = collections.namedtuple('usage', 'total used free')(10**9, 10**9 - 10**6, 10**6)
-    monkeypatch.setattr(unfinished_module.shutil, 'disk_usage', lambda path: usage)
+    monkeypatch.setattr(resumable_output.shutil, 'disk_usage', lambda path: usage)
     with pytest.raises(UsageError, match=r'out needs 0.07 GB on disk, 0.00 GB are free'):
         convert_to_megatron(hf, tmp_path / 'out')
     assert not list(tmp_path.iterdir())
@@ -402,10 +402,10 @@ def test_full_device(hf, tmp_path, monkeypatch):
     write_files = Job.write_files
 
     def write_to_full_device(self, work, bar):
-        (work.folder / 'kept').write_text('x')
+        (work.directory / 'kept').write_text('x')
         work.finish('kept')
         work.wait()
-        (work.folder / 'release' / f'{first.prefix}0.distcp').symlink_to('/dev/full')
+        (work.directory / 'release' / f'{first.prefix}0.distcp').symlink_to('/dev/full')
         return write_files(self, work, bar)
 
     monkeypatch.setattr(Job, 'write_files', write_to_full_device)

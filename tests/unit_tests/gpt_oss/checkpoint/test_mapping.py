@@ -166,7 +166,7 @@ class _Source:
     def __init__(self, tensors):
         self.tensors = tensors
 
-    def whole(self, key, rows=slice(None)):
+    def global_tensor(self, key, rows=slice(None)):
         return self.tensors[key][rows]
 
     def layer(self, keys, layer, expert=None):

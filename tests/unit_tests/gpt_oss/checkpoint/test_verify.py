@@ -66,7 +66,7 @@ def test_one_value_of_one_expert(hf, tmp_path, capsys):
     name = 'model.layers.1.mlp.experts.gate_up_proj'
     assert f'2 of 54 differ. First difference: {name} (layer 1) at [5, 2, 9]: ' in printed
     value = trained_tensors(PRESET)[name][5, 2, 9].to(torch.bfloat16).item()
-    assert f'{value:.8g} in the Hugging Face checkpoint' in printed
+    assert f'{value:.8g} in the Hugging Face model' in printed
     assert 'largest difference 2' in printed
 
 

@@ -12,13 +12,13 @@ from .abstract_tokenizer import MegatronTokenizerTextAbstract
 
 
 class FastTokenizer(MegatronTokenizerTextAbstract):
-    """What HuggingFaceTokenizer is to transformers, for a local folder and its fast tokenizer.
+    """What HuggingFaceTokenizer is to transformers, for a local directory and its fast tokenizer.
 
     Takes the same arguments; vocab_file, merges_file, use_fast and trust_remote_code have no
     meaning here, where tokenizer.json is the whole tokenizer.
 
     Args:
-        tokenizer_path: folder with tokenizer.json (and tokenizer_config.json, which names the
+        tokenizer_path: directory with tokenizer.json (and tokenizer_config.json, which names the
             special tokens), or the file.
         additional_special_tokens: added to the vocabulary if they are not in it.
         include_special_tokens: text_to_ids adds what the tokenizer's post-processor adds;
@@ -40,17 +40,17 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
         del vocab_file, merges_file, trust_remote_code
         if not use_fast:
             raise ValueError('Without transformers only fast tokenizers (tokenizer.json) load.')
-        folder, name = tokenizer_path, 'tokenizer.json'
+        directory, name = tokenizer_path, 'tokenizer.json'
         if os.path.isfile(tokenizer_path):
-            folder, name = os.path.split(tokenizer_path)
-        file = os.path.join(folder, name)
+            directory, name = os.path.split(tokenizer_path)
+        file = os.path.join(directory, name)
         if not os.path.isfile(file):
             raise ValueError(
-                f'No {name} in {tokenizer_path}. Give a local folder that has one: names of the '
+                f'No {name} in {tokenizer_path}. Give a local directory that has one: names of the '
                 'Hugging Face hub need the transformers package.'
             )
         self.tokenizer = _read_tokenizer(file)
-        config = _read_json(os.path.join(folder, 'tokenizer_config.json'))
+        config = _read_json(os.path.join(directory, 'tokenizer_config.json'))
         self.chat_template = chat_template or config.get('chat_template')
         self.include_special_tokens = include_special_tokens
         self._special = {
