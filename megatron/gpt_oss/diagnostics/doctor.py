@@ -113,7 +113,7 @@ def examine(workload: Workload, cuda: bool, measure: bool, compile_flex: bool) -
     if measure:
         _measure(workload, rows, compile_flex)
     for row in rows.values():
-        row["supported"] = row["supported"]  # former name, kept for one version
+        row["able"] = row["supported"]  # former name, kept for one version
     return {"case": workload.kind, "seqlen": workload.seqlen, "auto": chosen, "backends": rows}
 
 
