@@ -281,7 +281,9 @@ def test_refused(setting):
     """Unsupported options are named, not ignored."""
     config = moe_layer(True).config
     setattr(config, *setting)
-    with pytest.raises(ValueError, match=f"GroupedExperts does not support {setting[0]} = {setting[1]}"):
+    with pytest.raises(
+        ValueError, match=f"GroupedExperts does not support {setting[0]} = {setting[1]}"
+    ):
         GroupedExperts(EXPERTS, config)
 
 
