@@ -175,9 +175,7 @@ def test_end_of_a_run(ranks, inputs, plain, tmp_path):
 
 
 def test_start_of_a_run(ranks, inputs, plain, plain_dir, tmp_path):
-    with pytest.raises(
-        UsageError, match='No file .*metrics.jsonl'
-    ):  # it ends before the first step
+    with pytest.raises(Exception, match='--load .* holds no checkpoint'):
         losses(ranks, inputs, tmp_path / 'none', '--exit-on-missing-checkpoint')
     flags = f'--pretrained-checkpoint {plain_dir}/checkpoints --start-eval-at-iter 1'
     found = losses(ranks, inputs, tmp_path / 'other', flags)
