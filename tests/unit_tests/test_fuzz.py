@@ -14,10 +14,11 @@ import pytest
 from tests.fuzz.case import Case, Layout, Problem
 from tests.fuzz.runner import Runner
 from tests.fuzz.shrink import shrunk
-from tests.fuzz.workers import judged
+from tests.fuzz.workers import CASES_A_PROBLEM, judged
 
 # Cases of one problem follow each other: the runner keeps the reference run of the last problem.
 REGRESSIONS = json.loads((Path(__file__).parents[1] / 'fuzz' / 'regressions.json').read_text())
+FRESH = 12
 
 
 @pytest.fixture(scope='module')
@@ -46,9 +47,10 @@ def test_finds_a_fault(runner, monkeypatch):
 
 
 def test_fresh_cases(runner):
-    """Cases that are drawn at random in each run: one problem, whose cases share the reference run."""
+    """Cases that are drawn at random in each run."""
     seed = str(SystemRandom().randrange(10**6))
-    for case, verdict, _ in judged(runner, seed, range(1), (1, 2, 2, 4)):
+    problems = range(FRESH // CASES_A_PROBLEM)
+    for case, verdict, _ in judged(runner, seed, problems, (1, 2, 2, 4)):
         command = f"python -m tests.fuzz --case '{case.to_json()}'"
         assert not verdict.is_fault, '\n'.join([*verdict.lines, command])
 
