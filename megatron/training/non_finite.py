@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Stops a run whose loss or gradient is not finite, and says where it began.
+"""Stop a run whose loss or gradient is not finite, and report the first tensor that is not.
 
-Every step's verdict is the norm of the gradients, which the optimizer reads back anyway before it
-updates: one NaN or infinity anywhere, on any rank, makes it so (pipeline_parallel/schedules.py
-turns a loss that is not finite into gradients that are not). The optimizer leaves the weights
-alone, and train_step() asks here for the cause. Only then does looking closer cost anything: the
-step is run once more on the same batch and random numbers, with hooks on every module and
-parameter, and the ranks put together what each saw first.
+The gradient norm detects the problem, at no cost: the optimizer copies it to the CPU before each
+update anyway. A NaN or infinity on any rank makes the norm non-finite, and
+pipeline_parallel/schedules.py turns a non-finite loss into non-finite gradients. The optimizer then
+skips the update, and train_step() calls `Check.stop`. It reruns the step on the same batch and RNG
+state with hooks on every module and parameter, gathers the first non-finite tensor of each rank,
+and raises.
 """
 
 import re
@@ -20,44 +20,44 @@ from megatron.core.rerun_state_machine import RerunMode, RerunState, get_rerun_s
 
 from .async_utils import maybe_finalize_async_save
 
-# Of the reports of all ranks, the message shows so many.
-MOST_RANKS_SHOWN = 8
+# Ranks that the message shows.
+MAX_RANKS_SHOWN = 8
 
 
 class NonFiniteError(RuntimeError):
     """The loss or a gradient is NaN or infinite; the message names step, rank and layer."""
 
 
-class Sighting(NamedTuple):
-    """The first tensor that was not finite, in one pass of one rank."""
+class NonFiniteTensor(NamedTuple):
+    """The first non-finite tensor in the forward or backward pass of one rank."""
 
     microbatch: int
-    layer: float  # Of the whole model, from 0; -1 before the first, inf after the last.
-    is_container: bool  # A module with parts, none of which was seen before.
-    order: int  # How many tensors this rank had looked at.
+    layer: float  # Global layer number from 0; -1 before the first layer, inf after the last.
+    is_container: bool  # The module has children, and none of them was non-finite before.
+    order: int  # Number of tensors that this rank checked before.
     description: str
 
 
-class Report(NamedTuple):
-    """What one rank saw."""
+class RankReport(NamedTuple):
+    """What one rank found."""
 
     rank: int
     parameters: List[str]
-    forward: Optional[Sighting]
-    backward: Optional[Sighting]
-    buckets: List[str]  # From the step itself, before the second pass.
-    still_in_buckets: bool  # Whether the second pass left such buckets, too.
+    forward: Optional[NonFiniteTensor]
+    backward: Optional[NonFiniteTensor]
+    buckets: List[str]  # Non-finite gradient buckets of the step itself.
+    still_in_buckets: bool  # Whether the rerun has non-finite buckets, too.
     largest_gradient: Tuple[float, str]
 
 
 class Check:
-    """One training step's means to find the cause.
+    """Finds the cause of a non-finite gradient norm of one training step.
 
     Args:
-        iteration: steps done before this one.
+        iteration: number of steps before this one.
         model: the model chunks of this rank.
         data_iterator: this rank's iterator, list of iterators, or None.
-        forward_backward: called without arguments, runs the step's forward and backward passes.
+        forward_backward: called without arguments; runs the step's forward and backward passes.
     """
 
     def __init__(
@@ -73,30 +73,32 @@ class Check:
         self.forward_backward = forward_backward
 
     def stop(self, grad_norm: Optional[float] = None) -> None:
-        """Find what is not finite and raise; return if all is well after all.
+        """Find the non-finite tensor and raise; return if every tensor and the norm are finite.
 
         Collective over all ranks.
 
+        Args:
+            grad_norm: gradient norm of the step; None if it was not computed.
         Raises:
             NonFiniteError: on every rank, with the same message.
         """
-        report = self._look()
-        reports: List[Report] = [report] * torch.distributed.get_world_size()
+        report = self._rank_report()
+        reports: List[RankReport] = [report] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(reports, report)
         norm_is_finite = grad_norm is None or _is_finite(grad_norm)
         cause = describe(reports, norm_is_finite)
         if cause is None:
             return
-        maybe_finalize_async_save(blocking=True)  # An earlier, good checkpoint.
+        maybe_finalize_async_save(blocking=True)  # A checkpoint of an earlier step.
         norm = '' if norm_is_finite else f' (norm of the gradients: {grad_norm})'
         raise NonFiniteError(
             f'Step {self.iteration + 1}: the loss or a gradient is not finite{norm}. {cause}\n'
-            'The weights were not updated and no checkpoint was written. Start again to go on from '
-            'the last checkpoint; --iterations-to-skip leaves out the batch of a step, and '
-            '--no-check-for-nan-in-loss-and-grad leaves out every update that is not finite.'
+            'The weights were not updated and no checkpoint was written. Rerun the same command to '
+            'resume from the last checkpoint; --iterations-to-skip skips the batch of a step, and '
+            '--no-check-for-nan-in-loss-and-grad skips every non-finite update.'
         )
 
-    def _look(self) -> Report:
+    def _rank_report(self) -> RankReport:
         names = {}
         for chunk in self.model:
             names.update(global_names(chunk))
@@ -107,31 +109,31 @@ class Check:
             for parameter in chunk.parameters()
             if not _is_finite(parameter)
         ]
-        watch = _Watch(self.model, names)
+        hooks = _NonFiniteHooks(self.model, names)
         try:
-            self._run_again()
+            self._rerun_step()
         finally:
-            watch.remove()
-        return Report(
+            hooks.remove()
+        return RankReport(
             torch.distributed.get_rank(),
             parameters,
-            watch.forward,
-            watch.backward,
+            hooks.forward,
+            hooks.backward,
             buckets,
             bool(_buckets_not_finite(self.model, names)),
-            watch.largest_gradient,
+            hooks.largest_gradient,
         )
 
-    def _run_again(self) -> None:
+    def _rerun_step(self) -> None:
         machine = get_rerun_state_machine()
         mode, state = machine.mode, machine.state
-        if mode != RerunMode.DISABLED:  # Otherwise the batch was not kept: look at the next one.
+        if mode != RerunMode.DISABLED:  # Otherwise the batch was not kept: the next one is used.
             machine._restore_state()
             iterators = self.data_iterator
             for iterator in iterators if isinstance(iterators, list) else [iterators]:
                 if iterator is not None:
                     iterator.rewind()
-        # In this state the machine accepts calls of validate_result() and decides nothing.
+        # In this state validate_result() accepts calls and triggers no rerun.
         machine.mode = RerunMode.VALIDATE_RESULTS
         machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
         try:
@@ -143,9 +145,9 @@ class Check:
 
 
 def refuse_to_save(iteration: int, model: List[torch.nn.Module]) -> None:
-    """Raise rather than let a checkpoint of weights that are not finite be written.
+    """Raise if a weight is not finite, before a checkpoint is written.
 
-    Collective over all ranks, and one read-back of the device: for saves, not for steps.
+    Collective over all ranks. Synchronises with the device once: for saves, not for every step.
 
     Raises:
         NonFiniteError: on every rank.
@@ -165,43 +167,39 @@ def refuse_to_save(iteration: int, model: List[torch.nn.Module]) -> None:
         torch.distributed.all_gather_object(everywhere, found)
     for rank, names in enumerate(everywhere):
         if names:
-            maybe_finalize_async_save(blocking=True)  # An earlier, good checkpoint.
+            maybe_finalize_async_save(blocking=True)  # A checkpoint of an earlier step.
             raise NonFiniteError(
                 f'Step {iteration}: weights are not finite after the update. Rank {rank}: '
-                f'{_some(names)}. No checkpoint was written; start again to go on from the last.'
+                f'{_some(names)}. No checkpoint was written. Rerun the same command to resume from '
+                'the last one.'
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# Putting together what the ranks saw
-# ---------------------------------------------------------------------------------------------
-
-
-def describe(reports: List[Report], norm_is_finite: bool) -> Optional[str]:
-    """The cause in words, its origin first; None if no rank saw anything."""
+def describe(reports: List[RankReport], norm_is_finite: bool) -> Optional[str]:
+    """Describe the cause, starting with the rank of its origin; None if every rank is finite."""
     if any(report.parameters for report in reports):
-        seen = [
+        lines = [
             f'Rank {report.rank}: {_some(report.parameters)}.'
             for report in reports
             if report.parameters
         ]
         first = _first_forward(reports)
         if first is not None:
-            seen.append(f'In the forward pass: rank {first.rank}: {first.forward.description}.')
-        return _lines(seen)
+            lines.append(f'In the forward pass: rank {first.rank}: {first.forward.description}.')
+        return _lines(lines)
     origin = _first_forward(reports)
     if origin is not None:
         return _lines(_ordered(origin, reports, lambda report: report.forward))
     origin = _first_backward(reports)
     if origin is not None:
         return _lines(_ordered(origin, reports, lambda report: report.backward))
-    hurt = [report for report in reports if report.buckets]
-    if hurt and not any(report.still_in_buckets for report in reports):
+    affected = [report for report in reports if report.buckets]
+    if affected and not any(report.still_in_buckets for report in reports):
         return _lines(
             [
-                f'Rank {report.rank}: {_some(report.buckets)}. A second pass over the same batch was '
-                'finite: suspect the hardware of this rank, or a race.'
-                for report in hurt
+                f'Rank {report.rank}: {_some(report.buckets)}. A rerun of the same batch was finite: '
+                'suspect the hardware of this rank, or a race.'
+                for report in affected
             ]
         )
     if norm_is_finite:
@@ -214,8 +212,8 @@ def describe(reports: List[Report], norm_is_finite: bool) -> Optional[str]:
     )
 
 
-def _first_forward(reports: List[Report]) -> Optional[Report]:
-    # What one rank sends to another is seen there later, and in a module around the communication.
+def _first_forward(reports: List[RankReport]) -> Optional[RankReport]:
+    # A receiving rank detects the tensor later, in the module that contains the communication.
     return min(
         (report for report in reports if report.forward),
         key=lambda report: report.forward[:4],
@@ -223,25 +221,25 @@ def _first_forward(reports: List[Report]) -> Optional[Report]:
     )
 
 
-def _first_backward(reports: List[Report]) -> Optional[Report]:
+def _first_backward(reports: List[RankReport]) -> Optional[RankReport]:
     def key(report):
-        seen = report.backward
-        # An expert sends its input's gradient to other ranks, where it comes out of the dispatch.
-        return seen.microbatch, -seen.layer, '.experts.' not in seen.description, seen.order
+        found = report.backward
+        # The gradient of an expert's input reaches other ranks through the backward of dispatch.
+        return found.microbatch, -found.layer, '.experts.' not in found.description, found.order
 
     return min((report for report in reports if report.backward), key=key, default=None)
 
 
-def _ordered(origin: Report, reports: List[Report], sighting) -> List[str]:
-    others = [report for report in reports if report is not origin and sighting(report)]
-    return [f'Rank {origin.rank}: {sighting(origin).description}.'] + [
-        f'Seen after it: rank {report.rank}: {sighting(report).description}.' for report in others
+def _ordered(origin: RankReport, reports: List[RankReport], found) -> List[str]:
+    others = [report for report in reports if report is not origin and found(report)]
+    return [f'Rank {origin.rank}: {found(origin).description}.'] + [
+        f'After it: rank {report.rank}: {found(report).description}.' for report in others
     ]
 
 
 def _lines(lines: List[str]) -> str:
-    if len(lines) > MOST_RANKS_SHOWN:
-        lines = lines[:MOST_RANKS_SHOWN] + [f'And on {len(lines) - MOST_RANKS_SHOWN} more ranks.']
+    if len(lines) > MAX_RANKS_SHOWN:
+        lines = lines[:MAX_RANKS_SHOWN] + [f'And on {len(lines) - MAX_RANKS_SHOWN} more ranks.']
     return '\n'.join(lines)
 
 
@@ -250,17 +248,12 @@ def _some(items: List[str]) -> str:
     return '; '.join(items[:3]) + more
 
 
-# ---------------------------------------------------------------------------------------------
-# Looking
-# ---------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """Hooks on modules and parameters that note the first tensor that is not finite."""
+class _NonFiniteHooks:
+    """Hooks on modules and parameters that record the first non-finite tensor."""
 
     def __init__(self, model: List[torch.nn.Module], names: Dict[Any, str]):
-        self.forward: Optional[Sighting] = None
-        self.backward: Optional[Sighting] = None
+        self.forward: Optional[NonFiniteTensor] = None
+        self.backward: Optional[NonFiniteTensor] = None
         self.largest_gradient = (0.0, 'no parameter')
         self._names = names
         self._order = 0
@@ -277,6 +270,7 @@ class _Watch:
                     self._handles.append(parameter.register_hook(hook))
 
     def remove(self) -> None:
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -285,17 +279,19 @@ class _Watch:
             return
         microbatch = self._calls[module] = self._calls.get(module, -1) + 1
         name = self._names[module]
-        what = f'the output of {name}' if name else 'the output of the whole model, its loss'
+        what = f'the output of {name}' if name else 'the output of the model, the loss'
         for tensor in _tensors(output):
             self._order += 1
             if self.forward is None and not _is_finite(tensor):
                 is_container = next(module.children(), None) is not None
                 where = f'{what} holds {count_not_finite(tensor)}, micro-batch {microbatch}'
-                self.forward = Sighting(microbatch, _layer(name), is_container, self._order, where)
+                self.forward = NonFiniteTensor(
+                    microbatch, _layer(name), is_container, self._order, where
+                )
             if tensor.requires_grad and self.forward is None:
                 tensor.register_hook(
                     lambda gradient, name=what, layer=_layer(name), microbatch=microbatch: (
-                        self._see_gradient(gradient, name, layer, microbatch)
+                        self._check_gradient(gradient, name, layer, microbatch)
                     )
                 )
 
@@ -304,28 +300,28 @@ class _Watch:
 
         def hook(gradient):
             if getattr(parameter, 'grad_added_to_main_grad', False):
-                gradient = parameter.main_grad  # A fused kernel put it there; this is a dummy.
+                gradient = parameter.main_grad  # A fused kernel wrote it; `gradient` is a dummy.
             count = self._backward_counts.get(parameter, 0)
             self._backward_counts[parameter] = count + 1
-            self._see_gradient(gradient, name, _layer(name), count)
+            self._check_gradient(gradient, name, _layer(name), count)
             largest = gradient.detach().abs().max().item() if gradient.numel() else 0.0
             if largest > self.largest_gradient[0]:
                 self.largest_gradient = (largest, name)
 
         return hook
 
-    def _see_gradient(self, gradient, name: str, layer: float, microbatch: int) -> None:
+    def _check_gradient(self, gradient, name: str, layer: float, microbatch: int) -> None:
         self._order += 1
         if self.backward is None and not _is_finite(gradient):
             where = (
                 f'the gradient of {name} holds {count_not_finite(gradient)}, '
                 f'micro-batch {microbatch}; the forward pass was finite'
             )
-            self.backward = Sighting(microbatch, layer, False, self._order, where)
+            self.backward = NonFiniteTensor(microbatch, layer, False, self._order, where)
 
 
 def _buckets_not_finite(model: List[torch.nn.Module], names: Dict[Any, str]) -> List[str]:
-    """Gradient buckets of the step itself that were not finite before they were reduced."""
+    """Describe the gradient buckets that were not finite before the reduction."""
     found = []
     for chunk in model:
         groups = getattr(chunk, 'bucket_groups', []) + getattr(
@@ -343,9 +339,12 @@ def _buckets_not_finite(model: List[torch.nn.Module], names: Dict[Any, str]) -> 
 
 
 def global_names(chunk: torch.nn.Module) -> Dict[Any, str]:
-    """Names of a chunk's modules and parameters as in the whole model.
+    """Global names of a chunk's modules and parameters.
 
     Layers are numbered from 0 over all pipeline stages, experts over all expert-parallel ranks.
+
+    Returns:
+        {module or parameter: name}, without the prefixes of DDP and Float16Module.
     """
     layers, experts = {}, {}
     for name, module in chunk.named_modules():
@@ -356,7 +355,7 @@ def global_names(chunk: torch.nn.Module) -> Dict[Any, str]:
             offset = parallel_state.get_expert_model_parallel_rank() * len(module.local_experts)
             experts[name + '.local_experts'] = offset
 
-    def whole(name: str) -> str:
+    def global_name(name: str) -> str:
         for prefix, number in layers.items():
             if name == prefix or name.startswith(prefix + '.'):
                 renamed = re.sub(r'\d+$', str(number), prefix)
@@ -370,17 +369,17 @@ def global_names(chunk: torch.nn.Module) -> Dict[Any, str]:
         # The wrappers: DistributedDataParallel, Float16Module.
         return re.sub(r'^module(\.|$)', '', re.sub(r'^(module\.)+', '', name))
 
-    names: Dict[Any, str] = {module: whole(name) for name, module in chunk.named_modules()}
-    names.update({parameter: whole(name) for name, parameter in chunk.named_parameters()})
+    names: Dict[Any, str] = {module: global_name(name) for name, module in chunk.named_modules()}
+    names.update({parameter: global_name(name) for name, parameter in chunk.named_parameters()})
     return names
 
 
 def count_not_finite(tensor: torch.Tensor) -> str:
-    """E.g. '3 NaN and 1 inf among 640 values'."""
+    """Count the non-finite values, e.g. '3 NaN and 1 inf among 640 values'."""
     num_nan = int(torch.isnan(tensor).sum())
     num_inf = int(torch.isinf(tensor).sum())
     kinds = [f'{count} {kind}' for count, kind in ((num_nan, 'NaN'), (num_inf, 'inf')) if count]
-    return f'{" and ".join(kinds) or "nothing but finite"} among {tensor.numel()} values'
+    return f'{" and ".join(kinds) or "no NaN or inf"} among {tensor.numel()} values'
 
 
 def _layer(name: str) -> float:

@@ -1,15 +1,15 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where a run stands: in its learning-rate schedule, its samples and its tokens.
+"""Position of a run in its learning-rate schedule, its samples and its tokens.
 
-The schedule in force is the command line's, evaluated where the run stands: at its step where the
-command line counts in iterations, at the samples that it consumed where it counts in samples. Steps
-whose update was skipped do not count. With --use-checkpoint-opt-param-scheduler the schedule of the
-checkpoint is kept instead.
+A resumed run uses the schedule of its command line. The position in it is the number of updates if
+the command line counts in iterations (--train-iters), and the number of consumed samples if it
+counts in samples (--train-samples); skipped updates do not count. With
+--use-checkpoint-opt-param-scheduler the schedule of the checkpoint is used instead.
 
 Upstream's `OptimizerParamScheduler` has one counter, in samples, for both. In a run that counts in
-iterations every step adds `args.global_batch_size` to it, whatever the batch of the step was: its
-lengths are iterations times that number.
+iterations every step adds `args.global_batch_size` to it, also during a batch size ramp: the
+lengths of its schedule are iterations times that number.
 """
 
 import copy
@@ -23,12 +23,8 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from . import step_callbacks
-from .saved_schedule import ADDED, SavedSchedule, holds_optimizer, rate_word
+from .saved_schedule import ADDED, SavedSchedule, format_rate, holds_optimizer
 from .utils import print_rank_0
-
-# ---------------------------------------------------------------------------------------------
-# The counter.
-# ---------------------------------------------------------------------------------------------
 
 
 def counts_samples(args: Namespace) -> bool:
@@ -37,13 +33,13 @@ def counts_samples(args: Namespace) -> bool:
 
 
 def steps_per_iteration(scheduler: OptimizerParamScheduler, args: Namespace) -> Optional[int]:
-    """What an iteration adds to the scheduler's counter; None for the samples of its batch."""
+    """What an iteration adds to the scheduler's counter; None: the samples of its batch."""
     own = None if counts_samples(args) else args.global_batch_size
     return getattr(scheduler, 'steps_per_iteration', own)
 
 
 def increment(scheduler: OptimizerParamScheduler, args: Namespace, batch_size: int) -> int:
-    """For `scheduler.step` after an update.
+    """The increment to pass to `scheduler.step` after an update.
 
     Args:
         batch_size: samples of this step.
@@ -55,7 +51,7 @@ def increment(scheduler: OptimizerParamScheduler, args: Namespace, batch_size: i
 
 
 def state_dict(scheduler: OptimizerParamScheduler, args: Namespace) -> Dict[str, Any]:
-    """Upstream's, and what a checkpoint needs besides to tell its rate at any step."""
+    """Upstream's state dict, and the fields from which the rate at any step follows."""
     state = scheduler.state_dict()
     if not isinstance(scheduler, OptimizerParamScheduler):
         return state
@@ -64,16 +60,11 @@ def state_dict(scheduler: OptimizerParamScheduler, args: Namespace) -> Dict[str,
     return state
 
 
-# ---------------------------------------------------------------------------------------------
-# After a load.
-# ---------------------------------------------------------------------------------------------
-
-
 def without_param_groups(sharded_state_dict: Dict[str, Any]) -> None:
-    """Let a checkpoint's parameter groups be read as they are, whatever their number.
+    """Remove `param_groups` from a sharded state dict, in place.
 
-    Merged into the state dict to load, item by item, they would have to be as many as this run's.
-    The sharded state dict is changed in place.
+    A checkpoint may have another number of groups than this run. Upstream merges the loaded list
+    into the list of this run item by item, which needs equal lengths.
     """
     for value in list(sharded_state_dict.values()):
         if isinstance(value, dict):
@@ -84,17 +75,17 @@ def without_param_groups(sharded_state_dict: Dict[str, Any]) -> None:
 def resume(
     scheduler: OptimizerParamScheduler, state: Dict[str, Any], iteration: int, args: Namespace
 ) -> None:
-    """Put the scheduler where a run stands that resumes, and say what changes.
+    """Set the scheduler to the position of a resumed run, and log what changes.
 
-    Called on every rank once the optimizer's state is loaded.
+    Called on every rank after the optimizer's state is loaded.
 
     Args:
         state: the loaded checkpoint. Its 'args' are those of the command that wrote it, and
             'opt_param_scheduler' is absent with --no-save-optim.
-        iteration: of the checkpoint. `args.consumed_train_samples` is restored already.
+        iteration: step of the checkpoint. `args.consumed_train_samples` is restored already.
     Raises:
         ScheduleError: --use-checkpoint-opt-param-scheduler, and the checkpoint has no schedule or
-            other parameter groups.
+            another number of parameter groups.
     """
     saved_args = state.get('args') or Namespace()
     _resume_tokens(saved_args, args)
@@ -107,16 +98,17 @@ def resume(
     saved = SavedSchedule(scheduler, state, saved_args, iteration, args)
     command = copy.copy(scheduler)
     command.steps_per_iteration = steps_per_iteration(scheduler, args)
-    now = f'learning rate at step {iteration + 1}: {rate_word(saved.rate_by(command))} by this command'
+    own_rate = format_rate(saved.rate_by(command))
+    now = f'learning rate at step {iteration + 1}: {own_rate} by this command'
     kept = scheduler.use_checkpoint_opt_param_scheduler
     if kept:
-        saved.put_into(scheduler)
+        saved.apply_to(scheduler)
         now = (
-            f"learning rate at step {iteration + 1}: {rate_word(saved.rate())} by the checkpoint's "
-            f'schedule, which is kept; {rate_word(saved.rate_by(command))} by this command'
+            f"learning rate at step {iteration + 1}: {format_rate(saved.rate())} by the checkpoint's "
+            f'schedule, which is kept; {own_rate} by this command'
         )
     elif saved.scheduler is not None:
-        now += f", {rate_word(saved.rate())} by the checkpoint's schedule"
+        now += f", {format_rate(saved.rate())} by the checkpoint's schedule"
     scheduler.num_steps = saved.position(steps_per_iteration(scheduler, args), kept)
     scheduler.step(0)
     changes = saved.changes(command, kept)
@@ -136,13 +128,8 @@ def _why_moments_restart(state: Dict[str, Any], args: Namespace) -> str:
     return '' if holds_optimizer(state) else 'the checkpoint was saved with --no-save-optim'
 
 
-# ---------------------------------------------------------------------------------------------
-# Samples and tokens.
-# ---------------------------------------------------------------------------------------------
-
-
 def _iterations_left(args: Namespace) -> int:
-    """Of a run that counts in samples, from where it stands; a last incomplete batch is left out."""
+    """Remaining iterations of a run that counts in samples; an incomplete last batch is dropped."""
     consumed = args.consumed_train_samples
     if getattr(args, 'step_batch_size_schedule', None) is None:
         return max(0, args.train_samples - consumed) // args.global_batch_size
@@ -155,9 +142,9 @@ def _iterations_left(args: Namespace) -> int:
 
 
 def num_train_samples(args: Namespace) -> int:
-    """Samples that the training set must have: those consumed, and those of the steps to come.
+    """Samples that the training set must have: consumed ones and those of the remaining steps.
 
-    As many as without a resume where these are enough, for the shuffle depends on the number.
+    The number of a run without a resume is kept if it is large enough: the shuffle depends on it.
     """
     consumed, iteration = args.consumed_train_samples, getattr(args, 'iteration', 0) or 0
     wanted = (
@@ -172,7 +159,7 @@ def num_train_samples(args: Namespace) -> int:
     elif not counts_samples(args):
         remaining = max(0, args.train_iters - iteration)
         wanted = max(wanted, consumed + remaining * args.global_batch_size)
-    # A data loader refuses a set of which nothing is left, though a finished run asks for nothing.
+    # The data loader rejects a set without unconsumed samples, also in a finished run.
     return max(wanted, consumed + 1)
 
 
@@ -180,14 +167,14 @@ def num_valid_samples(args: Namespace, wanted: int) -> int:
     """Samples that a validation set must have.
 
     Args:
-        wanted: of all evaluations of this command line.
+        wanted: samples of all evaluations of this command line.
     Returns:
-        More where earlier starts have drawn more, by another --eval-interval or --eval-iters.
+        `wanted`, or more if earlier starts drew more with another --eval-interval or --eval-iters.
     """
     if args.full_validation or args.skip_train or not args.eval_interval:
         return wanted
     done = (getattr(args, 'iteration', 0) or 0) // args.eval_interval
-    # One at the end of the run besides.
+    # One more at the end of the run.
     left = max(0, args.train_iters // args.eval_interval - done) + 1
     batch = getattr(args, 'eval_global_batch_size', args.global_batch_size)
     return max(wanted, args.consumed_valid_samples + left * args.eval_iters * batch)
@@ -199,7 +186,10 @@ def _batch_at(samples: int) -> int:
 
 
 def _resume_tokens(saved_args: Namespace, args: Namespace) -> None:
-    """Remember what was consumed at the sequence lengths of earlier starts."""
+    """Set `args.earlier_samples` and `args.earlier_tokens`, consumed by earlier starts.
+
+    An earlier start may have had another sequence length.
+    """
     saved_length = getattr(saved_args, 'seq_length', None) or args.seq_length
     args.earlier_samples = args.consumed_train_samples
     args.earlier_tokens = consumed_tokens(saved_args, args.consumed_train_samples, saved_length)
@@ -209,7 +199,7 @@ def consumed_tokens(args: Namespace, samples: int, seq_length: Optional[int] = N
     """Tokens in the first `samples` samples of a run.
 
     Args:
-        args: of the run, or those of a checkpoint.
+        args: arguments of the run, or those of a checkpoint.
         samples: consumed_train_samples, now or at a later step.
         seq_length: args.seq_length by default.
     """

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint's learning-rate schedule: its rate at any step, and how this command's differs."""
+"""The learning-rate schedule of a checkpoint: its rate at any step, and how this command differs."""
 
 import copy
 from argparse import Namespace
@@ -9,13 +9,13 @@ from typing import Any, Dict, List, Optional
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-# What upstream's state of a scheduler holds, and what it leaves out of the curve.
+# Fields in upstream's state dict of a scheduler, and fields of the curve that it lacks.
 _SAVED = (
     'max_lr lr_warmup_steps lr_decay_style lr_decay_steps min_lr start_wd end_wd wd_incr_style '
     'wd_incr_steps'
 ).split()
 ADDED = ('init_lr', 'wsd_decay_steps', 'lr_wsd_decay_style')
-# Of each parameter group, by the schedule: the rest is the optimizer's.
+# Fields of a parameter group that belong to the schedule; the others belong to the optimizer.
 _GROUP_RATES = ('max_lr', 'min_lr', 'start_wd', 'end_wd', 'wd_mult')
 _LENGTHS = {
     'lr_warmup_steps': 'warm-up',
@@ -36,7 +36,7 @@ _NAMES = {
 
 
 class ScheduleError(ValueError):
-    """A checkpoint's schedule was asked for and cannot be had: says why and what to do."""
+    """The schedule of a checkpoint cannot be used; the message has the cause and a hint."""
 
 
 def holds_optimizer(state: Dict[str, Any]) -> bool:
@@ -45,10 +45,10 @@ def holds_optimizer(state: Dict[str, Any]) -> bool:
 
 
 class SavedSchedule:
-    """A checkpoint's schedule, and how far the run had come in it.
+    """The schedule of a checkpoint, and the position of the run in it.
 
     Attributes:
-        scheduler: with the checkpoint's values, or None where the checkpoint has none.
+        scheduler: has the checkpoint's values; None if the checkpoint has no schedule.
         groups: hyperparameters of the checkpoint's parameter groups, as a flat list.
     """
 
@@ -81,41 +81,45 @@ class SavedSchedule:
             setattr(self.scheduler, name, values.get(name, added[name]))
         if getattr(self._args, 'override_ckpt_iteration', None) is None:
             self._counter = values['num_steps']
-        # Steps whose update was skipped. Other writers do not say what their counter counts.
+        # Skipped updates. Without 'steps_per_iteration' the unit of the counter is not known.
         if 'steps_per_iteration' in values and self._counter is not None:
             reached = self._iteration if unit else getattr(saved_args, 'consumed_train_samples', 0)
             self._lag = reached - self._counter // (unit or 1)
 
-    def position(self, unit: Optional[int], kept: bool = False, iterations_on: int = 0) -> int:
-        """Where the run stands, in steps of a scheduler.
+    def position(self, unit: Optional[int], kept: bool = False, iterations_ahead: int = 0) -> int:
+        """The position of the run, in steps of a scheduler.
 
         Args:
-            unit: steps of an iteration, or None: samples.
-            kept: by the checkpoint's own counter.
-            iterations_on: so many steps later.
+            unit: scheduler steps of an iteration; None: the scheduler counts samples.
+            kept: use the checkpoint's own counter.
+            iterations_ahead: iterations after the checkpoint.
         """
         batch = get_current_global_batch_size() if unit is None else unit
         if kept and self._counter is not None:
-            return self._counter + iterations_on * batch
+            return self._counter + iterations_ahead * batch
         own = self.scheduler.steps_per_iteration if self.scheduler is not None else unit
         lag = self._lag if (own is None) == (unit is None) else 0
         if unit is None:
-            return max(0, self._args.consumed_train_samples - lag + iterations_on * batch)
-        return max(0, self._iteration - lag + iterations_on) * unit
+            return max(0, self._args.consumed_train_samples - lag + iterations_ahead * batch)
+        return max(0, self._iteration - lag + iterations_ahead) * unit
 
     def rate_by(self, scheduler: OptimizerParamScheduler) -> float:
-        """The rate that the log gives for the next step."""
+        """The rate that the log reports for the next step."""
         at = copy.copy(scheduler)
         kept = scheduler is self.scheduler
-        at.num_steps = self.position(scheduler.steps_per_iteration, kept, iterations_on=1)
+        at.num_steps = self.position(scheduler.steps_per_iteration, kept, iterations_ahead=1)
         return at.get_lr({})
 
     def rate(self) -> float:
-        """The same, had the checkpoint's command gone on."""
+        """The rate of the next step by the checkpoint's schedule."""
         return self.rate_by(self.scheduler)
 
-    def put_into(self, scheduler: OptimizerParamScheduler) -> None:
-        """Keep this schedule, and the rates of the checkpoint's parameter groups."""
+    def apply_to(self, scheduler: OptimizerParamScheduler) -> None:
+        """Set a scheduler to this schedule and to the rates of the checkpoint's parameter groups.
+
+        Raises:
+            ScheduleError: the checkpoint has no schedule, or another number of parameter groups.
+        """
         flag = '--use-checkpoint-opt-param-scheduler'
         if self.scheduler is None:
             raise ScheduleError(
@@ -134,14 +138,14 @@ class SavedSchedule:
                 saved = self.groups[index]
                 group.update({name: saved[name] for name in _GROUP_RATES if name in saved})
                 continue
-            for name in ('max_lr', 'min_lr'):  # the groups were not loaded: by this run's factors
+            for name in ('max_lr', 'min_lr'):  # the groups were not loaded: keep this run's factors
                 own, then = getattr(scheduler, name), getattr(self.scheduler, name)
                 group[name] = group[name] * then / own if group.get(name) and own else then
         for name in (*_SAVED, *ADDED, 'steps_per_iteration'):
             setattr(scheduler, name, getattr(self.scheduler, name))
 
     def changes(self, command: OptimizerParamScheduler, kept: bool) -> List[str]:
-        """What this command's schedule, batch and optimizer have otherwise, in words."""
+        """Describe how schedule, batch size, sequence length and optimizer differ."""
         found = []
         if self.scheduler is not None:
             units = command.steps_per_iteration, self.scheduler.steps_per_iteration
@@ -158,10 +162,10 @@ class SavedSchedule:
                 if 'wsd' in name and command.lr_decay_style != 'WSD':
                     continue
                 if name == 'start_wd' and now == command.end_wd and then == self.scheduler.end_wd:
-                    continue  # the same throughout
+                    continue  # constant and equal
                 if not _same(now, then):
                     label = _LENGTHS.get(name) or _NAMES[name]
-                    found.append(f'{label} {_word(now)}, {_word(then)} in the checkpoint')
+                    found.append(f'{label} {_format(now)}, {_format(then)} in the checkpoint')
             if not found and not kept and not _same(self.rate_by(command), self.rate()):
                 found.append("the checkpoint's counter is not at its step")
         for name, label in (
@@ -172,7 +176,7 @@ class SavedSchedule:
             now = getattr(self._args, name, None)
             then = getattr(self._saved_args, name, now)
             if now != then:
-                found.append(f'{label} {_word(now)}, {_word(then)} in the checkpoint')
+                found.append(f'{label} {_format(now)}, {_format(then)} in the checkpoint')
         if self._loaded_optimizer:
             found += self._optimizer_changes(command.optimizer.param_groups)
         return found
@@ -184,20 +188,20 @@ class SavedSchedule:
         for name in ('betas', 'eps', 'momentum'):
             now, then = groups[0].get(name), self.groups[0].get(name)
             if now is not None and then is not None and not _same(now, then):
-                found.append(f'{name} {_word(now)}, {_word(then)} in the checkpoint')
+                found.append(f'{name} {_format(now)}, {_format(then)} in the checkpoint')
         now, then = (
             sorted({_relative(g, part[0]) for g in part}) for part in (groups, self.groups)
         )
         if now != then:
             found.append(
-                f'rates of the parameter groups, as multiples of the first, {_word(now)}, '
-                f'{_word(then)} in the checkpoint'
+                f'rates of the parameter groups, as multiples of the first, {_format(now)}, '
+                f'{_format(then)} in the checkpoint'
             )
         return found
 
 
 def _param_groups(optimizer_state: Any) -> List[Dict[str, Any]]:
-    """Those of one or several optimizers' loaded state, in the order of the optimizers."""
+    """The parameter groups in the loaded state of one or several optimizers, in their order."""
     if isinstance(optimizer_state, (list, tuple)):
         return [group for part in optimizer_state for group in _param_groups(part)]
     if not isinstance(optimizer_state, dict):
@@ -216,7 +220,7 @@ def _relative(group: Dict[str, Any], first: Dict[str, Any]) -> float:
 
 
 def _length(steps: Optional[float], unit: Optional[int]) -> Optional[str]:
-    """'40 steps' or '1280 samples'."""
+    """Format a length of the schedule, e.g. '40 steps' or '1280 samples'."""
     if steps is None:
         return None
     return f'{steps:,.10g} samples' if unit is None else f'{steps / unit:,.10g} steps'
@@ -230,15 +234,15 @@ def _same(now: Any, then: Any) -> bool:
     return now == then
 
 
-def _word(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return '(' + ', '.join(map(_word, value)) + ')'
+        return '(' + ', '.join(map(_format, value)) + ')'
     if isinstance(value, float):
-        return rate_word(value, '.6g') if 0 < abs(value) < 1e-3 else f'{value:g}'
+        return format_rate(value, '.6g') if 0 < abs(value) < 1e-3 else f'{value:g}'
     return 'none' if value is None else str(value)
 
 
-def rate_word(value: float, mantissa_format: str = '.2f') -> str:
-    """9.75e-4."""
+def format_rate(value: float, mantissa_format: str = '.2f') -> str:
+    """Format a learning rate, e.g. '9.75e-4'."""
     mantissa, exponent = f'{value:.6e}'.split('e')
     return f'{float(mantissa):{mantissa_format}}e{int(exponent)}'

@@ -13,7 +13,7 @@ import torch
 
 from megatron.core.utils import get_attr_wrapped_model
 from megatron.training import step_callbacks
-from megatron.training.non_finite import NonFiniteError, Report, Sighting, describe
+from megatron.training.non_finite import NonFiniteError, NonFiniteTensor, RankReport, describe
 from tests.harness import tiny_pretrain, watched_pretrain
 from tests.harness.ranks import RankFailure
 
@@ -162,7 +162,7 @@ CASES = {
         [
             'Step 3: ',
             'Rank 1: the norm of the gradients of ',
-            ' was nan before they were reduced. A second pass over the same batch was finite',
+            ' was nan before they were reduced. A rerun of the same batch was finite',
         ],
     ),
     'huge-gradient': (
@@ -216,23 +216,23 @@ def test_origin_among_the_ranks():
     """Experts send what they compute to other ranks: the sender is named first."""
 
     def report(rank, forward=None, backward=None):
-        return Report(rank, [], forward, backward, [], False, (0.0, ''))
+        return RankReport(rank, [], forward, backward, [], False, (0.0, ''))
 
     # Rank 0 gets the NaN of rank 1's expert through the dispatcher, inside of layer 2's MLP, and
     # rank 2, of the next pipeline stage, in layer 5.
     reports = [
-        report(0, Sighting(0, 2, True, 40, 'mlp')),
-        report(1, Sighting(0, 2, False, 44, 'expert')),
-        report(2, Sighting(0, 5, False, 3, 'norm')),
+        report(0, NonFiniteTensor(0, 2, True, 40, 'mlp')),
+        report(1, NonFiniteTensor(0, 2, False, 44, 'expert')),
+        report(2, NonFiniteTensor(0, 5, False, 3, 'norm')),
     ]
     text = describe(reports, norm_is_finite=False)
     assert text.splitlines()[0] == 'Rank 1: expert.'
-    assert 'Seen after it: rank 0: mlp.' in text and 'Seen after it: rank 2: norm.' in text
+    assert 'After it: rank 0: mlp.' in text and 'After it: rank 2: norm.' in text
 
     reports = [
-        report(0, backward=Sighting(0, 2, False, 10, 'the gradient of pre_mlp_layernorm')),
-        report(1, backward=Sighting(0, 2, False, 44, 'the gradient of mlp.experts.fc1')),
-        report(2, backward=Sighting(0, 1, False, 3, 'the gradient of a layer below')),
+        report(0, backward=NonFiniteTensor(0, 2, False, 10, 'the gradient of pre_mlp_layernorm')),
+        report(1, backward=NonFiniteTensor(0, 2, False, 44, 'the gradient of mlp.experts.fc1')),
+        report(2, backward=NonFiniteTensor(0, 1, False, 3, 'the gradient of a layer below')),
     ]
     assert describe(reports, False).startswith('Rank 1: the gradient of mlp.experts.fc1.')
     assert describe([report(0)], norm_is_finite=True) is None
