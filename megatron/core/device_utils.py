@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One place that knows whether this process computes on CUDA or on the CPU.
+"""Device functions that work on CUDA and on the CPU.
 
-On a CUDA machine every function is a plain call of its torch.cuda namesake: same device, same
-streams, no additional synchronisation. On a machine without CUDA the process computes on the CPU,
-where kernels are synchronous, so that streams, events and synchronisation have nothing to do.
+With CUDA every function calls the torch.cuda function of the same name, without additional
+synchronisation. Without CUDA the process computes on the CPU. Its kernels are synchronous, so
+streams, events and synchronisation do nothing.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import torch
 
 @functools.lru_cache(maxsize=None)
 def device_type() -> str:
-    """'cuda' where PyTorch sees a CUDA device, else 'cpu'. Asked once: it does not change."""
+    """'cuda' if PyTorch sees a CUDA device, else 'cpu'."""
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
@@ -28,7 +28,7 @@ def is_cuda() -> bool:
 
 
 def default_backend() -> str:
-    """The torch.distributed backend that moves tensors of this process's device."""
+    """The torch.distributed backend for tensors on this process's device."""
     return 'nccl' if is_cuda() else 'gloo'
 
 
@@ -43,61 +43,55 @@ def device_name() -> str:
 
 
 def set_device(index: int) -> None:
-    """Choose the CUDA device of this process; the CPU is one device."""
+    """Set the CUDA device of this process; no effect on the CPU."""
     if is_cuda():
         torch.cuda.set_device(index)
 
 
 def synchronize() -> None:
-    """Wait for the device's queued work; the CPU queues none."""
+    """Wait for all kernels of the current device; no effect on the CPU."""
     if is_cuda():
         torch.cuda.synchronize()
 
 
 def tensor_type(dtype_name: str) -> str:
-    """What `Tensor.type()` says of a tensor on this process's device, for 'FloatTensor' etc."""
+    """The result of `Tensor.type()` for a tensor on this process's device, e.g. of 'FloatTensor'."""
     return f'torch.cuda.{dtype_name}' if is_cuda() else f'torch.{dtype_name}'
 
 
-# ---------------------------------------------------------------------------------------------
-# Random numbers. On the CPU the model draws from PyTorch's default CPU generator.
-# ---------------------------------------------------------------------------------------------
-
-
 def get_rng_state() -> torch.Tensor:
-    """State of the generator that this process's device draws from."""
+    """RNG state of this process's device: the current CUDA device, or PyTorch's CPU generator."""
     return torch.cuda.get_rng_state() if is_cuda() else torch.get_rng_state()
 
 
 def set_rng_state(state: torch.Tensor) -> None:
-    """Set the state of the generator that this process's device draws from."""
+    """Set the RNG state of this process's device.
+
+    Raises:
+        ValueError: on the CPU, if the state was saved on another device.
+    """
     if is_cuda():
         torch.cuda.set_rng_state(state)
         return
     expected = torch.get_rng_state().numel()
     if state.numel() != expected:
         raise ValueError(
-            f"The random number state to restore has {state.numel()} bytes, that of the CPU has "
-            f"{expected}: it was saved on another device. Load the checkpoint with --no-load-rng."
+            f"The RNG state to restore has {state.numel()} bytes, that of the CPU has {expected}: "
+            "it was saved on another device. Load the checkpoint with --no-load-rng."
         )
     torch.set_rng_state(state)
 
 
 def manual_seed(seed: int) -> None:
-    """Seed the generator that this process's device draws from."""
+    """Seed the generator of this process's device."""
     if is_cuda():
         torch.cuda.manual_seed(seed)
     else:
         torch.random.default_generator.manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------
-# Streams and events.
-# ---------------------------------------------------------------------------------------------
-
-
 class CPUStream:
-    """Stands where a torch.cuda.Stream would: the CPU runs in program order, nothing waits."""
+    """Replaces torch.cuda.Stream on the CPU, which runs kernels in program order."""
 
     def wait_stream(self, stream) -> None:
         """Nothing to wait for."""
@@ -106,7 +100,7 @@ class CPUStream:
         """Nothing to wait for."""
 
     def record_event(self, event=None):
-        """An event that has already happened."""
+        """Return an event that is complete."""
         return CPUEvent() if event is None else event
 
     def synchronize(self) -> None:
@@ -120,7 +114,7 @@ class CPUStream:
 
 
 class CPUEvent:
-    """Stands where a torch.cuda.Event would: it has happened by the time it is recorded."""
+    """Replaces torch.cuda.Event on the CPU; it is complete when it is recorded."""
 
     def record(self, stream=None) -> None:
         """Nothing to record."""
@@ -132,50 +126,47 @@ class CPUEvent:
         """Nothing to wait for."""
 
     def query(self) -> bool:
-        """Always done."""
+        """Always True: the event is complete."""
         return True
 
 
 def new_stream(*args, **kwargs):
-    """A torch.cuda.Stream made with these arguments, or its stand-in on the CPU."""
+    """A torch.cuda.Stream with these arguments, or a CPUStream."""
     return torch.cuda.Stream(*args, **kwargs) if is_cuda() else CPUStream()
 
 
 def new_event(*args, **kwargs):
-    """A torch.cuda.Event made with these arguments, or its stand-in on the CPU."""
+    """A torch.cuda.Event with these arguments, or a CPUEvent."""
     return torch.cuda.Event(*args, **kwargs) if is_cuda() else CPUEvent()
 
 
 def current_stream():
-    """The current CUDA stream, or its stand-in on the CPU."""
+    """The current CUDA stream, or a CPUStream."""
     return torch.cuda.current_stream() if is_cuda() else CPUStream()
 
 
 def record_stream(tensor: torch.Tensor, stream) -> None:
-    """Keep a tensor's memory until `stream` is past this point; the CPU frees in program order."""
+    """Call `tensor.record_stream(stream)` for a CUDA tensor; no effect on the CPU."""
     if tensor.is_cuda:
         tensor.record_stream(stream)
 
 
 def use_stream(stream) -> ContextManager:
-    """torch.cuda.stream(stream), or a context that does nothing on the CPU."""
+    """torch.cuda.stream(stream); on the CPU a context manager that does nothing."""
     return torch.cuda.stream(stream) if is_cuda() else contextlib.nullcontext()
 
 
-# ---------------------------------------------------------------------------------------------
-# Memory, in bytes. The CPU has no allocator statistics: the resident set of the process is what
-# a user can compare with the memory of the machine.
-# ---------------------------------------------------------------------------------------------
+# The CPU allocator has no statistics: the memory functions return the resident set instead.
 
 
 def peak_rss() -> int:
-    """Largest resident set of this process so far."""
+    """Peak resident set size of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB.
 
 
 def current_rss() -> int:
-    """Resident set of this process now; its peak where /proc is not mounted."""
+    """Resident set size of this process in bytes; its peak if /proc is not mounted."""
     try:
         with open('/proc/self/statm') as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
@@ -184,20 +175,20 @@ def current_rss() -> int:
 
 
 def memory_allocated() -> int:
-    """Memory in use: of PyTorch's CUDA allocator, or of the whole process on the CPU."""
+    """Bytes allocated by PyTorch's CUDA allocator; on the CPU the resident set size."""
     return torch.cuda.memory_allocated() if is_cuda() else current_rss()
 
 
 def max_memory_allocated() -> int:
-    """Peak of memory_allocated()."""
+    """Peak of memory_allocated(), in bytes."""
     return torch.cuda.max_memory_allocated() if is_cuda() else peak_rss()
 
 
 def memory_reserved() -> int:
-    """Memory that PyTorch's CUDA allocator holds; the CPU has no caching allocator."""
+    """Bytes reserved by PyTorch's CUDA allocator; on the CPU the resident set size."""
     return torch.cuda.memory_reserved() if is_cuda() else current_rss()
 
 
 def max_memory_reserved() -> int:
-    """Peak of memory_reserved()."""
+    """Peak of memory_reserved(), in bytes."""
     return torch.cuda.max_memory_reserved() if is_cuda() else peak_rss()

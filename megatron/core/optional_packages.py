@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""An optional package that is installed but cannot be imported counts as one that is not installed.
+"""Treat an optional package that cannot be imported as one that is not installed.
 
-Megatron tries its optional packages with `except ImportError`. A package that was built for another
-CUDA, PyTorch or driver raises OSError, RuntimeError or AttributeError instead, which would end
-the import of megatron.core although nothing of the package is needed.
+Megatron imports its optional packages within `try ... except ImportError`. A package that was built
+for another CUDA, PyTorch or driver version raises OSError, RuntimeError or AttributeError instead.
+Such an error would end the import of megatron.core although the package is not needed.
 """
 
 import sys
@@ -15,26 +15,30 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# What megatron/ imports within `try`. Requirements (torch, numpy, einops, ...) are not among them:
-# their errors must stay what they are.
+# Packages that megatron/ imports within `try`. Errors of required packages (torch, numpy, einops)
+# stay unchanged.
 OPTIONAL = frozenset("""
     absl amp_C apex boto3 botocore causal_conv1d cuda cudnn cupy datasets deep_ep
     emerging_optimizers fast_hadamard_transform fla flash_attn flash_attn_3 flash_mla
-    flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache flask flask_restful fused_weight_gradient_mlp_cuda grouped_gemm
-    hypercorn mamba_ssm matplotlib mlflow modelopt msgpack multistorageclient nixl
-    nvidia_resiliency_ext nvshmem nvidia_kitchen nvtx omegaconf one_logger orjson psutil pynvml quart
-    scaled_masked_softmax_cuda scaled_softmax_cuda scaled_upper_triang_masked_softmax_cuda
-    sentencepiece tensorboard tensorrt_llm tiktoken tilelang torch_memory_saver torchao
-    transformer_engine transformer_engine_torch triton userlib wandb wget workload_inspector xxhash zarr zmq zstandard
+    flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache flask flask_restful
+    fused_weight_gradient_mlp_cuda grouped_gemm hypercorn mamba_ssm matplotlib mlflow modelopt
+    msgpack multistorageclient nixl nvidia_resiliency_ext nvshmem nvidia_kitchen nvtx omegaconf
+    one_logger orjson psutil pynvml quart scaled_masked_softmax_cuda scaled_softmax_cuda
+    scaled_upper_triang_masked_softmax_cuda sentencepiece tensorboard tensorrt_llm tiktoken tilelang
+    torch_memory_saver torchao transformer_engine transformer_engine_torch triton userlib wandb wget
+    workload_inspector xxhash zarr zmq zstandard
     """.split())
 
 
 class _OptionalPackages(MetaPathFinder):
-    """Lets the other finders find; turns what a package raises while it is imported."""
+    """Converts exceptions from the import of an optional package to ModuleNotFoundError.
+
+    The other finders find the module; this one wraps `exec_module` of its loader.
+    """
 
     def __init__(self):
         self._running = threading.local()
-        self._failed: dict[str, str] = {}  # module name -> what it said
+        self._failed: dict[str, str] = {}  # module name -> message
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -54,9 +58,9 @@ class _OptionalPackages(MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            if name in self._failed:  # Half of it may have run: it is not begun again.
+            if name in self._failed:  # The module ran in part: it is not executed a second time.
                 raise ModuleNotFoundError(self._failed[name], name=name)
-            # What a package's own modules raise while it is imported, it may handle itself.
+            # A package may handle the exceptions of its submodules itself.
             outermost = package not in vars(self._running)
             if not outermost:
                 return execute(module)
@@ -67,7 +71,7 @@ class _OptionalPackages(MetaPathFinder):
                 raise
             except Exception as error:
                 message = (
-                    f"{name} is installed but cannot be imported, so Megatron does without it "
+                    f"{name} is installed but cannot be imported, so Megatron does not use it "
                     f"({type(error).__name__}: {error})"
                 )
                 self._failed[name] = message
@@ -79,10 +83,13 @@ class _OptionalPackages(MetaPathFinder):
         try:
             loader.exec_module = exec_module
         except AttributeError:
-            pass  # A loader that is shared or has slots: its package's errors stay as they are.
+            pass  # The loader has slots: the errors of its package stay unchanged.
 
 
 def treat_broken_packages_as_missing() -> None:
-    """Call before any optional package is imported; a second call does nothing."""
+    """Install the import hook, before any optional package is imported.
+
+    A second call does nothing.
+    """
     if not any(isinstance(finder, _OptionalPackages) for finder in sys.meta_path):
         sys.meta_path.insert(0, _OptionalPackages())

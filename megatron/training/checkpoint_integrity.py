@@ -230,7 +230,7 @@ def pass_over_damaged(load: Callable) -> Callable:
     def load_complete(*args, **kwargs):
         while True:
             try:
-                with block_hashes.reading_together():
+                with block_hashes.collective_reads():
                     return load(*args, **kwargs)
             except CheckpointException as error:
                 found = [cause for cause in causes(error) if isinstance(cause, DamagedShard)]

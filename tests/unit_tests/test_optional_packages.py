@@ -162,7 +162,7 @@ def test_broken_packages(imported):
     """Whatever but ImportError a package raised ended the import of megatron.core."""
     said = imported["broken"]
     assert "error" not in said, said["error"]
-    text = "is installed but cannot be imported, so Megatron does without it ("
+    text = "is installed but cannot be imported, so Megatron does not use it ("
     assert all(text in warning for warning in said["warned"])
     told = {warning.split()[0].partition(".")[0] for warning in said["warned"]}
     assert told == {"transformer_engine", "apex", "flash_attn", "triton"}

@@ -1,10 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Hashes of a shard's bytes, taken while it is written and checked while it is read.
+"""Hashes of the bytes of a shard, computed during the write and checked during the read.
 
-A shard NAME.distcp has NAME.distcp.xxh3 beside it: one XXH3 (128 bits) of each BLOCK bytes. Blocks,
-not tensors: a rank of another layout, and a conversion, read parts of tensors, and check no more
-than the blocks that these touch. The file of hashes is small, and manifest.json has its SHA-256.
+NAME.distcp.xxh3 holds the hashes of the shard NAME.distcp: one XXH3 (128 bits) of each BLOCK bytes.
+Hashes are of blocks, not of tensors: a rank of another layout and a conversion read parts of
+tensors, and check only the blocks that hold these parts. manifest.json has the SHA-256 of the small
+file of hashes.
 """
 
 import contextlib
@@ -21,30 +22,30 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 try:
     import xxhash
-except ImportError:  # shards are written without hashes then, and those of others not checked
+except ImportError:  # without it shards get no hashes and are not checked
     xxhash = None
 
 SUFFIX = '.xxh3'
 BLOCK = 4 * 2**20
 VERSION = 1
 _THREADS = 2
-# Read and hashed at a time: stays in a core's cache between the two.
+# Bytes that are read and then hashed; small enough to stay in the cache of a core.
 _CHUNK = 2**19
-# Below this a thread costs more than the hash.
-_WORTH_A_THREAD = 2**20
+# Smaller writes are hashed without a thread, whose start would cost more than the hash.
+_MIN_SIZE_FOR_THREAD = 2**20
 _buffers = threading.local()
 
 
 class DamagedShard(RuntimeError):
-    """A shard has other bytes than were written.
+    """The bytes of a shard differ from those that were written.
 
     Args:
-        directory: of its checkpoint.
+        directory: directory of the checkpoint.
         what: a sentence about the shard.
     """
 
     def __init__(self, directory: str, what: str):
-        super().__init__(directory, what)  # both, for other ranks get it pickled
+        super().__init__(directory, what)  # both arguments: other ranks receive it pickled
         self.directory, self.what = directory, what
 
     def __str__(self) -> str:
@@ -52,10 +53,10 @@ class DamagedShard(RuntimeError):
 
 
 class HashingFile:
-    """A shard that is being written, front to back; its hashes are a file when it is closed.
+    """A shard that is written sequentially; `close` writes the file of its hashes.
 
     Args:
-        path: of the shard.
+        path: path of the shard.
     """
 
     def __init__(self, path: str):
@@ -69,7 +70,7 @@ class HashingFile:
     def write(self, data) -> int:
         """See `io.BufferedWriter`; `data` is any contiguous buffer."""
         view = memoryview(data).cast('B')
-        if len(view) < _WORTH_A_THREAD:
+        if len(view) < _MIN_SIZE_FOR_THREAD:
             self._update(view)
             self._file.write(view)
         else:  # both release the GIL
@@ -81,14 +82,14 @@ class HashingFile:
         return len(view)
 
     def _update(self, view: memoryview) -> None:
-        for start, stop in _cuts(len(view), BLOCK - self._filled):
+        for start, stop in _split_at_blocks(len(view), BLOCK - self._filled):
             self._block.update(view[start:stop])
             self._filled += stop - start
             if self._filled == BLOCK:
                 self._end_block()
 
     def tell(self) -> int:
-        """Bytes so far."""
+        """Bytes written so far."""
         return self._file.tell()
 
     def flush(self) -> None:
@@ -96,11 +97,11 @@ class HashingFile:
         self._file.flush()
 
     def fileno(self) -> int:
-        """Of the shard."""
+        """File descriptor of the shard."""
         return self._file.fileno()
 
     def close(self) -> None:
-        """Close the shard, and bring its hashes to disk."""
+        """Close the shard, and write its hashes to disk."""
         if self._file.closed:
             return
         self._thread.shutdown()
@@ -130,12 +131,12 @@ class HashingFile:
 
 
 def open_shard(path: str, mode: str = 'wb') -> IO[bytes]:
-    """Open a shard to be written, with hashes where xxhash is installed."""
+    """Open a shard for writing; with hashes if xxhash is installed."""
     return open(path, mode) if xxhash is None else HashingFile(os.fspath(path))
 
 
 class HashingFileSystem(FileSystem):
-    """For torch's FileSystemWriter: shards (.distcp) get their hashes."""
+    """File system of torch's FileSystemWriter that writes shards (.distcp) with hashes."""
 
     def create_stream(self, path, mode):
         """See `FileSystem`."""
@@ -145,10 +146,10 @@ class HashingFileSystem(FileSystem):
 
 
 class BlockHashes:
-    """The hashes of a checkpoint's shards; each block is checked once. Threads may share it.
+    """Hashes of the shards of a checkpoint; each block is checked once. Thread-safe.
 
     Args:
-        directory: of one iteration.
+        directory: directory of one iteration.
     """
 
     def __init__(self, directory):
@@ -158,14 +159,14 @@ class BlockHashes:
         self._checked: Set[Tuple[str, int]] = set()
 
     def check(self, name: str, offset: int, length: int) -> None:
-        """Check the blocks that a part of a shard lies in.
+        """Check the blocks that hold a part of a shard. A shard without hashes is not checked.
 
         Args:
-            name: of the shard, from the directory.
-            offset: of the part, in bytes.
-            length: of the part, in bytes.
+            name: path of the shard, relative to the directory.
+            offset: offset of the part, in bytes.
+            length: length of the part, in bytes.
         Raises:
-            DamagedShard: names the shard and the bytes. A shard without hashes passes.
+            DamagedShard: the hash of a block differs; names the shard and the bytes.
         """
         with self._lock:
             if name not in self._known:
@@ -195,9 +196,9 @@ class BlockHashes:
 
 
 def _hash_of(file: int, offset: int, length: int) -> Tuple[int, str]:
-    """(bytes that are there, their hash), through a buffer that each thread keeps.
+    """Number of bytes at `offset`, at most `length`, and their hash.
 
-    A new buffer for each block would make the kernel clear as many pages again.
+    Each thread keeps its buffer: for a new one the kernel would clear as many pages.
     """
     if not hasattr(_buffers, 'chunk'):
         _buffers.chunk = memoryview(bytearray(_CHUNK))
@@ -212,7 +213,7 @@ def _hash_of(file: int, offset: int, length: int) -> Tuple[int, str]:
 
 
 def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
-    """(block size, hashes); None for a shard that has none, or where xxhash is missing."""
+    """Block size and hashes; None if the shard has no hashes, or xxhash is not installed."""
     try:
         text = (directory / name).read_text()
     except FileNotFoundError:
@@ -222,7 +223,7 @@ def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
     try:
         found = json.loads(text)
         version, block, hashes = found['version'], found['block'], found['xxh3_128']
-        whole = isinstance(block, int) and block > 0 and isinstance(hashes, list)
+        valid = isinstance(block, int) and block > 0 and isinstance(hashes, list)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedShard(
             str(directory), f'{name} is damaged ({type(error).__name__}).'
@@ -230,15 +231,15 @@ def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
     if version != VERSION:
         what = f'{name} has the unsupported version {version}.'
         raise DamagedShard(str(directory), what)
-    if not whole:
+    if not valid:
         raise DamagedShard(str(directory), f'{name} is damaged.')
     return block, hashes
 
 
 class CheckedFileSystemReader(FileSystemReader):
-    """Reads what a rank's plan asks for, and checks the blocks beside it.
+    """Reads the items of a rank's plan, and checks their blocks in other threads.
 
-    `read_data` raises DamagedShard where a block is not the one that was written.
+    `read_data` raises DamagedShard if a block differs from the one that was written.
     """
 
     def __init__(self, path, *args, **kwargs):
@@ -264,49 +265,49 @@ class CheckedFileSystemReader(FileSystemReader):
                 found = super().read_data(plan, planner)
             except Exception as error:
                 failure = error
-            # What is wrong with the bytes says more than what torch.load makes of them.
+            # A failed check names the cause; the error of torch.load is a consequence.
             failure = next(filter(None, (check.exception() for check in checks)), failure)
-        if _together:
+        if _collective_reads:
             failure = _failure_of_any_rank(failure)
         if failure is not None:
             raise failure
         return found
 
 
-_together = False
+_collective_reads = False
 
 
 @contextlib.contextmanager
-def reading_together() -> Iterator[None]:
-    """Within it every rank makes the same reads, and a read that fails on one fails on all.
+def collective_reads() -> Iterator[None]:
+    """Context in which every rank makes the same reads, and a read that fails on one fails on all.
 
-    Megatron reads without collectives (no_dist=True): a rank whose bytes are well would go on to
-    the next collective and wait there for the one that begins again.
+    Megatron reads without collectives (no_dist=True): a rank whose read succeeds would wait in the
+    next collective while another rank restarts the load.
     """
-    global _together
-    before, _together = _together, True
+    global _collective_reads
+    before, _collective_reads = _collective_reads, True
     try:
         yield
     finally:
-        _together = before
+        _collective_reads = before
 
 
 def _failure_of_any_rank(failure: Optional[Exception]) -> Optional[Exception]:
-    """This rank's failure or another's; a damage before any other, so that all do the same."""
+    """The failure of any rank; DamagedShard before other errors, so that all ranks do the same."""
     if not torch.distributed.is_initialized():
         return failure
     mine = failure
     if not isinstance(failure, (DamagedShard, type(None))):
         mine = ' '.join(f'{type(failure).__name__}: {failure}'.split())[:500]
-    everyones: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyones, mine)
-    if damages := [found for found in everyones if isinstance(found, DamagedShard)]:
+    failures: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(failures, mine)
+    if damages := [found for found in failures if isinstance(found, DamagedShard)]:
         return damages[0]
-    others = [f'rank {rank}: {found}' for rank, found in enumerate(everyones) if found]
+    others = [f'rank {rank}: {found}' for rank, found in enumerate(failures) if found]
     return failure or (RuntimeError('; '.join(others[:4])) if others else None)
 
 
-def _cuts(length: int, first: int) -> List[Tuple[int, int]]:
-    """(start, stop) of a buffer's parts: the first of so many bytes, the others of BLOCK."""
+def _split_at_blocks(length: int, first: int) -> List[Tuple[int, int]]:
+    """(start, stop) of the parts of a buffer: the first has `first` bytes, the others BLOCK."""
     edges = [0, *range(min(first, length), length, BLOCK), length]
     return [(start, stop) for start, stop in zip(edges, edges[1:]) if stop > start]

@@ -1,14 +1,14 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The pickles of a checkpoint, read without running what they name.
+"""Read the pickles of a checkpoint without running code from them.
 
 PyTorch's `FileSystemReader` unpickles `.metadata`, and `DefaultLoadPlanner` the objects of a
-checkpoint, with every class and function that the file asks for: a checkpoint of somebody else
-runs their code. Here only the classes of which metadata consists are known, objects are loaded
-with weights_only=True, and what was read is checked before anything uses it.
+checkpoint, with every class and function that the file names: a checkpoint from an untrusted source
+can run code. This module allows only the classes of metadata, loads objects with weights_only=True,
+and validates the result.
 
-`restrict_readers` makes PyTorch's classes, from which all of Megatron's readers derive, read this
-way; importing `megatron.core.dist_checkpointing` calls it.
+`restrict_readers` applies this to PyTorch's classes, from which all readers of Megatron derive;
+importing `megatron.core.dist_checkpointing` calls it.
 """
 
 import io
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 METADATA_NAME = '.metadata'
-_ALTERED = 'The file is damaged, or Megatron did not write it; use another checkpoint.'
+_HINT = 'The file is damaged, or Megatron did not write it; use another checkpoint.'
 
 _OWN_CLASSES = 'megatron.core.dist_checkpointing.strategies.torch'
 _METADATA_CLASSES = {
@@ -49,7 +49,7 @@ _METADATA_CLASSES = {
         'StorageMeta',
         '_MEM_FORMAT_ENCODING',
     ),
-    # Megatron keeps each rank's plan of the save, to use it again for the next one.
+    # Megatron stores the save plan of each rank, to reuse it for the next save.
     'torch.distributed.checkpoint.planner': (
         'SavePlan',
         'WriteItem',
@@ -58,12 +58,12 @@ _METADATA_CLASSES = {
         'BytesIOWriteData',
     ),
     'torch.distributed.checkpoint.filesystem': ('_StorageInfo', '_StoragePrefix'),
-    # What Megatron-Core up to 0.15 saved in their place; later releases keep the names to read it.
+    # Megatron-Core up to 0.15 saved these instead; later releases keep the names to read them.
     _OWN_CLASSES: ('MCoreMetadata', 'MCoreSavePlan'),
     # Before PyTorch 2.3.
     'torch.distributed._shard.sharded_tensor.metadata': ('TensorProperties', 'MEM_FORMAT_ENCODING'),
     'collections': ('OrderedDict',),
-    # The path that it was written to.
+    # The path of the checkpoint when it was written.
     'pathlib': ('Path', 'PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'),
     'pathlib._local': ('Path', 'PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'),
 }
@@ -73,14 +73,14 @@ _METADATA_NAMES = frozenset(
 
 
 class RestrictedPickleError(pickle.UnpicklingError, ValueError):
-    """A pickle that is damaged, or asks for what it has no need of; one sentence."""
+    """A pickle is damaged, or names a class that is not allowed; the message is one sentence."""
 
 
 def find_metadata_class(module: str, name: str) -> Any:
-    """What a name in `.metadata` stands for.
+    """The class or dtype for a name in `.metadata`.
 
     Raises:
-        RestrictedPickleError: for every name that no metadata has.
+        RestrictedPickleError: metadata does not need this name.
     """
     if (module, name) in _METADATA_NAMES:
         return pickle.Unpickler(io.BytesIO()).find_class(module, name)
@@ -94,15 +94,15 @@ def load_restricted(
     find_class: Callable[[str, str], Any] = find_metadata_class,
     persistent_load: Optional[Callable[[Any], Any]] = None,
 ) -> Any:
-    """The object of a pickle that names nothing but what `find_class` knows.
+    """Unpickle an object; only what `find_class` allows is imported or called.
 
     Args:
         data: the pickle, of protocol 2 or newer.
         find_class: as `pickle.Unpickler.find_class`, for every class and function; raises
             RestrictedPickleError for what is not allowed.
-        persistent_load: as `pickle.Unpickler.persistent_load`; without it there are no such ids.
+        persistent_load: as `pickle.Unpickler.persistent_load`; None rejects persistent ids.
     Raises:
-        RestrictedPickleError: anything else than such a pickle.
+        RestrictedPickleError: the pickle is damaged, or names something that is not allowed.
     """
     _check_opcodes(data, persistent_load is not None)
     unpickler = _Unpickler(data, find_class, persistent_load)
@@ -110,7 +110,7 @@ def load_restricted(
         return unpickler.load()
     except RestrictedPickleError:
         raise
-    except Exception as error:  # whatever a damaged pickle runs into
+    except Exception as error:  # a damaged pickle can raise any exception
         raise RestrictedPickleError(f'it cannot be unpickled ({_short(error)})') from error
     finally:
         unpickler.check_classes()
@@ -130,7 +130,11 @@ class _Unpickler(pickle.Unpickler):
         return found
 
     def check_classes(self) -> None:
-        """Undo what the pickle did to the classes themselves: the opcode BUILD can set attributes."""
+        """Restore class attributes that the opcode BUILD set.
+
+        Raises:
+            RestrictedPickleError: the pickle set one.
+        """
         for found, before in self._classes.items():
             now = dict(vars(found))
             changed = [k for k in {**before, **now} if before.get(k) is not now.get(k)]
@@ -149,8 +153,8 @@ class _Unpickler(pickle.Unpickler):
         return self._persistent_load(pid)
 
 
-# Opcodes of protocols 0 and 1 that newer ones do not write, of the registry of extensions, and of
-# buffers outside the pickle.
+# Opcodes of protocols 0 and 1 that newer protocols do not write, those of the extension registry
+# and of out-of-band buffers.
 _REFUSED_OPCODES = frozenset(
     'INT LONG STRING UNICODE FLOAT PUT GET INST OBJ DUP PERSID EXT1 EXT2 EXT4 NEXT_BUFFER '
     'READONLY_BUFFER BYTEARRAY8'.split()
@@ -164,7 +168,7 @@ _LENGTH_BYTES = {
 
 
 def _argument_sizes() -> list:
-    """For each opcode: bytes of its argument; -n where n bytes tell its length; None: refused."""
+    """Argument size of each opcode in bytes; -n: n bytes hold the length; None: not allowed."""
     sizes: list = [None] * 256
     for opcode in pickletools.opcodes:
         if opcode.name in _REFUSED_OPCODES:
@@ -179,10 +183,10 @@ _GLOBAL, _BINPERSID, _PROTO, _STOP, _LONG_BINPUT = b'cQ\x80.r'
 
 
 def _check_opcodes(data: bytes, persistent: bool) -> None:
-    """Walk through a pickle as the unpickler would, without making any object.
+    """Parse all opcodes of a pickle without creating objects.
 
-    The unpickler trusts two numbers: a place in its memo, for which it takes 16 times as many bytes
-    of memory at once, and the length of what follows.
+    The unpickler does not check two numbers: an index of the memo, for which it allocates 16 times
+    as many bytes at once, and the length of an argument.
     """
     if data[:1] != b'\x80' or not data.endswith(b'.'):
         raise RestrictedPickleError('it does not begin and end as a pickle does')
@@ -214,17 +218,12 @@ def _check_opcodes(data: bytes, persistent: bool) -> None:
         raise RestrictedPickleError('it is truncated, or has trailing bytes')
 
 
-# ---------------------------------------------------------------------------------------------
-# Metadata
-# ---------------------------------------------------------------------------------------------
-
-
 def metadata_of(data: bytes, path: str) -> Metadata:
     """The metadata of a torch_dist checkpoint, from the bytes of its `.metadata`.
 
     Args:
         data: content of the file.
-        path: of the file, for messages.
+        path: path of the file, for messages.
     Raises:
         RestrictedPickleError: names the file, the field and what is wrong with it.
     """
@@ -232,19 +231,19 @@ def metadata_of(data: bytes, path: str) -> Metadata:
         metadata = load_restricted(data)
         _check_metadata(metadata)
     except RestrictedPickleError as error:
-        raise RestrictedPickleError(f'{path}: {error}. {_ALTERED}') from error
+        raise RestrictedPickleError(f'{path}: {error}. {_HINT}') from error
     return metadata
 
 
 def read_metadata(directory) -> Metadata:
-    """The metadata of a checkpoint directory, see `metadata_of`."""
+    """Read the metadata of a checkpoint directory; see `metadata_of`."""
     path = os.path.join(directory, METADATA_NAME)
     with open(path, 'rb') as stream:
         return metadata_of(stream.read(), path)
 
 
 def _check_metadata(metadata: Any) -> None:
-    """Refuse metadata whose fields are not of their kind, or point out of the directory."""
+    """Reject metadata whose fields have wrong types or paths outside of the directory."""
     tensors = getattr(metadata, 'state_dict_metadata', None)
     if not _is_metadata(metadata) or not isinstance(tensors, dict):
         raise RestrictedPickleError('it holds no checkpoint metadata')
@@ -283,7 +282,7 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _check_shapes_before_flattening(data: Any) -> None:
-    """What Megatron-Core up to 0.15 kept of each tensor: its shape, where it was saved flat."""
+    """Check the shapes that Megatron-Core up to 0.15 stored for tensors that it saved flattened."""
     if data is None:
         return
     if not isinstance(data, dict):
@@ -332,20 +331,15 @@ def _is_shape(value: Any, rank: Optional[int] = None) -> bool:
     return all(_is_count(count) for count in value) and math.prod(value) < 2**62
 
 
-# ---------------------------------------------------------------------------------------------
-# Objects
-# ---------------------------------------------------------------------------------------------
-
-
 def load_saved(stream: BinaryIO, what: str, map_location: Any = None) -> Any:
-    """What torch.save wrote, made of tensors, plain values and Megatron's own safe classes.
+    """Load output of torch.save that holds tensors, plain values and Megatron's safe classes.
 
     Args:
-        stream: at its beginning.
-        what: is read, for messages.
+        stream: positioned at the start of the output.
+        what: names the object in messages.
         map_location: see torch.load.
     Raises:
-        RestrictedPickleError: it is damaged, or holds another class or function.
+        RestrictedPickleError: it is damaged, or names another class or function.
     """
     _register_safe_globals()
     try:
@@ -356,11 +350,11 @@ def load_saved(stream: BinaryIO, what: str, map_location: Any = None) -> Any:
         reason = _short(text.rsplit('WeightsUnpickler error:', 1)[-1])
         if found:
             reason = f'it asks for {found}, which is not allowed'
-        raise RestrictedPickleError(f'{what} cannot be read: {reason}. {_ALTERED}') from error
+        raise RestrictedPickleError(f'{what} cannot be read: {reason}. {_HINT}') from error
 
 
 def _unsupported_global(text: str) -> str:
-    """The class or function in PyTorch's several lines on a pickle that it does not load."""
+    """The class or function that PyTorch's error message names; '' if none."""
     found = re.search(r'(?:GLOBAL|class|function) ((?:\w+\.)+\w+)', text)
     return found[1][:120] if found else ''
 
@@ -369,7 +363,7 @@ _registered = False
 
 
 def _register_safe_globals() -> None:
-    """On first use: megatron.core.safe_globals imports what imports this module."""
+    """Called on first use, because megatron.core.safe_globals imports this module indirectly."""
     global _registered
     if _registered:
         return
@@ -387,31 +381,26 @@ def _register_safe_globals() -> None:
 def _optimizer_classes() -> list:
     """The classes that HybridDeviceOptimizer (--optimizer-cpu-offload) keeps in its param_groups.
 
-    Nothing uses those of a checkpoint. For the ones of TransformerEngine and Apex, which may be
-    missing where it is read, PyTorch's stand in.
+    Megatron does not use the ones from a checkpoint. Those of TransformerEngine and Apex, which may
+    not be installed, are replaced with PyTorch's.
     """
     adam, sgd = torch.optim.AdamW, torch.optim.SGD
     packages = ('transformer_engine.pytorch.optimizers', 'apex.optimizers')
     return [torch.optim.Adam, adam, sgd] + [
-        (stand_in, f'{package}.fused_{name.lower()}.Fused{name}')
+        (replacement, f'{package}.fused_{name.lower()}.Fused{name}')
         for package in packages
-        for name, stand_in in (('Adam', adam), ('SGD', sgd))
+        for name, replacement in (('Adam', adam), ('SGD', sgd))
     ]
 
 
-# ---------------------------------------------------------------------------------------------
-# PyTorch's readers
-# ---------------------------------------------------------------------------------------------
-
-
 def restrict_readers() -> None:
-    """Let every FileSystemReader and DefaultLoadPlanner of this process read as above."""
+    """Patch FileSystemReader and DefaultLoadPlanner of this process to read with this module."""
     FileSystemReader.read_metadata = _read_metadata
     DefaultLoadPlanner.load_bytes = _load_bytes
 
 
 def _read_metadata(self, *args, **kwargs) -> Metadata:
-    """For `FileSystemReader`: the metadata of the directory, or of one rank."""
+    """Replaces `FileSystemReader.read_metadata`: metadata of the directory, or of one rank."""
     rank = kwargs.get('rank')
     name = METADATA_NAME if rank is None else f'__{rank}{METADATA_NAME}'
     path = self.fs.concat_path(self.path, name)
@@ -424,7 +413,7 @@ def _read_metadata(self, *args, **kwargs) -> Metadata:
 
 
 def _load_bytes(self, read_item, value: io.BytesIO) -> None:
-    """For `DefaultLoadPlanner`: put an object where the state dict has it."""
+    """Replaces `DefaultLoadPlanner.load_bytes`: load an object into the state dict."""
     key = read_item.dest_index.fqn
     loaded = load_saved(value, f"'{key}' of the checkpoint")
     if self.flatten_state_dict:

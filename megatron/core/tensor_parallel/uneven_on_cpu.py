@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""All-gather and reduce-scatter of parts of unequal length, for tensors on the CPU.
+"""All-gather and reduce-scatter with unequal split sizes for CPU tensors.
 
-NCCL takes lists of unequal tensors in all_gather and reduce_scatter; gloo refuses them, but has
-an all-to-all with unequal splits, from which both are made here. Expert dispatch needs them: the
-expert tensor parallel ranks hold different numbers of tokens.
+NCCL supports unequal tensors in all_gather and reduce_scatter; gloo does not, but its all-to-all
+supports unequal splits. Expert dispatch needs them: expert-tensor-parallel ranks have different
+numbers of tokens.
 """
 
 from typing import List
@@ -13,13 +13,20 @@ import torch
 
 
 def all_gather_uneven(input_: torch.Tensor, split_sizes: List[int], group) -> torch.Tensor:
-    """[sum(split_sizes), ...]: the rows [split_sizes[rank], ...] of every rank."""
+    """All-gather tensors of unequal length.
+
+    Args:
+        input_: [split_sizes[rank], ...].
+        split_sizes: length of each rank's tensor.
+    Returns:
+        [sum(split_sizes), ...].
+    """
     output = input_.new_empty(sum(split_sizes), *input_.shape[1:])
-    # Every rank is sent the same rows.
-    rows = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
+    # All-to-all sends every rank its own copy.
+    copies = input_.repeat(group.size(), *[1] * (input_.dim() - 1))
     torch.distributed.all_to_all_single(
         output,
-        rows,
+        copies,
         output_split_sizes=list(split_sizes),
         input_split_sizes=[input_.size(0)] * group.size(),
         group=group,
@@ -28,16 +35,20 @@ def all_gather_uneven(input_: torch.Tensor, split_sizes: List[int], group) -> to
 
 
 def reduce_scatter_uneven(input_: torch.Tensor, split_sizes: List[int], group) -> torch.Tensor:
-    """[split_sizes[rank], ...]: the sum over the ranks of their rows for this one.
+    """Reduce-scatter with unequal split sizes; sums in rank order, so it is deterministic.
 
-    Summed in the order of the ranks, so that the result is the same on every run.
+    Args:
+        input_: [sum(split_sizes), ...].
+        split_sizes: length of each rank's part.
+    Returns:
+        [split_sizes[rank], ...].
     """
-    mine = split_sizes[group.rank()]
-    parts = input_.new_empty(group.size(), mine, *input_.shape[1:])
+    length = split_sizes[group.rank()]
+    parts = input_.new_empty(group.size(), length, *input_.shape[1:])
     torch.distributed.all_to_all_single(
         parts.flatten(0, 1),
         input_.contiguous(),
-        output_split_sizes=[mine] * group.size(),
+        output_split_sizes=[length] * group.size(),
         input_split_sizes=list(split_sizes),
         group=group,
     )

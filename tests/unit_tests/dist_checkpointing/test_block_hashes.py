@@ -26,7 +26,7 @@ BLOCK = 512
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(block_hashes, 'BLOCK', BLOCK)
-    monkeypatch.setattr(block_hashes, '_WORTH_A_THREAD', 200)  # both ways of hashing
+    monkeypatch.setattr(block_hashes, '_MIN_SIZE_FOR_THREAD', 200)  # both ways of hashing
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_another_rate():
 def test_state_by_index(rates):
     """State that is stored by index does not fit parameters that are divided otherwise."""
     saved = optimizer([1e-3, 1e-4]).optimizer.state_dict()
-    with pytest.raises(ValueError, match='divide the parameters otherwise'):
+    with pytest.raises(ValueError, match='divide the parameters differently'):
         optimizer(rates).load_state_dict(saved)
 
 

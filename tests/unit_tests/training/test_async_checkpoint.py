@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 
-from megatron.core.dist_checkpointing.strategies.async_thread import Abandoned, ThreadAsyncCaller
+from megatron.core.dist_checkpointing.strategies.async_thread import ThreadAsyncCaller, WriteAborted
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.training import checkpoint_integrity, step_callbacks
@@ -367,10 +367,10 @@ def test_abort_ends_the_write_after_a_tensor(alone):
     calls.schedule_async_request(made)
     caller = calls.async_calls[0].async_caller
     assert at.wait(20)
-    threading.Thread(target=lambda: caller._abandoned.wait(20) and gate.open()).start()
+    threading.Thread(target=lambda: caller._aborted.wait(20) and gate.open()).start()
     calls.close(abort=True)
     assert len(written) == 1 and finalised == [] and calls.get_num_unfinalized_calls() == 0
-    assert isinstance(caller._error, Abandoned)
+    assert isinstance(caller._error, WriteAborted)
 
 
 def test_a_rank_without_anything_to_write(alone):

@@ -1,16 +1,18 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint's files written by a thread of the training process, while the training goes on.
+"""Write the files of a checkpoint in a thread of the training process, during training.
 
-Why a thread. A forked process inherits the locks that gloo's, NCCL's, autograd's and OpenMP's
-threads hold at that moment but not the threads, and must not touch the CUDA context that it also
-inherits. A spawned one needs CUDA in a second process on every GPU, and gets tensors of the host
-through /dev/shm, which containers limit to 64 MB; what it gets is moreover the training's own
-memory, which the next update changes. A thread shares neither problem: what costs time in it,
-copying bytes to files and syncing them, is done without the interpreter's lock.
+Why a thread:
 
-What it writes is a copy in host memory, made before schedule_async_call() returns, and so before
-the next update: one copy of what this rank saves, until the checkpoint is finalised.
+- A forked process inherits locks that threads of gloo, NCCL, autograd and OpenMP hold, but not the
+  threads, and must not use the inherited CUDA context.
+- A spawned process needs a second CUDA context on every GPU. It receives CPU tensors through
+  /dev/shm, which containers limit to 64 MB, and they share memory with the training, which the next
+  update changes.
+- A thread has neither problem. The slow parts, write and fsync, release the GIL.
+
+The thread writes a copy in CPU memory. schedule_async_call() makes it before it returns, so before
+the next update. There is one copy of what this rank saves, until the checkpoint is finalised.
 """
 
 import threading
@@ -24,35 +26,38 @@ from .async_utils import AsyncCaller, AsyncRequest
 _seconds_of_last_write: Optional[float] = None
 
 
-class Abandoned(RuntimeError):
-    """The write was given up: the run ends without this checkpoint."""
+class WriteAborted(RuntimeError):
+    """The write was aborted: the run ends without this checkpoint."""
 
 
 def seconds_of_last_write() -> Optional[float]:
-    """How long this process' last finished background write took; None: there was none."""
+    """Seconds that the last finished background write of this process took; None: no write."""
     return _seconds_of_last_write
 
 
 class ThreadAsyncCaller(AsyncCaller):
-    """Runs one AsyncRequest in a thread; finalisation stays with the training, on all ranks.
+    """Runs one AsyncRequest in a thread; the main thread of every rank finalises the checkpoint.
 
-    The thread is no daemon: an interpreter that ends waits for it, instead of tearing down the
-    memory that it writes. close(abort=True) ends it after the tensor that it is at.
+    The thread is not a daemon: the interpreter waits for it at exit instead of freeing the memory
+    that it writes. close(abort=True) ends it after the current tensor.
     """
 
     def __init__(self) -> None:
         self._thread: Optional[threading.Thread] = None
         self._error: Optional[BaseException] = None
-        self._abandoned = threading.Event()
-        # Also kept here, so that pinned memory is freed by the thread that uses the device.
+        self._aborted = threading.Event()
+        # A reference in the main thread, which uses the device, so that it frees pinned memory.
         self._buckets: List[Any] = []
 
     def schedule_async_call(self, async_req: AsyncRequest) -> None:
-        """Copy what the request writes, and start to write it. Collective by contract, not in fact.
+        """Copy the tensors of the request, and start the write.
+
+        The interface calls it collective; this implementation does not communicate.
 
         Args:
-            async_req: with `preload_fn`, its second argument is the list of write buckets, which
-                this empties: it holds the only reference to what was gathered for the save.
+            async_req: with `preload_fn`, its second argument is the list of write buckets. This
+                method empties it, because it holds the only reference to tensors that were
+                gathered for the save.
         """
         if async_req.async_fn is None:
             return  # This rank has nothing to write.
@@ -65,10 +70,10 @@ class ThreadAsyncCaller(AsyncCaller):
             global _seconds_of_last_write
             start = monotonic()
             try:
-                # A new thread is at device 0, where freeing memory must not open a context.
+                # A new thread is on device 0, where freeing memory would create a CUDA context.
                 device_utils.set_device(device)
                 async_req.async_fn(*args, **async_req.async_fn_kwargs)
-            except BaseException as error:  # Raised where the training looks after the request.
+            except BaseException as error:  # is_current_async_call_done() raises it.
                 self._error = error
             finally:
                 _seconds_of_last_write = monotonic() - start
@@ -80,11 +85,11 @@ class ThreadAsyncCaller(AsyncCaller):
         """Whether every rank has written its files. Collective, unless `no_dist`.
 
         Args:
-            blocking: wait until it is so.
-            no_dist: ask for this rank alone.
+            blocking: wait for the thread.
+            no_dist: check this rank only.
         Raises:
-            Whatever ended the write without a result; what the file system's writer meets is a
-            result, which the finalisation raises on all ranks.
+            BaseException: the write ended without a result. Errors of the file system writer are a
+                result, which finalisation raises on all ranks.
         """
         if blocking and self._thread is not None:
             self._thread.join()
@@ -97,9 +102,9 @@ class ThreadAsyncCaller(AsyncCaller):
         return is_done
 
     def close(self, abort: bool = False) -> None:
-        """Wait for the thread; with `abort`, until the tensor that it writes is written."""
+        """Wait for the thread; with `abort`, only until it has written the current tensor."""
         if abort:
-            self._abandoned.set()
+            self._aborted.set()
         if self._thread is not None:
             self._thread.join()
         self._thread = None
@@ -109,16 +114,16 @@ class ThreadAsyncCaller(AsyncCaller):
         pass
 
     def _snapshot(self, preloaded: List[Any], originals: List[Any]) -> List[Any]:
-        """Write buckets whose tensors are this caller's own, in host memory.
+        """Copy the write buckets to CPU memory that only this caller uses.
 
-        `preloaded` holds copies of the tensors of a device, but host tensors themselves: those may
-        be the optimizer's state, or the model on a CPU. One original after the other is let go,
-        so that no more than one copy exists of what was made for this save.
+        `preloaded` holds copies of device tensors, but the CPU tensors themselves, such as optimizer
+        state. References to the originals are dropped one by one, so that tensors that were made for
+        this save exist only once.
         """
         buckets = []
         for (path, key, (objects, tensors)), (_, _, (_, sources)) in zip(preloaded, originals):
             is_preloaded_list = tensors is not sources
-            copies = _Until(self._abandoned)
+            copies = _AbortableList(self._aborted)
             for index, (item, tensor) in enumerate(tensors):
                 copies.append((item, tensor.clone() if tensor is sources[index][1] else tensor))
                 sources[index] = (item, None)
@@ -129,8 +134,8 @@ class ThreadAsyncCaller(AsyncCaller):
         return buckets
 
 
-class _Until(list):
-    """A list that is not gone through to its end once an event is set."""
+class _AbortableList(list):
+    """A list whose iteration raises WriteAborted once an event is set."""
 
     def __init__(self, event: threading.Event) -> None:
         super().__init__()
@@ -139,5 +144,5 @@ class _Until(list):
     def __iter__(self):
         for item in super().__iter__():
             if self._event.is_set():
-                raise Abandoned('the checkpoint was given up')
+                raise WriteAborted('the checkpoint was aborted')
             yield item

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A Hugging Face tokenizer.json through the `tokenizers` package, without transformers."""
+"""Hugging Face tokenizer.json with the `tokenizers` package, without transformers."""
 
 import json
 import os
@@ -12,18 +12,21 @@ from .abstract_tokenizer import MegatronTokenizerTextAbstract
 
 
 class FastTokenizer(MegatronTokenizerTextAbstract):
-    """What HuggingFaceTokenizer is to transformers, for a local directory and its fast tokenizer.
+    """Replaces HuggingFaceTokenizer for a local directory with a fast tokenizer.
 
-    Takes the same arguments; vocab_file, merges_file, use_fast and trust_remote_code have no
-    meaning here, where tokenizer.json is the whole tokenizer.
+    Takes the same arguments. vocab_file, merges_file and trust_remote_code have no effect, because
+    tokenizer.json is the complete tokenizer.
 
     Args:
         tokenizer_path: directory with tokenizer.json (and tokenizer_config.json, which names the
             special tokens), or the file.
         additional_special_tokens: added to the vocabulary if they are not in it.
-        include_special_tokens: text_to_ids adds what the tokenizer's post-processor adds;
+        use_fast: must be true.
+        include_special_tokens: text_to_ids adds the special tokens of the post-processor;
             ids_to_text keeps special tokens.
-        chat_template: overrides the tokenizer's own.
+        chat_template: overrides that of tokenizer_config.json.
+    Raises:
+        ValueError: the file does not exist or is not a tokenizer, or use_fast is false.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
     ):
         del vocab_file, merges_file, trust_remote_code
         if not use_fast:
-            raise ValueError('Without transformers only fast tokenizers (tokenizer.json) load.')
+            raise ValueError('Without transformers only fast tokenizers (tokenizer.json) can load.')
         directory, name = tokenizer_path, 'tokenizer.json'
         if os.path.isfile(tokenizer_path):
             directory, name = os.path.split(tokenizer_path)
@@ -102,7 +105,7 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
 
     @property
     def additional_special_tokens_ids(self) -> List[int]:
-        """Ids of the additional special tokens that were asked for."""
+        """Ids of the additional special tokens."""
         return self.tokens_to_ids(self._additional_special_tokens)
 
     @property
@@ -132,22 +135,22 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
 
     @property
     def bos_id(self) -> Optional[int]:
-        """Id of the beginning of a sequence."""
+        """Id of the beginning-of-sequence token."""
         return self._id('bos')
 
     @property
     def eos_id(self) -> Optional[int]:
-        """Id of the end of a sequence."""
+        """Id of the end-of-sequence token."""
         return self._id('eos')
 
     @property
     def eod(self) -> Optional[int]:
-        """Id of the end of a document: the end of a sequence, as with transformers."""
+        """Id of the end-of-document token: eos, as in HuggingFaceTokenizer."""
         return self._id('eos')
 
     @property
     def sep_id(self) -> Optional[int]:
-        """Id of the separator."""
+        """Id of the separator token."""
         return self._id('sep')
 
     @property
@@ -169,7 +172,7 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
 def _read_tokenizer(path: str) -> Tokenizer:
     try:
         return Tokenizer.from_file(path)
-    except BaseException as error:  # The Rust code raises plain Exception, and panics.
+    except BaseException as error:  # The Rust code raises Exception, and panics.
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
         reason = ' '.join(str(error).split())[:200]
@@ -194,8 +197,8 @@ def _read_json(path: str) -> dict:
 
 
 def _token_text(token: Union[str, dict, None], role: str) -> Optional[str]:
-    """transformers writes a token as its text, or as an object with the text in 'content'."""
+    """The text of a token, which transformers writes as a string or as {'content': text}."""
     text = token.get('content') if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise ValueError(f'tokenizer_config.json: {role} has no text of a token.')
+        raise ValueError(f'tokenizer_config.json: {role} is not the text of a token.')
     return text
