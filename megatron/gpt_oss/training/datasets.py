@@ -18,7 +18,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
-    """Megatron's dataset configuration for these arguments."""
+    """Megatron's dataset configuration from the arguments."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     if blend_per_split is not None:
         blend_per_split = [without_unread(blend) for blend in blend_per_split]
@@ -33,7 +33,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         split=args.split,
         multiple_validation_sets=args.multiple_validation_sets,
         full_validation=args.full_validation,
-        # A set of a corpus is evaluated whole, though it ends in half a sequence.
+        # The validation set of a corpus is evaluated to its end, also with a partial last sequence.
         drop_last_partial_validation_sequence=not args.multiple_validation_sets,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
@@ -52,27 +52,30 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
     )
 
 
-def _is_built_here(vp_stage: int | None) -> bool:
-    """Only where a batch is read: the first and last pipeline stage, on TP rank 0.
+def _builds_datasets(vp_stage: int | None) -> bool:
+    """Whether this rank reads batches: TP rank 0 of the first and last pipeline stage.
 
-    Attention on every stage has to know where documents begin.
+    With --dataloader-inter-document-masking every stage reads them, since attention needs the
+    document boundaries.
     """
-    wanted = get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(
+    reads_batch = get_args().dataloader_inter_document_masking or is_first_or_last_pipeline_stage(
         vp_stage
     )
-    return mpu.get_tensor_model_parallel_rank() == 0 and wanted
+    return mpu.get_tensor_model_parallel_rank() == 0 and reads_batch
 
 
 class FixedSamples(torch.utils.data.Dataset):
-    """The same samples for every evaluation, so that losses of different steps can be compared.
+    """A validation set in which every evaluation draws the same samples.
 
     Args:
-        dataset: one epoch of a validation set.
-        per_evaluation: samples that an evaluation draws.
+        dataset: one epoch of the validation set.
+        per_evaluation: samples per evaluation.
         num_samples: samples of all evaluations.
+    Raises:
+        ValueError: the set has no sample.
     """
 
-    index_split = Split.valid  # tells the data loader which batch size
+    index_split = Split.valid  # selects the batch size of the data loader
 
     def __init__(self, dataset: GPTDataset, per_evaluation: int, num_samples: int):
         if len(dataset) == 0:
@@ -87,7 +90,7 @@ class FixedSamples(torch.utils.data.Dataset):
         return self._num_samples
 
     def __getitem__(self, index: int) -> dict:
-        # A set with fewer samples than an evaluation draws is gone through again.
+        # A set with fewer samples than an evaluation draws is repeated.
         return self._dataset[index % self._per_evaluation % len(self._dataset)]
 
 
@@ -95,20 +98,23 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
     """Megatron's train_valid_test_datasets_provider.
 
     Args:
-        num_samples: samples wanted of the training, validation and test set.
+        num_samples: numbers of samples of the training, validation and test set.
+        vp_stage: virtual pipeline stage.
     Returns:
-        Training, validation and test set; with --multiple-validation-sets a list of validation
-        sets, each of `num_samples[1]` samples (unless --full-validation asks for all).
+        Training, validation and test set. With --multiple-validation-sets a list of validation
+        sets, each of `num_samples[1]` samples, or of one epoch with --full-validation.
+    Raises:
+        ValueError: --eval-iters is not 0, and there is no validation set.
     """
     args = get_args()
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
-    is_built = partial(_is_built_here, vp_stage)
-    each_its_own = args.multiple_validation_sets and not args.full_validation
+    is_built = partial(_builds_datasets, vp_stage)
+    fixed_samples = args.multiple_validation_sets and not args.full_validation
     wanted = list(num_samples)
-    if each_its_own:
-        wanted[Split.valid.value] = None  # one epoch of each
+    if fixed_samples:
+        wanted[Split.valid.value] = None  # one epoch of each set
     config = dataset_config(args)
-    leave_out_undrawn(config, num_samples)
+    skip_unused_splits(config, num_samples)
     builder = BlendedMegatronDatasetBuilder(dataset_class, wanted, is_built, config)
     train, valid, test = builder.build()
     if valid is None and args.eval_iters and is_built():
@@ -117,7 +123,7 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
             "--eval-iters 0, or hold documents out (gptoss tokenize --validation-share, or "
             "--split)."
         )
-    if each_its_own:
+    if fixed_samples:
         valid = [
             dataset and FixedSamples(dataset, _samples_per_evaluation(args), num_samples[1])
             for dataset in (valid if isinstance(valid, list) else [valid])
@@ -125,12 +131,12 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
     return train, valid, test
 
 
-def leave_out_undrawn(config: GPTDatasetConfig, num_samples: list[int | None]) -> None:
-    """Build no set of which no sample is wanted: it may have no document, and needs none.
+def skip_unused_splits(config: GPTDatasetConfig, num_samples: list[int | None]) -> None:
+    """Do not build a split from which no sample is drawn; it may have no documents.
 
     Args:
-        config: whose split of the documents is changed.
-        num_samples: of the training, validation and test set; None is a whole epoch.
+        config: its `split_matrix` is changed in place.
+        num_samples: samples of the training, validation and test set; None: one epoch.
     """
     if config.split_matrix is not None:
         config.split_matrix = [
@@ -142,5 +148,5 @@ def _samples_per_evaluation(args: Namespace) -> int:
     return args.eval_iters * args.eval_global_batch_size
 
 
-# Megatron builds the sets on every rank then, and asks _is_built_here.
+# Megatron then calls this function on every rank, and the builder calls _builds_datasets.
 provide_datasets.is_distributed = True

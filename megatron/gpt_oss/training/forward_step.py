@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""One forward step: the batch of this rank, the model, the loss."""
+"""Megatron's forward_step_func: micro-batch of this rank, forward, loss."""
 
 from functools import partial
 from typing import Callable, Iterator
@@ -32,9 +32,10 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
     """The micro-batch of this rank: read on TP rank 0, broadcast over TP, split over CP.
 
     Returns:
-        `BATCH_KEYS`, each [b, s / cp] on this rank's device, or None: on pipeline stages that need
-        no batch, and the attention mask where the kernel knows that attention is causal. And
-        packed_seq_params, on every stage, with --dataloader-inter-document-masking; else None.
+        Dictionary of `BATCH_KEYS`, each [b, s / cp] on this rank's device, and packed_seq_params.
+        Values are None on pipeline stages that need no batch; the attention mask is None if the
+        kernel masks causally. packed_seq_params is None without --dataloader-inter-document-masking,
+        and set on every stage with it.
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking
@@ -72,7 +73,7 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
         batch,
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=True,  # documents are not split one by one
+        use_per_sequence_balancing=True,  # splits the packed sequence, not each document
     )
     batch["packed_seq_params"] = None
     if packed:
@@ -88,13 +89,17 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
 
 
 def _without_padding(cu_seqlens: Tensor) -> Tensor:
-    """[1, documents + 1] of Megatron's [1, s + 1], whose tail repeats s."""
+    """Truncate Megatron's cu_seqlens [1, s + 1], padded with s, to [1, documents + 1]."""
     ends = int((cu_seqlens[0] < cu_seqlens[0, -1]).sum())
     return cu_seqlens[:, : ends + 1].contiguous()
 
 
 def counted_tokens(loss_mask: Tensor, cp_group=None, per_token: bool = False) -> Tensor:
-    """What Megatron divides a micro-batch's loss by: see `loss_func`. One int on the device."""
+    """Number of tokens by which Megatron divides the loss of a micro-batch; see `loss_func`.
+
+    Returns:
+        One int32 on the device.
+    """
     num_tokens = loss_mask.sum(dtype=torch.float32).to(torch.int)
     if not per_token and cp_group is not None and cp_group.size() > 1:
         torch.distributed.all_reduce(num_tokens, group=cp_group)
@@ -109,17 +114,17 @@ def loss_func(
     cp_group=None,
     per_token: bool = False,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum of the token losses, and what Megatron averages it by.
+    """Sum the token losses of a micro-batch.
 
     Args:
-        loss_mask: [b, s / cp], 1 where a token counts.
+        loss_mask: [b, s / cp], 1 for a token that counts, else 0.
         losses: [b, s / cp], fp32, the model's output.
-        num_tokens: of `counted_tokens`, computed here by default.
-        cp_group: the ranks that hold the rest of the sequence.
-        per_token: --calculate-per-token-loss: Megatron sums losses and numbers over the whole
-            global batch before it divides. Without it, it divides here and averages the quotients
-            over ranks, so that a sequence's ranks must divide by the number of all of them: they
-            hold unequal numbers of tokens that count.
+        num_tokens: result of `counted_tokens`; computed here by default.
+        cp_group: context-parallel group of the sequence.
+        per_token: --calculate-per-token-loss. With it Megatron sums losses and token counts over
+            the global batch and then divides. Without it Megatron divides the loss of each
+            micro-batch by num_tokens and averages the quotients over ranks. CP ranks of a sequence
+            have unequal token counts, so num_tokens is then the sum over the CP group.
     Returns:
         (sum over tokens, number of tokens that count, {'lm loss': [sum, number] of this rank}).
     """
@@ -129,7 +134,7 @@ def loss_func(
     report = torch.cat([loss.detach().view(1), own.view(1)])
     if num_tokens is None:
         num_tokens = counted_tokens(loss_mask, cp_group, per_token)
-    return loss * _ranks_of_a_sequence(cp_group, per_token), num_tokens, {"lm loss": report}
+    return loss * _cp_factor(cp_group, per_token), num_tokens, {"lm loss": report}
 
 
 def gradient_factor(
@@ -140,28 +145,28 @@ def gradient_factor(
     cp_group=None,
     per_token: bool = False,
 ) -> Tensor:
-    """What a token's loss is multiplied by on its way to the backward, after `loss_func`.
+    """The factor from a token's loss to the loss that Megatron runs backward on.
 
-    Megatron divides by the tokens and micro-batches and multiplies by the loss scale; the chunked
-    loss, whose gradients are made in the forward, must know.
+    Megatron divides by the numbers of tokens and micro-batches and multiplies by the loss scale.
+    The chunked loss computes its gradients in the forward and therefore needs this factor there.
 
     Args:
-        num_tokens: of `counted_tokens`.
-        num_microbatches: of the step.
-        scale: the config's grad_scale_func, if it has one.
+        num_tokens: result of `counted_tokens`.
+        num_microbatches: micro-batches of the step.
+        scale: grad_scale_func of the config; may be None.
     Returns:
         One fp32 number on the device.
     """
     factor = torch.ones_like(num_tokens, dtype=torch.float32)
-    factor *= _ranks_of_a_sequence(cp_group, per_token)
+    factor *= _cp_factor(cp_group, per_token)
     if not per_token:
         factor /= num_tokens.clamp(min=1)
         factor /= num_microbatches
     return factor if scale is None else scale(factor)
 
 
-def _ranks_of_a_sequence(cp_group, per_token: bool) -> int:
-    """DDP averages over the ranks of a sequence too, which each hold a part of its loss."""
+def _cp_factor(cp_group, per_token: bool) -> int:
+    """Compensates for DDP's average over CP ranks, each of which has a part of the loss sum."""
     return 1 if per_token or cp_group is None else cp_group.size()
 
 
@@ -177,15 +182,15 @@ def losses_and_loss_func(
     """Run the model on a micro-batch of this rank.
 
     Args:
-        batch: as `get_batch` gives it; labels, positions, mask and packed_seq_params may be None.
-        chunk_size: tokens of head and loss at a time, 0 for all.
-        num_microbatches: of the step.
-        return_schedule_plan: build the plan of the forward instead of running it, as
-            --overlap-moe-expert-parallel-comm asks: its schedule runs the plan's nodes between
-            those of another micro-batch's backward.
+        batch: result of `get_batch`; labels, positions, mask and packed_seq_params may be None.
+        chunk_size: tokens per chunk of output layer and loss; 0: one chunk.
+        num_microbatches: micro-batches of the step.
+        return_schedule_plan: build the schedule plan of the forward instead of running it, for
+            --overlap-moe-expert-parallel-comm, which interleaves its nodes with the backward of
+            another micro-batch.
     Returns:
-        Megatron's forward_step_func's: the model's output or the plan that gives it, and the
-        function that makes the output a loss.
+        The model's output or its schedule plan, and the loss function of the output, as Megatron's
+        forward_step_func returns them.
     """
     config = get_model_config(model)
     loss_mask, per_token = batch["loss_mask"], config.calculate_per_token_loss
@@ -219,7 +224,7 @@ def losses_and_loss_func(
 
 
 def _count_documents(packed: PackedSequence | None, model: GPTModel) -> None:
-    """Lengths of the documents of a training step, from which its FLOPs are counted."""
+    """Add the document lengths of a training micro-batch to the FLOPs statistics."""
     if packed is None or not model.training or get_attr_wrapped_model(model, "vp_stage"):
         return
     update_seqlen_stats_from_cu_seqlens(packed.cu_seqlens_q)
@@ -228,7 +233,7 @@ def _count_documents(packed: PackedSequence | None, model: GPTModel) -> None:
 def forward_step(
     data_iterator: Iterator, model: GPTModel, return_schedule_plan: bool = False
 ) -> tuple[Tensor | AbstractSchedulePlan, Callable]:
-    """Megatron's forward_step_func; see `losses_and_loss_func` for the plan."""
+    """Megatron's forward_step_func; see `losses_and_loss_func` for the schedule plan."""
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""--freeze and --lr-multiplier: parameters chosen by patterns of their names.
+"""--freeze and --lr-multiplier: select parameters by patterns of their names.
 
-Names are Megatron's, layers numbered from 0 over all pipeline stages, e.g.
-`decoder.layers.3.mlp.router.weight`; patterns as the shell's: '*.router.*', 'embedding.*'.
+Names are Megatron's, with layers numbered from 0 over all pipeline stages, e.g.
+`decoder.layers.3.mlp.router.weight`. Patterns are shell patterns: '*.router.*', 'embedding.*'.
 """
 
 import re
@@ -20,7 +20,7 @@ Hook = Callable[[list[torch.nn.Module]], list[torch.nn.Module]]
 
 
 def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
-    """{'*.router.*': 0.1} from ['*.router.*=0.1'].
+    """Parse the values of --lr-multiplier: ['*.router.*=0.1'] gives {'*.router.*': 0.1}.
 
     Raises:
         UsageError: a word is not PATTERN=FACTOR with a factor of 0 or more.
@@ -42,10 +42,10 @@ def parse_multipliers(words: Sequence[str]) -> dict[str, float]:
 
 
 def check_patterns(args: Namespace) -> None:
-    """What of --freeze and --lr-multiplier can be refused before there is a model.
+    """Check --freeze and --lr-multiplier as far as possible without a model.
 
     Raises:
-        UsageError: names the flag and what to do.
+        UsageError: a value is invalid, or cannot be combined with another flag.
     """
     factors = parse_multipliers(args.lr_multiplier)
     if 0 in factors.values() and args.lr_warmup_init:
@@ -67,15 +67,15 @@ def check_patterns(args: Namespace) -> None:
 
 
 def pattern_hook(args: Namespace) -> Hook:
-    """A hook for `GPTModelConfig.pre_wrap_hooks`, before DDP and optimizer look at parameters.
+    """A hook for `GPTModelConfig.pre_wrap_hooks`, which runs before DDP and optimizer are built.
 
-    A frozen parameter gets requires_grad = False: it has no gradient, no place in the gradient
-    buffers and no optimizer state. A factor becomes the attribute `lr_multiplier`, from which
-    `megatron.training.learning_rate_multipliers` makes parameter groups; of several patterns that
-    fit, the last one on the command line counts.
+    --freeze sets requires_grad = False: the parameter has no gradient, no space in the gradient
+    buffers and no optimizer state. --lr-multiplier sets the attribute `lr_multiplier`, from which
+    `megatron.training.learning_rate_multipliers` builds parameter groups. If several patterns match
+    a parameter, the last one on the command line applies.
 
     Raises:
-        UsageError: on every rank, if a pattern fits no parameter of the whole model, or nothing is
+        UsageError: on every rank, if a pattern matches no parameter on any rank, or no parameter is
             left to train.
     """
     factors = parse_multipliers(args.lr_multiplier)
@@ -88,7 +88,7 @@ def pattern_hook(args: Namespace) -> Hook:
             if isinstance(parameter, torch.nn.Parameter)
         }
         for flag, patterns in (("--freeze", args.freeze), ("--lr-multiplier", factors)):
-            _check_all_fit(flag, list(patterns), list(named))
+            _check_all_match(flag, list(patterns), list(named))
         for name, parameter in named.items():
             if any(fnmatchcase(name, pattern) for pattern in args.freeze):
                 parameter.requires_grad_(False)
@@ -99,37 +99,37 @@ def pattern_hook(args: Namespace) -> Hook:
             trains = {name: parameter.requires_grad for name, parameter in named.items()}
             _check_frozen(args.freeze, trains, args.save and not args.no_save_optim)
             if args.recompute_granularity is not None:
-                _keep_graph_above_embedding(model_chunks)
+                _require_grad_of_embedding_output(model_chunks)
         return model_chunks
 
     return hook
 
 
-def _keep_graph_above_embedding(model_chunks: list[torch.nn.Module]) -> None:
-    """Let the embedding's output ask for a gradient although nothing below it does.
+def _require_grad_of_embedding_output(model_chunks: list[torch.nn.Module]) -> None:
+    """Set requires_grad on the output of the embedding.
 
-    Recomputation runs a layer outside of autograd and notices from its input alone that gradients
-    are wanted: with the embedding frozen every weight of the layer would silently get none.
+    Activation checkpointing computes gradients only if an input of the layer requires one. With a
+    frozen embedding no weight of the first layer would get a gradient.
     """
 
-    def ask(module, inputs, output):
+    def require_grad(module, inputs, output):
         return output.requires_grad_() if torch.is_grad_enabled() else output
 
     for chunk in model_chunks:
         for module in chunk.modules():
             if isinstance(module, LanguageModelEmbedding):
-                module.register_forward_hook(ask)
+                module.register_forward_hook(require_grad)
 
 
-def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
-    """A pattern may fit on one pipeline stage alone, and every rank has to say the same."""
+def _check_all_match(flag: str, patterns: list[str], names: list[str]) -> None:
+    """Raise the same UsageError on every rank if a pattern matches no parameter on any rank."""
     if not patterns:
         return
-    fits = [any(fnmatchcase(name, pattern) for name in names) for pattern in patterns]
-    everywhere = _gathered((fits, names[:3] + names[-1:]))
+    matches = [any(fnmatchcase(name, pattern) for name in names) for pattern in patterns]
+    all_ranks = _all_gather_object((matches, names[:3] + names[-1:]))
     for index, pattern in enumerate(patterns):
-        if not any(seen[index] for seen, _ in everywhere):
-            examples = ", ".join(everywhere[0][1])
+        if not any(matched[index] for matched, _ in all_ranks):
+            examples = ", ".join(all_ranks[0][1])
             raise UsageError(
                 f"{flag} {pattern} matches no parameter. Example names: {examples}. "
                 "A pattern must match the full name: '*.router.*', not 'router'."
@@ -137,21 +137,27 @@ def _check_all_fit(flag: str, patterns: list[str], names: list[str]) -> None:
 
 
 def _check_frozen(patterns: Sequence[str], trains: dict[str, bool], saves: bool) -> None:
-    """Something has to train, and a checkpoint's optimizer state to be without holes."""
-    everywhere: dict[str, bool] = {}
-    for part in _gathered(trains):
-        everywhere.update(part)
+    """Check that a parameter trains, and that a checkpoint can hold the optimizer state.
+
+    Args:
+        patterns: values of --freeze.
+        trains: whether each parameter of this rank trains, by name.
+        saves: whether checkpoints hold optimizer state.
+    """
+    all_trains: dict[str, bool] = {}
+    for part in _all_gather_object(trains):
+        all_trains.update(part)
     words = f"--freeze {' '.join(patterns)}"
-    if not any(everywhere.values()):
+    if not any(all_trains.values()):
         raise UsageError(f"{words} leaves no parameter to train.")
-    # In a checkpoint the layers (and experts) of a parameter are rows of one tensor.
+    # A checkpoint stacks the layers (and experts) of a parameter into one tensor.
     frozen, trained = (
-        {_without_numbers(name): name for name, value in everywhere.items() if value == wanted}
+        {_without_numbers(name): name for name, value in all_trains.items() if value == wanted}
         for wanted in (False, True)
     )
-    for row in frozen.keys() & trained.keys() if saves else ():
+    for key in frozen.keys() & trained.keys() if saves else ():
         raise UsageError(
-            f"{words} freezes {frozen[row]} but not {trained[row]}; a checkpoint holds optimizer "
+            f"{words} freezes {frozen[key]} but not {trained[key]}; a checkpoint holds optimizer "
             "state for all layers and experts or for none. Freeze all of them, or use "
             "--lr-multiplier PATTERN=0 instead."
         )
@@ -161,7 +167,7 @@ def _without_numbers(name: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)
 
 
-def _gathered(value) -> list:
+def _all_gather_object(value) -> list:
     values = [value]
     if torch.distributed.is_initialized():
         values *= torch.distributed.get_world_size()

@@ -73,11 +73,11 @@ def test_a_split_that_nobody_draws_from_needs_no_document(tmp_path):
     from megatron.core.datasets.blended_megatron_dataset_builder import (
         BlendedMegatronDatasetBuilder,
     )
-    from megatron.gpt_oss.training.datasets import leave_out_undrawn
+    from megatron.gpt_oss.training.datasets import skip_unused_splits
 
     config = dataset_of(tmp_path, [0], 1).config
     with pytest.raises(ValueError, match="0 samples are wanted"):
         BlendedMegatronDatasetBuilder(GPTDataset, [4, 0, 0], lambda: True, config).build()
-    leave_out_undrawn(config, [4, 0, 0])
+    skip_unused_splits(config, [4, 0, 0])
     built = BlendedMegatronDatasetBuilder(GPTDataset, [4, 0, 0], lambda: True, config).build()
     assert len(built[0]) >= 4 and built[1:] == [None, None]
