@@ -1,9 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss launch`: torchrun, with the exit status of the rank that failed and no traceback of its own.
+"""`gptoss launch`: torchrun with the exit status of the failed rank and without a traceback.
 
-torchrun ends with status 1 and 25 lines of its own stack whatever the ranks said. It leaves a signal
-the ranks do not get (SIGUSR1) to end it, and 30 s to a save that SIGTERM asked for.
+Three things differ from torchrun. torchrun always exits with status 1 and prints its own stack of
+25 lines; this command exits with the status of the rank that failed first. SIGUSR1 ends torchrun;
+here it is forwarded to the ranks. torchrun kills the ranks 30 s after SIGTERM; here they have
+`SECONDS_TO_SAVE`.
 """
 
 import logging
@@ -22,22 +24,23 @@ def launch(words: Sequence[str]) -> None:
     """Start the ranks of this machine, as `torchrun WORDS` does, and wait for them.
 
     Args:
-        words: torchrun's options, the script, and what belongs to the script.
+        words: options of torchrun, the script, and arguments of the script.
     Raises:
-        UsageError: torchrun does not know these options.
-        SystemExit: a rank failed. The status is that of the first one; of a signal, 128 + its number.
+        UsageError: torchrun rejects the options.
+        SystemExit: a rank failed. The status is that of the rank that failed first, or 128 + the
+            number of the signal that killed it.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
-    # They warn of every process that torchrun ends; what a rank died of is said below.
+    # They log every process that torchrun ends; `_status` reports why the first rank failed.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))  # PyTorch 2.13
     parser = get_args_parser()
     parser.prog = "gptoss launch"
-    parser.error = _refuse
+    parser.error = _raise_usage_error
     if "--signals-to-handle" in parser._option_string_actions:  # since PyTorch 2.10
         parser.set_defaults(signals_to_handle=SIGNALS)
     args = parser.parse_args(list(words))
@@ -48,18 +51,18 @@ def launch(words: Sequence[str]) -> None:
         raise SystemExit(_status(failed)) from failed
     except SignalException as ended:
         raise SystemExit(128 + ended.sigval) from ended
-    except ValueError as error:  # of --nproc-per-node, --nnodes and their like
+    except ValueError as error:  # an invalid --nproc-per-node, --nnodes or similar
         raise UsageError(f"torchrun refuses these options: {error}") from error
 
 
 def _threads(processes: str) -> int:
-    """Of each rank: torchrun gives them one, and an optimizer on the host wants more."""
+    """OMP_NUM_THREADS of each rank. torchrun sets 1, which is slow for a CPU-offloaded optimizer."""
     cores = os.cpu_count() or 1
     return max(1, min(8, cores // int(processes) if processes.isdigit() and int(processes) else 1))
 
 
 def _status(failed) -> int:
-    """Exit status of the rank that failed first; one that a signal ended said nothing itself."""
+    """Exit status of the rank that failed first; prints a message if a signal killed it."""
     rank, first = failed.get_first_failure()
     if first.exitcode > 0:
         return first.exitcode
@@ -74,7 +77,7 @@ def _status(failed) -> int:
     return 128 + number if number else EXIT_FAULT
 
 
-def _refuse(message: str) -> NoReturn:
+def _raise_usage_error(message: str) -> NoReturn:
     raise UsageError(
         f"{message[:1].upper()}{message[1:]}. `gptoss launch --help` lists all options."
     )

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""gpt-oss through Megatron's own extension points: a spec provider and a layer spec function.
+"""gpt-oss through Megatron's extension points: spec providers and a block spec function.
 
-`GPTModelConfig.transformer_layer_spec` takes a function; ours returns the block of one pipeline
-stage, every layer with experts. What another kernel needs to replace (attention, experts, norm) is
-one method of `GptOssSpecProvider`.
+`GPTModelConfig.transformer_layer_spec` is set to a function that returns the block spec of one
+pipeline stage, in which every layer is an MoE layer. To replace attention, experts or norm,
+override one method of `GptOssSpecProvider`.
 """
 
 import contextlib
@@ -57,10 +57,10 @@ class GptOssSpecProvider(LocalSpecProvider):
 
 
 class TEGptOssSpecProvider(TESpecProvider):
-    """TransformerEngine's norms, linears and grouped linears, with either attention.
+    """Norms, linears and grouped linears of TransformerEngine; attention of either library.
 
     Args:
-        sink_attention: "megatron" for the kernels of sink_attention, "te" for TransformerEngine's.
+        sink_attention: "megatron" for SinkDotProductAttention, "te" for TransformerEngine's.
     """
 
     def __init__(self, sink_attention: str = "megatron"):
@@ -80,7 +80,7 @@ class TEGptOssSpecProvider(TESpecProvider):
 def gpt_oss_layer_spec(config: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
     """One decoder layer: RMSNorm, attention with a sink, RMSNorm, mixture of experts.
 
-    TransformerEngine's linear_qkv has the first norm in it.
+    TransformerEngine fuses the first norm into linear_qkv.
     """
     norm = provider.layer_norm(rms_norm=True, for_qk=False, has_residual=True)
     fused = provider.fuse_layernorm_and_linear()
@@ -111,9 +111,9 @@ def gpt_oss_layer_spec(config: TransformerConfig, provider: BackendSpecProvider)
                 moe_grouped_gemm=config.moe_grouped_gemm,
             ),
             mlp_bda=get_bias_residual_add,
-            # Names in a checkpoint as TransformerEngine's layers give them, so that either
-            # implementation resumes the other's. Upstream's local spec also renames the norm
-            # before the experts, which matches TransformerEngine for dense layers only.
+            # Checkpoints use the names of TransformerEngine's layers, so that either implementation
+            # resumes from the other's. Upstream's local spec also renames the norm before the
+            # experts, which matches TransformerEngine for dense layers only.
             sharded_state_dict_keys_map=(
                 {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
             ),
@@ -124,12 +124,14 @@ def gpt_oss_layer_spec(config: TransformerConfig, provider: BackendSpecProvider)
 def gpt_oss_block_spec(
     config: GPTModelConfig, vp_stage: int | None = None, sink_attention: str = "megatron"
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage; the value of `GPTModelConfig.transformer_layer_spec`.
+    """The block spec of one pipeline stage; the value of `GPTModelConfig.transformer_layer_spec`.
 
-    Windowed and full layers have one spec: Megatron decides by the layer's number.
+    Windowed and full layers have the same spec: Megatron decides by the layer number.
 
     Args:
-        sink_attention: whose attention stands among TransformerEngine's layers.
+        config: config of the model.
+        vp_stage: virtual pipeline stage.
+        sink_attention: attention of TransformerEngine's layers; see `TEGptOssSpecProvider`.
     """
     transformer = config.transformer
     if transformer.transformer_impl == "inference_optimized":
@@ -151,9 +153,9 @@ def gpt_oss_block_spec(
 
 
 def model_config_from_args(args: Namespace) -> GPTModelConfig:
-    """The model's config from validated Megatron arguments, with our layer spec in it.
+    """The model config from validated Megatron arguments.
 
-    A user's own `--spec` is respected.
+    Uses the block spec of this module unless `--spec` is given.
     """
     config = gpt_config_from_args(args)
     if config.transformer_layer_spec is None:
@@ -166,15 +168,17 @@ def model_config_from_args(args: Namespace) -> GPTModelConfig:
 
 
 def model_config(preset: Preset, sink_attention: str = "megatron", **overrides) -> GPTModelConfig:
-    """The model's config from a preset alone, without a command line.
+    """The model config from a preset, without a command line.
 
-    Goes through Megatron's own parser and validation, so that it is what the command line gives.
+    Uses Megatron's parser and validation, so it equals the config of a command line.
 
     Args:
         preset: the model.
-        sink_attention: as the flag of this name.
+        sink_attention: value of --sink-attention.
         overrides: Megatron arguments by dest, e.g. `seq_length=128`; parallel sizes must fit the
-            process group, if there is one.
+            process group, if one is initialised.
+    Raises:
+        TypeError: an override is not an argument of Megatron.
     """
     from megatron.training.arguments import add_megatron_arguments, validate_args
 

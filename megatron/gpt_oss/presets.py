@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The sizes of the family as data, and the Megatron arguments that describe each.
+"""Sizes of the gpt-oss models, and the Megatron arguments of each.
 
-What the members share (YaRN, window pattern, clamp, epsilon) is written once, as the defaults of
-`Preset`. The published numbers are those of config.json in openai/gpt-oss-20b and -120b.
+Values that all models share (YaRN, window pattern, clamp, epsilon) are the defaults of `Preset`. The
+values are those of config.json in openai/gpt-oss-20b and -120b.
 """
 
 import dataclasses
@@ -14,13 +14,13 @@ from typing import Any
 
 from megatron.gpt_oss.errors import PresetError
 
-# What no model has: a larger number is a slip, or a damaged file, and would take all memory.
-MOST_LAYERS = 10_000
+# A larger number is a typing error or from a damaged file, and would exhaust memory.
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One member of the family; the defaults are what all members share."""
+    """Sizes of one model; the defaults are the values that all gpt-oss models share."""
 
     name: str
     num_layers: int
@@ -30,12 +30,12 @@ class Preset:
     head_dim: int
     num_experts: int
     moe_ffn_hidden_size: int
-    vocab_size: int  # rows of the embedding, more than the tokenizer's tokens
-    seq_length: int  # default training length, may be overridden
+    vocab_size: int  # rows of the embedding; larger than the tokenizer's vocabulary
+    seq_length: int  # default sequence length of training
     num_experts_per_tok: int = 4
     max_position_embeddings: int = 131072
-    sliding_window: int = 128  # keys a query sees, itself included, in windowed layers
-    # One kind a layer, as in Hugging Face; None: layers 0, 2, ... are windowed.
+    sliding_window: int = 128  # keys per query in windowed layers, its own included
+    # Attention type of each layer, as in Hugging Face; None: layers 0, 2, ... are windowed.
     layer_types: tuple[str, ...] | None = None
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -48,7 +48,7 @@ class Preset:
     yarn_beta_slow: float = 1.0
     yarn_truncate: bool = False
     yarn_attention_factor: float | None = None  # None: from factor, mscale and mscale_all_dim
-    yarn_mscale: float = 1.0  # these two count where neither is 0
+    yarn_mscale: float = 1.0  # mscale and mscale_all_dim have an effect if neither is 0
     yarn_mscale_all_dim: float = 0.0
 
     def is_windowed(self, layer: int) -> bool:
@@ -61,15 +61,15 @@ class Preset:
 PRESETS = {
     preset.name: preset
     for preset in (
-        # Awkward on purpose: hidden != heads * head_dim != expert width, grouped heads, a
-        # vocabulary that is no multiple of 4 (but of 2, so that TP 2 needs no padding rows).
+        # Irregular sizes for tests: hidden != heads * head_dim != expert width, grouped heads, and
+        # a vocabulary that is a multiple of 2 but not of 4, so TP 2 needs no padding.
         Preset(
             name="tiny",
             num_layers=4,
             hidden_size=128,
             num_attention_heads=4,
             num_query_groups=2,
-            head_dim=64,  # as published, so that YaRN's ramp is too
+            head_dim=64,  # as in 20b, so that YaRN's ramp is the same
             num_experts=8,
             moe_ffn_hidden_size=96,
             vocab_size=270,
@@ -104,13 +104,13 @@ PRESETS = {
 
 
 def get_preset(name: str, num_layers: int | None = None) -> Preset:
-    """Look a preset up by name.
+    """Look up a preset by name.
 
     Args:
         name: a key of `PRESETS`.
-        num_layers: another depth of the same shape, for tests and benchmarks.
+        num_layers: replaces the number of layers, for tests and benchmarks.
     Raises:
-        PresetError: if there is no such preset, or the depth is not positive.
+        PresetError: the name is unknown, or `num_layers` is not in 1 to `MAX_LAYERS`.
     """
     if name not in PRESETS:
         raise PresetError(
@@ -120,19 +120,19 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     preset = PRESETS[name]
     if num_layers is None:
         return preset
-    if not 1 <= num_layers <= MOST_LAYERS:
-        raise PresetError(f"--preset-layers {num_layers} is invalid. Give 1 to {MOST_LAYERS}.")
+    if not 1 <= num_layers <= MAX_LAYERS:
+        raise PresetError(f"--preset-layers {num_layers} is invalid. Give 1 to {MAX_LAYERS}.")
     return dataclasses.replace(preset, num_layers=num_layers)
 
 
-def extended(preset: Preset, yarn_factor: float | None) -> Preset:
-    """The same model over a longer context.
+def extend_context(preset: Preset, yarn_factor: float | None) -> Preset:
+    """The same model with a longer context.
 
     Args:
-        yarn_factor: of YaRN; the context is so many times the original length, which it stretches.
-            None leaves the preset as it is.
+        yarn_factor: YaRN scaling factor: context length over original length. None returns the
+            preset unchanged.
     Raises:
-        PresetError: the factor is below the preset's own, which the published weights know.
+        PresetError: the factor is below the preset's own, with which the weights were trained.
     """
     if yarn_factor is None:
         return preset
@@ -146,11 +146,11 @@ def extended(preset: Preset, yarn_factor: float | None) -> Preset:
 
 
 def architecture_flags(preset: Preset) -> dict:
-    """The Megatron arguments (by dest) that make the model what it is.
+    """The Megatron arguments (by dest) that define the model.
 
-    A command line that gives one of them another value describes another model.
-    YaRN is --position-embedding-type yarn; --rope-type yarn is upstream's name for the YaRN of
-    multi-latent attention and is refused for this model.
+    A command line that changes one of them describes another model. YaRN is
+    --position-embedding-type yarn; --rope-type yarn selects the YaRN of multi-latent attention and is
+    rejected for this model.
     """
     return {
         "num_layers": preset.num_layers,
@@ -164,10 +164,10 @@ def architecture_flags(preset: Preset) -> dict:
         "untie_embeddings_and_output_weights": True,
         "normalization": "RMSNorm",
         "layernorm_epsilon": preset.rms_norm_eps,
-        "add_bias_linear": True,  # o, router and experts; the norms and the head have none
+        "add_bias_linear": True,  # linear_proj, router, experts; norms and output layer have none
         "add_qkv_bias": True,
-        # Attention: Megatron counts the keys before the query, Hugging Face counts all. With a
-        # skip frequency of 2 every second layer is full, the first of all is windowed.
+        # Attention: Megatron's window excludes the query's own key, Hugging Face's includes it. With
+        # a skip frequency of 2 layers 0, 2, ... are windowed.
         "softmax_type": "learnable",
         "window_size": (preset.sliding_window - 1, 0),
         "window_attn_skip_freq": (
@@ -185,7 +185,7 @@ def architecture_flags(preset: Preset) -> dict:
         "yarn_attention_factor": preset.yarn_attention_factor,
         "mscale": preset.yarn_mscale,
         "mscale_all_dim": preset.yarn_mscale_all_dim,
-        # Experts in every layer: clamped SwiGLU, softmax over the chosen logits only.
+        # Experts in every layer: clamped SwiGLU, softmax over the selected logits only.
         "num_experts": preset.num_experts,
         "moe_layer_freq": 1,
         "moe_ffn_hidden_size": preset.moe_ffn_hidden_size,
@@ -199,7 +199,7 @@ def architecture_flags(preset: Preset) -> dict:
 
 
 def default_flags(preset: Preset) -> dict:
-    """Defaults for the local (PyTorch) implementation that the command line may change."""
+    """Defaults of the local (PyTorch) implementation, which the command line may override."""
     return {
         "seq_length": preset.seq_length,
         "max_position_embeddings": preset.max_position_embeddings,
@@ -209,22 +209,22 @@ def default_flags(preset: Preset) -> dict:
         "transformer_impl": "local",
         "attention_softmax_in_fp32": True,
         "cp_comm_type": ["auto"],
-        # The fused softmax kernels know neither sink nor window.
+        # The fused softmax kernels support neither sinks nor windows.
         "masked_softmax_fusion": False,
-        # Eager is the same maths; compiling the activation for each expert's own number of
-        # tokens does not pay.
+        # The fusion would compile the activation for each number of tokens per expert, which costs
+        # more than it saves.
         "bias_gelu_fusion": False,
-        # Nor does it here; bias and residual are fused by fused_bias_residual, without compiling.
+        # fused_bias_residual fuses bias and residual without compiling.
         "bias_dropout_fusion": False,
-        # PyTorch's RMSNorm has no persistent kernel; the local norm asserts this off.
+        # PyTorch's RMSNorm has no persistent kernel; the local norm requires this flag.
         "no_persist_layer_norm": True,
-        # The fused weight-gradient product is Apex's.
+        # The fused wgrad GEMM is a kernel of Apex.
         "gradient_accumulation_fusion": _has_module("fused_weight_gradient_mlp_cuda"),
-        # All experts of a layer as two products (GroupedExperts): same numbers, checkpoints and
-        # initial weights as one after the other (--no-moe-grouped-gemm).
+        # GroupedExperts: two grouped GEMMs for all experts of a layer. Numbers, checkpoints and
+        # initial weights are those of SequentialMLP (--no-moe-grouped-gemm).
         "moe_grouped_gemm": True,
         "moe_token_dispatcher_type": "alltoall",
-        # Near ties among the logits are frequent: bf16 would choose other experts.
+        # Near ties among the logits are frequent: bf16 would select other experts.
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -237,7 +237,7 @@ def preset_flags(preset: Preset) -> dict:
 
 
 def windowed_layers(flags: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    """Which layers have a window, by Megatron's arguments window_size and window_attn_skip_freq."""
+    """Whether each layer has a window, from Megatron's window_size and window_attn_skip_freq."""
     window, frequency = flags.get("window_size", (0, 0)), flags.get("window_attn_skip_freq")
     if not window:
         return (False,) * num_layers

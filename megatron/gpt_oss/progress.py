@@ -6,15 +6,15 @@ from tqdm import tqdm
 
 
 def progress_bar(total: int, unit: str = "B", enabled: bool = True, initial: int = 0) -> tqdm:
-    """A tqdm bar; it shows nothing where stderr is not a terminal.
+    """A tqdm bar; shows nothing if stderr is not a terminal.
 
     Args:
         total: amount of work, in `unit`.
-        unit: of the amounts; tqdm shows them with an SI prefix.
+        unit: unit of the amounts; tqdm shows them with an SI prefix.
         enabled: False shows nothing.
-        initial: work that an earlier process did; it does not count for the rate.
+        initial: work that an earlier process did; does not count for the rate.
     """
-    disable = None if enabled else True  # None: tqdm asks whether stderr is a terminal
+    disable = None if enabled else True  # None: tqdm checks whether stderr is a terminal
     return tqdm(
         total=total,
         initial=initial,
@@ -26,6 +26,6 @@ def progress_bar(total: int, unit: str = "B", enabled: bool = True, initial: int
 
 
 def advance(bar: tqdm, amount: int, note: str) -> None:
-    """Add finished work, and show a note behind the rate with the next redraw."""
+    """Add finished work; the next redraw shows the note after the rate."""
     bar.set_postfix_str(note, refresh=False)
     bar.update(amount)

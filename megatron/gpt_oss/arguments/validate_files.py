@@ -13,7 +13,7 @@ from megatron.gpt_oss.arguments.validate_data import read_prefixes
 from megatron.gpt_oss.checkpoint.hf.config import preset_from_hf_config, read_hf_config
 from megatron.gpt_oss.data.indexed_dataset import check_dataset
 from megatron.gpt_oss.errors import PresetError, UsageError
-from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, extended
+from megatron.gpt_oss.presets import PRESETS, Preset, architecture_flags, extend_context
 
 
 def check_files(given: Namespace, preset: Preset | None) -> None:
@@ -100,7 +100,7 @@ def _check_hf_checkpoint(directory: str, preset: Preset | None, yarn_factor: flo
     HFReader(Path(directory)).check_files()
     if preset is None:
         return
-    found = extended(preset_from_hf_config(config), yarn_factor)
+    found = extend_context(preset_from_hf_config(config), yarn_factor)
     theirs, ours = architecture_flags(found), architecture_flags(preset)
     for dest, value in ours.items():
         if theirs[dest] != value:

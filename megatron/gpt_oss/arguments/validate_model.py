@@ -7,11 +7,11 @@ from argparse import ArgumentParser, Namespace
 from megatron.gpt_oss.arguments.flags import LM_LOSS_CHUNK_SIZE, NO_PRESET
 from megatron.gpt_oss.errors import PresetError, UsageError
 from megatron.gpt_oss.presets import (
-    MOST_LAYERS,
+    MAX_LAYERS,
     PRESETS,
     Preset,
     architecture_flags,
-    extended,
+    extend_context,
     get_preset,
     preset_flags,
 )
@@ -60,15 +60,15 @@ def chosen_preset(given: Namespace) -> Preset | None:
                 f"'{NO_PRESET}'. Give --num-layers instead."
             )
         depth = getattr(given, "num_layers", None)
-        if depth is not None and not 1 <= depth <= MOST_LAYERS:
-            raise PresetError(f"--num-layers {depth} is invalid. Give 1 to {MOST_LAYERS}.")
+        if depth is not None and not 1 <= depth <= MAX_LAYERS:
+            raise PresetError(f"--num-layers {depth} is invalid. Give 1 to {MAX_LAYERS}.")
         if (factor := getattr(given, "yarn_factor", None)) is not None:
             raise PresetError(
                 f"--yarn-factor {factor:g} extends a preset, and --preset is '{NO_PRESET}'. Give "
                 "--rotary-scaling-factor and --max-position-embeddings instead."
             )
         return None
-    return extended(get_preset(name, num_layers), getattr(given, "yarn_factor", None))
+    return extend_context(get_preset(name, num_layers), getattr(given, "yarn_factor", None))
 
 
 def preset_defaults(given: Namespace, preset: Preset | None) -> dict:

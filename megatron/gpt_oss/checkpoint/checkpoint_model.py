@@ -24,7 +24,7 @@ from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, checkpoint_fil
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
-from megatron.gpt_oss.presets import MOST_LAYERS, Preset, windowed_layers
+from megatron.gpt_oss.presets import MAX_LAYERS, Preset, windowed_layers
 
 VOCABULARY = tuple(key for key in GLOBAL_NAMES if not key.startswith("decoder."))
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
@@ -95,7 +95,7 @@ def _shape(reader: TorchDistReader, key: str, rank: int) -> tuple[int, ...]:
 
 def _check_sizes(preset: Preset, directory: Path) -> None:
     """Reject sizes of damaged files, over which loops would take hours."""
-    for name, most in (("num_layers", MOST_LAYERS), ("num_experts", MAX_EXPERTS)):
+    for name, most in (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS)):
         if not 1 <= getattr(preset, name) <= most:
             raise CheckpointError(
                 f"{directory} has {name} = {getattr(preset, name)} (from its tensors), expected 1 to "

@@ -28,7 +28,7 @@ from megatron.gpt_oss.checkpoint.mapping import (
     locate,
 )
 from megatron.gpt_oss.errors import CheckpointError
-from megatron.gpt_oss.presets import Preset, extended
+from megatron.gpt_oss.presets import Preset, extend_context
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def load_hf(
     """
     directory = Path(directory)
     reader, preset = open_hf(directory)
-    preset = extended(preset, yarn_factor)
+    preset = extend_context(preset, yarn_factor)
     for chunk in unwrap_model(list(model_chunks)):
         check_same_function(
             preset,

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.gpt_oss.checkpoint.hf.fields import alternating_layers, read_fields
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import read_json
-from megatron.gpt_oss.presets import Preset, extended
+from megatron.gpt_oss.presets import Preset, extend_context
 
 CONFIG_NAME = "config.json"
 
@@ -157,7 +157,7 @@ def with_yarn_factor(config: dict, factor: float) -> dict:
 
     Values that transformers would derive from the old length are written explicitly.
     """
-    preset = extended(preset_from_hf_config(config), factor)
+    preset = extend_context(preset_from_hf_config(config), factor)
     given = [name for name in ("rope_scaling", "rope_parameters") if config.get(name)]
     changed = {"max_position_embeddings": preset.max_position_embeddings}
     if "original_max_position_embeddings" in config:

@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
-from megatron.gpt_oss.presets import MOST_LAYERS
+from megatron.gpt_oss.presets import MAX_LAYERS
 
 TRANSFORMERS = "5.24"  # version that this table describes
 REQUIRED = object()  # default of a field that must be present
@@ -157,7 +157,7 @@ _FIXED_BY_CODE = "transformers hardcodes the activation"
 
 FIELDS = (
     Field("model_type", REQUIRED, _only("gpt_oss"), "'gpt_oss'"),
-    Field("num_hidden_layers", 36, _integer(1, MOST_LAYERS), f"1 to {MOST_LAYERS}"),
+    Field("num_hidden_layers", 36, _integer(1, MAX_LAYERS), f"1 to {MAX_LAYERS}"),
     Field("hidden_size", 2880, _integer(1, _MAX_WIDTH), "any"),
     Field(
         "num_attention_heads", 64, _integer(1, _MAX_WIDTH), "any multiple of num_key_value_heads"

@@ -12,7 +12,7 @@ import torch
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.errors import CheckpointError, PresetError
-from megatron.gpt_oss.presets import extended, get_preset
+from megatron.gpt_oss.presets import extend_context, get_preset
 from tests.harness import runs
 from tests.harness.models import TINY, trained_tensors, write_hf
 
@@ -32,7 +32,7 @@ def test_logits_against_transformers(make_model, tmp_path):
     """Far beyond the published context, where the angles of the two factors differ."""
     transformers = pytest.importorskip('transformers')
     preset = dataclasses.replace(TINY, yarn_original_max_position_embeddings=24)
-    longer = extended(preset, FACTOR)
+    longer = extend_context(preset, FACTOR)
     folder = write_hf(tmp_path / 'hf', longer, trained_tensors(longer))
     reference = transformers.GptOssForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation='eager'
@@ -88,6 +88,6 @@ def test_refused(words, message):
 
 
 def test_extended():
-    longer = extended(get_preset('20b'), FACTOR)
+    longer = extend_context(get_preset('20b'), FACTOR)
     assert (longer.yarn_factor, longer.max_position_embeddings) == (64.0, 262_144)
-    assert extended(get_preset('20b'), None) == get_preset('20b')
+    assert extend_context(get_preset('20b'), None) == get_preset('20b')
