@@ -61,7 +61,8 @@ class RunError(RuntimeError):
 def as_refusal(error: BaseException) -> UsageError | None:
     """A refusal of Megatron while it validates arguments or builds the model, as UsageError.
 
-    Megatron uses assert and ValueError; for an assert without a message, the failed condition is named.
+    Megatron uses assert and ValueError; for an assert without a message, the failed condition is
+    named.
 
     Returns:
         None for a UsageError, and for any other error.
@@ -124,8 +125,8 @@ _CAUSES = {
     errno.ENOLCK: ("the file system has no locks left", "Retry later."),
     errno.EOPNOTSUPP: ("the file system does not support the operation", "Give another path."),
 }
-# Errors with which libraries pass on an error of the operating system: as text or, in torch.save, as
-# the error's context.
+# Errors with which libraries pass on an error of the operating system: as text or, in torch.save,
+# as the error's context.
 _WRAPPERS = (
     "RuntimeError",
     "Exception",
@@ -187,9 +188,9 @@ def environment_rank() -> int:
 def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool = True) -> NoReturn:
     """Print an error as one line and exit.
 
-    Under torchrun every rank may have the same error (`everywhere`); then only rank 0 prints it. The
-    other ranks wait, because torchrun ends all ranks when the first one exits. A rank that is still
-    running after the wait has the error alone, and prints it.
+    Under torchrun every rank may have the same error (`everywhere`); then only rank 0 prints it.
+    The other ranks wait, because torchrun ends all ranks when the first one exits. A rank that is
+    still running after the wait has the error alone, and prints it.
     """
     if everywhere and environment_rank() != 0:
         with contextlib.suppress(ValueError):  # not in the main thread
@@ -203,8 +204,8 @@ def run_main(main: Callable[[], object]) -> None:
     """Run an entry point and report known errors as one sentence on stderr.
 
     Exit codes: 2 for a UsageError and for errors of the operating system (a full disk, a read-only
-    file system), 1 for a RunError and for a lack of memory, 130 for Ctrl-C. A closed output pipe ends
-    the process silently. Text that is not valid UTF-8 is printed with backslashes.
+    file system), 1 for a RunError and for a lack of memory, 130 for Ctrl-C. A closed output pipe
+    ends the process silently. Text that is not valid UTF-8 is printed with backslashes.
 
     A failed process exits at most SECONDS_TO_EXIT after its message.
     """
@@ -256,8 +257,8 @@ def _run(main: Callable[[], object]) -> None:
 def _leave(code: int | str) -> None:
     """Exit from a failed process that has process groups; other processes exit normally.
 
-    Data workers would wait for their reader, and the destructor of a communicator for ranks that have
-    exited. torchrun would wait for the process, which even SIGTERM does not end then.
+    Data workers would wait for their reader, and the destructor of a communicator for ranks that
+    have exited. torchrun would wait for the process, which even SIGTERM does not end then.
     """
     if not _has_process_groups():
         atexit.register(_end_in_time)

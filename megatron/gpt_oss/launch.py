@@ -56,7 +56,7 @@ def launch(words: Sequence[str]) -> None:
 
 
 def _threads(processes: str) -> int:
-    """OMP_NUM_THREADS of each rank. torchrun sets 1, which is slow for a CPU-offloaded optimizer."""
+    """OMP_NUM_THREADS of each rank; torchrun's 1 is slow for a CPU-offloaded optimizer."""
     cores = os.cpu_count() or 1
     return max(1, min(8, cores // int(processes) if processes.isdigit() and int(processes) else 1))
 

@@ -127,8 +127,8 @@ def check_mine(path: str | Path, made_by: str, what: str) -> None:
     if not _is_stream(path) and os.path.lexists(path) and os.path.exists(path):
         if os.path.getsize(path) and mark_of(Path(path)) != made_by:
             raise UsageError(
-                f"{what}: {path} exists, but {made_by} did not create it. Give another name, or move "
-                "that file away."
+                f"{what}: {path} exists, but {made_by} did not create it. Give another name, or "
+                "move that file away."
             )
 
 

@@ -2,8 +2,8 @@
 
 """Sizes of the gpt-oss models, and the Megatron arguments of each.
 
-Values that all models share (YaRN, window pattern, clamp, epsilon) are the defaults of `Preset`. The
-values are those of config.json in openai/gpt-oss-20b and -120b.
+Values that all models share (YaRN, window pattern, clamp, epsilon) are the defaults of `Preset`.
+The values are those of config.json in openai/gpt-oss-20b and -120b.
 """
 
 import dataclasses
@@ -114,8 +114,8 @@ def get_preset(name: str, num_layers: int | None = None) -> Preset:
     """
     if name not in PRESETS:
         raise PresetError(
-            f"Unknown preset '{name}'. Choose one of {', '.join(PRESETS)}; a training run also takes "
-            "'none', to describe the model with Megatron's own flags."
+            f"Unknown preset '{name}'. Choose one of {', '.join(PRESETS)}; a training run also "
+            "takes 'none', to describe the model with Megatron's own flags."
         )
     preset = PRESETS[name]
     if num_layers is None:
@@ -149,8 +149,8 @@ def architecture_flags(preset: Preset) -> dict:
     """The Megatron arguments (by dest) that define the model.
 
     A command line that changes one of them describes another model. YaRN is
-    --position-embedding-type yarn; --rope-type yarn selects the YaRN of multi-latent attention and is
-    rejected for this model.
+    --position-embedding-type yarn; --rope-type yarn selects the YaRN of multi-latent attention and
+    is rejected for this model.
     """
     return {
         "num_layers": preset.num_layers,
@@ -166,8 +166,8 @@ def architecture_flags(preset: Preset) -> dict:
         "layernorm_epsilon": preset.rms_norm_eps,
         "add_bias_linear": True,  # linear_proj, router, experts; norms and output layer have none
         "add_qkv_bias": True,
-        # Attention: Megatron's window excludes the query's own key, Hugging Face's includes it. With
-        # a skip frequency of 2 layers 0, 2, ... are windowed.
+        # Attention: Megatron's window excludes the query's own key, Hugging Face's includes it.
+        # With a skip frequency of 2 layers 0, 2, ... are windowed.
         "softmax_type": "learnable",
         "window_size": (preset.sliding_window - 1, 0),
         "window_attn_skip_freq": (

@@ -197,8 +197,8 @@ def describe(reports: List[RankReport], norm_is_finite: bool) -> Optional[str]:
     if affected and not any(report.still_in_buckets for report in reports):
         return _lines(
             [
-                f'Rank {report.rank}: {_some(report.buckets)}. A rerun of the same batch was finite: '
-                'suspect the hardware of this rank, or a race.'
+                f'Rank {report.rank}: {_some(report.buckets)}. A rerun of the same batch was '
+                'finite: suspect the hardware of this rank, or a race.'
                 for report in affected
             ]
         )

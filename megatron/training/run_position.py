@@ -104,7 +104,8 @@ def resume(
     if kept:
         saved.apply_to(scheduler)
         now = (
-            f"learning rate at step {iteration + 1}: {format_rate(saved.rate())} by the checkpoint's "
+            f"learning rate at step {iteration + 1}: {format_rate(saved.rate())} by the "
+            "checkpoint's "
             f'schedule, which is kept; {own_rate} by this command'
         )
     elif saved.scheduler is not None:

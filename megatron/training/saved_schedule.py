@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The learning-rate schedule of a checkpoint: its rate at any step, and how this command differs."""
+"""Learning-rate schedule of a checkpoint: its rate at any step, and what this command changes."""
 
 import copy
 from argparse import Namespace
@@ -130,8 +130,8 @@ class SavedSchedule:
         if self.groups and len(groups) != len(self.groups):
             raise ScheduleError(
                 f'{flag}: this checkpoint has {len(self.groups)} parameter groups, this command '
-                f'{len(groups)}. Give the learning-rate multipliers that it was saved with, or drop '
-                'the flag.'
+                f'{len(groups)}. Give the learning-rate multipliers that it was saved with, or '
+                'drop the flag.'
             )
         for index, group in enumerate(groups):
             if self.groups:

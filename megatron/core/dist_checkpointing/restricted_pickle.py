@@ -316,8 +316,8 @@ def _check_tensor(key: str, fields: dict) -> None:
             start + count > whole for start, count, whole in zip(offsets, sizes, size)
         ):
             raise RestrictedPickleError(
-                f'{key!r:.80} of size {_short(tuple(size))} has a chunk of sizes {_short(sizes)} at '
-                f'{_short(offsets)}'
+                f'{key!r:.80} of size {_short(tuple(size))} has a chunk of sizes {_short(sizes)} '
+                f'at {_short(offsets)}'
             )
 
 

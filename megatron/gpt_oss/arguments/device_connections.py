@@ -13,9 +13,9 @@ _SEVERAL = ("use_torch_fsdp2", "use_megatron_fsdp", "overlap_moe_expert_parallel
 def set_device_connections(value: Callable[[str], object]) -> None:
     """Set the variable to 1 if tensor or context parallelism needs it and it is not set.
 
-    With one hardware queue, kernels start in launch order: communication that is launched first starts
-    first and overlaps with compute. Megatron's validation requires it on Hopper and older GPUs. CUDA
-    reads the variable when a process first uses the GPU, so call this before.
+    With one hardware queue, kernels start in launch order: communication that is launched first
+    starts first and overlaps with compute. Megatron's validation requires it on Hopper and older
+    GPUs. CUDA reads the variable when a process first uses the GPU, so call this before.
 
     Args:
         value: value of an argument (argparse's dest) before Megatron's validation.

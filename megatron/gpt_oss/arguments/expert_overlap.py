@@ -2,10 +2,10 @@
 
 """Requirements of --overlap-moe-expert-parallel-comm, checked before process groups exist.
 
-The flag overlaps the expert all-to-all of one micro-batch with the backward of another. Each layer is
-split into parts (attention and router, dispatch, experts, combine) with their own autograd graphs.
-The rules are those of Megatron's TransformerConfig, which asserts them when it is created, and
-limitations of our experts and of --transformer-impl local.
+The flag overlaps the expert all-to-all of one micro-batch with the backward of another. Each layer
+is split into parts (attention and router, dispatch, experts, combine) with their own autograd
+graphs. The rules are those of Megatron's TransformerConfig, which asserts them when it is created,
+and limitations of our experts and of --transformer-impl local.
 """
 
 from typing import Callable, Iterator

@@ -108,7 +108,7 @@ def check_transformer_engine(value: Value, versions: Versions | None = None) -> 
 
 
 def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
-    """Reasons, without a final period, why TransformerEngine's fused attention does not support this."""
+    """Reasons why TransformerEngine's fused attention does not support this; no final period."""
     cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
     sinks = value("softmax_type") != "vanilla"
     packed = bool(value("dataloader_inter_document_masking"))

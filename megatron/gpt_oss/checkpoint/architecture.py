@@ -2,8 +2,8 @@
 
 """Compare the architecture and constants of two gpt-oss models.
 
-The comparison uses Megatron's arguments (`architecture_flags`) of a preset, of a model in memory, or
-of the run that saved a checkpoint.
+The comparison uses Megatron's arguments (`architecture_flags`) of a preset, of a model in memory,
+or of the run that saved a checkpoint.
 """
 
 from typing import Any, Iterable, Mapping

@@ -2,8 +2,8 @@
 
 """Sizes, constants and vocabulary padding of the model in a Megatron checkpoint.
 
-Sizes follow from tensor shapes. Constants (window, rotary embedding, top-k, epsilon, clamp) are read
-from the run arguments, which Megatron saves in the checkpoint.
+Sizes follow from tensor shapes. Constants (window, rotary embedding, top-k, epsilon, clamp) are
+read from the run arguments, which Megatron saves in the checkpoint.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def preset_of_checkpoint(reader: TorchDistReader) -> Preset:
     """The preset of a checkpoint's model; its `vocab_size` includes padding.
 
     Raises:
-        CheckpointError: a tensor is missing, has an unexpected shape or no counterpart in the Hugging
-            Face format, or the model is not gpt-oss.
+        CheckpointError: a tensor is missing, has an unexpected shape or no counterpart in the
+            Hugging Face format, or the model is not gpt-oss.
     """
     preset = _preset_from_shapes(reader)
     _check_sizes(preset, reader.directory)
@@ -87,8 +87,8 @@ def _shape(reader: TorchDistReader, key: str, rank: int) -> tuple[int, ...]:
     shape = reader.shape(key)
     if len(shape) != rank or 0 in shape:
         raise CheckpointError(
-            f"{reader.directory}: '{key}' has shape {brief(shape)}, expected {rank} sizes above 0. Is "
-            "it a checkpoint of a gpt-oss model?"
+            f"{reader.directory}: '{key}' has shape {brief(shape)}, expected {rank} sizes above 0. "
+            "Is it a checkpoint of a gpt-oss model?"
         )
     return shape
 
@@ -98,8 +98,8 @@ def _check_sizes(preset: Preset, directory: Path) -> None:
     for name, most in (("num_layers", MAX_LAYERS), ("num_experts", MAX_EXPERTS)):
         if not 1 <= getattr(preset, name) <= most:
             raise CheckpointError(
-                f"{directory} has {name} = {getattr(preset, name)} (from its tensors), expected 1 to "
-                f"{most}. The checkpoint is damaged; use another one."
+                f"{directory} has {name} = {getattr(preset, name)} (from its tensors), expected 1 "
+                f"to {most}. The checkpoint is damaged; use another one."
             )
 
 
@@ -177,8 +177,8 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
         wanted = expected[known] if layer is None else expected[known][1:]
         if tuple(shape) != tuple(wanted):
             raise CheckpointError(
-                f"{reader.directory}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} from "
-                "the other tensors. Is it a checkpoint of a gpt-oss model?"
+                f"{reader.directory}: '{key}' has shape {tuple(shape)}, expected {tuple(wanted)} "
+                "from the other tensors. Is it a checkpoint of a gpt-oss model?"
             )
     for key in expected:
         layers = [None] if (key, None) in found else range(preset.num_layers)
@@ -194,7 +194,7 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
 
 
 def _canonical_key(key: str, expected: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """The key that `convert to-megatron` uses for a tensor, and the layer if the key contains it."""
+    """The key that `convert to-megatron` uses for a tensor, and the layer if the key has it."""
     match = re.fullmatch(r"decoder\.layers\.(?:(\d+)\.)?(.+)", key)
     if match is None:
         return (key if key in expected else None), None
@@ -245,8 +245,8 @@ def vocabulary_of(
         return Vocabulary(asked, held - asked)
     if like is not None and held < like:
         raise CheckpointError(
-            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint {like}. "
-            "Give the Hugging Face checkpoint that training started from."
+            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint "
+            f"{like}. Give the Hugging Face checkpoint that training started from."
         )
     if held == like:
         return Vocabulary(held)
@@ -265,9 +265,10 @@ def vocabulary_of(
         return _vocabulary(like, held, like, "they are zeros")
     if multiple > 1 and -(-like // multiple) * multiple == held:
         raise CheckpointError(
-            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint {like}, "
-            f"and {like} padded to a multiple of {multiple} is {held}: the rows from {like} on may be "
-            f"padding or tokens. Choose: --vocab-size {like} or --vocab-size {held}."
+            f"{reader.directory} has {held} rows of vocabulary, the Hugging Face checkpoint "
+            f"{like}, and {like} padded to a multiple of {multiple} is {held}: the rows from "
+            f"{like} on may be padding or tokens. Choose: --vocab-size {like} or --vocab-size "
+            f"{held}."
         )
     return _vocabulary(held, held, like, "")
 
@@ -291,7 +292,7 @@ def _any_nonzero(reader: TorchDistReader, key: str, first: int, stop: int) -> bo
 def check_same_sizes(
     found: Preset, wanted: Preset, checkpoint: str | Path, like: str | Path
 ) -> None:
-    """Reject a checkpoint whose sizes, except the vocabulary, differ from a Hugging Face directory's.
+    """Reject a checkpoint with sizes other than a Hugging Face directory, except the vocabulary.
 
     Raises:
         CheckpointError: names the size, and both values.

@@ -75,7 +75,8 @@ def export_hf(
         progress: show a bar on stderr.
         yarn_factor: YaRN factor of the training if it extended the context of `like`; by default
             that of the checkpoint or of run.json.
-        vocab_size: rows of the vocabulary to write; by default all but padding, see `vocabulary_of`.
+        vocab_size: rows of the vocabulary to write; by default all but padding, see
+            `vocabulary_of`.
     Returns:
         The output directory.
     Raises:
@@ -149,7 +150,7 @@ class ExportJob:
         return out
 
     def task(self) -> dict:
-        """Everything that determines the output; a run with another value cannot resume this one."""
+        """All that determines the output; a run with another value cannot resume this one."""
         return {
             "direction": "to Hugging Face",
             "source": fingerprint([self.reader.directory / ".metadata"]),

@@ -49,7 +49,7 @@ ReadFn = Callable[[str, tuple], torch.Tensor]
 
 @dataclass(frozen=True)
 class Location:
-    """A shard of one layer's tensor: key without layer, layer, expert, and slices within the tensor."""
+    """A shard of one layer's tensor: key without layer, layer, expert, slices within the tensor."""
 
     key: str
     layer: int | None

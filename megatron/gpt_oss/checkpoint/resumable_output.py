@@ -2,11 +2,12 @@
 
 """An output directory that appears when it is complete and resumes after a kill.
 
-Files are written to `.NAME.partial` next to the directory, or to `.gptoss.partial` inside a directory
-that exists (a mount point cannot be renamed). A journal there lists the finished files, and the same
-command resumes from it. When all files are finished, a record lists them (see `outputs.py`). Then
-the directory is renamed, or its files are moved into the existing directory one by one, those last
-without which it is not a checkpoint. If a kill interrupts this, the next start continues.
+Files are written to `.NAME.partial` next to the directory, or to `.gptoss.partial` inside a
+directory that exists (a mount point cannot be renamed). A journal there lists the finished files,
+and the same command resumes from it. When all files are finished, a record lists them (see
+`outputs.py`). Then the directory is renamed, or its files are moved into the existing directory one
+by one, those last without which it is not a checkpoint. If a kill interrupts this, the next start
+continues.
 """
 
 import contextlib
@@ -116,8 +117,8 @@ class ResumableOutput:
             return False
         if record.get("task") != self.digest:
             raise UsageError(
-                f"{self.directory} is the complete output of a run with other arguments, but was not "
-                "renamed. Rename it, or remove it."
+                f"{self.directory} is the complete output of a run with other arguments, but was "
+                "not renamed. Rename it, or remove it."
             )
         places = [self.directory] + ([out] if out is not None else [])
         return all(any((p / name).is_file() for p in places) for name in record["files"])
@@ -125,8 +126,8 @@ class ResumableOutput:
     def _check_owned(self) -> None:
         if self.directory.is_symlink():
             raise UsageError(
-                f"{self.directory} is a symbolic link; the unfinished output would go to its target. "
-                "Remove the link, or name another output directory."
+                f"{self.directory} is a symbolic link; the unfinished output would go to its "
+                "target. Remove the link, or name another output directory."
             )
         if not os.path.lexists(self.directory):
             return
@@ -150,8 +151,8 @@ class ResumableOutput:
 
     def _reject(self, name: str) -> None:
         raise UsageError(
-            f"{self.directory / name} is not a file of an unfinished conversion, and {self.directory} is "
-            "reserved for one. Move it away, or name another output directory."
+            f"{self.directory / name} is not a file of an unfinished conversion, and "
+            f"{self.directory} is reserved for one. Move it away, or name another output directory."
         )
 
     def _named_by_journal(self) -> set[str]:
@@ -172,7 +173,7 @@ class ResumableOutput:
         self._pending.append(self._thread.submit(self._finish, file, record or {}))
 
     def written(self, file: str, count: int) -> None:
-        """Count bytes that were written to a file, and sync the file every 256 MB in the background.
+        """Count bytes that were written to a file; sync it in the background every 256 MB.
 
         Linux starts the write-back only when a tenth of the memory is dirty.
         """
@@ -247,7 +248,8 @@ class ResumableOutput:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(
-                f"Another process is writing {self.directory}. Wait for it, or name another output directory."
+                f"Another process is writing {self.directory}. Wait for it, or name another output "
+                "directory."
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
@@ -274,7 +276,7 @@ class ResumableOutput:
         }
 
     def _remove_leftovers(self) -> None:
-        """Remove the files of an earlier process that finished none. `_check_owned` checked them."""
+        """Remove files of an earlier process that finished none; `_check_owned` checked them."""
         remove_files(
             self.directory, [n for n in files_in(self.directory, (RECORD,)) if n != _JOURNAL]
         )
@@ -447,8 +449,8 @@ def check_space(out: Path, needed: int, shown: Path | None = None) -> None:
     free = free_space(out)
     if free < needed + _RESERVE:
         raise UsageError(
-            f"{shown or out} needs {gigabytes(needed + _RESERVE)} on disk, {gigabytes(free)} are free. "
-            "Free disk space, or name a path on another disk."
+            f"{shown or out} needs {gigabytes(needed + _RESERVE)} on disk, {gigabytes(free)} are "
+            "free. Free disk space, or name a path on another disk."
         )
 
 

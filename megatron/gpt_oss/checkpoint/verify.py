@@ -104,8 +104,8 @@ def verify(
     needed = 2 * 4 * sum(math.prod(hf_shape(name, preset)) for name in hf_names(preset))
     if logits == "auto" and needed > psutil.virtual_memory().available / 2:
         print(
-            f"logits: not compared, because both models need {needed / 1e9:.0f} GB of memory in fp32. "
-            "Identical tensors give identical logits."
+            f"logits: not compared, because both models need {needed / 1e9:.0f} GB of memory in "
+            "fp32. Identical tensors give identical logits."
         )
     elif logits != "no":
         return compare_logits(hf, checkpoint.directory, trained, num_tokens) and same
@@ -119,7 +119,8 @@ def compare_constants(checkpoint: TorchDistReader, preset: Preset) -> bool:
     if difference is not None:
         dest, expected, found = difference
         print(
-            f"config: {dest} is {expected} in the Hugging Face model, {found} in the Megatron checkpoint"
+            f"config: {dest} is {expected} in the Hugging Face model, {found} in the Megatron "
+            "checkpoint"
         )
     elif not arguments:
         print("config: not compared, because the Megatron checkpoint has no run arguments")
@@ -131,8 +132,8 @@ def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
     held = checkpoint.shape(VOCABULARY[0])[0]
     if held < preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {held} in the Megatron "
-            f"checkpoint; rows {held} to {preset.vocab_size - 1} are missing there"
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {held} in the "
+            f"Megatron checkpoint; rows {held} to {preset.vocab_size - 1} are missing there"
         )
         return False
     try:
@@ -141,8 +142,8 @@ def compare_rows(checkpoint: TorchDistReader, preset: Preset, hf: Path) -> bool:
         rows = held
     if rows > preset.vocab_size:
         print(
-            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {rows} in the Megatron "
-            f"checkpoint; rows {preset.vocab_size} to {rows - 1} are missing in {hf}"
+            f"vocabulary: {preset.vocab_size} rows in the Hugging Face model, {rows} in the "
+            f"Megatron checkpoint; rows {preset.vocab_size} to {rows - 1} are missing in {hf}"
         )
         return False
     if held > rows:
@@ -157,7 +158,10 @@ def _in_which_dtypes(hf: HFReader, checkpoint: TorchDistReader) -> str:
     theirs = hf.dtypes() - {"U8"}  # MXFP4 is read as BF16
     if ours == theirs:
         return "bit for bit"
-    return f"value for value: {_either(theirs)} in the Hugging Face model, {_either(ours)} in the Megatron checkpoint"
+    return (
+        f"value for value: {_either(theirs)} in the Hugging Face model, {_either(ours)} in the "
+        "Megatron checkpoint"
+    )
 
 
 def _either(names: set[str]) -> str:
@@ -247,7 +251,7 @@ def compare_logits(hf: Path, iteration: Path, preset: Preset, num_tokens: int) -
 
 
 def _relative_error(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """[tokens], the largest difference of each token relative to the largest value of all tokens."""
+    """[tokens]: largest difference of each token relative to the largest value of all tokens."""
     return ((one - other).abs().amax(dim=-1) / one.abs().max()).nan_to_num(torch.inf)
 
 
@@ -257,7 +261,7 @@ def _first_token(one: torch.Tensor, other: torch.Tensor) -> int | None:
 
 
 def _run_transformers(directory: Path, ids: torch.Tensor) -> list[torch.Tensor]:
-    """fp32 hidden states after each layer, [tokens, h], followed by logits, [tokens, vocabulary]."""
+    """fp32 hidden states [tokens, h] after each layer, followed by logits [tokens, vocabulary]."""
     import transformers
 
     options = {}

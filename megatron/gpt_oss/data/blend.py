@@ -11,11 +11,11 @@
         path: /data/code
         weight: 0.3
 
-If no corpus has a `weight`, each is weighted by its number of tokens. `upsample` is for corpora that
-were split by length (--split-at): a token of that bucket is drawn so many times as often as a token
-of a bucket that is not listed. With a weight or a factor of 0 the files are not read and need not
-exist. The validation set of a corpus is the part that gptoss tokenize --validation-share held out
-(PATH.valid); `validation:` names another one, or is false.
+If no corpus has a `weight`, each is weighted by its number of tokens. `upsample` is for corpora
+that were split by length (--split-at): a token of that bucket is drawn so many times as often as a
+token of a bucket that is not listed. With a weight or a factor of 0 the files are not read and need
+not exist. The validation set of a corpus is the part that gptoss tokenize --validation-share held
+out (PATH.valid); `validation:` names another one, or is false.
 """
 
 import os
@@ -175,15 +175,15 @@ def _check_weights(file: Path, corpora: list[Corpus]) -> None:
     weighted = [corpus.name for corpus in corpora if corpus.weight is not None]
     if missing and weighted:
         raise UsageError(
-            f"{file}: {weighted[0]} has a weight and {missing[0]} has none. Give one to every corpus, "
-            "or to none to weight each by its tokens."
+            f"{file}: {weighted[0]} has a weight and {missing[0]} has none. Give one to every "
+            "corpus, or to none to weight each by its tokens."
         )
     if not missing and all(corpus.weight == 0 for corpus in corpora):
         raise UsageError(f"{file}: every weight is 0. Give one corpus a weight above 0.")
 
 
 def _shares(corpus: Corpus) -> dict[tuple[str, str], float]:
-    """{(name, path without extension): share} of the datasets of a corpus; shares do not sum to 1."""
+    """{(name, path without extension): share} of a corpus' datasets; shares do not sum to 1."""
     if corpus.weight == 0:
         return {}
     tokens = _buckets(corpus)
@@ -202,7 +202,7 @@ def _joined(prefix: str, bucket: str) -> str:
 
 
 def _buckets(corpus: Corpus) -> dict[str, float]:
-    """{length bucket: tokens times factor} of the datasets to read; '' for a corpus without split."""
+    """{length bucket: tokens times factor} of the datasets to read; '' without a split."""
     prefix, upsample = corpus.prefix, corpus.upsample
     if os.path.exists(f"{prefix}.idx") and not upsample:
         return {"": num_tokens(prefix)}

@@ -2,8 +2,8 @@
 
 """PREFIX.json of `gptoss tokenize`: a summary, and the record of the output files.
 
-The record has size and SHA-256 of each file under the name without PREFIX, so that it stays valid if
-all files are renamed. `gptoss verify-data` checks it, and only files in it are replaced.
+The record has size and SHA-256 of each file under the name without PREFIX, so that it stays valid
+if all files are renamed. `gptoss verify-data` checks it, and only files in it are replaced.
 """
 
 import json
@@ -51,7 +51,10 @@ def check_prefix(output: str | Path) -> Path:
 
 
 def read_record(prefix: Path) -> dict | None:
-    """PREFIX.json with its modification time in ns as `written`; None if `gptoss tokenize` did not write it."""
+    """PREFIX.json with its modification time in ns as `written`.
+
+    None if `gptoss tokenize` did not write it.
+    """
     path = output_of(prefix, SUMMARY)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -4,8 +4,8 @@
 
 Megatron uses the tokenizer's eos_token as end of document and its pad_token as padding. In gpt-oss
 these are <|return|>, which ends an answer, and <|endoftext|>, which ends a document. With them,
-<|endoftext|> in a dataset would be replaced by token 0 and not be learned, and --eod-mask-loss would
-find no end of a document.
+<|endoftext|> in a dataset would be replaced by token 0 and not be learned, and --eod-mask-loss
+would find no end of a document.
 """
 
 from os.path import getsize
@@ -61,10 +61,10 @@ def _last_tokens(prefix: str) -> set[int]:
 
 
 class DatasetTokenizer:
-    """A tokenizer for Megatron's datasets with the end-of-document token of the data and no padding.
+    """A tokenizer for Megatron's datasets with the end-of-document token of the data.
 
     Args:
-        tokenizer: for all other attributes.
+        tokenizer: has all other attributes.
         end_id: see `document_end_of`; None for the tokenizer's own.
     """
 

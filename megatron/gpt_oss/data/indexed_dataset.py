@@ -2,9 +2,10 @@
 
 """Write and check Megatron's .idx files.
 
-Layout (`megatron.core.datasets.indexed_dataset._IndexWriter`): magic, version 1, dtype of the tokens,
-number of sequences, number of document indices; then length (int32) and byte offset (int64) of each
-sequence, and the first sequence of each document (int64), followed by the number of sequences.
+Layout (`megatron.core.datasets.indexed_dataset._IndexWriter`): magic, version 1, dtype of the
+tokens, number of sequences, number of document indices; then length (int32) and byte offset (int64)
+of each sequence, and the first sequence of each document (int64), followed by the number of
+sequences.
 """
 
 import os
@@ -135,8 +136,8 @@ def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
     _, version, code, sequences, documents = _HEADER.unpack(start)
     if version != 1 or code not in _DTYPES:
         raise UsageError(
-            f"{idx} has version {version} and type {code}, which Megatron does not support (expected "
-            f"version 1, types 1 to 8). {_REMEDY}"
+            f"{idx} has version {version} and type {code}, which Megatron does not support "
+            f"(expected version 1, types 1 to 8). {_REMEDY}"
         )
     if _DTYPES[code].startswith("float"):
         raise UsageError(f"{idx} holds {_DTYPES[code]} values, which are not token ids. {_REMEDY}")

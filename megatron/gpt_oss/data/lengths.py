@@ -103,8 +103,8 @@ def plot_histogram(histogram: Histogram, out: str | Path, title: str) -> Path:
     below.set_xlabel("tokens per document, from")
     below.set_xticks(bars, [short_length(edge) for edge in histogram.edges[:-1]])
     above.set_title(
-        f"{as_title(title)}: {sum(histogram.documents):,} documents, {sum(histogram.tokens):,} tokens, "
-        f"{100 * histogram.long_share:.1f} % in documents over {short_length(LONG)}"
+        f"{as_title(title)}: {sum(histogram.documents):,} documents, {sum(histogram.tokens):,} "
+        f"tokens, {100 * histogram.long_share:.1f} % in documents over {short_length(LONG)}"
     )
     for axis in (above, below):
         axis.grid(axis="y", alpha=0.3)

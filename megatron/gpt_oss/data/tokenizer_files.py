@@ -59,7 +59,8 @@ def read_tokenizer(
         if isinstance(cause, UnicodeDecodeError):
             reason = f"not UTF-8 at byte {cause.start}"
         raise error(
-            f"{file} is not a tokenizer that the tokenizers package can load ({reason[:200]}). {hint}"
+            f"{file} is not a tokenizer that the tokenizers package can load ({reason[:200]}). "
+            f"{hint}"
         ) from cause
     if not ids or max(ids) > _LARGEST_ID:
         found = f"the id {max(ids)}" if ids else "no tokens"

@@ -2,8 +2,8 @@
 
 """`gptoss verify-data`: check all bytes of datasets.
 
-Checks that .idx is valid and fits .bin (see `check_dataset`), that all tokens are in the vocabulary,
-and that sizes and SHA-256 are those of PREFIX.json.
+Checks that .idx is valid and fits .bin (see `check_dataset`), that all tokens are in the
+vocabulary, and that sizes and SHA-256 are those of PREFIX.json.
 """
 
 import glob

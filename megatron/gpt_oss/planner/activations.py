@@ -3,8 +3,8 @@
 """Activation memory of one micro-batch on one rank, in bytes of bf16 training.
 
 Counts what autograd saves on the local path with grouped GEMMs: each storage once, no parameters.
-The tests measure the same with saved_tensors_hooks on the CPU. With device='cpu' the sizes are those
-of the CPU, where PyTorch decomposes RMSNorm and the rotation is not our fused kernel.
+The tests measure the same with saved_tensors_hooks on the CPU. With device='cpu' the sizes are
+those of the CPU, where PyTorch decomposes RMSNorm and the rotation is not our fused kernel.
 """
 
 from dataclasses import dataclass, replace
@@ -243,7 +243,7 @@ class LayerActivations:
         return 2 * key, 0
 
     def _kv_copies(self) -> int:
-        """How often the all-to-all repeats key heads, so that each rank has those of its queries."""
+        """How often the all-to-all repeats key heads: each rank needs those of its queries."""
         # Imports torch, which `gptoss --help` does not wait for.
         from megatron.core.transformer.sink_attention.context_parallel.ulysses import kv_copies
 

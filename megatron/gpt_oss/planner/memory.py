@@ -21,8 +21,8 @@ RESERVE, RESERVE_OF_TWO = 8 * GB, 5 * GB
 # Measured bytes of cards by the number in their name (H100, H200). Other cards are taken at their
 # number: a B200 of "192 GB" has less than that.
 CARD_BYTES = {80: 84.9 * GB, 141: 150.1 * GB}
-# Assumed share of a machine's CPU memory for the optimizer; processes, data and the operating system
-# need the rest.
+# Assumed share of a machine's CPU memory for the optimizer; processes, data and the operating
+# system need the rest.
 CPU_MEMORY_SHARE = 0.9
 # Bytes per element: bf16 weight; in fp32, master weight and two moments of AdamW.
 WEIGHT, MASTER, MOMENTS = 2, 4, 8
@@ -52,7 +52,7 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True)
 class PhaseBytes:
-    """Bytes that are live in one phase, in addition to parameters, gradients and optimizer state."""
+    """Bytes live in one phase, in addition to parameters, gradients and optimizer state."""
 
     activations: int
     logits: int = 0

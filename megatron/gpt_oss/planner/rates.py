@@ -168,8 +168,8 @@ def _experts(rows: list[dict]) -> dict:
         for kind, field in (("dense", "tflops"), ("grouped", "tflops"), ("recompute", "tflops"))
     }
     # "grouped" has the memory-bound kernels in addition to its two GEMMs. Bytes per routed token:
-    # the activation reads 2 x ffn and writes ffn, its backward reads 3 x ffn and writes 2 x ffn; the
-    # bias gradient of fc2 reads hidden. bf16, 2880 by 2880.
+    # the activation reads 2 x ffn and writes ffn, its backward reads 3 x ffn and writes 2 x ffn;
+    # the bias gradient of fc2 reads hidden. bf16, 2880 by 2880.
     times = {
         kind: dict(_points([r for r in rows if r["implementation"] == kind], _ROUTED_TOKENS, "ms"))
         for kind in ("grouped", "products")

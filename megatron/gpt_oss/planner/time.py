@@ -15,8 +15,8 @@ from megatron.gpt_oss.planner.parameters import layer_parameters, rank_parameter
 from megatron.gpt_oss.planner.rates import Rates
 from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
-# Assumed, bytes/s per GPU and direction: 450e9 of NVLink 4 and 50e9 of a 400 Gb/s adapter, with what
-# collectives commonly reach of them; half of PCIe 5 x16.
+# Assumed, bytes/s per GPU and direction: 450e9 of NVLink 4 and 50e9 of a 400 Gb/s adapter, with
+# what collectives commonly reach of them; half of PCIe 5 x16.
 WITHIN_MACHINE = 300e9
 BETWEEN_MACHINES = 40e9
 CPU_LINK = 25e9
@@ -151,7 +151,8 @@ class _StepEstimate:
         layout, preset = self.layout, self.layout.preset
         length = layout.seq_length
         pairs = visible_pairs(length) * layout.micro_batch_size
-        # 4 FLOPs per pair and column forward, 10 backward, as benchmarks/kernels/attention.py counts.
+        # 4 FLOPs per pair and column forward, 10 backward, as benchmarks/kernels/attention.py
+        # counts.
         flops = 14 * pairs * preset.num_attention_heads * preset.head_dim
         seconds = flops / self.rates.attention(length, self.backend) / layout.tp / layout.cp
         if layout.cp > 1:

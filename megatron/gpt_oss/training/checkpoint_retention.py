@@ -22,9 +22,9 @@ TRASH = ".deleted-"
 class CheckpointKeeper:
     """Deletes checkpoints that are older than the `keep` newest complete ones. For rank 0.
 
-    Never deletes checkpoints without a manifest (upstream's), links, the checkpoint that the tracker
-    file names, and directories with files that no save wrote. Incomplete checkpoints are deleted if
-    they are older than the oldest one that is kept.
+    Never deletes checkpoints without a manifest (upstream's), links, the checkpoint that the
+    tracker file names, and directories with files that no save wrote. Incomplete checkpoints are
+    deleted if they are older than the oldest one that is kept.
 
     Args:
         keep: number of complete checkpoints to keep, 1 or more.

@@ -41,8 +41,8 @@ class CorpusUse:
         )
         if self.long_documents:
             text += (
-                f"; {self.long_documents:,} documents ({100 * self.long_tokens / self.tokens:.1f} % "
-                f"of the tokens) exceed the sequence length of {seq_length:,} and are split"
+                f"; {self.long_documents:,} documents ({100 * self.long_tokens / self.tokens:.1f} "
+                f"% of the tokens) exceed the sequence length of {seq_length:,} and are split"
             )
         return text
 

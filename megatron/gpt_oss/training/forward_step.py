@@ -34,8 +34,8 @@ def get_batch(data_iterator: Iterator, vp_stage: int | None) -> dict:
     Returns:
         Dictionary of `BATCH_KEYS`, each [b, s / cp] on this rank's device, and packed_seq_params.
         Values are None on pipeline stages that need no batch; the attention mask is None if the
-        kernel masks causally. packed_seq_params is None without --dataloader-inter-document-masking,
-        and set on every stage with it.
+        kernel masks causally. packed_seq_params is None without
+        --dataloader-inter-document-masking, and set on every stage with it.
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking

@@ -3,9 +3,10 @@
 """Which arguments may change when a run resumes from its checkpoint.
 
 Each argument is in one class. FREE arguments do not change the numbers of training, or set lengths
-and intervals. `megatron.training.run_position` reports changes of AT_LOAD arguments when it loads the
-checkpoint. Changes of MODEL and OPTIMIZER arguments are refused, because the checkpoints hold another
-model or optimizer state that does not fit. All others may change, and one line lists the changes.
+and intervals. `megatron.training.run_position` reports changes of AT_LOAD arguments when it loads
+the checkpoint. Changes of MODEL and OPTIMIZER arguments are refused, because the checkpoints hold
+another model or optimizer state that does not fit. All others may change, and one line lists the
+changes.
 """
 
 from typing import Any, Mapping
@@ -60,7 +61,8 @@ FREE = frozenset("""
     preset preset_layers yarn_factor data_blend data_path train_data_path
     tokenizer_model tokenizer_type vocab_size
     """.split())
-# Other checks cover some of them: MODEL (below) the preset, run_record.py data, tokenizer and weights.
+# Other checks cover some of them: MODEL (below) the preset, run_record.py data, tokenizer and
+# weights.
 
 AT_LOAD = frozenset("""
     lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction lr_warmup_iters

@@ -4,9 +4,9 @@
 
 Rank 0 holds a POSIX record lock on the file. Linux releases it when the process ends, and child
 processes do not inherit it. Some network file systems do not show the lock to other machines.
-Therefore run.lock.json names the holder, which increments a counter in it every BEAT seconds. If the
-counter of another machine does not change for PATIENCE seconds, its run is dead. The counter is in a
-second file, because closing any handle of run.lock would release the lock.
+Therefore run.lock.json names the holder, which increments a counter in it every BEAT seconds. If
+the counter of another machine does not change for PATIENCE seconds, its run is dead. The counter is
+in a second file, because closing any handle of run.lock would release the lock.
 """
 
 import fcntl

@@ -3,8 +3,8 @@
 """run.json: the record of a run, with which its next start is compared.
 
 It is in --run-dir (or --save) and has the command, every argument, and sizes and SHA-256 of the
-files that identify data, tokenizer and initial weights. It is written after the checkpoint is loaded,
-so a refused start does not change it.
+files that identify data, tokenizer and initial weights. It is written after the checkpoint is
+loaded, so a refused start does not change it.
 """
 
 import json

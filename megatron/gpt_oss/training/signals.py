@@ -18,9 +18,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def end_with_launcher() -> None:
     """Under torchrun, let Linux kill this rank when torchrun exits or is killed.
 
-    Otherwise the rank would continue to train, next to the ranks of the next start. Without torchrun
-    the parent may be a shell, which a run may outlive. Call it first: Linux does not report a parent
-    that has already exited.
+    Otherwise the rank would continue to train, next to the ranks of the next start. Without
+    torchrun the parent may be a shell, which a run may outlive. Call it first: Linux does not
+    report a parent that has already exited.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -116,9 +116,9 @@ class ThreadAsyncCaller(AsyncCaller):
     def _snapshot(self, preloaded: List[Any], originals: List[Any]) -> List[Any]:
         """Copy the write buckets to CPU memory that only this caller uses.
 
-        `preloaded` holds copies of device tensors, but the CPU tensors themselves, such as optimizer
-        state. References to the originals are dropped one by one, so that tensors that were made for
-        this save exist only once.
+        `preloaded` holds copies of device tensors, but the CPU tensors themselves, such as
+        optimizer state. References to the originals are dropped one by one, so that tensors that
+        were made for this save exist only once.
         """
         buckets = []
         for (path, key, (objects, tensors)), (_, _, (_, sources)) in zip(preloaded, originals):

@@ -53,8 +53,8 @@ def _check_dtypes_and_shapes(reader: HFReader, expected: dict[str, tuple]) -> No
         entry = reader.entry(name)
         if entry.shape != shape:
             raise CheckpointError(
-                f"{reader.stored_in(name)}: '{name}' has shape {entry.shape}, expected {shape} from "
-                "config.json of the same directory. The two belong to different models."
+                f"{reader.stored_in(name)}: '{name}' has shape {entry.shape}, expected {shape} "
+                "from config.json of the same directory. The two belong to different models."
             )
         if entry.dtype not in dtypes:
             raise CheckpointError(
@@ -88,9 +88,9 @@ def _check_no_other_tensors(reader: HFReader, expected: dict[str, tuple], preset
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise CheckpointError(
-                f"{reader.directory / file} holds '{unknown[0]}'{more}, which gpt-oss does not have; "
-                f"expected the {len(expected)} tensors of {preset.num_layers} layers. Is it a "
-                "different model, or a quantization other than MXFP4?"
+                f"{reader.directory / file} holds '{unknown[0]}'{more}, which gpt-oss does not "
+                f"have; expected the {len(expected)} tensors of {preset.num_layers} layers. Is it "
+                "a different model, or a quantization other than MXFP4?"
             )
 
 
@@ -126,8 +126,8 @@ def _check_quantization(reader: HFReader, preset: Preset, config: dict) -> None:
         )
     if declared is not None and not held:
         raise CheckpointError(
-            f"{reader.directory / CONFIG_NAME} has quantization_config = {brief(declared)}, but the files "
-            "hold no MXFP4; remove the field."
+            f"{reader.directory / CONFIG_NAME} has quantization_config = {brief(declared)}, but "
+            "the files hold no MXFP4; remove the field."
         )
 
 

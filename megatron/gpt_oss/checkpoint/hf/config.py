@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Read and check the config.json of a Hugging Face gpt-oss model; convert it from and to a `Preset`."""
+"""Read and check config.json of a Hugging Face gpt-oss model; convert it from and to a `Preset`."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ def read_hf_config(directory: Path) -> dict:
     """Read the config.json of a gpt-oss directory.
 
     Raises:
-        CheckpointError: directory or file is missing, not JSON, or of a model that is not supported.
+        CheckpointError: directory or file is missing, not JSON, or of a model that is not
+            supported.
     """
     directory = Path(directory)
     path = directory / CONFIG_NAME
@@ -26,8 +27,8 @@ def read_hf_config(directory: Path) -> dict:
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its download "
-            "is incomplete."
+            f"{directory} has no {CONFIG_NAME}: it is not a Hugging Face checkpoint, or its "
+            "download is incomplete."
         )
     config = read_json(path, dict, CheckpointError, "Download it again.")
     check_hf_config(config, path)

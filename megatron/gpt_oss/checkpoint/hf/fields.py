@@ -327,8 +327,8 @@ FIELDS = (
         _one_of_types(dict, what="an object"),
         "the fields below",
         null="as absent",
-        note="if absent, YaRN of factor 32.0 over 4096 positions without truncation; {} is rope_type "
-        "default",
+        note="if absent, YaRN of factor 32.0 over 4096 positions without truncation; {} is "
+        "rope_type default",
     ),
     Field(
         "per_layer_config",
@@ -362,8 +362,8 @@ _LAYER_KINDS = {
     "attention": "full_attention",
 }
 
-# Fields of rope_scaling or rope_parameters for rope_type yarn. For rope_type default only rope_theta is
-# used. transformers ignores keys that are not listed here.
+# Fields of rope_scaling or rope_parameters for rope_type yarn. For rope_type default only
+# rope_theta is used. transformers ignores keys that are not listed here.
 ROPE_TYPES = ("yarn", "default")
 ROPE_FIELDS = (
     Field(
@@ -371,8 +371,8 @@ ROPE_FIELDS = (
         None,
         _only(*ROPE_TYPES),
         "'yarn' or 'default' (no scaling)",
-        note="if absent, `type`, else 'default'; linear, dynamic, longrope, llama3 and proportional "
-        "are supported",
+        note="if absent, `type`, else 'default'; linear, dynamic, longrope, llama3 and "
+        "proportional are supported",
     ),
     Field("type", None, _only(*ROPE_TYPES), "as rope_type; used if that is absent"),
     Field(
@@ -560,8 +560,8 @@ def _read_rope(config: dict, read: dict, where: str) -> dict:
     nested = [kind for kind in _LAYER_KINDS if kind in given]
     if nested:
         raise CheckpointError(
-            f"{where} has {nested[0]} = {brief(given[nested[0]])}; gpt-oss rotates all layers alike, "
-            "and transformers refuses parameters for each kind of layer."
+            f"{where} has {nested[0]} = {brief(given[nested[0]])}; gpt-oss rotates all layers "
+            "alike, and transformers refuses parameters for each kind of layer."
         )
     fields = {field.name: field for field in ROPE_FIELDS}
     kind = fields["rope_type"].of(given, where)

@@ -32,8 +32,8 @@ def dequantize(
     Returns:
         [..., n * 32].
     """
-    # One table look-up per byte gives two scaled values, and a chunk fits the cache: 3 GB/s of bf16 on
-    # one core. A look-up per nibble followed by ldexp gave 0.02.
+    # One table look-up per byte gives two scaled values, and a chunk fits the cache: 3 GB/s of bf16
+    # on one core. A look-up per nibble followed by ldexp gave 0.02.
     out = torch.empty(*blocks.shape[:-2], blocks.shape[-2] * BLOCK, dtype=torch.bfloat16)
     out = out.to(blocks.device)
     pairs = _pairs().to(blocks.device)

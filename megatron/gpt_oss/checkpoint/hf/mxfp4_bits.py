@@ -17,9 +17,9 @@ BLOCK = 32
 _CHUNK = 4096
 
 # The bits of a bf16 magnitude are 128 * exponent + mantissa. Let y be the bits of a value minus the
-# bits of half the scale of its block: y = 128 is a ratio of 1 to the scale, the smallest normal number
-# of E2M1. From there each code is a step of 64 in y; adding 31 and bit 6 before the shift rounds ties to
-# the even code. Ratios below 1 are subnormal in E2M1. The limits are:
+# bits of half the scale of its block: y = 128 is a ratio of 1 to the scale, the smallest normal
+# number of E2M1. From there each code is a step of 64 in y; adding 31 and bit 6 before the shift
+# rounds ties to the even code. Ratios below 1 are subnormal in E2M1. The limits are:
 #     y < -127 code 0, y < 64 code 1, y < 161 code 2, y < 224 code 3, y < 289 code 4, ...
 # With v = y + 31 and bucket = (v + bit 6 of v) >> 5 each limit is a boundary between two buckets.
 _HALF_UP = 31
@@ -131,7 +131,7 @@ def _scratch(count: int) -> _Scratch:
 
 @functools.cache
 def _bytes_of_buckets() -> torch.Tensor:
-    """[65536] uint8: the byte of two codes by their buckets modulo 256, the second in the upper byte."""
+    """[65536] uint8: the byte of two codes, by their buckets modulo 256 (second: upper byte)."""
     byte = torch.arange(256)
     lowest = 256 + (_LOWEST >> 5)
     negative = (byte >= (lowest + _SIGN) % 256) & (byte < 128)

@@ -34,8 +34,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
         # 'a/b' and '..' are outside the directory, NUL is invalid in a file name.
         if not isinstance(file, str) or os.path.basename(file) != file or "\0" in file:
             raise CheckpointError(
-                f"{index} places {brief(name)} in {brief(file)}, which is not the name of a file in "
-                f"the directory. {hint}"
+                f"{index} places {brief(name)} in {brief(file)}, which is not the name of a file "
+                f"in the directory. {hint}"
             )
         if not file.endswith(".safetensors") or not file.isprintable():
             raise CheckpointError(
@@ -223,8 +223,8 @@ class HFReader:
                     self._open_files[filename] = SafetensorsFile(self.directory / filename)
                 except FileNotFoundError as error:
                     raise CheckpointError(
-                        f"{self.directory} lacks {filename}, which its index lists. Is the download "
-                        "complete?"
+                        f"{self.directory} lacks {filename}, which its index lists. Is the "
+                        "download complete?"
                     ) from error
             return self._open_files[filename]
 

@@ -3,8 +3,8 @@
 """Read parts of safetensors files, and write such files part by part.
 
 The safetensors library maps complete files into memory, which counts as resident memory of the
-process, and it writes a file only from tensors that are all in memory. Here each part is one read or
-one write at the offset from the header.
+process, and it writes a file only from tensors that are all in memory. Here each part is one read
+or one write at the offset from the header.
 
 Source: https://huggingface.co/docs/safetensors (8 bytes of header length, header as JSON, data).
 """

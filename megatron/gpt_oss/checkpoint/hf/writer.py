@@ -54,7 +54,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # default of transformers
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `first` to `stop` of a tensor with `rows` rows; a row of an expert matrix is an expert."""
+    """Rows `first` to `stop` of a tensor with `rows` rows; each expert matrix is one row."""
 
     name: str
     first: int
@@ -80,7 +80,7 @@ class FilePlan:
     def of(
         cls, preset: Preset, dtype: str, max_bytes: int, weight_map: dict[str, str] | None = None
     ) -> "FilePlan":
-        """Plan files of at most `max_bytes` in model order, or the files of `weight_map` if it fits.
+        """Plan files of at most `max_bytes` in model order, or those of `weight_map` if it fits.
 
         Raises:
             UsageError: unknown dtype, or the model's sizes are not multiples of the MXFP4 block.
@@ -128,7 +128,7 @@ class FilePlan:
         return [stored for name in self.files[file] for stored, _, _ in self.stored[name]]
 
     def pieces(self, file: str) -> list["Piece"]:
-        """The parts of a file that are read at a time: a tensor, an expert, rows of the vocabulary."""
+        """The parts of a file that one read covers: a tensor, an expert, rows of the vocabulary."""
         pieces = []
         for name in self.files[file]:
             rows, *others = self.stored[name][0][2]

@@ -52,8 +52,8 @@ def read_bytes(fd: int, path: Path, offset: int, out: torch.Tensor) -> None:
         count = os.preadv(fd, [memory[:LARGEST_CALL]], offset)
         if not count:
             raise CheckpointError(
-                f"{path} ends at byte {offset}, {len(memory)} bytes before the end of a tensor: it was "
-                "truncated during the read."
+                f"{path} ends at byte {offset}, {len(memory)} bytes before the end of a tensor: it "
+                "was truncated during the read."
             )
         memory, offset = memory[count:], offset + count
     if ask:

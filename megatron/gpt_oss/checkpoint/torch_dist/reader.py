@@ -133,8 +133,8 @@ class TorchDistReader:
                 raise CheckpointError(f"{self.directory / name}: {error.strerror}.") from error
             if held < size:
                 raise CheckpointError(
-                    f"{self.directory / name} has {held} bytes, expected {size} from .metadata. The "
-                    "checkpoint is damaged or truncated; use an older iteration."
+                    f"{self.directory / name} has {held} bytes, expected {size} from .metadata. "
+                    "The checkpoint is damaged or truncated; use an older iteration."
                 )
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -248,7 +248,7 @@ class TorchDistReader:
     def _read_contiguous(
         self, key: str, tensor: TensorStorageMetadata, start: tuple[int, ...], out: torch.Tensor
     ) -> bool:
-        """Read directly into `out` if each overlap is contiguous in file and `out`; else return False."""
+        """Read into `out` if each overlap is contiguous in file and `out`; else return False."""
         filled = 0
         for chunk in tensor.chunks:
             box = [
@@ -300,8 +300,8 @@ class TorchDistReader:
 
     def _missing_message(self, key: str) -> str:
         return (
-            f"{self.directory} has no tensor '{key}' among {len(self._tensors)}. Is it a checkpoint "
-            "of a gpt-oss model?"
+            f"{self.directory} has no tensor '{key}' among {len(self._tensors)}. Is it a "
+            "checkpoint of a gpt-oss model?"
         )
 
 

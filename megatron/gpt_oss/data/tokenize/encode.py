@@ -86,7 +86,7 @@ class Encoder:
         return Encoded(ids, lengths, held_out, empty, bad)
 
     def _is_held_out(self, text: str) -> bool:
-        """Select by a hash of the text, which is independent of file order and equal for duplicates."""
+        """Select by a hash of the text: independent of file order and equal for duplicates."""
         if not self._threshold:
             return False
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
@@ -97,7 +97,7 @@ _encoder: Encoder | None = None
 
 
 def start_process(job: EncodeJob) -> None:
-    """Initialize a worker process. Tokenizer threads are disabled, because there is one process per core."""
+    """Initialize a worker process, without tokenizer threads: there is one process per core."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = Encoder(job)

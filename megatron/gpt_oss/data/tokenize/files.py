@@ -150,7 +150,8 @@ def tokenize_files(
         raise UsageError(f"--workers {workers}: give 1 or more.")
     if not 0 <= validation_share < 1:
         raise UsageError(
-            f"--validation-share {validation_share} is invalid: give 0 or more and below 1, such as 0.005."
+            f"--validation-share {validation_share} is invalid: give 0 or more and below 1, such "
+            "as 0.005."
         )
     buckets = bucket_names(split_at) or [""]
     names = buckets + ([VALIDATION] if validation_share else [])

@@ -217,8 +217,8 @@ class PartialOutput:
             is_link = (self.directory / name).is_symlink()
             if not known or is_link or not _MINE.fullmatch(name):
                 raise UsageError(
-                    f"{self.directory / name} is not a file of an unfinished dataset, and {self.directory} "
-                    "is reserved for one. Move it away, or give another --output."
+                    f"{self.directory / name} is not a file of an unfinished dataset, and "
+                    f"{self.directory} is reserved for one. Move it away, or give another --output."
                 )
 
     def _open(self, sizes: dict[str, int]) -> None:
@@ -257,8 +257,8 @@ class PartialOutput:
             return None
         if differ:
             raise UsageError(
-                f"{self.directory} is an unfinished dataset with different {', '.join(differ)}. Finish it "
-                "with its original arguments and files, or give --overwrite."
+                f"{self.directory} is an unfinished dataset with different {', '.join(differ)}. "
+                "Finish it with its original arguments and files, or give --overwrite."
             )
         return journal
 

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 """Model FLOPs of a step, and the BF16 peak of a GPU.
 
-Counted are the GEMMs of the model, forward and backward (three times the forward), a multiply-add as
-two FLOPs. Recomputation is not counted, and a windowed layer counts only the keys in its window;
+Counted are the GEMMs of the model, forward and backward (three times the forward), a multiply-add
+as two FLOPs. Recomputation is not counted, and a windowed layer counts only the keys in its window;
 upstream counts the attention of every layer as full.
 """
 
@@ -29,7 +29,7 @@ PEAK_BF16_TFLOPS = (
 
 
 class LinearFlops(NamedTuple):
-    """FLOPs per token, forward and backward: of a layer's experts, of its other linears, of the head."""
+    """FLOPs per token, forward and backward: a layer's experts, its other linears, output layer."""
 
     experts: float
     dense: float

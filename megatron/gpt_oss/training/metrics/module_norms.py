@@ -36,7 +36,7 @@ def module_norms(model_chunks: list[torch.nn.Module]) -> dict[str, dict[str, flo
     Args:
         model_chunks: of this rank, wrapped by DistributedDataParallel; gradients are reduced.
     Returns:
-        'grad_norm' and 'weight_norm', each by kind; kinds without (trained) parameters are left out;
+        'grad_norm' and 'weight_norm', each by kind, for kinds with (trained) parameters;
         'sinks': 'min' and 'max' sink of the model.
     """
     squares = torch.zeros(4, len(NAMES), dtype=torch.float64, device=current_device())

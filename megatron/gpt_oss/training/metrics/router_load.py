@@ -45,26 +45,27 @@ class RouterLoad:
 
         Returns:
             One number per layer:
-            'max_expert_share': share of all routed tokens at the most loaded expert (1 / num_experts
-                if balanced).
+            'max_expert_share': share of all routed tokens at the most loaded expert (1 /
+                num_experts if balanced).
             'ep_load_imbalance': routed tokens of the most loaded expert-parallel rank over the mean
                 of the ranks (1 if balanced); the value of `gptoss plan --expert-load`.
             'load_cv': coefficient of variation of the expert loads (0 if balanced).
-            'router_entropy': mean over tokens of the entropy of softmax(logits) over all experts, in
-                nats (at most ln(num_experts)).
+            'router_entropy': mean over tokens of the entropy of softmax(logits) over all experts,
+                in nats (at most ln(num_experts)).
         """
         sums = torch.zeros(self._shape, dtype=torch.float64, device=current_device())
         for layer, counted in self._on_device.items():
             sums[layer] += counted
         self._on_device.clear()
         if torch.distributed.is_initialized():
-            # The ranks of a layer's pipeline stage count every token equally often: once, or once per
-            # tensor-parallel rank if each has all tokens. Only ratios are used.
+            # The ranks of a layer's pipeline stage count every token equally often: once, or once
+            # per tensor-parallel rank if each has all tokens. Only ratios are used.
             torch.distributed.all_reduce(sums)
         return summarise(sums.cpu(), self._expert_parallel)
 
     def _after_router(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
-        # Skip evaluation, and the first forward of a recomputed layer, which runs without gradients.
+        # Skip evaluation, and the first forward of a recomputed layer, which runs without
+        # gradients.
         if not (router.training and torch.is_grad_enabled() and self._is_monitored()):
             return
         with torch.no_grad():
