@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The rule by which every command writes files (docs/outputs.md).
+"""Rules for files that commands write (docs/outputs.md).
 
-A command replaces or deletes only what the same command made: a file with its mark, or a directory
-whose record names every file in it. Links are followed, a file appears complete or not at all, and
-what cannot be written is refused before the work begins.
+A command replaces or deletes only what the same command created: a file with its mark, or a
+directory whose record lists every file in it. Symbolic links are followed. Writes are atomic. A
+path that cannot be written is rejected before the work starts.
 """
 
 import errno
@@ -23,19 +23,20 @@ from megatron.gpt_oss.errors import UsageError
 RECORD = ".gptoss.json"
 VERSION = 1
 MADE_BY = "made_by"
-# The root of an ext file system that was just mounted.
-_OF_THE_FILE_SYSTEM = ("lost+found",)
-_LARGEST_HASHED = 16 * 2**20
+# The root directory of an ext file system contains it.
+_FILE_SYSTEM_ENTRIES = ("lost+found",)
+_MAX_HASHED_SIZE = 16 * 2**20
+# Bytes at the start of a file that contain its mark.
 _MARK_WITHIN = 4096
-# What flock says where a file system has no locks.
+# Errors of flock on a file system without locks.
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-# What rename says of a mount point and of a target on another file system.
-_NOT_BY_RENAME = (errno.EXDEV, errno.EBUSY)
+# Errors of rename for a mount point and for a target on another file system.
+_RENAME_UNSUPPORTED = (errno.EXDEV, errno.EBUSY)
 
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give an OSError the path that it lacks; write() and fsync() name none."""
+    """Add the path to an OSError that has none, such as those of write() and fsync()."""
     try:
         yield
     except OSError as error:
@@ -45,37 +46,38 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def sync_to_disk(stream: IO) -> None:
-    """Write what a stream has buffered, and wait until the file is on disk."""
+    """Flush a stream, and wait until the file is on disk."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def real_path(path: str | Path, what: str = "The output") -> Path:
-    """An output path as an absolute one, links followed; the last part need not exist.
+    """The absolute output path with symbolic links resolved; the last part need not exist.
 
     Args:
+        path: the path.
         what: names the flag in messages.
     Raises:
-        UsageError: it is empty, or its links form a loop.
+        UsageError: the path is empty, or its links form a loop.
     """
     text = os.fspath(path)
     if not text.strip() or "\0" in text:
         raise UsageError(f"{what} {text!r} is not a path. Give the path to write.")
     try:
         return Path(text).expanduser().resolve() if text.startswith("~") else Path(text).resolve()
-    except RuntimeError as error:  # pathlib's word for a loop of links in Python 3.11 and 3.12
+    except RuntimeError as error:  # pathlib raises it for a loop of links in Python 3.11 and 3.12
         raise UsageError(f"{what} {text}: its symbolic links form a loop. Remove them.") from error
 
 
 def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path], what: str) -> None:
-    """Refuse to write what is also read.
+    """Reject outputs that are also inputs.
 
     Args:
         outputs: files or directories that will be written.
         inputs: files or directories that are read.
         what: names the flag in the message.
     Raises:
-        UsageError: an output is an input by any name, links and hard links included.
+        UsageError: an output is an input, also through symbolic or hard links.
     """
     read = [Path(path) for path in inputs]
     by_path = {os.path.realpath(path) for path in read}
@@ -89,24 +91,19 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[str | Path], what: str
             )
 
 
-# ---------------------------------------------------------------------------------------------
-# Single files
-# ---------------------------------------------------------------------------------------------
-
-
 def check_file(
     path: str | Path, made_by: str, what: str, inputs: Iterable[str | Path] = ()
 ) -> None:
-    """Refuse a file that cannot or must not be written, before the work for it begins.
+    """Reject a file that cannot or must not be written, before the work starts.
 
     Args:
         path: the file.
-        made_by: the command, as `mark` says it.
+        made_by: the command, as in its mark.
         what: names the flag in messages.
         inputs: files that the command reads.
     Raises:
-        UsageError: the path is a directory, an input, or a file that `made_by` did not make.
-        OSError: it cannot be written.
+        UsageError: the path is a directory, an input, or a file that `made_by` did not create.
+        OSError: the file cannot be written.
     """
     target = real_path(path, what)
     if _is_stream(path):
@@ -119,7 +116,7 @@ def check_file(
 
 
 def check_mine(path: str | Path, made_by: str, what: str) -> None:
-    """Refuse to replace a file without the mark of `made_by`; an empty one holds nothing to lose.
+    """Reject a file that exists, is not empty and lacks the mark of `made_by`.
 
     Raises:
         UsageError: names the file.
@@ -133,7 +130,7 @@ def check_mine(path: str | Path, made_by: str, what: str) -> None:
 
 
 def mark_of(path: Path) -> str | None:
-    """The command that made a PNG, an HTML page or a JSON file, by the mark in it."""
+    """The command that created a PNG, an HTML or a JSON file, from the mark in it; None: no mark."""
     with open(path, "rb") as file:
         start = file.read(_MARK_WITHIN)
         if start.startswith(b"\x89PNG\r\n"):
@@ -153,7 +150,7 @@ def mark_of(path: Path) -> str | None:
 
 
 def _command(text: bytes) -> str | None:
-    """'gptoss' and its subcommand, at the beginning of a text."""
+    """'gptoss' and its subcommand, from the start of a text."""
     letters = bytearray()
     for byte in text[:40]:
         if not (97 <= byte <= 122 or byte in b" -"):
@@ -163,13 +160,13 @@ def _command(text: bytes) -> str | None:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file that appears complete or not at all; a link stays, and its target is written.
+    """Write a file atomically. A symbolic link stays, and its target is written.
 
     Args:
-        path: the file; directories above it are made. A device or a pipe is written to.
+        path: the file; missing parent directories are created. May be a device or a pipe.
         content: text is written as UTF-8.
     Raises:
-        OSError: names the path; what was there before is as it was.
+        OSError: names the path; an existing file is unchanged.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     target = real_path(path)
@@ -180,9 +177,9 @@ def write_file(path: str | Path, content: str | bytes) -> None:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary = _write_beside(target, data)
+            temporary = _write_temporary(target, data)
         except PermissionError:
-            # A directory that takes no new files; the file itself may be writable.
+            # The directory is read-only; the file itself may be writable.
             if not target.is_file():
                 raise
             _write_in_place(target, data)
@@ -195,16 +192,16 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def move_file(source: Path, target: str | Path) -> None:
-    """Give a complete file its name, on another file system and at a mount point too.
+    """Move a complete file to `target`, which may be on another file system or a mount point.
 
-    A link at `target` stays, and what it leads to is replaced.
+    A symbolic link at `target` stays, and its target is replaced.
     """
     final = real_path(target)
     try:
         os.replace(source, final)
         return
     except OSError as error:
-        if error.errno not in _NOT_BY_RENAME:
+        if error.errno not in _RENAME_UNSUPPORTED:
             raise
     temporary = _new_name(final)
     try:
@@ -212,9 +209,9 @@ def move_file(source: Path, target: str | Path) -> None:
         os.replace(temporary, final)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno not in _NOT_BY_RENAME:
+        if error.errno not in _RENAME_UNSUPPORTED:
             raise
-        # A file that is a mount point by itself, as containers have them.
+        # The file itself is a mount point, as in containers.
         _copy(source, final, os.O_CREAT | os.O_TRUNC)
     source.unlink()
 
@@ -234,8 +231,8 @@ def _write_in_place(target: Path, data: bytes) -> None:
         sync_to_disk(file)
 
 
-def _write_beside(target: Path, data: bytes) -> Path:
-    """A new complete file next to `target`, with the mode and owner of an older one."""
+def _write_temporary(target: Path, data: bytes) -> Path:
+    """Write a temporary file in the directory of `target`, with mode and owner of `target`."""
     temporary = _new_name(target)
     before = _stat(target)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -243,7 +240,7 @@ def _write_beside(target: Path, data: bytes) -> Path:
         with open(handle, "wb") as file:
             if before is not None:
                 os.fchmod(file.fileno(), stat.S_IMODE(before.st_mode))
-                with suppress(OSError):  # only root may
+                with suppress(OSError):  # needs root
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.write(data)
             sync_to_disk(file)
@@ -254,19 +251,19 @@ def _write_beside(target: Path, data: bytes) -> Path:
 
 
 def _new_name(target: Path) -> Path:
-    """In the same directory; short where the name itself is near the limit of 255 bytes."""
+    """Name of a temporary file in the same directory, within the limit of 255 bytes."""
     start = f".{target.name}" if len(os.fsencode(target.name)) < 200 else ".gptoss"
     return target.parent / f"{start}.{secrets.token_hex(4)}.new"
 
 
 def _probe(target: Path) -> None:
-    """See that a file can be written there; nothing that exists is touched, nothing stays."""
+    """Check that a file can be written, without changing existing files."""
     with naming(target):
         place = target
         while not place.parent.exists():
             place = place.parent
         try:
-            _write_beside(place, b"\0" * 4096).unlink()
+            _write_temporary(place, b"\0" * 4096).unlink()
         except PermissionError:
             if not target.is_file():
                 raise
@@ -274,7 +271,7 @@ def _probe(target: Path) -> None:
 
 
 def _is_stream(path: str | Path) -> bool:
-    """A device, a pipe or a socket, or a name for an open one (/dev/stdout)."""
+    """Whether a path is a device, a pipe, a socket or an open file (/dev/stdout)."""
     info = _stat(path)
     if info is not None and stat.S_ISREG(info.st_mode):
         return os.path.abspath(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
@@ -288,25 +285,20 @@ def _stat(path: str | Path) -> os.stat_result | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------
-# Directories
-# ---------------------------------------------------------------------------------------------
-
-
 def describe(path: Path) -> dict:
-    """Size of a file, and SHA-256 of a small one."""
+    """Size of a file in bytes, and SHA-256 if it is at most 16 MiB."""
     size = path.stat().st_size
-    return {"size": size} | ({"sha256": sha256(path)} if size <= _LARGEST_HASHED else {})
+    return {"size": size} | ({"sha256": sha256(path)} if size <= _MAX_HASHED_SIZE else {})
 
 
 def sha256(path: Path) -> str:
-    """Of all of a file, in pieces."""
+    """SHA-256 of a file."""
     with naming(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_of(directory: Path, made_by: str) -> dict:
-    """The record of a directory that `made_by` made, with the time at which it was `written`, in ns.
+    """The record of a directory that `made_by` created, with its modification time `written` in ns.
 
     {} for any other directory.
     """
@@ -324,13 +316,13 @@ def record_of(directory: Path, made_by: str) -> dict:
 
 
 def write_record(directory: Path, made_by: str, task: str = "", but: Iterable[str] = ()) -> dict:
-    """List every file of a directory that is complete; the last file that is written into it.
+    """Write the record of a complete directory, which lists every file; written last.
 
     Args:
         directory: the directory.
         made_by: the command.
-        task: digest of what makes the files what they are.
-        but: names at the top that are left out.
+        task: digest of the arguments and inputs that determine the files.
+        but: names at the top level to exclude.
     """
     files = {name: describe(directory / name) for name in files_in(directory, {RECORD, *but})}
     record = {MADE_BY: made_by, "version": VERSION, "task": task, "files": files}
@@ -339,12 +331,13 @@ def write_record(directory: Path, made_by: str, task: str = "", but: Iterable[st
 
 
 def files_in(directory: Path, but: Iterable[str] = (RECORD,)) -> list[str]:
-    """Paths, from `directory`, of all below it that is not a directory; links are not followed.
+    """Relative paths of all files below a directory; links are not followed.
 
     Args:
-        but: names at the top that are left out.
+        directory: the directory.
+        but: names at the top level to exclude.
     """
-    leave_out = {*but, *_OF_THE_FILE_SYSTEM}
+    leave_out = {*but, *_FILE_SYSTEM_ENTRIES}
     names = []
     for parent, directories, files in os.walk(directory, onerror=_raise):
         if parent == str(directory):
@@ -358,11 +351,12 @@ def files_in(directory: Path, but: Iterable[str] = (RECORD,)) -> list[str]:
 def foreign_file(
     directory: Path, records: Iterable[Mapping], but: Iterable[str] = ()
 ) -> str | None:
-    """The first file of a directory that is in no record, or was changed since; None: all are known.
+    """The first file that is in no record or was changed since; None if there is none.
 
     Args:
-        records: see `record_of`; of one a file must have the size, and the hash where it has one.
-        but: names at the top that are left out.
+        directory: the directory.
+        records: see `record_of`. Size and, if recorded, hash of a file must match one of them.
+        but: names at the top level to exclude.
     """
     known = [record for record in records if record]
     for name in files_in(directory, {RECORD, *but}):
@@ -381,20 +375,21 @@ def is_unchanged(path: Path, entry: object, written: int) -> bool:
     """Whether a file is the one that a record describes.
 
     Args:
+        path: the file.
         entry: see `describe`.
-        written: time of the record in ns. It is written after all files: a large file that is
-            newer was written by somebody else.
+        written: time of the record in ns. The record is written last, so a large file that is
+            newer was changed later.
     """
     info = path.lstat()
     if not isinstance(entry, dict) or info.st_size != entry.get("size"):
         return False
-    if info.st_size <= _LARGEST_HASHED and "sha256" in entry:
+    if info.st_size <= _MAX_HASHED_SIZE and "sha256" in entry:
         return sha256(path) == entry["sha256"]
     return info.st_mtime_ns <= written
 
 
 def remove_files(directory: Path, names: Iterable[str]) -> None:
-    """Delete files of a directory by name, and the directories that are empty then."""
+    """Delete files of a directory by name, and subdirectories that become empty."""
     parents = set()
     for name in names:
         path = directory / name
@@ -403,7 +398,7 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
         while (path := path.parent) != directory:
             parents.add(path)
     for parent in sorted(parents, key=lambda path: -len(path.parts)):
-        with suppress(OSError):  # not empty: something of somebody else's is in it
+        with suppress(OSError):  # not empty: it has other files
             parent.rmdir()
 
 

@@ -2,7 +2,7 @@
 
 """Time, memory and error of the attention backends, for `gptoss doctor` and the benchmarks.
 
-On the CPU a clock replaces CUDA events, and there are no memory figures.
+On the CPU time is measured with time.perf_counter, and memory is not measured.
 """
 
 import math
@@ -21,22 +21,23 @@ from megatron.core.transformer.sink_attention.measured_order import kind_of_mask
 from megatron.core.transformer.sink_attention.registry import select_backend
 from megatron.gpt_oss.training.metrics.flops import visible_pairs
 
-# GPU cycles of sleep (about 5 ms) before a measurement: the CPU runs ahead of the GPU, as in
-# training, so that short kernels are not timed by their launches. With 1 ms, flash-attn-4 at a
-# window of 128 and 8k tokens measured 0.7 to 1.6 ms.
+# GPU cycles of sleep (about 5 ms) before a measurement. The CPU then launches kernels ahead of the
+# GPU, as in training, so that launch time does not count for short kernels. With 1 ms, flash-attn-4
+# at a window of 128 and 8k tokens measured 0.7 to 1.6 ms.
 _SLEEP_CYCLES = 10_000_000
 
 
 def device() -> str:
-    """Device of all measurements."""
+    """The device type of all measurements."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One attention layer: gpt-oss' heads by default.
+    """Shapes of one attention layer; the defaults are the heads of gpt-oss.
 
     Attributes:
+        name: name in output.
         seqlen: tokens of a sequence, or of all packed documents.
         documents: lengths of packed documents; None for a dense batch.
         window_size: as in `sink_attention`.
@@ -59,11 +60,12 @@ class Workload:
 
     @property
     def lead(self) -> tuple[int, ...]:
+        """Leading dimensions of q, k, v: [s, b], or [t] if packed."""
         return (self.seqlen,) if self.documents else (self.seqlen, self.batch)
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that are seen, of one head over the batch."""
+        """Unmasked query-key pairs of one head over the batch."""
         lengths = self.documents or (self.seqlen,) * self.batch
         window = None if self.window_size is None else self.window_size[0] + 1
         return int(sum(visible_pairs(length, window) for length in lengths))
@@ -79,7 +81,7 @@ class Workload:
         return (*self.lead, self.heads, self.dim), (*self.lead, self.groups, self.dim)
 
     def unsupported_reasons(self) -> dict[str, str | None]:
-        """For every backend None, or why it cannot run this."""
+        """{backend: None, or the reason why it does not support this workload}."""
         return available_backends(*self.shapes, self.dtype, device(), window_size=self.window_size)
 
     def selected_backend(self) -> str:
@@ -90,7 +92,7 @@ class Workload:
         return select_backend(params).name
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """q, k, v, sinks, dout; only the sinks have values."""
+        """q, k, v, sinks, dout; all but the sinks are uninitialised."""
 
         def empty(heads):
             return torch.empty(*self.lead, heads, self.dim, dtype=self.dtype, device=device())
@@ -100,14 +102,14 @@ class Workload:
         return (*leaves, sink, empty(self.heads))
 
     def short(self) -> "Workload":
-        """A short workload of the same kind, which plain PyTorch in float64 can check."""
+        """A workload of the same kind, short enough for a check with plain PyTorch in float64."""
         short = replace(self, seqlen=min(1024, self.seqlen))
         if self.documents and self.seqlen > 1024:
             short = replace(short, documents=(1, 200, 311, 512))
         return short
 
     def call(self, backend: str, **options) -> Callable:
-        """sink_attention of (q, k, v, sinks) with the options of this workload and others."""
+        """sink_attention as a function of (q, k, v, sinks), with the options of this workload."""
         options = dict(options, window_size=self.window_size, backend=backend)
         if self.documents:
             bounds = torch.tensor([0, *self.documents]).cumsum(0)
@@ -118,14 +120,14 @@ class Workload:
 
 @torch.no_grad()
 def refill(tensors: tuple[Tensor, ...]) -> None:
-    """New random values: nothing stays in the L2 cache, and power draw is that of real data."""
+    """Fill with new random values: the L2 cache holds none of them, and power draw is realistic."""
     q, k, v, _, dout = tensors
     for x in (q, k, v, dout):
         x.normal_()
 
 
 def run_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> list[Tensor]:
-    """out and the gradients."""
+    """Run forward and backward once; returns out and the gradients."""
     q, k, v, sink, dout = tensors
     inputs = (q, k, v, sink) if with_sink else (q, k, v)
     out = call(q, k, v, sink if with_sink else None)
@@ -133,7 +135,7 @@ def run_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> li
 
 
 def time_once(call: Callable, tensors: tuple[Tensor, ...], with_sink: bool) -> float:
-    """Milliseconds of one forward and backward on new values, by CUDA events."""
+    """Milliseconds of one forward and backward on new values, measured with CUDA events."""
     refill(tensors)
     if device() == "cpu":
         start = time.perf_counter()
@@ -154,15 +156,20 @@ def time_interleaved(
     seconds: float,
     max_rounds: int = 20,
 ) -> dict[str, list[float]]:
-    """Times of several calls (function, with sinks), interleaved so that GPU clocks are the same.
+    """Time several calls, interleaved so that all run at the same GPU clocks.
 
     The order is random in each round: a kernel after one that draws little power runs faster.
 
     Args:
+        calls: {name: (function, whether it takes sinks)}.
+        tensors: q, k, v, sinks, dout.
         seconds: limit for all rounds; at least three rounds run.
+        max_rounds: limit of rounds.
+    Returns:
+        {name: milliseconds of each round}.
     """
     times = {name: [] for name in calls}
-    for name, (call, with_sink) in calls.items():  # warm: plans, workspaces, allocator
+    for name, (call, with_sink) in calls.items():  # warm-up: plans, workspaces, allocator
         time_once(call, tensors, with_sink)
     spent, rounds = 0.0, 0
     draw = random.Random(0)
@@ -186,10 +193,10 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 def peak_memory(
     call: Callable, tensors: tuple[Tensor, ...], with_sink: bool = True
 ) -> tuple[float, float]:
-    """MiB at the peak of a forward and backward, and the part that is workspace of the kernel.
+    """Peak memory of forward and backward in MiB, and the part of it that is kernel workspace.
 
-    The rest is q, k, v, out, lse and their gradients. Workspace is, for example, the dq in fp32 of
-    every flash backward.
+    The other part is q, k, v, out, lse and their gradients. An example of workspace is the fp32 dq
+    of a flash backward.
     """
     if device() == "cpu":
         return math.nan, math.nan
@@ -202,14 +209,14 @@ def peak_memory(
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     q = tensors[0]
-    theirs = sum(x.numel() * x.element_size() for x in results) + 4 * q.numel() // q.shape[-1]
-    given = sum(x.numel() * x.element_size() for x in tensors)
+    outputs = sum(x.numel() * x.element_size() for x in results) + 4 * q.numel() // q.shape[-1]
+    inputs = sum(x.numel() * x.element_size() for x in tensors)
     mib = 2**20
-    return (peak - before + given) / mib, (peak - before - theirs) / mib
+    return (peak - before + inputs) / mib, (peak - before - outputs) / mib
 
 
 def errors(workload: Workload, backend: str, with_sink: bool = True) -> dict[str, float]:
-    """Relative errors (norms) of out and the gradients against `math` in float64."""
+    """Relative errors (norms) of out and the gradients against backend `math` in float64."""
     tensors = workload.tensors()
     generator = torch.Generator(device=device()).manual_seed(1)
     with torch.no_grad():

@@ -1,9 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss doctor`: which attention kernels this machine can run, how fast, and what to do.
+"""`gptoss doctor`: which attention kernels this machine supports, their speed, and hints.
 
-What a run would take is said without starting one, and why the others cannot: no environment
-variable to set, no debug log to read.
+Reports which backend a run would select and why the others are not supported.
 """
 
 import ctypes.util
@@ -28,10 +27,10 @@ from megatron.gpt_oss.text_table import aligned
 
 DOCTOR = "gptoss doctor"
 
-# An error of bf16 rounding is 3e-3; a wrong mask, scale or sink is beyond this by far.
+# bf16 rounding errors are about 3e-3; a wrong mask, scale or sink gives errors far above the limit.
 _ERROR_LIMIT = 1e-2
 
-# Plain PyTorch is never the choice on a GPU, FlexAttention compiles for a minute.
+# `math` is never selected on a GPU; FlexAttention compiles for a minute.
 _NOT_MEASURED = ("math", "flex")
 
 
@@ -45,13 +44,13 @@ def run_doctor(
     """Print the report, and return it.
 
     Args:
-        preset_name: whose heads and window the cases have.
-        seqlen: tokens of the cases.
-        measure: time the kernels, where there is a GPU.
-        compile_flex: FlexAttention too, which takes a minute to compile.
-        json_path: write the report there as JSON.
+        preset_name: preset whose heads and window the cases use.
+        seqlen: tokens of a case.
+        measure: time the kernels if there is a GPU.
+        compile_flex: also time FlexAttention, which compiles for a minute.
+        json_path: file for the report as JSON; None: none.
     Raises:
-        UsageError: seqlen is not positive, or the JSON cannot be written.
+        UsageError: seqlen is below 2, or the JSON cannot be written.
     """
     if seqlen < 2:
         raise UsageError(f"--seqlen {seqlen}: give 2 or more.")
@@ -78,7 +77,7 @@ def run_doctor(
 
 
 def versions() -> dict[str, str]:
-    """Card, driver, and what was found of everything that can run attention."""
+    """Versions of Python, PyTorch, CUDA and the attention packages, and the GPU."""
     found = {"Python": platform.python_version(), "PyTorch": torch.__version__}
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -106,14 +105,14 @@ def versions() -> dict[str, str]:
 
 
 def examine(workload: Workload, cuda: bool, measure: bool, compile_flex: bool) -> dict:
-    """One case: for every backend whether it can run, and its speed."""
+    """One case: whether each backend supports it, and its speed."""
     reasons = workload.unsupported_reasons()
     chosen = workload.selected_backend()
     rows = {name: {"supported": r is None, "reason": r} for name, r in reasons.items()}
     if measure:
         _measure(workload, rows, compile_flex)
     for row in rows.values():
-        row["able"] = row["supported"]  # former name, kept for one version
+        row["able"] = row["supported"]  # former name, for one version
     return {"case": workload.kind, "seqlen": workload.seqlen, "auto": chosen, "backends": rows}
 
 
@@ -124,7 +123,7 @@ def _measure(workload: Workload, rows: dict, compile_flex: bool) -> None:
     for name, row in rows.items():
         if not row["supported"] or name in skipped:
             continue
-        try:  # one kernel that fails must not hide the others
+        try:  # a kernel that fails must not hide the others
             row["error"] = _first_run(workload, name)
             calls[name] = (workload.call(name), True)
         except Exception as error:
@@ -136,7 +135,11 @@ def _measure(workload: Workload, rows: dict, compile_flex: bool) -> None:
 
 
 def _first_run(workload: Workload, name: str) -> float:
-    """Compile and check on a short sequence: the largest relative error."""
+    """Compile and check a backend on a short sequence; returns the largest relative error.
+
+    Raises:
+        RuntimeError: the error is above the limit.
+    """
     documents = (1, 255, 256) if workload.documents else None
     worst = max(errors(replace(workload, seqlen=512, documents=documents), name).values())
     if not worst < _ERROR_LIMIT:
@@ -145,11 +148,11 @@ def _first_run(workload: Workload, name: str) -> float:
 
 
 def advice(report: dict) -> list[str]:
-    """What to do about each gap, one sentence each."""
+    """Hints, one sentence each."""
     lines = []
     if not torch.cuda.is_available():
         lines.append(
-            "No GPU: attention runs in plain PyTorch (math): correct, but fast enough only for the "
+            "No GPU: attention runs in plain PyTorch (math), which is fast enough only for the "
             "tiny preset."
         )
     by_name = [case["backends"] for case in report["cases"]]
@@ -166,7 +169,7 @@ def advice(report: dict) -> list[str]:
 
 
 def cudnn_mismatch() -> str | None:
-    """TransformerEngine goes to unfused attention, silently, when it finds another cuDNN first."""
+    """A hint if TransformerEngine may load another cuDNN and silently use unfused attention."""
     if importlib.util.find_spec("transformer_engine") is None or os.environ.get("CUDNN_HOME"):
         return None
     system = ctypes.util.find_library("cudnn")
@@ -174,8 +177,8 @@ def cudnn_mismatch() -> str | None:
         return None
     directory = next(iter(importlib.util.find_spec("nvidia.cudnn").submodule_search_locations))
     return (
-        f"TransformerEngine finds {system} on the system besides PyTorch's own cuDNN and may fall "
-        f"back to unfused attention: export CUDNN_HOME={directory}"
+        f"TransformerEngine finds {system} on the system in addition to PyTorch's own cuDNN and "
+        f"may fall back to unfused attention: export CUDNN_HOME={directory}"
     )
 
 

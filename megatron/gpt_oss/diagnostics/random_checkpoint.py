@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A random Hugging Face gpt-oss checkpoint small enough to train on a laptop.
+"""A random Hugging Face gpt-oss checkpoint that is small enough to train on a laptop.
 
-Written with safetensors alone; transformers loads it.
+It is written with safetensors, without transformers, and transformers can load it.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ _NAMES = (SINGLE_NAME, CONFIG_NAME, TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, _GENE
 
 
 def random_hf_tensors(preset: Preset, seed: int) -> dict[str, torch.Tensor]:
-    """Weights as a fresh gpt-oss has them: normal with the preset's std, biases 0, norms 1.
+    """Initial weights of gpt-oss: normal with the preset's std, biases 0, norms 1.
 
-    The first loss is then about ln(vocabulary).
+    The first loss is about ln(vocabulary).
 
     Returns:
         fp32 tensors by Hugging Face name.
@@ -55,8 +55,8 @@ def write_tiny_hf(directory: str | Path, seed: int = 0, preset: Preset | None = 
     """Write a random BF16 checkpoint with config and byte-level tokenizer.
 
     Args:
-        directory: made if it is not there; what an earlier call wrote is replaced.
-        seed: of the weights.
+        directory: created if it does not exist; output of an earlier call is replaced.
+        seed: seed of the weights.
         preset: the sizes; `tiny` by default.
     Raises:
         UsageError: the directory holds other files, or cannot be written.
@@ -86,5 +86,5 @@ def _write(directory: Path, seed: int, preset: Preset) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file in the way of Hugging Face's own files."""
+    """Write a JSON file in the format of Hugging Face's files."""
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Text from a model, one token at a time, the whole prefix computed anew for each.
+"""Sample text from a model without a KV cache: each token recomputes the complete prefix.
 
-Without a KV cache it is slow and simple: for a look at what a run has learned, on any machine.
+Slow, but simple and independent of the machine; for short samples of a trained model.
 """
 
 from contextlib import contextmanager
@@ -30,14 +30,14 @@ def generate(
     """Continue a prompt.
 
     Args:
-        logits_of: gives logits [1, s, vocabulary] of token ids [1, s].
-        tokenizer: to and from text; its end token ends the sample.
-        prompt: may be empty: the sample then starts a new document.
-        max_new_tokens: at most.
-        temperature: 0 takes the likeliest token.
-        seed: of the draws.
+        logits_of: maps token ids [1, s] to logits [1, s, vocabulary].
+        tokenizer: encodes and decodes text; its end token ends the sample.
+        prompt: the text; if empty, the sample starts a new document.
+        max_new_tokens: maximum number of new tokens.
+        temperature: 0 selects the most likely token.
+        seed: seed of the sampling.
     Returns:
-        Prompt and continuation. Tokens that the tokenizer does not know are never drawn.
+        Prompt and continuation. Ids outside the tokenizer's vocabulary are never sampled.
     """
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt) or [tokenizer.end_id]
@@ -57,7 +57,7 @@ def generate(
 
 
 def gpt_model_logits(model: torch.nn.Module) -> LogitsFn:
-    """`logits_of` for a live GPTModel (any wrapper) that this process holds whole."""
+    """`logits_of` for a GPTModel (also wrapped) that is not split over ranks."""
 
     def logits_of(ids: torch.Tensor) -> torch.Tensor:
         device = next(model.parameters()).device
@@ -70,9 +70,9 @@ def gpt_model_logits(model: torch.nn.Module) -> LogitsFn:
 
 @contextmanager
 def open_hf_model(directory: str | Path) -> Iterator[torch.nn.Module]:
-    """A GPTModel with the weights of a Hugging Face directory, in a process group of its own.
+    """A GPTModel with the weights of a Hugging Face directory; bf16 on CUDA, fp32 on the CPU.
 
-    On CUDA in bf16, else in fp32. The process must not have a process group yet.
+    Creates a process group of one rank; the process must not have one.
     """
     from megatron.core import device_utils
     from megatron.gpt_oss.checkpoint.load_hf import load_hf
@@ -94,7 +94,7 @@ def sample_hf(
     """Continue a prompt with the model and tokenizer of a Hugging Face directory."""
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {max_new_tokens} generates nothing. Give 1 or more.")
-    read_hf_config(Path(directory))  # for its errors: "no tokenizer" would say too little
+    read_hf_config(Path(directory))  # first, because its errors are more precise
     tokenizer = load_text_tokenizer(directory)
     with open_hf_model(directory) as model:
         logits_of = gpt_model_logits(model)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A GPTModel in a process that is no part of a training run."""
+"""A GPTModel outside of a training run."""
 
 import os
 import tempfile
@@ -14,13 +14,13 @@ from megatron.gpt_oss.presets import Preset
 
 @contextmanager
 def single_rank_model(preset: Preset, bf16: bool = False) -> Iterator[torch.nn.Module]:
-    """A GPTModel with random weights in eval mode, in a process group of its own.
-
-    The process must not have a process group yet.
+    """A GPTModel with random weights in eval mode, in a process group of one rank.
 
     Args:
         preset: the sizes.
-        bf16: parameters and forward in bf16; fp32 otherwise.
+        bf16: parameters and forward in bf16; otherwise in fp32.
+    Raises:
+        RuntimeError: the process already has a process group.
     """
     from megatron.core import device_utils, parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,7 +28,7 @@ def single_rank_model(preset: Preset, bf16: bool = False) -> Iterator[torch.nn.M
     from megatron.gpt_oss.layer_specs import model_config
 
     if torch.distributed.is_initialized():
-        raise RuntimeError("single_rank_model makes a process group, and there is one already")
+        raise RuntimeError("single_rank_model creates a process group, but one exists already")
     with tempfile.TemporaryDirectory() as rendezvous:
         torch.distributed.init_process_group(
             device_utils.default_backend(),

@@ -513,7 +513,7 @@ def test_nobody_reads_the_output(capsys):
 
 
 def test_a_large_file_that_is_newer_than_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, '_LARGEST_HASHED', 3)
+    monkeypatch.setattr(outputs, '_MAX_HASHED_SIZE', 3)
     (tmp_path / 'a').write_text('1234')
     outputs.write_record(tmp_path, 'gptoss test')
     record = outputs.record_of(tmp_path, 'gptoss test')

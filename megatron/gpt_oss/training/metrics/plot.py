@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Draw the loss of a run from its metrics.jsonl."""
+"""Plot the loss of a run from its metrics.jsonl."""
 
 import io
 from pathlib import Path
@@ -9,22 +9,22 @@ from typing import Iterable
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.outputs import check_file, write_file
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
-from megatron.gpt_oss.training.metrics.svg_chart import MOST_VALUE
+from megatron.gpt_oss.training.metrics.svg_chart import MAX_VALUE
 
 PLOT = "gptoss plot"
-_LONGEST_NAME = 200
+_MAX_NAME_LENGTH = 200
 
 
 def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> Path:
-    """Write the loss curve, the learning rate under it, as a PNG.
+    """Write the loss curve, with the learning rate below it, as a PNG.
 
     Args:
-        metrics: metrics.jsonl; records with a step and a loss, or a step and a valid_loss. Of
-            several records of one step (a resumed run) the last counts.
-        out: the PNG; one of an earlier call is replaced.
+        metrics: metrics.jsonl; records with a step and a loss, or a step and a valid_loss. If a
+            step has several records (a resumed run), the last one is used.
+        out: the PNG; a plot of an earlier call is replaced.
         title: title of the plot.
     Raises:
-        UsageError: nothing to draw, matplotlib is not installed, or `out` is another file.
+        UsageError: no record has a loss, matplotlib is not installed, or `out` is another file.
     """
     by_step = {r["step"]: r for r in read_metrics(metrics) if r.get("loss") is not None}
     if not by_step:
@@ -70,7 +70,7 @@ def plot_loss(metrics: str | Path, out: str | Path, title: str = "gpt-oss") -> P
 
 
 def check_plot(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ()) -> None:
-    """`check_file`, and refuse a name that does not end in .png."""
+    """Like `check_file`; also rejects a name that does not end in .png."""
     check_file(out, made_by, "The PNG", inputs)
     if Path(out).suffix.lower() not in ("", ".png") and not str(out).startswith("/dev/"):
         raise UsageError(
@@ -79,7 +79,7 @@ def check_plot(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ())
 
 
 def save_plot(figure, out: str | Path, made_by: str) -> None:
-    """Write a figure as a PNG that bears the mark of the command."""
+    """Write a figure as a PNG with the mark of the command."""
     stream = io.BytesIO()
     figure.savefig(stream, dpi=120, format="png", metadata={"Software": made_by})
     write_file(out, stream.getvalue())
@@ -105,16 +105,16 @@ def import_pyplot():
 
 
 def as_title(name: str) -> str:
-    """A name that matplotlib draws as it is; it leaves out what begins with an underscore.
+    """A name that matplotlib draws unchanged.
 
-    It draws a very long text for minutes.
+    matplotlib omits labels that start with an underscore, and takes minutes for a very long text.
     """
-    text = "".join(c if c.isprintable() else "\ufffd" for c in name[:_LONGEST_NAME])
+    text = "".join(c if c.isprintable() else "\ufffd" for c in name[:_MAX_NAME_LENGTH])
     return f" {text}" if text.startswith("_") or not text else text
 
 
 def _draw(axis, records: list[dict], key: str, label: str, **style) -> None:
     points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-    points = [(step, value) for step, value in points if abs(value) < MOST_VALUE]
+    points = [(step, value) for step, value in points if abs(value) < MAX_VALUE]
     if points:
         axis.plot(*zip(*points), label=label, **style)

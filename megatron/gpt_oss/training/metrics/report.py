@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""`gptoss report`: curves and configuration of a run as one self-contained HTML page."""
+"""`gptoss report`: curves and configuration of a run as one self-contained HTML file."""
 
 import json
 from html import escape
@@ -33,13 +33,13 @@ _STEP_CURVES = (
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write report.html of a run.
+    """Write the HTML report of a run.
 
     Args:
         run_dir: --run-dir of the run, with metrics.jsonl and run.json.
-        out: the page; RUN/report.html by default. One of an earlier call is replaced.
+        out: the HTML file; RUN/report.html by default. A report of an earlier call is replaced.
     Raises:
-        UsageError: no metrics.jsonl there, no step in it yet, or `out` is another file.
+        UsageError: there is no metrics.jsonl, it has no step yet, or `out` is another file.
     """
     run_dir = Path(run_dir)
     run_file = find_run_file(run_dir) or run_dir / RUN_FILE
@@ -61,7 +61,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         f'<meta name="generator" content="{REPORT}"><title>{name}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{name}</h1>{''.join(sections)}</body></html>\n"
     )
-    # JSON may hold halves of surrogate pairs, which no file of UTF-8 does.
+    # JSON may contain lone surrogates, which UTF-8 cannot encode.
     write_file(out, page.encode("utf-8", errors="backslashreplace").decode("utf-8"))
     return out
 
@@ -94,7 +94,7 @@ def _shown(number: float | None) -> str:
 
 
 def _text(value: object) -> str:
-    """Any value as escaped text of the page."""
+    """A value as escaped HTML text."""
     text = str(value)
     return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
 
@@ -104,39 +104,39 @@ def _section(title: str, content: str) -> str:
 
 
 def _layer_charts(records: list[dict]) -> str:
-    looked = [(r["step"], r["experts"]) for r in records if "experts" in r]
+    loads = [(r["step"], r["experts"]) for r in records if "experts" in r]
     parts = []
     for key, title in (
         ("max_expert_share", "Share of the most loaded expert, by layer"),
         ("load_cv", "Coefficient of variation of the expert load, by layer"),
         ("router_entropy", "Entropy of the router (nats), by layer"),
     ):
-        looks = [(step, load[key]) for step, load in looked if load.get(key)]
-        layers = len(looks[0][1]) if looks else 0
-        # At most six curves: the first and the last layer, and some in between.
-        chosen = sorted({round(i * (layers - 1) / 5) for i in range(6)}) if layers else []
-        series = {f"layer {i}": _of_layer(looks, i) for i in chosen}
+        points = [(step, load[key]) for step, load in loads if load.get(key)]
+        layers = len(points[0][1]) if points else 0
+        # At most six curves: the first and the last layer, and up to four in between.
+        shown = sorted({round(i * (layers - 1) / 5) for i in range(6)}) if layers else []
+        series = {f"layer {i}": _of_layer(points, i) for i in shown}
         parts.append(_section(title, line_chart(series, title)))
     return "".join(parts)
 
 
-def _of_layer(looks: list[tuple[int, list]], layer: int) -> list[tuple[int, float]]:
-    found = [(step, values[layer]) for step, values in looks if layer < len(values)]
+def _of_layer(points: list[tuple[int, list]], layer: int) -> list[tuple[int, float]]:
+    found = [(step, values[layer]) for step, values in points if layer < len(values)]
     return [(step, value) for step, value in found if value is not None]
 
 
 def _norm_charts(records: list[dict]) -> str:
-    looked = [(r["step"], r["norms"]) for r in records if "norms" in r]
+    norms = [(r["step"], r["norms"]) for r in records if "norms" in r]
     parts = []
     for key, title in (
         ("grad_norm", "Gradient norm by kind of module"),
         ("weight_norm", "Weight norm by kind of module"),
         ("sinks", "Range of the sinks"),
     ):
-        kinds = looked[-1][1].get(key, {}) if looked else {}
+        kinds = norms[-1][1].get(key, {}) if norms else {}
         series = {
             kind: [
-                (step, n[key][kind]) for step, n in looked if n.get(key, {}).get(kind) is not None
+                (step, n[key][kind]) for step, n in norms if n.get(key, {}).get(kind) is not None
             ]
             for kind in kinds
         }
@@ -157,7 +157,7 @@ def _configuration(path: Path) -> str:
         return _section("Configuration", f"<p>No {_text(path.name)} in the run directory.</p>")
     try:
         values = recorded_arguments(path)
-    except UsageError as error:  # the curves do not need it
+    except UsageError as error:  # the curves are still useful
         return _section("Configuration", f"<p>{_text(error)}</p>")
     rows = "".join(
         f"<tr><td>{_text(name)}</td><td>{_text(_json(value))}</td></tr>"

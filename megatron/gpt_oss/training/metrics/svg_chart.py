@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Line charts as SVG text, without any package: for pages that carry all of themselves."""
+"""Line charts as SVG text without a plotting package, for self-contained HTML reports."""
 
 import math
 from html import escape
@@ -8,32 +8,32 @@ from typing import Sequence
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 150, 12, 30
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563")
-MOST_POINTS = 1000
-# Beyond, the distance of two values is no number any more.
-MOST_VALUE = 1e300
+MAX_POINTS = 1000
+# For larger values the difference of two values overflows.
+MAX_VALUE = 1e300
 
 Points = Sequence[tuple[float, float]]
 
 
 def line_chart(series: dict[str, Points], label: str) -> str:
-    """An <svg> of some curves over the step.
+    """An <svg> element with curves over the step.
 
     Args:
-        series: points (step, value) by name; those that are not finite are left out.
-        label: of the values.
+        series: points (step, value) by name; non-finite values are omitted.
+        label: description of the values.
     Returns:
-        The element, '' where there is no point to draw.
+        The element, or '' if there is no point.
     """
     series = {
-        name: [(x, y) for x, y in points if abs(y) <= MOST_VALUE] for name, points in series.items()
+        name: [(x, y) for x, y in points if abs(y) <= MAX_VALUE] for name, points in series.items()
     }
-    series = {name: _thinned(points) for name, points in series.items() if points}
+    series = {name: _downsample(points) for name, points in series.items() if points}
     if not series:
         return ""
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    x_low, x_high = _spread(min(xs), max(xs))
-    y_low, y_high = _spread(min(ys), max(ys))
+    x_low, x_high = _axis_range(min(xs), max(xs))
+    y_low, y_high = _axis_range(min(ys), max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
@@ -65,15 +65,15 @@ def line_chart(series: dict[str, Points], label: str) -> str:
     return "\n".join(parts + ["</svg>"])
 
 
-def _thinned(points: Points) -> Points:
-    """At most `MOST_POINTS`, the last one among them."""
-    stride = -(-len(points) // MOST_POINTS)
+def _downsample(points: Points) -> Points:
+    """At most `MAX_POINTS` points, including the last one."""
+    stride = -(-len(points) // MAX_POINTS)
     return [point for i, point in enumerate(points) if i % stride == 0 or i == len(points) - 1]
 
 
-def _spread(low: float, high: float) -> tuple[float, float]:
+def _axis_range(low: float, high: float) -> tuple[float, float]:
     margin = 0.05 * (high - low)
-    if margin <= 1e-12 * max(abs(low), abs(high)):  # less than its ticks could show
+    if margin <= 1e-12 * max(abs(low), abs(high)):  # below the precision of tick labels
         margin = 0.1 * max(abs(low), abs(high))
     margin = margin if margin > 1e-300 else 1.0
     return low - margin, high + margin
