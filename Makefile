@@ -1,16 +1,16 @@
 # `make train` and `make test` need Python >= 3.11, a C++ compiler, git and a package index.
 PYTHON ?= python3
 VENV := .venv
-# Steps of `make train`; a larger number later goes on from the last checkpoint.
+# Steps of `make train`; with a larger number the run resumes from its last checkpoint.
 STEPS ?= 120
 BIN := $(VENV)/bin
-# One thread a rank: the tests start several ranks on few cores. Ranks wait for each other, so that
-# two processes of tests keep two cores busy; more only make them wait longer.
+# One thread per rank, because tests start several ranks on few cores. Ranks wait for each other, so
+# more than two pytest workers are not faster on two cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Cases of `make fuzz`, and the seed of their draws.
+# Number of cases of `make fuzz`, and their seed.
 N ?= 100
 SEED ?=
 
@@ -18,13 +18,13 @@ SEED ?=
 
 help:
 	@echo "make train        install, then train a tiny gpt-oss on real text (runs/tiny; STEPS=120)"
-	@echo "make test         install, then every CPU test"
-	@echo "make test-all     the slow ones too"
+	@echo "make test         install, then all CPU tests that are not slow"
+	@echo "make test-all     all CPU tests"
 	@echo "make fuzz         random models, layouts and options against one process (N=100 SEED=)"
-	@echo "make fuzz-readers 2,000 mutations of a good file for each reader (N=2000)"
-	@echo "make test-gpu     the tests that need a CUDA device, with the Python at hand"
+	@echo "make fuzz-readers 2,000 mutations of a valid file for each reader (N=2000)"
+	@echo "make test-gpu     tests that need a CUDA device, with python3 instead of .venv"
 	@echo "make lint, fix    black, isort, unused names, wording: check, or rewrite"
-	@echo "make patch-check  the series applies, headers are complete, groups stand alone"
+	@echo "make patch-check  the series applies, headers are complete, groups apply alone"
 
 install: $(VENV)/installed
 
@@ -33,7 +33,7 @@ test-install: $(VENV)/installed-test
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# torch is pinned here for a CPU machine; a machine with its own torch uses `pip install -e .`.
+# Pins torch for CPU machines; with another torch installed use `pip install -e .`.
 $(VENV)/installed: $(VENV)/bin/python setup.py pyproject.toml constraints.txt patches/series patches/*/*.patch
 	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
 	$(BIN)/pip install --quiet -e ".[report]" -c constraints.txt
@@ -75,7 +75,7 @@ fix: test-install
 	$(BIN)/isort -q $(SOURCES)
 	$(BIN)/ruff check -q --fix $(SOURCES)
 
-# Our own Python files; upstream's keep upstream's formatting.
+# Python files of this project; upstream's files keep their formatting.
 SOURCES = $(shell git ls-files '*.py')
 
 patch-check: test-install

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Copyright (c) 2026, the megatron-core gptoss authors.
 #
-# Continual pre-training by a recipe, on the GPUs of this machine:
+# Continual pre-training with a recipe, on the GPUs of this machine:
 #
-#   examples/gpt_oss/launch.sh RECIPE --load-hf FOLDER --data-blend FILE --run-dir FOLDER [FLAG ...]
+#   examples/gpt_oss/launch.sh RECIPE --load-hf DIR --data-blend FILE --run-dir DIR [FLAG ...]
 #
-# RECIPE is a file, or the name of one in recipes/ (20b-32k-8gpus). FLAGs go to
-# pretrain_gpt_oss.py and win over the recipe. From the environment:
+# RECIPE is a file, or the name of one in recipes/ (20b-32k-8gpus). FLAGs are passed to
+# pretrain_gpt_oss.py and override the recipe. Environment variables:
 #
-#   DRY=1             print the command and stop
-#   GPUS              processes on this machine; all its GPUs by default
-#   NODES             machines, 1 by default; with more, the same command starts on each of them, and
-#   RENDEZVOUS, JOB   HOST:PORT of one of them, and a word that only this run has
+#   DRY=1             print the command and exit
+#   GPUS              processes on this machine; by default one per GPU
+#   NODES             machines, 1 by default; for more, run the same command on each of them and set
+#   RENDEZVOUS, JOB   HOST:PORT on one of the machines, and a unique job id
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -25,7 +25,7 @@ shift
 
 nodes=${NODES:-1}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
-# Bash would run what it finds in NODES='a[$(command)]' where it computes.
+# Validated first: bash arithmetic would run the command in NODES='a[$(command)]'.
 for number in "NODES=$nodes" "GPUS=$gpus"; do
     [[ $number =~ ^[A-Z]+=(0|[1-9][0-9]{0,4})$ ]] || fail "$number is not a number from 1 to 99999"
 done
@@ -38,7 +38,7 @@ fi
 
 command=(gptoss launch --nproc-per-node "$gpus")
 if [ "$nodes" -gt 1 ]; then
-    : "${RENDEZVOUS:?HOST:PORT of one of the machines}" "${JOB:?a word that only this run has}"
+    : "${RENDEZVOUS:?HOST:PORT on one of the machines}" "${JOB:?a unique job id}"
     command+=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB")
 else
     command+=(--standalone)

@@ -26,7 +26,7 @@ from megatron.gpt_oss.planner.search import Plan, PlanRequest, describe, plan_la
 
 PAGE = HERE / "README.md"
 SECTION = "recipes"
-# The number in the card's name; CUDA, NCCL and fragmentation use the rest (docs/planning.md).
+# The nominal size of the GPU; CUDA, NCCL and fragmentation use the rest (docs/planning.md).
 GPU_MEMORY = 80 * GB
 # Routed tokens of the most loaded GPU over the mean, for the second column of memory.
 IMBALANCE = 1.25
