@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Draw cases, run them, and print each fault with the command that shows it again.
+"""Draw cases, run them, and print each fault with the command that reproduces it.
 
     python -m tests.fuzz --count 200 --seed 7          # `make fuzz N=200 SEED=7`
     python -m tests.fuzz --case '{"problem": {}, "layout": {"tp": 2}}'
@@ -25,7 +25,7 @@ from tests.fuzz.workers import CASES_A_PROBLEM, in_processes, in_this_process, s
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="Cases to draw.")
     parser.add_argument("--seed", default=None, help="Of the draws; a random one by default.")

@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A fuzz case as data: what is computed (`Problem`), and how it is split over ranks (`Layout`).
+"""A fuzz case: what is computed (`Problem`), and how it is split over ranks (`Layout`).
 
 Everything in a `Problem` changes the numbers of a run, so that one reference serves every layout of
-it; nothing in a `Layout` may change them. Both become words of pretrain_gpt_oss.py's command line.
+it; nothing in a `Layout` may change them. Both become flags of pretrain_gpt_oss.py.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ WORLD_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, its data and its training: all that the losses depend on."""
+    """Model, data and training arguments: everything that the losses depend on."""
 
     seed: int = 0
     # The model.
@@ -60,7 +60,7 @@ class Problem:
 
     @property
     def num_heads(self) -> int:
-        """Query heads of the whole model."""
+        """Query heads of the model."""
         return self.num_query_groups * self.heads_per_group
 
     @property
@@ -91,7 +91,7 @@ class Problem:
         )
 
     def flags(self) -> list[str]:
-        """Of the command line, but for paths."""
+        """Flags of the command line, without paths."""
         # In bf16 two splits of a sum differ enough to drift apart at the higher rate.
         rate = 2e-3 if self.dtype == "bf16" else 2e-2
         words = (
@@ -129,7 +129,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a problem is split over ranks, and what else must not change a number."""
+    """How a problem is split over ranks, and other options that must not change the losses."""
 
     tp: int = 1
     sequence_parallel: bool = False
@@ -156,11 +156,11 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """Ranks that the layout takes."""
+        """Number of ranks of the layout."""
         return self.tp * self.pp * self.cp * self.dp
 
     def flags(self, problem: Problem) -> list[str]:
-        """Of the command line."""
+        """Flags of the command line."""
         words = (
             f"--tensor-model-parallel-size {self.tp} --pipeline-model-parallel-size {self.pp} "
             f"--context-parallel-size {self.cp} --expert-model-parallel-size {self.ep} "
@@ -200,7 +200,7 @@ PLAIN = Layout(grouped=False)
 
 @dataclass(frozen=True)
 class Case:
-    """A problem at a layout, perhaps saved in the middle and resumed at another layout."""
+    """A problem at a layout; optionally saved and resumed at another layout."""
 
     problem: Problem = Problem()
     layout: Layout = Layout()
@@ -208,7 +208,7 @@ class Case:
     resumed: Layout | None = None
 
     def to_json(self) -> str:
-        """What differs from the defaults, to paste into a command line."""
+        """JSON of the fields that differ from the defaults, for a command line."""
         found = {"problem": _differing(self.problem), "layout": _differing(self.layout)}
         if self.save_at:
             found.update(save_at=self.save_at, resumed=_differing(self.resumed))
@@ -228,7 +228,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        """Of the larger of its two runs."""
+        """World size of the larger of its two runs."""
         resumed = 1 if self.resumed is None else self.resumed.world_size
         return max(self.layout.world_size, resumed)
 
@@ -254,5 +254,5 @@ def _tuples(values: dict) -> dict:
 
 
 def sequence_multiple(layout: Layout) -> int:
-    """What divides the length of a sequence at this layout."""
+    """The number that must divide the sequence length at this layout."""
     return math.lcm(2 * layout.cp if layout.cp > 1 else 1, layout.cp * layout.tp)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where a run differs from its reference."""
+"""Compare a run with its reference."""
 
 import math
 import re
@@ -34,7 +34,7 @@ class Run:
 
     Attributes:
         steps: of the last rank, which holds the losses.
-        tensors: {key: whole tensor} of the last checkpoint, model and optimizer.
+        tensors: {key: unsharded tensor} of the last checkpoint, model and optimizer.
     """
 
     steps: list[dict]
@@ -44,7 +44,7 @@ class Run:
 
 
 def run_of(records: list[RankRecord], tensors: dict) -> Run:
-    """Bring the ranks' records together."""
+    """Merge the records of all ranks."""
     samples: dict[int, set] = {}
     for record in records:
         for step, digests in record.samples.items():
@@ -54,7 +54,7 @@ def run_of(records: list[RankRecord], tensors: dict) -> Run:
 
 
 def normalised(entries: dict) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors by names that do not depend on the layout."""
+    """Tensors of a checkpoint, under names that do not depend on the layout."""
     found = {}
     for name, value in entries.items():
         if not isinstance(value, torch.Tensor) or "_extra_state" in name or "rng" in name:
@@ -66,7 +66,7 @@ def normalised(entries: dict) -> dict[str, torch.Tensor]:
 
 
 def differences(run: Run, reference: Run, problem: Problem, first: int = 1) -> Iterator[str]:
-    """One line for each kind of thing that is not as in the reference, worst first.
+    """One line for each kind of difference from the reference, largest first.
 
     Args:
         first: the first step of the run; those before are another run's.

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a fuzz case trains on: a random corpus and a random Hugging Face model."""
+"""Inputs of a fuzz case: a random corpus and a random Hugging Face model."""
 
 from pathlib import Path
 

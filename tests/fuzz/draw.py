@@ -11,7 +11,7 @@ from random import Random
 from tests.fuzz.case import STEPS, WORLD_SIZES, Case, Layout, Problem, sequence_multiple
 from tests.fuzz.data import CORPORA
 
-# Of these the share that ignores every constraint.
+# Share of layouts that ignores every constraint.
 RECKLESS = 0.05
 
 
@@ -146,7 +146,7 @@ def _comm(rng: Random, problem: Problem, cp: int) -> str:
 
 
 def _stages(rng: Random, num_layers: int, num_stages: int) -> str:
-    """Layers dealt to the stages at random, some perhaps with none."""
+    """Assign layers to stages at random; a stage may have none."""
     cuts = sorted(rng.randint(0, num_layers) for _ in range(num_stages - 1))
     counts = [end - start for start, end in zip([0, *cuts], [*cuts, num_layers])]
     words = ["t" * count for count in counts]
@@ -156,7 +156,7 @@ def _stages(rng: Random, num_layers: int, num_stages: int) -> str:
 
 
 def fits(problem: Problem, layout: Layout) -> bool:
-    """Whether the sizes divide as Megatron asks."""
+    """Whether the sizes are divisible as Megatron requires."""
     tp, pp, cp, dp = layout.tp, layout.pp, layout.cp, layout.dp
     micro = layout.micro_batch_size or problem.micro_batch_size
     batches, rest = divmod(problem.global_batch_size, micro * dp)
@@ -182,7 +182,7 @@ def _stages_fit(layout: Layout) -> bool:
 
 
 def draw_cases(rng: Random, count: int, world_sizes=WORLD_SIZES) -> list[Case]:
-    """So many cases of one problem, so that they share its reference."""
+    """Draw several cases of one problem, which share its reference."""
     problem = draw_problem(rng)
     cases = []
     for _ in range(count):

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What transformers' model says of a problem's first step."""
+"""Loss and gradients of the first step of a problem, computed with transformers."""
 
 from pathlib import Path
 
@@ -18,7 +18,8 @@ def first_step(folder: Path, batches: list[dict], problem: Problem) -> tuple[flo
         folder: the Hugging Face model.
         batches: one dictionary a micro-batch, as Megatron's data loader gives it.
     Returns:
-        The mean loss over all tokens that count, and {name: gradient} of what the problem trains on.
+        The mean loss over all tokens that count, and {name: gradient} of what the problem trains
+        on.
     """
     import transformers
 
@@ -64,11 +65,11 @@ def _losses(model, batch: dict, row: int, problem: Problem) -> torch.Tensor:
 
 
 def as_megatron(key: str, like: torch.Tensor, gradients: dict, problem: Problem) -> torch.Tensor:
-    """The Hugging Face gradients in the place of a Megatron tensor.
+    """Hugging Face gradients in the layout of a Megatron tensor.
 
     Args:
         key: of the model's sharded state dict, layers (and experts) stacked.
-        like: the whole Megatron tensor.
+        like: the unsharded Megatron tensor.
     """
     preset = problem.preset()
     read = lambda name, index: gradients[name][index]

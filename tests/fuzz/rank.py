@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One run of pretrain_gpt_oss.py in this rank, and all that it reported."""
+"""Run pretrain_gpt_oss.py in this rank, and record what it reports."""
 
 import contextlib
 import hashlib
@@ -19,7 +19,7 @@ from megatron.gpt_oss.presets import PRESETS, Preset
 
 @dataclass
 class RankRecord:
-    """What a rank saw of a run.
+    """What a rank recorded of a run.
 
     Attributes:
         refused: the sentence with which the run was refused, or ''.
@@ -39,7 +39,7 @@ class RankRecord:
 
 
 def train(argv: list[str], preset: Preset, keep_batches: bool = False) -> RankRecord:
-    """Run main(argv) as a process of its own would.
+    """Run main(argv) as a separate process would.
 
     Args:
         preset: known to the command line as --preset fuzz.
@@ -94,7 +94,7 @@ def _recorded(forward_step, record: RankRecord, keep_batches: bool):
 
 
 class _Reader:
-    """The data iterator, noting what goes by."""
+    """A data iterator that records the batches."""
 
     def __init__(self, iterator, record: RankRecord, step: int, keep_batches: bool):
         self._iterator, self._record, self._step = iterator, record, step

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Counts of a run's cases, for benchmarks/results."""
+"""Write counts of the cases of a run to benchmarks/results."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tests.fuzz.runner import Verdict
 
 
 def append_run(path: Path, seed: str, results: list[tuple[Case, Verdict]]) -> None:
-    """Add a run to a file of results, which is made if it is not there."""
+    """Add a run to a file of results; creates the file if it does not exist."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": []}
     ranks = Counter(case.world_size for case, _ in results)
     options = Counter(option for case, _ in results for option in case.options())

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Runs cases in a pool of ranks and says what was wrong."""
+"""Run cases in a pool of ranks and report their faults."""
 
 import re
 import shutil
@@ -30,12 +30,12 @@ class Verdict:
 
     @property
     def is_fault(self) -> bool:
-        """Whether somebody has to look."""
+        """Whether the verdict is a fault."""
         return self.kind in ("differs", "failed")
 
 
 class Refused(Exception):
-    """A run ended with a sentence for the user."""
+    """A run ended with an error message for the user."""
 
 
 class Runner:
@@ -83,7 +83,7 @@ class Runner:
         return Verdict("differs" if lines else "same", [f"resumed: {line}" for line in lines])
 
     def _reference_of(self, problem: Problem) -> compare.Run | Verdict:
-        """One process on plain paths, which transformers agrees with; or why there is none."""
+        """A run of one process that agrees with transformers, or the reason why there is none."""
         if self._problem == problem:
             return self._reference
         self._problem, self._reference = problem, None
@@ -167,7 +167,7 @@ def _tensors(checkpoints: Path, step: int) -> dict:
 
 
 def _forget_after(checkpoints: Path, step: int) -> None:
-    """As if the run had been killed after that checkpoint."""
+    """Delete later checkpoints, as if the run had been killed after this one."""
     for path in checkpoints.glob("iter_*"):
         if int(path.name.removeprefix("iter_")) > step:
             shutil.rmtree(path)
@@ -175,7 +175,7 @@ def _forget_after(checkpoints: Path, step: int) -> None:
 
 
 def _refusal(sentence: str) -> Verdict:
-    """A refusal has to be one sentence that says something."""
+    """Check that the error message is one informative sentence."""
     if "\n" in sentence.strip() or "Traceback" in sentence or len(sentence) < 20:
         return Verdict("failed", ["not a sentence: " + sentence[:300]])
     return Verdict("refused", [sentence])

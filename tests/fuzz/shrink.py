@@ -9,7 +9,7 @@ from tests.fuzz.case import Case, Layout, Problem
 
 
 def shrunk(case: Case, shows: Callable[[Case], bool], attempts: int = 60) -> Case:
-    """Put one field after the other back to its default, as long as the fault stays.
+    """Reset fields to their defaults one at a time, while the fault remains.
 
     Args:
         shows: whether a case has the fault; it is asked `attempts` times at most.
@@ -28,7 +28,7 @@ def shrunk(case: Case, shows: Callable[[Case], bool], attempts: int = 60) -> Cas
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    """Each case that is one step plainer, the largest steps first."""
+    """Each case that is one step simpler, largest steps first."""
     if case.resumed is not None:
         yield dataclasses.replace(case, save_at=0, resumed=None)
         if case.resumed != case.layout:

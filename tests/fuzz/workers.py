@@ -63,7 +63,7 @@ def in_this_process(options, seed: str, problems) -> Iterator[Result]:
 def judged(
     runner: Runner, seed: str, problems, sizes: Sequence[int], ends: float | None = None
 ) -> Iterator[Result]:
-    """Cases as they are drawn, with how they ended and the seconds that each took.
+    """Yield each case with its verdict and its duration in seconds.
 
     Args:
         problems: their numbers; with the seed they say what is drawn.
@@ -105,5 +105,5 @@ def smallest(runner: Runner, case: Case, verdict: Verdict) -> Case:
 
 
 def _where(verdict: Verdict) -> str:
-    """What kind of fault: the frame of a traceback, or that numbers differ."""
+    """The kind of a fault: the frame of a traceback, or a difference of numbers."""
     return verdict.lines[0].split(":")[0] if verdict.kind == "failed" else ""

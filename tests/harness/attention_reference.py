@@ -69,7 +69,7 @@ def window_size(window):
 
 @dataclasses.dataclass
 class Example:
-    """One case: shapes, mask, and what is awkward about the numbers."""
+    """One case: shapes, mask, and special values."""
 
     tokens: int = 0
     batch: int = 1

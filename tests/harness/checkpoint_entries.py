@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A torch_dist checkpoint's entries, read without Megatron: an independent reader for tests."""
+"""Independent reader of torch_dist checkpoints for tests, without Megatron."""
 
 from typing import Any, Dict
 

@@ -25,9 +25,9 @@ def joined_lines(text: str) -> list[str]:
 
 
 def torchrun_parts(words: list[str]) -> tuple[int, int, str, list[str]]:
-    """(machines, ranks of each, script, its words) of a torchrun command, by torchrun's own parser.
+    """(machines, ranks per machine, script, its arguments) of a torchrun command.
 
-    `gptoss launch` takes the same words.
+    `gptoss launch` takes the same arguments.
     """
     from torch.distributed.run import get_args_parser
 
@@ -44,7 +44,7 @@ def torchrun_parts(words: list[str]) -> tuple[int, int, str, list[str]]:
 
 
 def planned_command(text: str) -> list[str]:
-    """The words of the command that `gptoss plan` prints, its variables set."""
+    """The arguments of the command that `gptoss plan` prints, with its variables expanded."""
     command = text[text.index('torchrun ') :]
     command = command.replace(RENDEZVOUS, 'host:29500').replace(JOB, '7')
     return shlex.split(command.replace('\\\n', ' '))

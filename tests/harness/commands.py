@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Commands of Python as processes of their own, without the seconds that importing torch takes.
+"""Run Python commands in separate processes, without the seconds that an import of torch takes.
 
     done = commands.run([sys.executable, 'pretrain_gpt_oss.py', *words], capture_output=True)
     with commands.Popen([sys.executable, '-m', 'megatron.gpt_oss.cli', ...]) as process:
@@ -109,7 +109,7 @@ class Popen(subprocess.Popen):
         return self._process.sentinel
 
     def close(self) -> None:
-        """End the command with all that it has started, and give its pipes back."""
+        """End the command and all processes that it started, and close its pipes."""
         self.end_group()
         self.kill()  # should it not have made its session yet
         self.wait()
@@ -195,7 +195,7 @@ def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **
 
 
 def rank_variables(rank: int, world_size: int, port: str) -> Dict[str, str]:
-    """Of one machine, as torchrun sets them."""
+    """Environment variables of a rank of one machine, as torchrun sets them."""
     return {
         'RANK': str(rank),
         'LOCAL_RANK': str(rank),
@@ -272,7 +272,7 @@ def _check(command: List[str], environ: Dict[str, str]) -> None:
 
 
 def _parts(command: List[str]) -> tuple:
-    """(warning filters, '-c' or '-m' or a script, the words from there on)."""
+    """(warning filters, '-c' or '-m' or a script, the arguments from there on)."""
     words, filters = list(command[1:]), []
     while words and words[0] == '-W':
         filters.append(words[1])
@@ -306,7 +306,7 @@ def _interpreting() -> forkserver.ForkServer:
 
 
 class _Handle:
-    """A file descriptor on its way to another process, where it becomes a number there."""
+    """A file descriptor that is sent to another process."""
 
     def __init__(self, fd: int):
         self._fd = fd
@@ -325,7 +325,7 @@ def _detached(duplicate) -> int:
 
 
 def _become(command: List[str], environ: Dict[str, str], folder: str, fds: List[int]) -> None:
-    """Be the process of a command, to its end."""
+    """Run a command in this process until it ends."""
     os.setsid()
     _end_with_the_server()
     for own, fd in enumerate(fds):
@@ -342,7 +342,7 @@ def _become(command: List[str], environ: Dict[str, str], folder: str, fds: List[
 
 
 def _end_with_the_server() -> None:
-    """The server goes with the tests, once nobody holds the pipe that keeps it."""
+    """End the server when the tests close their pipe."""
     server = forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_address = server._forkserver_alive_fd = server._forkserver_pid = None
@@ -384,7 +384,7 @@ def _folders(python_path: str) -> List[str]:
 
 
 def _run_main(words: List[str]) -> None:
-    """The words after Python's own options, as `__main__`."""
+    """Run the arguments after Python's options, as `__main__`."""
     kind = words[0]
     main = sys.modules['__main__'] = types.ModuleType('__main__')
     main.__dict__.update(__builtins__=__builtins__, __annotations__={})
@@ -436,7 +436,7 @@ def _status_of(call: Callable) -> int:
 
 
 def _finish(status: int) -> None:
-    """As the interpreter does: wait for threads, call what atexit knows, flush, leave."""
+    """Exit as the interpreter does: join threads, run atexit functions, flush streams."""
     try:
         threading._shutdown()
         atexit._run_exitfuncs()

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""How far a tensor is from its reference."""
+"""Errors of a tensor against its reference."""
 
 import torch
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Small MoE layers with either kind of experts, and the experts' maths written down once more."""
+"""Small MoE layers with either kind of experts, and an independent reference of the experts."""
 
 import torch
 
@@ -80,7 +80,7 @@ def copy_weights(source, target):
 
 
 def experts_ref(x, weight1, bias1, weight2, bias2, counts, probs):
-    """gpt-oss' experts, one by one, for autograd; the shapes of GroupedExperts."""
+    """Reference of gpt-oss' experts as a loop over experts; the shapes of GroupedExperts."""
     outputs = []
     for e, (rows, p) in enumerate(zip(x.split(counts), probs.split(counts))):
         gate, up = (rows @ weight1[e] + bias1[e]).chunk(2, dim=-1)

@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Gradients of a model that is split over ranks, against those of transformers' model."""
+"""Compare gradients of a model that is split over ranks with those of transformers."""
 
 from megatron.gpt_oss.checkpoint.load_hf import sharded_tensors
 from megatron.gpt_oss.checkpoint.mapping import hf_to_megatron, locate
 
 
 def gradient_errors(model, gradients, preset):
-    """Largest error of every parameter of this rank, relative to the largest of the whole tensor.
+    """Largest error of every parameter of this rank, relative to the largest element of its tensor.
 
     A sharded state dict over the gradients says which part of which global tensor each is.
 

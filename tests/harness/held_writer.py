@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A hand on the writer of checkpoints, for tests of what happens while one is being written."""
+"""Delay the checkpoint writer, for tests of events during a background write."""
 
 import contextlib
 import threading
@@ -14,11 +14,11 @@ SECONDS = 20
 
 
 class HeldWriter:
-    """Puts `before(iteration)` in front of every write of a shard in this process.
+    """Calls `before(iteration)` before every write of a shard in this process.
 
     Attributes:
         writes: (iteration, begin, end, thread) of every write, in seconds of time.monotonic().
-        most_at_once: writes that went on at the same time.
+        most_at_once: maximum number of concurrent writes.
     """
 
     def __init__(self, before: Callable[[int], None]):
@@ -57,7 +57,7 @@ class HeldWriter:
 
 
 class Gate:
-    """What a write waits at until the training opens it; `wait` fails where it never does."""
+    """A write waits for the gate until the training opens it; `wait` times out."""
 
     def __init__(self):
         self._event = threading.Event()

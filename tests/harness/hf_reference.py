@@ -12,7 +12,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 WINDOW = 5
 
-# Awkward on purpose: hidden != expert width, grouped heads, head size not hidden / heads.
+# Irregular sizes: hidden != expert width, grouped heads, head size not hidden / heads.
 SIZES = dict(
     vocab_size=96,
     hidden_size=40,

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Bytes of live tensors while a program runs, on the CPU, as a GPU's allocator would count them."""
+"""Count bytes of live tensors on the CPU, as the allocator of a GPU would."""
 
 import weakref
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Products of matrices take most of the time in bf16 on a CPU; their values are of no interest.
+# GEMMs take most of the time in bf16 on a CPU; their values are not used.
 _PRODUCTS = {
     torch.ops.aten.mm.default: lambda a, b: a.new_zeros(a.shape[0], b.shape[1]),
     torch.ops.aten.mm.out: lambda a, b, out: out.zero_(),
@@ -20,7 +20,7 @@ _PRODUCTS = {
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts each storage from its first operation to its end; `peak` is the most so far.
+    """Counts each storage from its first operation until it is freed; `peak` is the maximum so far.
 
     Args:
         known: tensors that are there already and do not count.
@@ -53,7 +53,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps what the fused RMSNorm of CUDA keeps; its values are of no interest."""
+    """Saves the tensors that CUDA's fused RMSNorm saves; its values are not used."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -68,7 +68,7 @@ class _Norm(torch.autograd.Function):
 
 @contextmanager
 def balanced_routing():
-    """Equal rows for every expert, where Megatron's --moe-router-force-load-balancing draws them."""
+    """Route the same number of tokens to every expert; Megatron's flag would draw at random."""
     from megatron.core.transformer.moe import router
 
     def balanced(logits):

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Tells tests that were skipped for want of a package from those that need a GPU."""
+"""Distinguish tests that were skipped for a missing package from those that need a GPU."""
 
 import re
 from typing import Iterable, List

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Models and checkpoints of awkward sizes for the tests of this directory."""
+"""Models and checkpoints with irregular sizes for the tests of gpt_oss."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def build_model(preset, **overrides):
 
 
 def trained_tensors(preset, seed=0):
-    """Weights as training leaves them, and worse: sinks of +-10, biases, values past the clamp."""
+    """Weights like those of a trained model: sinks of +-10, biases, values beyond the clamp."""
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = random_hf_tensors(preset, seed)
     for name, tensor in tensors.items():

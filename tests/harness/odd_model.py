@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A model without a forward pass whose parameters have awkward sizes, and its Adam in one process.
+"""A model without a forward pass, with irregular parameter sizes, and its Adam in one process.
 
 For tests of what the distributed optimizer writes into a checkpoint and reads from it: gradients
 are put into the buffers, so that a case takes no more than building, stepping, saving and loading.

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Flags as the parser reads them, without any check of ours."""
+"""Parse flags without the checks of this project."""
 
 import functools
 from argparse import ArgumentParser, Namespace
@@ -16,5 +16,5 @@ def whole_parser() -> ArgumentParser:
 
 
 def flags(words: str) -> Namespace:
-    """What a line of words means, over Megatron's defaults."""
+    """Parsed flags of a command line, over Megatron's defaults."""
     return whole_parser().parse_args(words.split())

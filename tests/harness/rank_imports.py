@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What ranks of a `RankPool` and `commands` need, done once by the server that they are forked from.
+"""Imports for ranks of a `RankPool` and for `commands`, done once by their fork server.
 
 Nothing here may fail: on the releases that the patches are proved on, some of it does not exist.
 """

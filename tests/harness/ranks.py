@@ -7,10 +7,10 @@
     def test_sum(ranks):
         assert ranks.run(all_reduce_one, world_size=2) == [2.0, 2.0]
 
-Each process needs seconds to import torch and Megatron, so the ranks stay alive between tests. After
-a call a rank destroys Megatron's globals and the process groups. A rank that raises ends the call
-with its traceback. A call that exceeds its timeout ends with the stack of every rank that hangs. The
-ranks are then replaced, because the others may wait in a collective.
+Each process needs seconds to import torch and Megatron, so the ranks stay alive between tests.
+After a call a rank destroys Megatron's globals and the process groups. A rank that raises ends the
+call with its traceback. A call that exceeds its timeout ends with the stack of every rank that
+hangs. The ranks are then replaced, because the others may wait in a collective.
 """
 
 import faulthandler
@@ -33,7 +33,7 @@ PROCESS_GROUP_TIMEOUT = timedelta(seconds=60)
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now.
+    """A free TCP port.
 
     Below the range from which the kernel takes the ports of outgoing connections: gloo opens many,
     and one of them could take the port between this look and the rank that listens on it.
@@ -272,7 +272,7 @@ def _call(function, args, kwargs, init_process_group: bool):
 
 
 def _tear_down() -> None:
-    """Take down what a call left in this process, so that the next one starts afresh."""
+    """Destroy the state that a call left in this process, before the next call."""
     import torch
 
     if 'megatron.training.training' in sys.modules:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Every reader of a file that somebody else may have written: a good file, and what reads it."""
+"""Every reader of files from other programs: a valid file, and the function that reads it."""
 
 import argparse
 import gzip
@@ -42,7 +42,7 @@ from megatron.training import checkpoint_integrity
 
 @dataclass(frozen=True)
 class Reader:
-    """A file that is damaged, and what reads it.
+    """A file to damage, and the function that reads it.
 
     Attributes:
         path: of the file, from the directory of `good_files`.
@@ -54,7 +54,7 @@ class Reader:
 
 
 def good_files(folder: Path) -> Path:
-    """One good file for each of `READERS`, and what it needs next to it."""
+    """A valid file for each of `READERS`, and the files that it needs."""
     write_tiny_hf(folder / 'hf', seed=3)
     tensors = HFReader(folder / 'hf').stored_names()
     index = {'metadata': {}, 'weight_map': dict.fromkeys(tensors, 'model.safetensors')}
@@ -277,6 +277,6 @@ def read_damaged(reader: Reader, folder: Path, content: bytes) -> str | None:
 
 
 def check_sentence(text: str) -> None:
-    """A refusal is one short line that can be printed."""
+    """Check that the message is one short printable line."""
     assert text and '\n' not in text and len(text) < 1200, text
     text.encode()

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The learning rate by its definition: a function of the step and the command line.
+"""Reference of the learning rate, as a function of the step and the command line.
 
 It shares no code with Megatron's scheduler.
 """

@@ -40,7 +40,7 @@ def write_inputs(folder: Path, num_layers: int = 2) -> Path:
 
 
 def command(inputs: Path, run_dir: Path, flags: str) -> list[str]:
-    """The words after the script's name."""
+    """The arguments of the script."""
     where = f'--load-hf {inputs}/hf --data-path {inputs}/data --run-dir {run_dir}'
     return f'{COMMON} {where} {flags}'.split()
 
@@ -82,7 +82,7 @@ def main_in_rank(argv: list[str], prepare=None) -> str:
 
 
 def steps(records: list[dict]) -> dict[int, dict]:
-    """The records of steps, by step."""
+    """The records of training steps, by step."""
     return {record['step']: record for record in records if 'loss' in record}
 
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Kernels of other packages as plain functions on the CPU, with their own conventions.
+"""CPU functions that replace the kernels of other packages, with the same conventions.
 
 Same names, arguments and layouts as the packages', checked as strictly as they check: what is
 tested with them is our side of each call. The figures come from the definition.

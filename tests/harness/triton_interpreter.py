@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Runs a file of kernel tests on the CPU, in Triton's interpreter."""
+"""Run a file of kernel tests on the CPU, in Triton's interpreter."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from tests.harness import commands
 
 
 def run_in_interpreter(tests: Path) -> None:
-    """In a process of its own: TRITON_INTERPRET counts when triton is imported.
+    """Run in a separate process: triton reads TRITON_INTERPRET when it is imported.
 
     Skips where triton is missing, or a GPU runs the same tests.
     """

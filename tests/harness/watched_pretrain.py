@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""tiny_pretrain with a hand in the loop, for tests of what happens when a run is hurt."""
+"""tiny_pretrain with injected faults, for tests of failing runs."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ def run(
     kill_after: Optional[int] = None,
     before_forward: Optional[Callable[[int, torch.nn.Module], None]] = None,
 ) -> Dict[str, Any]:
-    """Train, and return what this rank logged and which samples it read.
+    """Train; return what this rank logged and which samples it read.
 
     Args:
         kill_after: SIGKILL this process once that step is logged.
@@ -60,7 +60,7 @@ def run(
 
 
 class _Recorded:
-    """The data iterator, noting which tokens went by."""
+    """A data iterator that records the tokens."""
 
     def __init__(self, iterator, samples: List[str]):
         self.iterator = iterator

@@ -1,11 +1,11 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Let a run of two ranks meet faults at random times, and start it again by the same command.
+"""Inject faults into a run of two ranks at random times, and restart it with the same command.
 
     python -m tests.soak --faults 100 --seed 7         # `make soak N=100 SEED=7`
 
 What has to hold: after each fault no process is left within 20 s, the next start loses at most the
-steps of a save interval (two where the newest checkpoint was damaged), and the whole run ends with
+steps of a save interval (two where the newest checkpoint was damaged), and the run ends with
 the losses and the checkpoint of one that nothing happened to, bit for bit. Exit code 1 if not.
 """
 
@@ -37,7 +37,7 @@ _SIZES = "--expert-model-parallel-size 2 --use-distributed-optimizer --num-worke
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--seed", default=None, help="Of the draws; a random one by default.")
@@ -72,7 +72,7 @@ def main() -> int:
 
 
 class Soak:
-    """One undisturbed run, the run with faults, and what they have in common."""
+    """A run without faults, the run with faults, and their common inputs."""
 
     def __init__(self, folder: Path, disk: Disk, options: argparse.Namespace):
         self._folder, self._disk, self._options = folder, disk, options
@@ -134,7 +134,7 @@ class Soak:
         }
 
     def _disturbed(self, run_dir: Path) -> list[dict]:
-        """Start, hurt, start again; then to the end."""
+        """Start, inject a fault, restart; repeat, then train to the end."""
         events: list[dict] = []
         attempt = None
         for number, kind in enumerate(self._kinds):

@@ -21,7 +21,7 @@ _LONGEST = 3600.0
 
 
 class SoakError(AssertionError):
-    """Something that is promised does not hold."""
+    """A guarantee does not hold."""
 
 
 class Attempt:
@@ -70,11 +70,11 @@ class Attempt:
             os.kill(pid, number)
 
     def ended(self) -> bool:
-        """Whether torchrun has."""
+        """Whether torchrun has ended."""
         return self._process.poll() is not None
 
     def output(self) -> str:
-        """Of torchrun and its ranks so far."""
+        """Output of torchrun and its ranks so far."""
         return self._printed.read_text(encoding="utf-8", errors="replace")
 
     def logged(self) -> int:
@@ -88,7 +88,7 @@ class Attempt:
         return last
 
     def wait_for_steps(self) -> bool:
-        """Until this start logs its first step; False where it ended before."""
+        """Wait until this start logs its first step; False if it ends before."""
         deadline = time.monotonic() + _LONGEST
         while time.monotonic() < deadline:
             text = self.output()
@@ -100,7 +100,7 @@ class Attempt:
         raise SoakError(f"no step in {_LONGEST:.0f} s: {self.output()[-2000:]}")
 
     def wait_until_gone(self) -> float:
-        """Until no process of the run is left; the seconds that took.
+        """Wait until no process of the run is left; returns the seconds that took.
 
         Raises:
             SoakError: it takes longer than SECONDS_TO_BE_GONE from the first one that ended, or the
@@ -132,7 +132,7 @@ class Attempt:
         return self._process.wait()
 
     def newest_checkpoint(self) -> Path:
-        """The newest complete one.
+        """The newest complete checkpoint.
 
         Raises:
             LookupError: there is none.

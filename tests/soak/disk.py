@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A disk that can be full: a small tmpfs, or, where nothing may be mounted, a limit on files."""
+"""A disk that can be full: a small tmpfs, or a limit on file size if mounting is not allowed."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ class Disk:
         self.kind = "tmpfs" if done is not None and done.returncode == 0 else "limit"
 
     def fill(self, ranks: Iterable[int]) -> None:
-        """Let nothing more be written, by these processes at least."""
+        """Prevent further writes by these processes."""
         if self.kind == "limit":
             for pid in ranks:
                 with contextlib.suppress(ProcessLookupError):
@@ -42,10 +42,10 @@ class Disk:
                         file.write(bytes(piece))
 
     def empty(self) -> None:
-        """Room again; the limit ended with its processes."""
+        """Free the space; the limit ended with its processes."""
         (self.folder / _BALLAST).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Give the mount back, with all that is in it."""
+        """Unmount the file system."""
         if self.kind == "tmpfs":
             subprocess.run(["umount", str(self.folder)], check=True)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What happens to a run in weeks, each as a function of a running `Attempt`."""
+"""Faults of long runs, each as a function of a running `Attempt`."""
 
 import os
 import random
@@ -16,7 +16,7 @@ ENDS, GOES_ON = True, False
 
 
 def rank_killed(attempt: Attempt, draw: random.Random) -> bool:
-    """SIGKILL of one rank, as a machine's memory killer does."""
+    """SIGKILL of one rank, as by the OOM killer."""
     attempt.signal(draw.choice(attempt.ranks()), signal.SIGKILL)
     return ENDS
 
@@ -28,7 +28,7 @@ def launcher_killed(attempt: Attempt, draw: random.Random) -> bool:
 
 
 def all_killed(attempt: Attempt, draw: random.Random) -> bool:
-    """The machine's power fails."""
+    """SIGKILL of all processes, as in a power failure."""
     for pid in [*attempt.ranks(), attempt.launcher]:
         attempt.signal(pid, signal.SIGKILL)
     return ENDS
@@ -47,7 +47,7 @@ def warned(attempt: Attempt, draw: random.Random) -> bool:
 
 
 def stopped(attempt: Attempt, draw: random.Random) -> bool:
-    """SIGSTOP of one rank for some time: a paging or swapping machine."""
+    """SIGSTOP of one rank for some time, as on a swapping machine."""
     pid = draw.choice(attempt.ranks())
     attempt.signal(pid, signal.SIGSTOP)
     time.sleep(attempt.stop_seconds)
@@ -56,13 +56,13 @@ def stopped(attempt: Attempt, draw: random.Random) -> bool:
 
 
 def disk_full(attempt: Attempt, draw: random.Random) -> bool:
-    """No byte can be written, until the run has ended."""
+    """Fill the disk until the run has ended."""
     attempt.disk.fill(attempt.ranks())
     return ENDS
 
 
 def bit_flipped(attempt: Attempt, draw: random.Random) -> bool:
-    """One bit of a shard of the newest checkpoint, while nothing runs."""
+    """Flip one bit in a shard of the newest checkpoint, while nothing runs."""
     rank_killed(attempt, draw)
     attempt.wait_until_gone()
     shards = sorted(attempt.newest_checkpoint().glob("*.distcp"))
@@ -77,7 +77,7 @@ def bit_flipped(attempt: Attempt, draw: random.Random) -> bool:
 
 
 def checkpoint_deleted(attempt: Attempt, draw: random.Random) -> bool:
-    """The newest checkpoint, while nothing runs; its tracker stays."""
+    """Delete the newest checkpoint, while nothing runs; the tracker file stays."""
     rank_killed(attempt, draw)
     attempt.wait_until_gone()
     shutil.rmtree(attempt.newest_checkpoint())
@@ -85,7 +85,7 @@ def checkpoint_deleted(attempt: Attempt, draw: random.Random) -> bool:
 
 
 def file_cut(attempt: Attempt, draw: random.Random) -> bool:
-    """metrics.jsonl, run.json, the tracker or a shard ends in the middle."""
+    """Truncate metrics.jsonl, run.json, the tracker file or a shard."""
     launcher_killed(attempt, draw)
     attempt.wait_until_gone()
     folder = attempt.run_dir

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Fixtures of all tests: a pool of ranks, poisoned memory, checks of the environment."""
+"""Fixtures of all tests: rank pool, poisoned memory, environment checks."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tests.harness.ranks import RankPool
 
 
 def pytest_sessionfinish(session):
-    """In CI no test may be skipped because a package is missing: nobody would see it."""
+    """In CI no test may be skipped because a package is missing."""
     reporter = session.config.pluginmanager.get_plugin('terminalreporter')
     if not os.environ.get('CI') or reporter is None:
         return
@@ -26,8 +26,8 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-# Modules that take longest. xdist hands out modules in this order, so that none of these is the last
-# one while the other worker is idle (--no-loadscope-reorder in the Makefile).
+# Modules that take longest. xdist hands out modules in this order, so that none of these is the
+# last one while the other worker is idle (--no-loadscope-reorder in the Makefile).
 _LONGEST = (
     'test_fuzz.py',
     'test_documented_commands.py',
@@ -84,7 +84,7 @@ def ranks(request):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """What a kernel does not write is NaN."""
+    """Fill new tensors with NaN, to detect elements that a kernel does not write."""
     empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def nan(tensor):

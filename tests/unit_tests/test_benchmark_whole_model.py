@@ -13,7 +13,7 @@ from megatron.gpt_oss.presets import get_preset
 
 
 def value_of(flags, name):
-    """What a command line says of a size."""
+    """The value of a size on a command line."""
     return int(flags[flags.index(f'--{name}') + 1])
 
 

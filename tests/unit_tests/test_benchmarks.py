@@ -36,7 +36,7 @@ def test_context_parallel_plan_is_up_to_date():
 
 
 def test_figures_of_the_readme():
-    """README rounds these figures."""
+    """Figures of the README are rounded results."""
     rows = doc_tables.load('train_step_h100')['rows']
     rates = {row['case']: row['tokens_per_second'] for row in rows}
     readme = (report.ROOT / 'README.md').read_text(encoding='utf-8')

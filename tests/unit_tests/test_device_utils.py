@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""device_utils without CUDA: memory figures, random state, and streams that wait for nothing."""
+"""device_utils without CUDA: memory figures, RNG state, and streams without effect."""
 
 import subprocess
 import sys

@@ -110,7 +110,7 @@ def blocks(page: str, root: Path = ROOT) -> list[Block]:
 
 
 def first_word(line: str) -> str:
-    """Of a command, after the variables that are set for it."""
+    """The first word of a command, after its variables."""
     return next((word for word in line.split() if not re.match(r'[A-Z_]+=', word)), '')
 
 
@@ -168,7 +168,7 @@ class Place:
         return {'PATH': str(self.fork()), 'DIR': str(self.folder / 'new')}.get(word, word)
 
     def fork(self) -> Path:
-        """Somebody's checkout of the release, made for each command that names it."""
+        """A checkout of the release, created for each command that uses it."""
         return self.folder / 'path' / 'to' / 'Megatron-LM'
 
     def make_fork(self) -> None:
@@ -188,7 +188,7 @@ class Place:
             subprocess.run([*GIT, *words.split()], cwd=self.fork(), check=True)
 
     def forget(self, words: list[str]) -> None:
-        """Take away what a command is going to write."""
+        """Delete the output of a command before it runs."""
         for flag, path in zip(words, words[1:]):
             if flag == '--output':
                 for file in self.folder.glob(f'{path}.*'):
@@ -278,7 +278,7 @@ def run_gptoss(place, words, run=True):
 
 
 def parse_script(words, module=False):
-    """A script's own parser takes the words; nothing else of the script runs after that."""
+    """Parse the arguments with the script's parser; the rest of the script does not run."""
     source = ROOT / words[0].replace('.', '/') if module else ROOT / words[0]
     if module and source.is_dir():
         source = source / '__main__.py'
@@ -382,7 +382,7 @@ def bash(text: str, folder: Path, **environ) -> str:
 
 
 def gpus_of(words: list[str]) -> int:
-    """What the name of the recipe says."""
+    """Number of GPUs in the name of the recipe."""
     return next(int(m[1]) for word in words if (m := re.search(r'-(\d+)gpus', word)))
 
 
@@ -491,7 +491,7 @@ PAGES_WITH_COMMANDS = [page for page in PAGES if any(commands(block) for block i
 
 
 def failures(page: str, seed: Path, folder: Path, patches: bool) -> str:
-    """What the commands of a page complain of; either those of the patches or all others."""
+    """Errors of the commands of a page; either those of the patches or all others."""
     place, wrong = Place(folder, seed), []
     for block in blocks(page):
         for command in commands(block):
@@ -524,7 +524,7 @@ def test_patch_commands(page, seed, tmp_path):
 
 
 def test_every_listed_reason_is_needed():
-    """Nothing is listed that no page has."""
+    """Every listed entry occurs on a page."""
     texts = [block.text for page in PAGES for block in blocks(page)]
     spans = [span for page in PAGES for _, span in inline(page)]
     assert all(any(text.startswith(start) for text in texts) for start in NOT_COMMANDS)
@@ -535,8 +535,8 @@ def test_every_listed_reason_is_needed():
 def test_a_new_block_has_to_be_known(tmp_path):
     """Commands are found without being listed; what is neither a command nor listed is refused."""
     (tmp_path / 'new.md').write_text(
-        'a\n\n```bash\n# note\ngptoss presets \\\n    20b && make test\n```\n\n    pip install -e .\n'
-        '\n- in a list\n\n    more of it\n\n```\nfoo --bar\n```\n'
+        'a\n\n```bash\n# note\ngptoss presets \\\n    20b && make test\n```\n\n    pip install -e '
+        '.\n\n- in a list\n\n    more of it\n\n```\nfoo --bar\n```\n'
     )
     first, second, third = blocks('new.md', tmp_path)
     assert commands(first) == ['gptoss presets 20b', 'make test']

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The cases that showed a fault once, and a few that nobody has seen.
+"""Fuzz cases that once showed a fault, and a few new ones.
 
 A fresh case that fails prints the command that runs it again; docs/fuzzing.md.
 """
@@ -56,7 +56,7 @@ def test_fresh_cases(runner):
 
 
 def test_shrinks():
-    """What the fault needs stays, all else goes."""
+    """Only the fields that the fault needs remain."""
     problem = Problem(num_layers=5, packed=True, topk=3)
     case = Case(problem, Layout(tp=2, dp=2, buckets=3), 1, Layout(cp=2))
     shows = lambda smaller: smaller.layout.buckets == 3 and smaller.problem.packed

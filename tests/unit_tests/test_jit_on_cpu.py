@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""On the CPU the fused functions run as written: no compiler, no compile time."""
+"""On the CPU the fused functions run uncompiled."""
 
 import subprocess
 import sys

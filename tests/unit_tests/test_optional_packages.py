@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Optional packages of another version, without one, or broken: Megatron is imported all the same."""
+"""Megatron can be imported with optional packages that are broken or of another version."""
 
 import importlib
 import json
@@ -101,7 +101,7 @@ def write(folder, files):
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """{case: what importing Megatron said}."""
+    """{case: output of the import of Megatron}."""
     modules = ["megatron.core", "megatron.core.dist_checkpointing.strategies.torch"]
     modules += ["megatron.core.optimizer", "megatron.core.models.gpt"]
     builders = ROOT / "megatron/training/argument_utils.py"  # our loop needs those of 0.19
@@ -186,7 +186,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_said_once(packages):
-    """The package is tried once, warned of once, and named with what it raised."""
+    """One attempt and one warning, which names the package and the exception."""
     text = "import sys\nsys.tries = getattr(sys, 'tries', 0) + 1\nraise KeyError('HOME')\n"
     write(packages, {"invented/__init__.py": text})
     with warnings.catch_warnings(record=True) as caught:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""compile_helpers(): an installed package has the extension, and no Makefile."""
+"""compile_helpers() of an installed package, which has the extension and no Makefile."""
 
 import numpy
 

@@ -12,7 +12,7 @@ from megatron.core.datasets.utils import Split
 
 
 class Tokenizer:
-    """As much of a tokenizer as the dataset asks for."""
+    """The tokenizer attributes that the dataset uses."""
 
     vocab_size, eod, pad, unique_identifiers = 100, 99, 98, {"class": "test"}
 
@@ -41,7 +41,7 @@ def dataset_of(folder, documents, num_samples):
 
 @pytest.fixture
 def ends():
-    """Fail in place of spinning for ever."""
+    """Fail instead of an endless loop."""
 
     def stop(*_):
         raise TimeoutError("still counting epochs")
@@ -56,7 +56,7 @@ def ends():
 @pytest.mark.usefixtures("ends")
 @pytest.mark.parametrize("documents", [[], [2]], ids=["no-document", "empty-document"])
 def test_split_without_tokens_is_refused(tmp_path, documents):
-    """It added epochs of zero tokens until there were enough: for ever, and in silence."""
+    """Regression: it added epochs of zero tokens in an endless loop."""
     with pytest.raises(ValueError, match=r"valid.*98,1,1.*data.* no token"):
         dataset_of(tmp_path, documents, 4)
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Samples that a dataset kept on disk belong to the files that it was made of."""
+"""The cached sample index of a dataset belongs to the files that it was built from."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from megatron.core.datasets.utils import Split
 
 
 class Tokenizer:
-    """As much of a tokenizer as the dataset asks for."""
+    """The tokenizer attributes that the dataset uses."""
 
     vocab_size, eod, pad, unique_identifiers = 100, 99, 98, {'class': 'test'}
 
@@ -47,7 +47,7 @@ def samples(prefix, documents, cache=None):
 
 @pytest.mark.parametrize('own_cache', [False, True], ids=['beside-the-data', 'data-cache-path'])
 def test_data_of_the_same_name(tmp_path, own_cache):
-    """Other documents under the same path: their own samples, not those of the ones before."""
+    """Other documents under the same path get their own samples."""
     cache = str(tmp_path / 'cache') if own_cache else None
     for folder, lengths in (('a', [40, 30, 30]), ('b', [20, 10, 90])):
         (tmp_path / folder).mkdir()

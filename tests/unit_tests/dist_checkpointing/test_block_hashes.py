@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A shard whose bytes are not those that were written is named, wherever the change is."""
+"""Block hashes detect and name a shard whose bytes changed."""
 
 import json
 import random
@@ -57,7 +57,7 @@ def flip(path, place, bit=0):
 
 @pytest.mark.parametrize('size', [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 7])
 def test_hashes_of_blocks(tmp_path, size):
-    """However the bytes come, in whatever type of buffer."""
+    """Hashes do not depend on sizes and types of the written buffers."""
     rng = random.Random(size)
     data = rng.randbytes(size)
     path = tmp_path / 'shard.distcp'
@@ -94,7 +94,7 @@ def test_any_changed_bit(folder, state):
 
 
 def test_only_what_is_read(folder, state):
-    """A part is checked by the blocks that it touches, each once."""
+    """A read checks only the blocks of its part, each once."""
     path = folder / '__0_0.distcp'
     flip(path, 3 * BLOCK)
     hashes = BlockHashes(folder)
@@ -132,7 +132,7 @@ def test_newer_version(folder):
 
 
 def test_without_hashes(folder, state):
-    """As upstream writes: nothing is known of the contents."""
+    """Shards of upstream have no hashes and are not checked."""
     (folder / '__0_0.distcp.xxh3').unlink()
     load(folder, state)
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint's pickles run no code, by whatever way they are read."""
+"""No reader of a checkpoint runs code from its pickles."""
 
 import io
 import os
@@ -36,7 +36,7 @@ def saved(tmp_path):
 
 
 def test_no_code_of_a_checkpoint_runs(saved, tmp_path):
-    """In `.metadata` and in an object; what is well is read as before."""
+    """Code in `.metadata` and in an object is rejected; valid files are read as before."""
     state = {'weight': torch.zeros(2, 3), 'object': None}
     dcp.load(state, checkpoint_id=saved, no_dist=True)
     assert state['weight'].eq(1).all() and state['object'] == 3
@@ -156,7 +156,7 @@ def test_damaged_metadata_of_megatron_015(saved, shapes):
 
 
 def test_every_opcode_is_known():
-    """A new protocol of Python's would otherwise be walked through wrongly."""
+    """A new pickle protocol would otherwise be parsed wrongly."""
     sizes = dist_checkpointing.restricted_pickle._ARGUMENT_SIZES
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
         value = {'a': [1, 2.5, 'x' * 300, b'y' * 300, (), (1,), None, True, 10**30], 'b': {3}}

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Losses and gradients of the chunked loss are those of all logits at once."""
+"""Losses and gradients of the chunked loss equal those of the loss from all logits."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_exact(chunk_size, z_loss):
 
 
 def test_backward_twice():
-    """The gradients are scaled where they lie: a second backward is refused, not wrong."""
+    """Gradients are scaled in place, so a second backward raises."""
     hidden, weight, labels, mask = example()
     loss = chunked_lm_loss(hidden.requires_grad_(), weight, labels, chunk_size=8).sum()
     loss.backward(retain_graph=True)
@@ -143,7 +143,7 @@ def with_main_grad(weight, labels, mask, hidden, given, used, chunk_size=10):
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_into_main_grad(dtype, limit):
-    """The weight's gradient is added to what is there, and the hook is told so."""
+    """The weight's gradient is added to main_grad, and the hook is informed."""
     hidden, weight, labels, mask = example(dtype)
     exact = with_gradients(
         lambda h, w: lm_loss_ref(h, w, labels), hidden.double(), weight.double(), mask.double()
@@ -206,7 +206,7 @@ def test_kernels_in_interpreter():
 
 
 def on_two_ranks(sequence_parallel):
-    """This rank's results as whole tensors."""
+    """This rank's results as unsharded tensors."""
     hidden, weight, labels, mask = example()
     rank, group = dist.get_rank(), dist.group.WORLD
     part = weight.chunk(2)[rank]

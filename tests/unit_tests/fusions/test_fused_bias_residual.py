@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""When bias and residual are added in one pass, and that all else is upstream's."""
+"""When the fused bias-residual add runs; all other cases use upstream's function."""
 
 from pathlib import Path
 

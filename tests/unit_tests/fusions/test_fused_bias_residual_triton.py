@@ -17,7 +17,7 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from megatron.core.fusions import fused_bias_residual as fused
 
-# `make test-gpu` runs them; the interpreter's run asks for this file by name.
+# `make test-gpu` runs them; the run in the interpreter names this file.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # fp32: two additions; bf16 is rounded once, and cut by the interpreter.

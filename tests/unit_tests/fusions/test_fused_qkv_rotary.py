@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The reference of the fused rotation, and what is compiled from it."""
+"""The reference of the fused rotation, and its compiled version."""
 
 from pathlib import Path
 

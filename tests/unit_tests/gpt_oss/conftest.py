@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A process group of one rank, and a GPTModel in it; a model and tokens for whole runs."""
+"""Fixtures: a process group of one rank, a GPTModel, and inputs of training runs."""
 
 import pytest
 import torch
@@ -32,5 +32,5 @@ def make_model(one_rank):
 
 @pytest.fixture(scope='module')
 def inputs(tmp_path_factory):
-    """What `runs.start` trains on."""
+    """Inputs of `runs.start`."""
     return runs.write_inputs(tmp_path_factory.mktemp('inputs'))

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Files of others, each bad in its own way: one sentence that names file and field, or a bad line.
+"""Invalid files of other programs: one sentence that names file and field, or a skipped line.
 
 `test_readers.py` mutates the same files at random.
 """
@@ -226,7 +226,7 @@ def _copy(folder, tmp_path):
 @pytest.mark.parametrize('place', ['.metadata', 'common.pt', 'shard'])
 @pytest.mark.parametrize('command', ['verify', 'to-hf'])
 def test_no_code_of_a_checkpoint_runs(folder, tmp_path, command, place, capsys):
-    """A pickled os.system ends the command with a sentence."""
+    """A pickled os.system is rejected with one sentence."""
     import torch
 
     ran, copy = tmp_path / 'ran', _copy(folder, tmp_path)
@@ -351,7 +351,7 @@ def test_launch_evaluates_nothing(tmp_path, name, word):
 
 @pytest.mark.parametrize('error', [errors.UsageError, errors.CheckpointError, errors.RunError])
 def test_a_name_that_hides_the_sentence(error):
-    """A damaged data file named a path of 5,000 characters; every refusal cuts such words."""
+    """Regression: a damaged data file named a path of 5,000 characters; messages truncate it."""
     long, path = '[' * 5000, '/data/' + 'a' * 300
     text = str(error(f'{path}: no file {long}.idx. Make it.'))
     assert text.startswith(f'{path}: no file [[[') and text.endswith('[[.idx. Make it.')

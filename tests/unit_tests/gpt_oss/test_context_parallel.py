@@ -1,11 +1,12 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A whole model over context parallel ranks, in fp32, against transformers on one.
+"""A GPTModel over context-parallel ranks in fp32, against transformers in one process.
 
 Loss and every gradient after Megatron's own reductions, and the gradient norm, for each way to
 exchange and together with every other kind of parallelism. Sequences are dense (a micro-batch of
 two) or packed: one sequence of documents that begin and end anywhere, which transformers sees one
-by one. A part of the tokens does not count, so that the ranks hold unequal numbers of those that do.
+by one. A part of the tokens does not count, so that the ranks hold unequal numbers of those that
+do.
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """The weights, and what transformers makes of the two kinds of batches."""
+    """The weights, and the results of transformers for both kinds of batches."""
     transformers = pytest.importorskip('transformers')
     folder = tmp_path_factory.mktemp('context_parallel')
     write_hf(folder / 'hf', PRESET, trained_tensors(PRESET), dtype=torch.float32)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""gptoss launch: torchrun's words, the ranks' own status and messages."""
+"""gptoss launch: torchrun's options, exit status and messages of the ranks."""
 
 import os
 import re
@@ -59,7 +59,7 @@ def ranks(tmp_path, what, **options):
     ],
 )
 def test_status(tmp_path, what, code, error):
-    """The status of the rank that failed; of one that could say nothing, which and why."""
+    """The status of the failed rank; for a killed rank also a message with its rank and signal."""
     # One in a Python of its own: what an import says would be printed too.
     process = ranks(tmp_path, what, popen=subprocess.Popen if what == 'usage' else commands.Popen)
     _, printed = process.communicate(timeout=60)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Conversions and `verify` where the two sides differ: rows, tensors, files, constants, dtypes."""
+"""Conversions and `verify` of models that differ in rows, tensors, files, constants or dtypes."""
 
 import dataclasses
 import functools
@@ -244,7 +244,7 @@ def test_every_size(hf, tmp_path, change):
 
 
 def test_dtypes(hf, tmp_path, capsys):
-    """The same values in a wider type are told; other values are a difference."""
+    """Equal values in a wider dtype are reported; other values are a difference."""
     tensors = {k: v.to(torch.bfloat16) for k, v in trained_tensors(ODD).items()}
     wide = write_hf(tmp_path / 'wide', ODD, tensors, torch.float32)
     convert_to_megatron(wide, tmp_path / 'm')

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What commands write: nothing that they did not make is touched, and a refusal is one sentence."""
+"""Outputs of commands: files of other programs are never changed, and errors are one sentence."""
 
 import errno
 import json
@@ -31,7 +31,7 @@ def tree(folder):
 
 
 def refused(capsys, *argv):
-    """Run a command that must fail; its one sentence."""
+    """Run a command that must fail; returns its error message."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         cli.main([str(word) for word in argv])
@@ -340,7 +340,7 @@ def test_a_directory_that_cannot_be_renamed(command, code, work, monkeypatch):
 
 @pytest.mark.parametrize('stop', range(6))
 def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
-    """The rest is moved by the next start, and nothing is written again."""
+    """The next start moves the remaining files, and writes none a second time."""
     os.mkdir('out')
     moved, move_file = [], resumable_output.move_file
 
@@ -361,7 +361,7 @@ def test_killed_while_files_get_their_names(stop, work, monkeypatch, capsys):
 
 
 def test_what_is_done_is_kept_from_a_late_guest(work, monkeypatch, capsys):
-    """Somebody writes into the directory during the work: he keeps his file, the work its own."""
+    """A file that another program writes into the directory during the work is kept."""
     os.mkdir('out')
     write_config = 'megatron.gpt_oss.checkpoint.export_hf.write_config'
     from megatron.gpt_oss.checkpoint.hf.writer import write_config as original

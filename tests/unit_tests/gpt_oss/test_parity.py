@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole model against transformers, in fp32: a loaded checkpoint, forward, loss, gradients.
+"""GPTModel against transformers in fp32: loaded checkpoint, logits, loss, gradients.
 
 Limits are relative to the largest value of each tensor. fp32 sums in another order differ by about
 1e-6 of it; a wrong layout, window, sink, clamp or rotation differs by 1e-2 and more.

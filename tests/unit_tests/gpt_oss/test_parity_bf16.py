@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""bf16 against the truth in float64: no further from it than Hugging Face's own bf16.
+"""bf16 against float64: the error is at most that of Hugging Face's model in bf16.
 
 A token with two nearly equal router logits goes to other experts in either implementation's bf16,
 by chance, and is then wrong by tens of per cent: a handful of such tokens makes the whole root mean

@@ -91,7 +91,7 @@ def test_preset_survives_its_hf_config(name):
 
 
 def _model_config(monkeypatch, *argv):
-    """Through the parser and validation of Megatron, as the entry script goes."""
+    """The model config from Megatron's parser and validation, as in the entry script."""
     argv = [*argv, '--micro-batch-size', '1', '--tokenizer-type', 'NullTokenizer']
     monkeypatch.setenv('WORLD_SIZE', '1')
     args = read(argv).args

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Damaged files of every kind: one sentence, no code of theirs runs, no hang, no flood of memory."""
+"""Damaged files of every format: one sentence, no code execution, no hang, bounded memory."""
 
 import os
 import re

@@ -131,7 +131,7 @@ def megatron(preset, weights, batch, **flags):
 
 @torch.no_grad()
 def fill(model, preset, weights) -> None:
-    """Copy weights in Hugging Face's layout into a model that one rank holds whole."""
+    """Copy weights in Hugging Face's layout into a model of one rank."""
     filled = 0
     for part in sharded_tensors(model.sharded_state_dict()):
         where = locate(part.key, part.global_offset, part.local_shape)

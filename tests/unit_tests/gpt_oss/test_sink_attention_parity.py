@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole model on sink_attention against transformers: which layers go there, packed documents.
+"""GPTModel with sink_attention against transformers: which layers use it, packed documents.
 
 test_parity.py compares the rest, and runs on sink_attention as well.
 """

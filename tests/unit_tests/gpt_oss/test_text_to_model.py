@@ -1,9 +1,9 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole way as a user walks it: two languages' texts to a trained Hugging Face directory.
+"""End to end: texts of two languages to a trained Hugging Face directory.
 
-gptoss tokenize, gptoss init-tiny, two ranks of pretrain_gpt_oss.py with context parallel 2 and packed
-documents, gptoss convert to-hf; then transformers against the trained Megatron model.
+gptoss tokenize, gptoss init-tiny, two ranks of pretrain_gpt_oss.py with context parallel 2 and
+packed documents, gptoss convert to-hf; then transformers against the trained Megatron model.
 """
 
 import gzip

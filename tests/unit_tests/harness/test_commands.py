@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A forked command next to the same one in a Python of its own, and how it is ended."""
+"""A forked command against the same command in a new Python process, and its end."""
 
 import os
 import signal
@@ -60,7 +60,7 @@ CASES = {
 
 
 def both(command, **options):
-    """What a forked one gives, and one of its own."""
+    """Results of a forked command and of a new process."""
     command = [sys.executable, *command]
     forked = commands.run(command, **options)
     return forked, subprocess.run(command, **options)
@@ -161,7 +161,7 @@ def started(*words):
 
 
 def gone(pid):
-    """Within a moment; a zombie counts as gone."""
+    """Whether the process ends within a short time; a zombie counts as ended."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
@@ -192,7 +192,7 @@ def test_signals():
 
 
 def test_a_command_that_hangs_is_ended():
-    """With what it started."""
+    """A command that hangs is ended together with its child processes."""
     command = [sys.executable, '-c', WAITS]
     with pytest.raises(subprocess.TimeoutExpired) as expired:
         commands.run(command, capture_output=True, timeout=1)
@@ -273,8 +273,9 @@ def test_stand_in_of_a_program_in_a_shell_script(tmp_path):
     """Words, streams, directory, variables and status reach the script's Python and its shell."""
     (tmp_path / 'bin').mkdir()
     program = (
-        "import os, sys\nprint('torch' in sys.modules, sys.argv[1:], os.getcwd(), sys.stdin.read())\n"
-        "print(os.environ['GIVEN'], file=sys.stderr)\nsys.exit(int(sys.argv[1]))\n"
+        "import os, sys\nprint('torch' in sys.modules, sys.argv[1:], os.getcwd(), "
+        "sys.stdin.read())\nprint(os.environ['GIVEN'], "
+        "file=sys.stderr)\nsys.exit(int(sys.argv[1]))\n"
     )
     (tmp_path / 'invented').write_text(program)
     text = 'cd /; GIVEN=a invented 0 "b  c" <<< in && GIVEN=d invented 3 </dev/null; echo status $?'

@@ -31,7 +31,7 @@ def test_reasons(reason, wrong):
 
 @pytest.mark.parametrize('ci, code', [('true', 1), ('', 0)])
 def test_run(tmp_path, ci, code):
-    """A whole run: green on a laptop, red in CI."""
+    """A pytest run passes on a laptop and fails in CI."""
     (tmp_path / 'conftest.py').write_text(CONFTEST.read_text())
     (tmp_path / 'test_one.py').write_text(
         "import pytest\n\ndef test_one():\n    pytest.importorskip('no_such_package')\n"

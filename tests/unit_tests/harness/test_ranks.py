@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The rank pool itself: results, reuse, and failures that are told instead of hanging."""
+"""The rank pool: results, reuse, and failures that are reported instead of a hang."""
 
 import os
 import time

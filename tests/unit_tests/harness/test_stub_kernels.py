@@ -11,7 +11,7 @@ from tests.harness.stub_kernels import STUBS
 
 
 def parameters(function) -> list[inspect.Parameter]:
-    """Of a function, or of the function in a torch.library.custom_op."""
+    """Parameters of a function, or of the function in a torch.library.custom_op."""
     return list(inspect.signature(getattr(function, '_init_fn', function)).parameters.values())
 
 

@@ -19,7 +19,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 
 class OtherAttention(DotProductAttention):
-    """Stands for TransformerEngine's."""
+    """Replaces TransformerEngine's attention."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +35,7 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """A model sets these by its backend, and refuses those of another."""
+    """A model sets these variables for its backend, and rejects those of another."""
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         monkeypatch.setenv(name, "")  # so that it is put back as it was
         monkeypatch.delenv(name)
@@ -76,7 +76,7 @@ def test_builder(backend, block):
 
 
 def test_layers_without_attention():
-    """They are left alone, but a spec in which nothing can be replaced is refused."""
+    """They are unchanged; a spec without a replaceable attention is rejected."""
     from megatron.core.models.gpt.core_attention_override import override_core_attention
 
     empty = ModuleSpec(module=object, submodules=SimpleNamespace(self_attention=object))

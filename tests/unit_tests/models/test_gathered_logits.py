@@ -33,7 +33,7 @@ def loss_and_gradient(parallel_output, runtime_gather_output, fusion):
         cross_entropy_fusion_impl="native",
     )
     tokens, labels, positions = batch()
-    # Eager: the maths is asked for, not the compiler.
+    # Eager: the test is about the maths, not the compiler.
     with torch.compiler.set_stance("force_eager"):
         losses = model(
             tokens, positions, None, labels=labels, runtime_gather_output=runtime_gather_output
@@ -57,7 +57,7 @@ def loss_and_gradient(parallel_output, runtime_gather_output, fusion):
     ids=["parallel", "parallel_output-false", "runtime_gather_output"],
 )
 def test_loss(parallel_output, gather, fusion, ranks):
-    """It was too large by log(TP), and the label's own term missing in the gradient."""
+    """Regression: the loss was too large by log(TP), and the gradient lacked the label's term."""
     for found, expected in ranks.run(
         loss_and_gradient, parallel_output, gather, fusion, world_size=2
     ):

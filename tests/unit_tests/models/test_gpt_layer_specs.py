@@ -26,7 +26,7 @@ def block_spec(normalization):
 
 
 class ApexNorm:
-    """Stands for Apex' FusedLayerNorm, which is a LayerNorm only."""
+    """Replaces Apex' FusedLayerNorm, which supports only LayerNorm."""
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Loss and gradients of a gpt-oss GPTModel on the local spec, split over ranks, against Hugging Face.
+"""Loss and gradients of a sharded gpt-oss GPTModel on the local spec, against Hugging Face.
 
-Four gloo ranks run every layout one after another: attention with sinks and a window that the
+Four gloo ranks run every layout in sequence: attention with sinks and a window that the
 sequence crosses, YaRN, grouped heads, experts with biases. After finalize_model_grads each rank
 compares the gradient of each of its parameters with its slice of Hugging Face's gradient.
 """
@@ -33,7 +33,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the groups; what is left of the four ranks is data parallel."""
+    """Parallel sizes; the remaining factor of the four ranks is data parallel."""
 
     tp: int = 1
     ep: int = 1
@@ -120,7 +120,7 @@ def build_model(layout, sizes, yarn):
 
 
 def shard(name, full):
-    """The slice of a whole tensor that the parameter `name` of this rank holds."""
+    """The slice of an unsharded tensor that the parameter `name` of this rank holds."""
     from megatron.core import parallel_state as ps
 
     rank, size = ps.get_tensor_model_parallel_rank(), ps.get_tensor_model_parallel_world_size()
@@ -246,7 +246,7 @@ def sinks_at_init(tp, use_cpu_initialization):
 
 
 def attempt(*args, **kwargs):
-    """run_layout, with its exception in the place of an error, so that other layouts go on."""
+    """Like run_layout, but returns an exception as the error, so that other layouts still run."""
     from megatron.core import parallel_state
 
     try:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What the distributed optimizer saves is the state that it has, whatever its buckets are."""
+"""The distributed optimizer saves its state correctly for every bucket layout."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ranks(4)
 
 
 def equal(case, found, steps=odd_model.STEPS):
-    """Which (parameter, tensor) differ from Adam in one process."""
+    """The (parameter, tensor) pairs that differ from Adam in one process."""
     return [
         (name, key)
         for name, tensors in odd_model.reference(case, steps).items()

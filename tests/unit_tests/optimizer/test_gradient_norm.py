@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The optimizer's gradient norm and count of zeros over split models, against the whole gradients.
+"""Gradient norm and count of zeros of sharded models, against the unsharded gradients.
 
 Every parameter of a gpt-oss GPTModel (router, experts with biases, sinks, norms, q/k/v biases) is
 given its part of a random gradient that is made without a layout.
@@ -20,7 +20,7 @@ NUM_EXPERTS = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the groups; what is left of the four ranks is data parallel."""
+    """Parallel sizes; the remaining factor of the four ranks is data parallel."""
 
     tp: int = 1
     ep: int = 1
@@ -142,7 +142,7 @@ def split(name, local_shape):
 
 
 def whole_gradient(name, shape):
-    """Random with some zeros, the same wherever it is made."""
+    """A random gradient with some zeros, the same on every rank."""
     seed = sum(ord(letter) * (31**place % 9973) for place, letter in enumerate(name))
     generator = torch.Generator().manual_seed(seed)
     gradient = torch.randn(shape, generator=generator)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint's parameter groups give the number of updates; the rest is this run's."""
+"""Only the number of updates is taken from a checkpoint's parameter groups."""
 
 import copy
 
@@ -40,14 +40,14 @@ def test_another_rate():
 
 @pytest.mark.parametrize('rates', [[1e-3], [1e-3, 5e-4], [1e-3, 1e-4, 1e-5]])
 def test_state_by_index(rates):
-    """State that is stored by index does not fit parameters that are divided otherwise."""
+    """State stored by index does not match other parameter groups."""
     saved = optimizer([1e-3, 1e-4]).optimizer.state_dict()
     with pytest.raises(ValueError, match='divide the parameters differently'):
         optimizer(rates).load_state_dict(saved)
 
 
 def test_updates_counted_in_groups():
-    """As fused optimizers count them; a group without parameters may not have the number."""
+    """Fused optimizers count updates in groups; a group without parameters may have no count."""
     from megatron.core.optimizer.param_group_restore import restored_param_groups
 
     current = [{'params': [0], 'lr': 1.0}, {'params': [], 'lr': 2.0}]

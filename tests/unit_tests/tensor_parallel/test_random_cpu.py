@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The RNG tracker without CUDA: it drives PyTorch's default CPU generator."""
+"""The RNG tracker without CUDA uses PyTorch's default CPU generator."""
 
 import logging
 
@@ -18,7 +18,7 @@ def draws_of(seed: int, count: int) -> torch.Tensor:
 
 
 def test_tracker_forks_cpu_generator(caplog):
-    """Each name continues its own stream; the default stream does not notice."""
+    """Each name continues its own stream; the default stream is unchanged."""
     tracker = CudaRNGStatesTracker()
     torch.manual_seed(1)
     tracker.add('a', 2)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--tokenizer-type HuggingFaceTokenizer where transformers is not installed."""
+"""--tokenizer-type HuggingFaceTokenizer without transformers."""
 
 import subprocess
 import sys

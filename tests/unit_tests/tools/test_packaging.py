@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""The distribution as pip and build see it: a copy of the checkout, a fresh environment, no torch."""
+"""pip and build of the distribution: a copy of the checkout, a new environment, no torch."""
 
 import os
 import shutil
@@ -92,7 +92,7 @@ def test_wheel_then_editable(checkout, python, tmp_path):
     assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
     assert place == str(checkout / "megatron")
 
-    # The sdist is whole: no download, whatever the network.
+    # The sdist is complete: no download is needed.
     run(sys.executable, "-m", "tarfile", "-e", str(sdist), str(tmp_path / "source"), cwd=tmp_path)
     (source,) = (tmp_path / "source").iterdir()
     assert (source / "megatron" / ".manifest.json").is_file()

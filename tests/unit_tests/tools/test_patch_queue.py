@@ -117,7 +117,7 @@ def test_a_tree_without_a_manifest_is_not_overwritten_where_it_differs(root):
 
 
 def _materialise_slowly(root, moment):
-    """Materialise, but stop for ever at one moment of the swap, to be killed there."""
+    """Materialise, but block at one point of the swap, to be killed there."""
     rename = Path.rename
 
     def stall(*_):

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""The series on the releases of Megatron-Core that people have: patches/README.md tells the truth."""
+"""The series on the supported releases of Megatron-Core: patches/README.md is correct."""
 
 import subprocess
 from pathlib import Path

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Patching somebody else's tree: what fits, what is left out and why, and what must stay as it is."""
+"""Patching a foreign tree: patches that apply, that are skipped and why, and unchanged files."""
 
 import errno
 import os
@@ -87,7 +87,7 @@ def test_already_patched(root, fork, monkeypatch, capsys):
 
 
 def test_half_patched(root, fork):
-    """What is there stays, what is not is put between."""
+    """Applied patches stay, and missing ones are inserted."""
     add_patch(root, "sink/third", {A: ("line five\n", "line five and more\n")})
     add_patch(root, "fixes/fourth", {A: ("line 20\n", "line twenty\n")})
     edit(fork, A, "line 5\n", "line five and more\n")
@@ -129,7 +129,7 @@ def test_local_edits_in_the_same_lines(root, fork):
 
 @pytest.mark.parametrize("inside", ["", "megatron", "megatron/core"])
 def test_not_megatron(root, fork, tmp_path, inside):
-    """Refused; who names a folder too deep is told the right one."""
+    """Rejected; for a subdirectory of the tree the message names the right directory."""
     place = fork / inside if inside else tmp_path / "else"
     place.mkdir(exist_ok=True)
     with pytest.raises(QueueError, match="has no megatron/core") as refusal:
@@ -157,7 +157,7 @@ def test_read_only(root, fork, monkeypatch):
 
 @pytest.mark.parametrize("version, near", [("0.23.0", "0.19.2"), ("0.12.1", "0.15.3")])
 def test_unknown_version(root, tmp_path, version, near, monkeypatch, capsys):
-    """The nearest one's patches are tried, it is said, and nothing is done unless all fit."""
+    """Patches of the nearest version are tried with a note, and none is applied unless all fit."""
     monkeypatch.setattr(command_line, "ROOT", root)
     fork = make_fork(tmp_path / "other", version)
     assert command_line.main(["apply", "--to", str(fork)]) == 0

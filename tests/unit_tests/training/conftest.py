@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Tokens to train on."""
+"""Fixture with tokens for training."""
 
 import pytest
 

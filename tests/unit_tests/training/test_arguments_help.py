@@ -6,7 +6,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 
 def test_help_of_every_flag():
-    """One help text with a bare percent sign used to end --help in a ValueError."""
+    """Regression: a bare percent sign in one help text ended --help with a ValueError."""
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     text = parser.format_help()
     assert "e.g. 1.10 = 10%" in " ".join(text.split())

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--async-save with PyTorch alone: written in the background, equal to a synchronous save."""
+"""--async-save with PyTorch only: written in the background, equal to a synchronous save."""
 
 import argparse
 import contextlib
@@ -278,7 +278,7 @@ def test_second_save_waits(ranks, data, tmp_path):
 
 
 def test_end_of_training_waits(ranks, data, tmp_path):
-    """The last checkpoint is whole when pretrain() returns, however long it takes."""
+    """The last checkpoint is complete when pretrain() returns."""
     flags = f'--train-iters 1 --save-interval 1 {ASYNC}'
     order, writes, _, _ = train(ranks, data, tmp_path, flags, run_slow, 1, 2.0)[0]
     assert [values[:2] for values in order] == [('saved', 1)]
@@ -286,7 +286,7 @@ def test_end_of_training_waits(ranks, data, tmp_path):
 
 
 def test_nvrx_without_its_worker_is_dropped_as_before(ranks, data, tmp_path):
-    """Upstream's own rule for the other strategy stays."""
+    """Upstream's rule for the other strategy is unchanged."""
     flags = '--train-iters 1 --save-interval 1 --async-save'
     _, writes, _, _ = train(ranks, data, tmp_path, flags, run_slow, 1, 0.0)[0]
     assert [thread for *_, thread in writes] == ['MainThread']
@@ -318,7 +318,7 @@ def request(write, tensors):
 
 
 def test_snapshot(alone):
-    """What is written is the tensors at the call, in one copy: no other reference is left."""
+    """The snapshot holds the tensors at the call, in one copy without other references."""
     gate, written = Gate(), []
 
     def write(rank, buckets, queue):
@@ -352,7 +352,7 @@ def test_what_a_write_raises_reaches_the_training(alone):
 
 
 def test_abort_ends_the_write_after_a_tensor(alone):
-    """A run that ends in an error does not wait for gigabytes that nobody will finalise."""
+    """A run that ends with an error does not wait for a write that is not finalised."""
     gate, at, written, finalised = Gate(), threading.Event(), [], []
 
     def write(rank, buckets, queue):

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A checkpoint that is not whole is named and never loaded; the newest whole one is."""
+"""An incomplete or damaged checkpoint is reported and not loaded; the newest complete one is."""
 
 import contextlib
 import io
@@ -35,7 +35,7 @@ def saved(ranks, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    """A copy of the checkpoint directory to be hurt."""
+    """A copy of the checkpoint directory, to be damaged."""
     shutil.copytree(saved[1], tmp_path / 'checkpoints')
     return tmp_path / 'checkpoints'
 
@@ -92,7 +92,7 @@ def contents(folder: Path):
 
 
 def unseal(folder: Path, *iterations: int) -> None:
-    """Leave the directories as upstream writes them."""
+    """Remove the manifests, as if upstream had written the checkpoints."""
     for iteration in iterations:
         (folder / f'iter_{iteration:07d}' / 'manifest.json').unlink()
 
@@ -179,7 +179,7 @@ def resume_where_one_rank_reads_damage(folders):
 
 @pytest.mark.parametrize('damaged', [0, 1])
 def test_damage_that_one_rank_reads(ranks, tmp_path, damaged):
-    """All ranks begin again: the others do not wait for it in the barrier at the load's end."""
+    """All ranks restart the load: the others do not wait in the barrier at its end."""
     folders = [tmp_path / 'newest', tmp_path / 'before']
     for folder in folders:
         for rank in range(2):
@@ -239,7 +239,7 @@ def test_sigkill_in_a_save(ranks, saved, tmp_path, flags):
 
 
 def test_sigkill_in_the_first_save_starts_anew(ranks, saved, folder):
-    """Nothing was ever complete, so that nothing can be lost; the user is told."""
+    """No checkpoint was complete: the run starts from the beginning and reports it."""
     for iteration in (2, 3, 4):
         shutil.rmtree(folder / f'iter_{iteration:07d}')
     (folder / TRACKER).unlink()
@@ -253,7 +253,7 @@ def test_sigkill_in_the_first_save_starts_anew(ranks, saved, folder):
 
 
 def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
-    """Every checkpoint is broken: the run ends before it trains, and leaves all as it was."""
+    """Every checkpoint is damaged: the run ends before training and changes no file."""
     data, _, _ = saved
     for iteration in range(1, STEPS + 1):
         cut(shard(folder, iteration), 10)
@@ -362,7 +362,7 @@ def test_damaged_tracker(folder, text):
 
 
 def test_tracker_set_back_by_hand(folder):
-    """A user who writes 2 into the tracker gets 2, and is told of what is newer."""
+    """A user who writes 2 into the tracker file gets 2, and a note about newer checkpoints."""
     (folder / TRACKER).write_text('2\n')
     choice = checkpoint_integrity.choose(str(folder))
     assert choice.iteration == 2
@@ -380,7 +380,7 @@ def test_ckpt_step(folder):
 
 
 def test_release(folder):
-    """A converted model: whole or not at all; --ckpt-step goes before it."""
+    """A converted model loads only if complete; --ckpt-step has priority over it."""
     (folder / 'iter_0000004').rename(folder / 'release')
     (folder / TRACKER).write_text('release')
     assert checkpoint_integrity.choose(str(folder)) == (0, True, [])
@@ -391,7 +391,7 @@ def test_release(folder):
 
 
 def test_no_checkpoint_yet(tmp_path):
-    """An empty or missing folder: a run starts from the beginning."""
+    """An empty or missing directory: the run starts from the beginning."""
     assert checkpoint_integrity.choose(str(tmp_path)) == (-1, False, [])
     assert checkpoint_integrity.choose(str(tmp_path / 'missing')) == (-1, False, [])
     assert not checkpoint_integrity.holds_checkpoint(str(tmp_path / 'missing'))

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The gradient's norm and clipping without TransformerEngine and Apex."""
+"""Gradient norm and clipping without TransformerEngine and Apex."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_clipped_in_place():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
 def test_norm(dtype):
-    """In bf16 each gradient's norm was rounded to 8 bits."""
+    """Regression: the norm of each bf16 gradient was rounded to 8 bits."""
     grads = gradients(dtype)
     norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [grads], False)
     expected = torch.cat([value.double().flatten() for value in grads]).norm()
@@ -39,7 +39,7 @@ def test_norm(dtype):
 
 
 def test_norm_does_not_wait():
-    """Each gradient's norm was brought to the host by itself; a tensor without values has none."""
+    """Regression: each norm was copied to the CPU separately; an empty tensor has no norm."""
     grads = [value.to('meta') for value in gradients()]
     norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [grads], False)
     assert norm.is_meta and norm.shape == (1,)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--optimizer-cpu-offload: the part of AdamW's state that lives on the host, seen without a GPU."""
+"""--optimizer-cpu-offload: the part of AdamW's state in CPU memory, tested without a GPU."""
 
 import contextlib
 import gc
@@ -15,7 +15,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 class OnGpu(torch.nn.Parameter):
-    """A parameter that says of itself that it is on a GPU; what is made of it is not."""
+    """A parameter that reports to be on a GPU; tensors computed from it do not."""
 
     is_cuda = property(lambda self: True)
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -66,8 +66,9 @@ class CopiesInto(TorchDispatchMode):
 
 @pytest.mark.parametrize('overlap', [True, False])
 def test_its_copies_go_with_it(overlap):
-    """The distributed optimizer builds it twice. The first one's copies of the whole parameters stayed
-    on the GPU, 4 bytes a parameter, until the garbage collector found the circle through its hooks.
+    """The distributed optimizer builds it twice. The first one's copies of the whole parameters
+    stayed on the GPU, 4 bytes a parameter, until the garbage collector found the circle through its
+    hooks.
     """
     parameters = [OnGpu(torch.ones(3, dtype=torch.bfloat16))]
     # PyTorch imports more of itself for the first one, whose frames stay in circles of their own.

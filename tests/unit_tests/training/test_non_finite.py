@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A loss or gradient that is not finite stops the run, and the message says where it began.
+"""A non-finite loss or gradient stops the run, and the message names its origin.
 
 Two ranks, each with two of the four experts of a layer, checkpoints after every step. The trouble
 is planted at step 3, so that the checkpoint of step 2 must stay as it was and be resumed from.
@@ -47,7 +47,7 @@ def expert(model, layer: int, index: int) -> torch.nn.Module:
 
 
 def run_hurt(hurt, flags, data):
-    """Train, and let `hurt(model)` do its worst on rank 1 before the first micro-batch of step 3."""
+    """Train, and call `hurt(model)` on rank 1 before the first micro-batch of step 3."""
     done = []
 
     def before_forward(step, model):
@@ -118,7 +118,7 @@ def infinite_loss(flags, data):
 
 
 def nan_after_update(flags, data):
-    """The weights go bad between the update and the save of step 3."""
+    """The weights become NaN between the update and the save of step 3."""
 
     def before_forward(step, model):
         def spoil(event):
@@ -139,9 +139,9 @@ CASES = {
         nan_in_weight,
         DISTOPT,
         [
-            'Step 3: the loss or a gradient is not finite (norm of the gradients: nan). Rank 1: the '
-            'parameter decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight holds 1 NaN '
-            'among 1920 values.',
+            'Step 3: the loss or a gradient is not finite (norm of the gradients: nan). Rank 1: '
+            'the parameter decoder.layers.1.mlp.experts.local_experts.3.linear_fc2.weight holds 1 '
+            'NaN among 1920 values.',
             'In the forward pass: rank 1: the output of '
             'decoder.layers.1.mlp.experts.local_experts.3.linear_fc2 holds',
         ],
@@ -151,8 +151,8 @@ CASES = {
         DISTOPT,
         [
             'Step 3: the loss or a gradient is not finite',
-            'Rank 1: the gradient of decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight '
-            'holds',
+            'Rank 1: the gradient of '
+            'decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight holds',
             'micro-batch 0; the forward pass was finite.',
         ],
     ),
@@ -239,7 +239,7 @@ def test_origin_among_the_ranks():
 
 
 def test_infinite_loss_in_the_first_step(ranks, data, tmp_path):
-    """The very first step is looked at, too; nothing is written."""
+    """The first step is checked, too; no checkpoint is written."""
     flags = f'{EP2} --save {tmp_path} --save-interval 1 --train-iters {STEPS}'.split()
     with pytest.raises(RankFailure) as failure:
         ranks.run(infinite_loss, flags, data, world_size=2, init_process_group=False)

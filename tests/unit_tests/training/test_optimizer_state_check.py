@@ -85,7 +85,7 @@ def run_unmarked(flags, data):
 
 
 def run_refused(flags, data):
-    """What this rank is told."""
+    """The error message on this rank."""
     with pytest.raises(MisplacedOptimizerState) as info:
         watched_pretrain.run(flags, data)
     return str(info.value)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""Upstream 0.19.2 asks for Python 3.12, for the sake of one name in typing."""
+"""Upstream 0.19.2 requires Python 3.12 because of one name in typing."""
 
 import ast
 from pathlib import Path

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A run that is killed and started again continues bit for bit like the one that was not."""
+"""A run that is killed and resumed is bit-identical to one that was not killed."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_sigkill_between_checkpoints(ranks, tmp_path, layout):
         num_samples = 4 // world_size * (STEPS - SAVE_INTERVAL + 1)  # One batch for validation.
         assert len(record['samples']) == num_samples
         assert record['samples'] == expected['samples'][-num_samples:]
-    # A run that repeats itself would pass, too.
+    # A run that repeats its steps would pass, too.
     assert len({step['grad_norm'] for step in whole[0]['steps']}) == STEPS
 
     last = f'iter_{STEPS:07d}'

@@ -55,7 +55,7 @@ def test_yarn_flags(parser, attention_factor):
 
 @pytest.mark.parametrize("asked", ["yarn", "mrope", "none"])
 def test_legacy_rope_flag_is_refused(parser, asked):
-    """--use-rotary-position-embeddings turned yarn into plain RoPE in silence."""
+    """Regression: --use-rotary-position-embeddings silently replaced YaRN with plain RoPE."""
     with pytest.raises(ValueError, match=f"--position-embedding-type {asked} into rope"):
         validate(parser, f"--use-rotary-position-embeddings --position-embedding-type {asked}")
 

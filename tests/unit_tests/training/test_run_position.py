@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where a resumed run stands in its schedule; the runs themselves are in test_resumed_schedule.py."""
+"""Position of a resumed run in its schedule; test_resumed_schedule.py tests complete runs."""
 
 import copy
 import random
@@ -157,7 +157,7 @@ def test_skipped_updates(position):
 
 @pytest.mark.parametrize('flags', [f'{LINEAR} 8', '--lr 1e-3 --train-samples 32'])
 def test_checkpoint_of_upstream(position, flags):
-    """Without what ours add to the scheduler's state."""
+    """A scheduler state without the fields that this project adds."""
     first = Run(position, flags, 4)
     first.train(4)
     checkpoint = first.checkpoint()
@@ -209,7 +209,7 @@ def test_kept_twice(position):
 
 
 def test_samples_of_another_batch_size(position):
-    """No data set that is too short, and no step too few."""
+    """The dataset is long enough, and no step is missing."""
     first = Run(position, f'{LINEAR} 8', 4)
     first.train(4)
     for batch, wanted in ((2, 24), (4, 32), (8, 64)):

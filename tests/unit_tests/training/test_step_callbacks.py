@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What an entry script's callbacks get from upstream's loop, checked against the printed lines."""
+"""Callbacks of an entry script in upstream's loop, checked against the printed lines."""
 
 import contextlib
 import io
@@ -97,7 +97,7 @@ def test_upstream_is_silenced_and_stages_without_loss_report(ranks, data):
 
 @pytest.mark.parametrize('mode', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])
 def test_checkpoint_saved(ranks, data, tmp_path, mode):
-    """Called once a checkpoint is whole: at that moment the tracker file names it."""
+    """Called when a checkpoint is complete and the tracker file names it."""
     flags = f'--train-iters 3 --save {tmp_path} --save-interval 1 {mode}'
     for received, _ in run(ranks, data, flags, world_size=2):
         saved = received['checkpoints']

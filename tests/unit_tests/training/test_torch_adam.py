@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Without TransformerEngine and Apex, Adam is PyTorch's fused one, which allocates no temporaries."""
+"""Without TransformerEngine and Apex, Adam is PyTorch's fused kernel without temporaries."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A validation set for each corpus, through the entry script's own main."""
+"""A validation set for each corpus, through main() of the entry script."""
 
 import json
 import time
@@ -46,7 +46,7 @@ def write_blend(file, **corpora):
 
 
 def train(argv):
-    """In a rank."""
+    """Train in a rank."""
     from megatron.gpt_oss.training.pretrain import main
     from megatron.training import set_startup_timestamps, step_callbacks
 
@@ -87,7 +87,7 @@ def test_each_corpus_has_its_loss(ranks, folder, both):
 
 
 def test_last_step_is_evaluated_once(ranks, folder, both):
-    """At the end of a run that has just been evaluated, and once more where it is started again."""
+    """The last step is evaluated once at the end of a run, and once more by a second start."""
     assert [step for step, _, _ in run(ranks, folder, 'only-a')] == [2, 4]
     found = run(ranks, folder, 'only-a+odd', '--eval-interval', '3')
     assert [step for step, _, _ in found] == [3, 4]
@@ -124,7 +124,7 @@ def test_layouts(ranks, folder, both, flags):
 
 
 def test_weight_0_of_a_data_path(ranks, folder):
-    """Neither checked nor opened: Megatron itself refused such a weight without a word."""
+    """Not checked and not opened; Megatron rejected such a weight without a message."""
     data = ['--data-path', '1', str(folder / 'a'), '0', str(folder / 'nowhere'), '--split', '1,0,0']
     run(ranks, folder, 'data-path', '--eval-iters', '0', data=data, steps=1)
     records = map(json.loads, (folder / 'run-data-path' / 'metrics.jsonl').read_text().splitlines())

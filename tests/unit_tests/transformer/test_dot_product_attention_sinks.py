@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""DotProductAttention on sink_attention: against the definition, and where it must not go there."""
+"""DotProductAttention with sink_attention: against the definition, and when it is not used."""
 
 import pytest
 import torch
@@ -133,7 +133,7 @@ def test_off_by_one():
     {"deterministic_mode": True},
 ], ids=["scale", "layer-scaling", "deterministic"])  # fmt: skip
 def test_options(fields):
-    """What upstream's path makes of an option is what ours makes of it."""
+    """Options have the same effect as on upstream's path."""
     fields = dict(fields)
     scale = fields.pop("softmax_scale", None)
     layer = make(layer_number=2, **fields)
@@ -252,7 +252,8 @@ REFUSED = {
     "context-parallel-packed": (
         dict(context_parallel_size=2),
         {"packed_seq_params": PackedSeqParams(**PACKED)},
-        "splits all documents as one sequence here, which PackedSeqParams does not describe; .*PackedSequence.of",
+        "splits all documents as one sequence here, which PackedSeqParams does not describe; "
+        ".*PackedSequence.of",
     ),
     "context-parallel-groups": (
         dict(context_parallel_size=2, cp_comm_type="a2a+p2p"),

@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class OneRank:
-    """A process group of one rank, as far as attention and RoPE ask."""
+    """The attributes of a one-rank process group that attention and RoPE use."""
 
     def size(self):
         return 1
@@ -199,7 +199,7 @@ def test_state_is_upstreams():
 
 
 def test_failure_leaves_nothing_behind(calls):
-    """A forward that raised does not decide how the next one rotates."""
+    """A forward that raised does not affect the rotation of the next one."""
     attention = build(FusedRotarySelfAttention)
     hidden = torch.randn(13, 1, 20, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ValueError, match="no angles of 13 tokens"):

@@ -27,7 +27,7 @@ def eager():
 
 
 class OneRank:
-    """A process group of one rank, as far as the MLP asks."""
+    """The attributes of a one-rank process group that the MLP uses."""
 
     def size(self):
         return 1
@@ -52,7 +52,7 @@ class Linear(torch.nn.Module):
 
 
 def make_config(**kwargs):
-    """gpt-oss' activation, unless told otherwise."""
+    """A config with gpt-oss' activation by default."""
     return TransformerConfig(
         **dict(
             num_layers=1,

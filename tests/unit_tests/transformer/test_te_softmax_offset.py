@@ -18,7 +18,7 @@ HEADS, GROUPS, DIM, LENGTH = 4, 2, 8, 16
 
 
 class StandIn(torch.nn.Module):
-    """What TransformerEngine does with the sinks' gradient under a2a, in plain PyTorch.
+    """TransformerEngine's handling of the sinks' gradient with a2a, in plain PyTorch.
 
     After the exchange a rank has all tokens of its heads; the backward gathers the gradients of all
     heads' sinks, so that every rank has all of them.
@@ -87,7 +87,7 @@ def attention_class():
     module = ast.Module(body=[found], type_ignores=[])
     future = __import__('__future__').annotations.compiler_flag
     exec(compile(module, extension.__file__, 'exec', flags=future), names)
-    names['TEDotProductAttention'].cp_stream = object()  # in place of a CUDA stream
+    names['TEDotProductAttention'].cp_stream = object()  # replaces a CUDA stream
     return names['TEDotProductAttention']
 
 

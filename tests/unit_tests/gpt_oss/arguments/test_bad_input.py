@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Damaged and foreign input to the conversions: one sentence that names file, tensor, found, expected.
+"""Damaged and foreign input to conversions: one sentence with file, tensor, found and expected.
 
 Nothing is written, and nothing of what was there is changed.
 """

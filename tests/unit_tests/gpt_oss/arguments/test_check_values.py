@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Values that no run can have are refused by flag and value, before anything is created."""
+"""Invalid values are rejected with flag and value, before anything is created."""
 
 import os
 from argparse import Namespace
@@ -22,8 +22,8 @@ BAD = {
     '--initial-loss-scale=nan --mid-level-dataset-surplus=nan --init-method-std=inf '
     '--sample-temperature=nan --yarn-factor=inf --weight-decay=nan',
     '0 or more': '--lr=-1e-3 --clip-grad=-1 --weight-decay=-5 --eval-iters=-3 --exit-interval=-1 '
-    '--exit-duration-in-mins=-5 --lr-warmup-iters=-3 --start-eval-at-iter=-4 --manual-gc-interval=-1 '
-    '--keep-checkpoints=-1 --sample-temperature=-3 --moe-aux-loss-coeff=-1 '
+    '--exit-duration-in-mins=-5 --lr-warmup-iters=-3 --start-eval-at-iter=-4 '
+    '--manual-gc-interval=-1 --keep-checkpoints=-1 --sample-temperature=-3 --moe-aux-loss-coeff=-1 '
     '--tensorboard-queue-size=-5 --logging-level=-99 --monitor-interval=-1 --ckpt-step=-1',
     '1 or more': '--seq-length=0 --seq-length=-64 --log-interval=0 --log-interval=-3 '
     '--eval-interval=0 --eval-interval=-3 --save-interval=0 --tensor-model-parallel-size=0 '
@@ -48,9 +48,9 @@ BAD = {
     '--data-blend= --split= --freeze=',
 }
 GOOD = (
-    '--lr=0 --lr=1e-30 --seed=0 --eval-iters=0 --exit-interval=0 --train-iters=100000 --clip-grad=0 '
-    '--num-workers=0 --split=1 --split=98,1,1 --split=.5,.5 --split=1,0,0 --adam-beta1=0 '
-    '--hidden-dropout=0 --sample-prompt= --moe-aux-loss-coeff=0'
+    '--lr=0 --lr=1e-30 --seed=0 --eval-iters=0 --exit-interval=0 --train-iters=100000 '
+    '--clip-grad=0 --num-workers=0 --split=1 --split=98,1,1 --split=.5,.5 --split=1,0,0 '
+    '--adam-beta1=0 --hidden-dropout=0 --sample-prompt= --moe-aux-loss-coeff=0'
 )
 CASES = [(word, expected) for expected, words in BAD.items() for word in words.split()]
 
@@ -166,7 +166,7 @@ def test_prefixes_of_a_blend(words, prefixes):
     ids=['pipe', 'device', 'sparse', 'directory'],
 )
 def test_file_of_settings(tmp_path, read, make, words):
-    """Neither waits for a writer nor reads for ever."""
+    """A pipe or a device in place of a file neither blocks nor is read without end."""
     make(tmp_path / 'file')
     with pytest.raises(UsageError) as error:
         read(tmp_path / 'file')

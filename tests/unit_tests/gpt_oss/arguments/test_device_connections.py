@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The environment variable that Megatron demands is set, and never against the user."""
+"""CUDA_DEVICE_MAX_CONNECTIONS is set as Megatron requires, and a value of the user is kept."""
 
 import os
 

@@ -147,7 +147,7 @@ def train(ranks, inputs: Path, run_dir: Path, world_size: int, flags: str) -> li
 
 
 def order_in_rank(argv: list[str]) -> list[bool]:
-    """Of each combine of the first layer: whether its order of tokens was told of the stream."""
+    """For each combine of the first layer: whether record_stream was called for its token order."""
     from megatron.core import device_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -218,7 +218,7 @@ def test_needs_bf16_and_stands_before_delayed_gradients():
 
 
 def test_failed_process_ends():
-    """An error without a name ends the process although something waits for ever at exit."""
+    """An unknown error ends the process although an exit handler blocks."""
     code = (
         'import time, atexit\n'
         'from megatron.gpt_oss import errors\n'

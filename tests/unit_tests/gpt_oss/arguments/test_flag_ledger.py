@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Each of Megatron's flags has a place in the ledger, and the command line keeps to it."""
+"""Each of Megatron's flags is in the ledger, and the command line follows it."""
 
 import functools
 import re

@@ -19,7 +19,7 @@ STEPS = '--train-iters 2 --lr-warmup-iters 0 --save-interval 1000 --eval-interva
 
 
 def losses(ranks, inputs, run_dir, flags):
-    """Of the steps, in order."""
+    """Losses of the steps, in order."""
     records = runs.start(ranks, inputs, run_dir, f'{STEPS} {flags}')
     return [record['loss'] for record in records if 'loss' in record]
 
@@ -126,7 +126,7 @@ def test_data(ranks, inputs, plain, tmp_path):
 
 
 def test_cyclic(ranks, inputs, plain, tmp_path):
-    """Samples in another order."""
+    """--dataloader-type cyclic draws samples in another order."""
     found = losses(ranks, inputs, tmp_path / 'run', '--dataloader-type cyclic')
     assert len(found) == 2 and found != plain
     same(ranks, inputs, plain, tmp_path / 'single', '--dataloader-type single')

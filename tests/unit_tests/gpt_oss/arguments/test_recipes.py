@@ -48,7 +48,7 @@ def test_recipe(file):
         for kind in ('tensor_model', 'context', 'pipeline_model')
     )
     ep, etp = args.expert_model_parallel_size, args.expert_tensor_parallel_size
-    # Said here again rather than asked of the planner, whose unsupported_reason() is checked below.
+    # Written independently of the planner, whose unsupported_reason() is checked below.
     for size, whole in (
         (tp * cp * pp, gpus),
         (etp * ep * pp, gpus),
@@ -80,7 +80,7 @@ def test_which_there_are():
 
 
 def test_why_there_is_no_120b_on_16():
-    """The README's words: its state alone does not fit, but with the optimizer on the host."""
+    """As the README says: the state does not fit on the GPUs, but with CPU offload it does."""
     from megatron.gpt_oss.planner.layout import Layout
     from megatron.gpt_oss.planner.search import PlanRequest, all_plans
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--memory: Megatron's flags that a word stands for, what wins over it, and equal numbers."""
+"""--memory: the flags of each policy, flags that override it, and equal losses."""
 
 import dataclasses
 import sys
@@ -39,7 +39,8 @@ def _parsed(monkeypatch, flags):
         ('--memory balanced', ('selective', ['moe_act'], None, None, 4096)),
         ('--memory experts', ('selective', ['moe'], None, None, 2048)),
         ('--memory lean', ('full', None, 'uniform', 1, 2048)),
-        # The command line wins; a recompute flag replaces all that is said of recomputation.
+        # The command line overrides; a recompute flag replaces all recomputation flags of the
+        # policy.
         ('--memory lean --lm-loss-chunk-size 0', ('full', None, 'uniform', 1, 0)),
         ('--memory lean --use-mup --allow-untested-flags', ('full', None, 'uniform', 1, 0)),
         ('--memory lean --recompute-granularity selective', ('selective', None, None, None, 2048)),

@@ -40,7 +40,7 @@ PRESETS = {
 # Times the local route's own error. Where choices can change, a changed one is an error by itself.
 ALLOWED = 1.5
 TE = dict(transformer_impl="transformer_engine")
-# e4m3 rounds by 2.6 % (root mean square), e5m2 by 5 %: a few products one after another.
+# e4m3 rounds by 2.6 % (root mean square), e5m2 by 5 %, in several successive GEMMs.
 FP8_LOGITS, FP8_GRADIENTS = 0.15, 0.35
 
 
@@ -55,7 +55,7 @@ def group():
 
 
 def pieces(model) -> dict:
-    """A view of each parameter by its name and place in a checkpoint."""
+    """A view of each parameter, by its name and offset in a checkpoint."""
     state = model.sharded_state_dict(metadata={"dp_cp_group": torch.distributed.group.WORLD})
     return {(x.key, x.global_offset): x.data for x in sharded_tensors(state)}
 
@@ -271,7 +271,7 @@ def sink_gradients(cp: int, per_token: bool) -> dict:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("per_token", [False, True])
 def test_cp2_sink_gradient(ranks, per_token):
-    """Under a2a every rank has the sinks' whole gradient: the sum over ranks was twice too large."""
+    """Regression: the sum over ranks was twice too large, as with a2a each has the full gradient."""
     environment = dict(init_process_group=False, world_size=2, timeout=150)
     one = ranks.run(sink_gradients, 1, per_token, **environment)[0]
     two = ranks.run(sink_gradients, 2, per_token, **environment)[0]

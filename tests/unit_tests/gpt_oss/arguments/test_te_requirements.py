@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What is refused of TransformerEngine's route, in words; its layer spec. Needs none of it."""
+"""Requirements of --transformer-impl transformer_engine and its layer spec, without the package."""
 
 import re
 from types import SimpleNamespace

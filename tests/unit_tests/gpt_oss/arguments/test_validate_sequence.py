@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""How a sequence is split and packed: what cannot run is refused before any process group."""
+"""Sequence split and packing: invalid options are rejected before a process group is created."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def test_accepted(name):
 
 
 def test_way_to_exchange():
-    """By measurement; TransformerEngine has one way for sinks."""
+    """auto selects by measurement; TransformerEngine supports one scheme for sinks."""
     assert parse(f'{TINY} 2').cp_comm_type == ['auto']
     other = f'{TINY} 2 --transformer-impl transformer_engine'
     assert parse(other).cp_comm_type == ['auto']

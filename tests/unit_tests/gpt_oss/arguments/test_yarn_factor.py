@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--yarn-factor: a longer context than the published one, from training to config.json."""
+"""--yarn-factor extends the published context, from training to config.json."""
 
 import dataclasses
 import json

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Hugging Face to Megatron to torch_dist to Hugging Face, bit for bit; and what goes wrong."""
+"""Hugging Face to torch_dist to Hugging Face is bit-identical; errors of the export."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ from tests.harness.models import (
 
 @pytest.fixture(scope='module')
 def hf(tmp_path_factory):
-    """A checkpoint with auxiliary files, as training starts from."""
+    """A Hugging Face checkpoint with auxiliary files."""
     config = hf_config_from_preset(ODD, eos_token_id=7) | {'torch_dtype': 'bfloat16', 'note': 'x'}
     folder = tmp_path_factory.mktemp('export') / 'hf'
     write_hf(folder, ODD, trained_tensors(ODD), config=config)
@@ -185,7 +185,7 @@ def test_nothing_stays_of_a_failed_export(hf, saved, tmp_path):
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp32', 'mxfp4'])
 def test_transformers_says_nothing(tmp_path, dtype, caplog):
-    """from_pretrained of what to-hf wrote: no key missing or unexpected, no warning, no log."""
+    """from_pretrained of an export: no missing or unexpected key, no warning, no log line."""
     transformers = pytest.importorskip('transformers')
     source = write_hf(tmp_path / 'hf', TINY, trained_tensors(TINY))
     write_byte_tokenizer(source)
@@ -278,7 +278,7 @@ def test_mxfp4_refuses(one_rank, hf, saved, tmp_path):
 
 
 def test_a_killed_export_goes_on(saved, tmp_path):
-    """The files that were done stay, and the result is that of an export that was not killed."""
+    """Finished files are kept, and the result equals that of an export that was not killed."""
     from tests.unit_tests.gpt_oss.checkpoint.test_import_hf import run_until_killed
 
     whole = export_hf(saved, tmp_path / 'whole', max_shard_bytes=200_000)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Every field of config.json: the function that transformers computes, or a refusal by name."""
+"""Every field of config.json: same logits as transformers, or an error that names the field."""
 
 import dataclasses
 import os

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Reading Hugging Face directories: BF16 and MXFP4, whole and damaged."""
+"""Read Hugging Face directories in BF16 and MXFP4, complete and damaged."""
 
 import json
 import shutil

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss convert to-megatron`: the pieces of every layout, loading, restart, what it refuses.
+"""`gptoss convert to-megatron`: shards of every layout, loading, restart, errors.
 
 The reference for the weights is a model that `load_hf` filled (test_parity.py shows that right) and
 Megatron's own `dist_checkpointing.load`.
@@ -374,7 +374,7 @@ def test_no_room_is_said_before(hf, tmp_path, monkeypatch):
 
 
 def test_no_room_on_the_way(hf, tmp_path, monkeypatch):
-    """The disk fills up: what is done stays, and the same command resumes from there."""
+    """The disk fills up: finished files are kept, and the same command resumes."""
     read, count = Job.read, 0
 
     def read_until_full(self, part):

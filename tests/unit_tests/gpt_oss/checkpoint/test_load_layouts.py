@@ -108,7 +108,7 @@ def test_layout(ranks, folders, name):
 
 
 def _bytes_read(hf, layout):
-    """(bytes that this rank took out of the files, bytes of what it owns in those files)."""
+    """(bytes that this rank read, bytes of its tensors in the files)."""
     read, count = SafetensorsFile.read, 0
 
     def counted(self, name, index=()):

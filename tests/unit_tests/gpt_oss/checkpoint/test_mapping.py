@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Layouts between Hugging Face and Megatron, against hand-written whole-tensor conversions."""
+"""Layouts of Hugging Face and Megatron, against independent conversions of complete tensors."""
 
 import itertools
 
@@ -44,7 +44,7 @@ def read(hf):
 
 @pytest.fixture(scope='module')
 def megatron(hf):
-    """Whole Megatron tensors, layers stacked, made element by element in the naive way."""
+    """Complete Megatron tensors with stacked layers, built element by element."""
     attention = 'model.layers.{}.self_attn.{}_proj.{}'
     experts = 'model.layers.{}.mlp.experts.{}'
 
@@ -102,7 +102,7 @@ def _prepended(key):
 
 
 def _parts(key, tensor):
-    """Some parts of every layer and expert: whole, and cut at awkward places."""
+    """Some parts of every layer and expert: complete, and split at irregular offsets."""
     prepended = _prepended(key)
     local = tensor.shape[prepended:]
     for lead in itertools.product(*map(range, tensor.shape[:prepended])):

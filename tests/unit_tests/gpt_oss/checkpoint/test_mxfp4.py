@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Rounding to MXFP4: exact where a block can hold the values, to nearest where not."""
+"""Rounding to MXFP4: exact for representable values, otherwise to nearest."""
 
 from concurrent.futures import ThreadPoolExecutor
 

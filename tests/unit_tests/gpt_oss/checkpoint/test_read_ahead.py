@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Pieces in order, a known number of them ahead, errors where they belong."""
+"""Prefetch: order, number of prefetched items, and errors."""
 
 import threading
 import time

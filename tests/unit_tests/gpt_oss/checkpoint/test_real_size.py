@@ -18,7 +18,7 @@ LIMIT = 8 * 2**30
 
 @pytest.mark.slow
 def test_peak_memory(tmp_path):
-    """Under 8 GiB for the whole process tree, and the same for any number of layers.
+    """Less than 8 GiB for the process tree, independent of the number of layers.
 
     Each conversion is a process of its own; `measure` also compares every tensor.
     """

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Our reading and writing of safetensors by position, against the library's own."""
+"""Positional read and write of safetensors, against the safetensors library."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where torch.save put a tensor's bytes, against torch.load of the same."""
+"""Byte offsets of tensors in the output of torch.save, against torch.load."""
 
 import io
 import os

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss verify`: silent differences planted in a checkpoint are named by tensor, layer, token."""
+"""`gptoss verify` names changed tensors, layers and tokens of a checkpoint."""
 
 import dataclasses
 import importlib.util

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The data file: shares as computed by hand, and every mistake named."""
+"""--data-blend: shares against hand-computed values, and errors."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_without_weights_each_counts_by_its_tokens(folder):
 
 
 def test_validation_sets(folder):
-    """Of a corpus that is not trained on only where it is asked for: what is being forgotten."""
+    """A corpus with weight 0 has a validation set only if the file names one."""
     text = """
   a: {path: ja, weight: 1, validation: false}
   b: {path: ja, weight: 0}

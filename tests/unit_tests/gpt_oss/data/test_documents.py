@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Documents of files of each kind, as Python's own readers see them."""
+"""Documents of each file format, against Python's readers."""
 
 import builtins
 import gzip
@@ -17,7 +17,7 @@ TEXTS = ['one', 'zwei "ü"\n', '日本語\u2028x', '', '[{"text": "not an elemen
 
 
 def read(path, key='text'):
-    """[(number, text or BadDocument's words)]"""
+    """[(number, text or message of BadDocument)]"""
     found = []
     for record in read_records(path, key):
         try:
@@ -84,7 +84,7 @@ def test_lines_of_array_elements(tmp_path):
 
 
 def test_array_that_is_not_utf8(tmp_path):
-    """Nothing is replaced in silence."""
+    """Invalid bytes are reported, not replaced."""
     path = write(tmp_path / 'a.json', b'[{"text": "a"},\n{"text": "caf\xe9"}]')
     assert read(path)[-1] == (0, 'bad: not UTF-8; the rest is skipped')
     assert not any('\ufffd' in text for _, text in read(path))
@@ -92,7 +92,7 @@ def test_array_that_is_not_utf8(tmp_path):
 
 @pytest.mark.parametrize('packed', ['.gz', '.zst'])
 def test_cut_short(tmp_path, packed):
-    """What is there comes first, and then that there should be more."""
+    """Complete documents come first, then the error about the truncation."""
     generator = random.Random(1)
     lines = '\n'.join(json.dumps({'text': str(generator.random())}) for _ in range(40_000))
     path = write(tmp_path / f'a.jsonl{packed}', lines.encode())

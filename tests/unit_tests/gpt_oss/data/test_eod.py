@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Where documents end, by the data: with gpt-oss' own special tokens Megatron's guess is wrong."""
+"""The end-of-document token is read from the data; gpt-oss' eos_token would be wrong."""
 
 import numpy
 import pytest
@@ -32,7 +32,7 @@ def write(prefix, *documents):
 
 
 def sample(prefix, tokenizer):
-    """The whole of a dataset as one sample."""
+    """A dataset as one sample."""
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=7,

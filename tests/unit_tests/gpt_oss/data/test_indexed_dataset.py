@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Index files: the bytes that Megatron's own builder writes, and damage that is named."""
+"""Index files are those of Megatron's builder; damage is reported."""
 
 import io
 import struct

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""gptoss tokenize with gpt-oss' own vocabulary, against an encoder of another make.
+"""gptoss tokenize with gpt-oss' vocabulary, against an independent encoder.
 
 The bpe-openai package ships the ranks of o200k and encodes by an algorithm of its own; here they
 become a directory with tokenizer.json, as Hugging Face's gpt-oss directories have one.

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Text to indexed dataset, read back through Megatron's own IndexedDataset."""
+"""Text to indexed dataset, read with Megatron's IndexedDataset."""
 
 import gzip
 import json
@@ -164,7 +164,7 @@ def _mixed_corpus(folder, documents=300):
 
 
 def test_processes_lengths_and_validation(tokenizer, tmp_path, monkeypatch):
-    """Every document is in just one dataset, whole and in order, whatever the number of processes."""
+    """Every document is in exactly one dataset, complete and in order, for any number of processes."""
     texts = _mixed_corpus(tmp_path / 'corpus')
     arguments = dict(split_at=(1024, 2048), validation_share=0.2)
     for workers, batch in ((1, 2_000_000), (3, 5_000)):

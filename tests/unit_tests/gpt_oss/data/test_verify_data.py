@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss verify-data`, and the check of every index before a run begins."""
+"""`gptoss verify-data`, and the check of every index at the start of a run."""
 
 import json
 import struct

@@ -18,7 +18,7 @@ cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason='describes a box
 
 @cpu_only
 def test_without_a_gpu(tmp_path, capsys):
-    """Every backend with its reason, the choice marked, what to do in one sentence."""
+    """Every backend with its reason, the selected one marked, and a hint."""
     cli.main(['doctor', '--json', str(tmp_path / 'report.json')])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / 'report.json').read_text())
@@ -48,7 +48,7 @@ def test_mistakes(argv, words, capsys):
 
 @cpu_only
 def test_measured_case(monkeypatch):
-    """The flow that a GPU takes: checked, then timed; a kernel that fails hides no other one."""
+    """As on a GPU: each kernel is checked, then timed; a failed kernel does not hide others."""
     workload = attention_timing.Workload('tiny', 64, heads=4, groups=2, dim=8)
     rows = {name: {'supported': name in ('math', 'fa2'), 'reason': None} for name in BACKENDS}
     monkeypatch.setattr(doctor, '_NOT_MEASURED', ('flex',))

@@ -2,8 +2,8 @@
 
 """The peak of forward and backward, planned and counted while a model runs.
 
-Live tensors are counted on the CPU, with kernels and norms that allocate as those of CUDA do. Python
-frames and autograd hold the same tensors on both.
+Live tensors are counted on the CPU, with kernels and norms that allocate as those of CUDA do.
+Python frames and autograd hold the same tensors on both.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def _layout(world_size=1, policy='fast', preset=MODEL, recompute=None, **sizes):
 
 
 def peak_bytes(layout):
-    """Most bytes of live tensors in one forward and backward, weights left out."""
+    """Peak bytes of live tensors in one forward and backward, without weights."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.gpt_oss.training.output_processor import chunked_loss_processor
 
@@ -77,7 +77,7 @@ def peak_bytes(layout):
                 losses.sum().backward()
             del losses
             peaks.append(memory.peak)
-    # gloo's threads let go of what they sent when they are scheduled: on busy cores later.
+    # gloo's threads free sent tensors when they are scheduled, which is later on loaded cores.
     return min(peaks[1:])
 
 
@@ -145,7 +145,7 @@ def test_head_as_measured_on_a_gpu():
     [('4k', 4096, 8, (), 1), ('32k', 32768, 1, (), 1), ('128k', 131072, 1, ('moe',), 4)],
 )
 def test_steps_as_measured_on_a_gpu(case, length, size, modules, parts):
-    """Two layers and the head, balanced routing: what a whole step takes."""
+    """Peak memory of a step with two layers and the output layer, balanced routing."""
     row = {row['case']: row for row in _measured('train_step_h100.json')}[case]
     layout = Layout(
         get_preset('20b', 2),
@@ -182,7 +182,7 @@ def test_experts_as_measured_on_a_gpu():
 
 
 def test_step_of_adamw():
-    """The kernel takes nothing besides gradients and state, on the CPU as on CUDA."""
+    """The kernel allocates nothing in addition to gradients and state, on the CPU as on CUDA."""
     parameter = torch.nn.Parameter(torch.ones(1000, 100))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     parameter.grad = torch.ones_like(parameter)

@@ -125,7 +125,7 @@ def test_told(flags, words):
 
 
 def test_cpu_memory():
-    """Told where it is not known, checked where it is."""
+    """A note if the CPU memory is not known, a check if it is."""
     flags = '--preset 20b --gpus 1 --gpu-memory 141'
     out, error = plan(flags)
     assert not error and '0 of 8 layouts fit, 4 more if a machine has enough CPU memory' in out

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Layouts, their order and the errors; the command and the dry run; the file of rates."""
+"""Search over layouts and its order; errors; `gptoss plan` and --dry-run; rates.json."""
 
 import json
 import re

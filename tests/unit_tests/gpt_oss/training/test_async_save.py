@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""pretrain_gpt_oss.py --async-save: what a person sees, and what happens when the run is hurt."""
+"""pretrain_gpt_oss.py --async-save: output, and failures during the background write."""
 
 import os
 import re
@@ -68,7 +68,7 @@ def whole(run_dir):
 
 
 def goes_on(ranks, inputs, run_dir, flags='--train-iters 3', world_size=1):
-    """The same command again, unhurt: the steps that it made, all of them and whole at the end."""
+    """Run the same command without a fault; returns its steps, and checks that all are complete."""
     printed = run(ranks, inputs, run_dir, flags, world_size=world_size)[-1][0]
     records = read_metrics(run_dir / 'metrics.jsonl')
     assert sorted(runs.steps(records)) == [1, 2, 3] and whole(run_dir) == 3
@@ -135,7 +135,7 @@ def saving(words):
 
 
 def test_refused_flags():
-    """What Megatron would drop in silence, or hang in."""
+    """Flags that Megatron would silently ignore, or that would make it hang."""
     with pytest.raises(UsageError, match='does not run on a CPU. Drop the flag'):
         check_async_save(saving('--use-persistent-ckpt-worker'), is_cuda=False)
     with pytest.raises(UsageError, match='Drop --async-strategy'):
@@ -222,7 +222,7 @@ def full_disk_of_rank_1(folder, seen):
 
 
 def test_full_disk_of_one_rank(ranks, inputs, tmp_path):
-    """One message says what happened and which checkpoint is whole; no rank hangs."""
+    """One message names the cause and the last complete checkpoint; no rank hangs."""
     flags = f'--train-iters 3 {EXPERTS}'
     results = run(ranks, inputs, tmp_path / 'run', flags, full_disk_of_rank_1, 2)
     for message, seen in results:
@@ -240,7 +240,7 @@ def full_disk_of_second_file(folder, seen):
 
 
 def test_full_disk_of_one_of_several_files(ranks, inputs, tmp_path):
-    """A rank's writers are threads of the writer; what one of them fails of is told, too."""
+    """A rank has several writer threads; the failure of one is reported, too."""
     flags = '--train-iters 3 --ckpt-assume-constant-structure --dist-ckpt-workers 2'
     message, _ = run(ranks, inputs, tmp_path / 'run', flags, full_disk_of_second_file)[0]
     assert 'A checkpoint could not be written: no space left on the disk' in message, message
@@ -264,7 +264,7 @@ def test_folder_vanishes(ranks, inputs, tmp_path):
 
 
 def killed_while_writing(folder, seen):
-    """Rank 1 is gone while both ranks write step 2, rank 0 for ever."""
+    """Rank 1 is killed while both ranks write step 2; the write of rank 0 never ends."""
 
     def before(iteration):
         if iteration == 2 and os.environ['RANK'] == '1':
@@ -274,7 +274,7 @@ def killed_while_writing(folder, seen):
 
 
 def test_kill_9_while_writing(ranks, inputs, tmp_path):
-    """The checkpoint before is what the next run resumes from; the torso is written again."""
+    """The next run resumes from the previous checkpoint, and rewrites the incomplete one."""
     flags = f'--train-iters 3 {EXPERTS}'
     with pytest.raises(RankFailure, match='died with exit code -9'):
         run(ranks, inputs, tmp_path / 'run', flags, killed_while_writing, 2)
@@ -297,7 +297,7 @@ def look_at_old_ones(folder, seen):
 
 
 def test_keep_checkpoints(ranks, inputs, tmp_path):
-    """While 3 is being written 2 stays; it goes when 3 is whole."""
+    """Checkpoint 2 is kept while 3 is written, and deleted when 3 is complete."""
     flags = '--train-iters 3 --keep-checkpoints 1'
     _, seen = run(ranks, inputs, tmp_path / 'run', flags, look_at_old_ones)[0]
     assert seen[2] == ['iter_0000001', 'iter_0000002']
@@ -353,7 +353,7 @@ def unknown_error_while_writing(folder, seen):
 
 
 def test_unknown_error_gives_the_checkpoint_up(ranks, inputs, tmp_path):
-    """Other ranks may be gone: nothing is finalised, and the directory says so."""
+    """Other ranks may have exited: the checkpoint is not finalised, and its directory is marked."""
     with pytest.raises(RankFailure, match='Interrupted'):
         run(ranks, inputs, tmp_path / 'run', '--train-iters 3', unknown_error_while_writing)
     folder = str(tmp_path / 'run/checkpoints')

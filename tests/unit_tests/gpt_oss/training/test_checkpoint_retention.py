@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--keep-checkpoints: which directories go, and that the last whole checkpoint never does."""
+"""--keep-checkpoints: which directories are deleted; the last complete checkpoint never is."""
 
 import json
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""The line of a step, and what a resumed run does to metrics.jsonl."""
+"""The log line of a step, and metrics.jsonl of a resumed run."""
 
 import io
 

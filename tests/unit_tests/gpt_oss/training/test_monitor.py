@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Load of the experts, entropy of the routers, norms by module, samples: at any layout the same."""
+"""Expert load, router entropy, norms by module and samples are equal at every layout."""
 
 import math
 

@@ -1,13 +1,13 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""A token that is not a number spoils its own document and no other, in a step with every fast path.
+"""NaN in a token affects only its own document, in a step with all fused kernels.
 
 Documents meet in one product of an expert's rows, in one chunk of the loss, in one tile of
 attention; each row must stay its own. The embedding of one token is made NaN, in a packed sequence
 or in a micro-batch of sequences. Losses of all other documents, and the gradients of their
-embeddings, must be those of the step without it. Gradients of weights are sums over all tokens: they
-do become NaN, and the step is refused as any is whose gradients are not finite.
-FlexAttention, and plain PyTorch's attention on CUDA, cross documents in a tile: they are no fast path.
+embeddings, must be those of the step without it. Gradients of weights are sums over all tokens:
+they do become NaN, and the step is refused as any is whose gradients are not finite. FlexAttention,
+and plain PyTorch's attention on CUDA, cross documents in a tile: they are no fast path.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The whole model with the chunked loss: losses and gradients of the loss from all logits."""
+"""GPTModel with the chunked loss: losses and gradients equal those of the loss from all logits."""
 
 import pytest
 import torch

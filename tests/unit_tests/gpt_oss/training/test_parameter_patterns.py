@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--freeze and --lr-multiplier: what the weights do, what the optimizer holds, resuming."""
+"""--freeze and --lr-multiplier: weights, optimizer state, and resume."""
 
 import shutil
 from argparse import Namespace

@@ -28,7 +28,7 @@ def losses(records):
 
 @pytest.fixture(scope='module')
 def on_gpu(ranks, inputs, tmp_path_factory):
-    """Losses of six steps with nothing on the host and no save."""
+    """Losses of six steps without CPU offload and without a save."""
     run_dir = tmp_path_factory.mktemp('runs') / 'on_gpu'
     return losses(runs.start(ranks, inputs, run_dir, FLAGS))
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""`gptoss report`: one well-formed page with every curve where its values lie, and every argument."""
+"""`gptoss report`: one well-formed HTML file with every curve and every argument."""
 
 import json
 import re

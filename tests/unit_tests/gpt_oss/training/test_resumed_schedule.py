@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The learning rate of resumed runs: this command's schedule, evaluated where the run stands.
+"""The learning rate of resumed runs: the command's schedule at the position of the run.
 
 Each case trains a run, resumes it by another command line, and compares the rate of every step with
 `reference_schedule.rate`, a function of the step and the command line.
@@ -36,7 +36,7 @@ def start(ranks, inputs, run_dir, flags, world_size=1):
 
 
 def lines(printed):
-    """What is said of the schedule."""
+    """The log lines about the schedule."""
     return [line for line in printed.splitlines() if line.startswith('learning rate at step')]
 
 
@@ -121,7 +121,7 @@ def short(value):
 
 
 def test_same_command(ranks, inputs, stopped, tmp_path):
-    """Nothing changes, and nothing is said."""
+    """Nothing changes, and nothing is logged."""
     printed, records = start(
         ranks, inputs, copied(stopped['plain'], tmp_path / 'run'), '--train-iters 8'
     )

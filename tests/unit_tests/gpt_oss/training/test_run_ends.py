@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What ends a run from outside: one clear message, nothing saved lost, the same command resumes."""
+"""Runs that are ended from outside: one message, checkpoints stay, the same command resumes."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ class Processes:
                     )
 
     def wait_for_step(self, step):
-        """Until a step is logged."""
+        """Wait until a step is logged."""
         metrics = self.run_dir / 'metrics.jsonl'
         self.wait_until(lambda: metrics.is_file() and f'"step": {step},' in metrics.read_text())
 
@@ -56,7 +56,7 @@ class Processes:
             time.sleep(0.05)
 
     def wait(self):
-        """Exit codes."""
+        """Wait for the processes; returns their exit codes."""
         try:
             return [process.wait(timeout=120) for process in self.processes]
         finally:
@@ -178,7 +178,7 @@ def test_failed_run_leaves_no_process(torchrun):
 
 
 def test_ranks_end_with_their_launcher(torchrun, tmp_path):
-    """SIGKILL of torchrun: nothing trains on."""
+    """SIGKILL of torchrun ends the ranks."""
     start, left = torchrun
     process = start('--train-iters 100000 --num-workers 1')
     metrics = tmp_path / 'run' / 'metrics.jsonl'
@@ -197,7 +197,7 @@ def test_ranks_end_with_their_launcher(torchrun, tmp_path):
 
 
 def ended_run(argv, hurt, folder):
-    """What the run was ended with; `hurt(folder)` registers what hurts it."""
+    """The error that ended the run; `hurt(folder)` registers the fault."""
     try:
         runs.main_in_rank(argv, lambda: hurt(Path(folder)))
     except RunError as error:
@@ -297,7 +297,7 @@ def nan_batch_at_step_3(folder):
 
 
 def test_nan_batch(inputs, ranks, tmp_path):
-    """Both ranks end with the same words, and only the steps before were saved."""
+    """Both ranks end with the same message, and only earlier steps were saved."""
     flags = '--train-iters 4 --save-interval 1'
     messages = run_hurt(ranks, inputs, tmp_path / 'run', flags, nan_batch_at_step_3, world_size=2)
     assert messages[0] == messages[1]

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""One run at a time in a directory; what a dead one left is recognised, and told."""
+"""Only one run at a time uses a directory; the lock of a dead run is detected and reported."""
 
 import json
 import os
@@ -136,7 +136,7 @@ def test_live_machine_whose_locks_are_not_seen(tmp_path, holder, monkeypatch):
 
 
 def test_taken_over_while_it_stood_still(tmp_path, holder):
-    """Two runs never both go on: the one that was stopped ends when it wakes."""
+    """Two runs never train at the same time: the suspended one ends when it continues."""
     process = holder('no locks')
     process.send_signal(signal.SIGSTOP)
     of_another_machine(tmp_path)

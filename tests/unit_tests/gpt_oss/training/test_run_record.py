@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""run.json: a second start sees what changed, and continues, reports it in one line, or refuses."""
+"""run.json: a second start detects changes, and continues, reports them in one line, or refuses."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def start(ranks, inputs, run_dir, flags, words=None):
 
 
 def told(argv):
-    """(what a run prints, '') or ('', the sentence that refuses it): the rank is used again."""
+    """(output of a run, '') or ('', its error message), so that the rank can be reused."""
     try:
         return runs.main_in_rank(argv), ''
     except (UsageError, RunError) as error:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a run refuses before it begins: the ranks' environment, what to load, where to write."""
+"""Errors before a run starts: environment of the ranks, checkpoint to load, output directory."""
 
 import os
 from argparse import Namespace

@@ -1,5 +1,5 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""`make train` in a few steps: every artefact is there, and a second start resumes."""
+"""`make train` with few steps: all outputs exist, and a second start resumes."""
 
 import json
 import os

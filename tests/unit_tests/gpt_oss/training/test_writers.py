@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Metrics in TensorBoard and Weights & Biases, and what is said when a package is missing."""
+"""Metrics in TensorBoard and Weights & Biases, and the message if a package is missing."""
 
 import importlib.util
 import sys

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a token dispatcher remembers of a layer until the next forward: nothing that holds its graph.
+"""A token dispatcher keeps no reference to the autograd graph of a layer after its backward.
 
 A layer that is recomputed in the backward has its input as a leaf of that graph. Whoever holds the
 graph afterwards holds the input and its gradient, of every layer.

@@ -17,7 +17,7 @@ def one_process(tmp_path_factory):
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    with torch.compiler.set_stance("force_eager"):  # the maths is asked for, not the compiler
+    with torch.compiler.set_stance("force_eager"):  # the test is about the maths, not the compiler
         yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
@@ -103,7 +103,7 @@ class Rank:
 
 @pytest.mark.parametrize("as_list", [True, False], ids=["list", "tensor"])
 def test_count_bias_once(as_list):
-    """The ranks' parts sum to the bias, and each rank's gradient is the whole one."""
+    """The ranks' parts sum to the bias, and each rank has the full gradient."""
     bias = torch.randn(3, 5, dtype=torch.float64)
     dout = torch.randn(3, 5, dtype=torch.float64)
     total = torch.zeros_like(bias)

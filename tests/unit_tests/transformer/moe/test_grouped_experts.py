@@ -67,7 +67,7 @@ def rows_and_probs(counts, dtype, device="cpu"):
 
 
 def run(experts, x, probs, dout, counts):
-    """Output and every gradient, by name."""
+    """Run the layer; returns the output and every gradient, by name."""
     experts.zero_grad()
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
     out, bias = experts(x, torch.tensor(counts, device=x.device), probs)
@@ -176,14 +176,14 @@ CONFIGS = {
 
 @pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
 def test_sequential_mlp(overrides):
-    """The whole layer with SequentialMLP and with GroupedExperts, for what a config can ask."""
+    """An MoE layer with SequentialMLP and with GroupedExperts, for all supported options."""
     theirs = {k: v for k, v in overrides.items() if not k.startswith("recompute")}
     layers = moe_layer(False, **theirs), moe_layer(True, **overrides)
     randomize(layers[0])
     copy_weights(*layers)
     x, dout = (torch.randn(9, 2, HIDDEN, dtype=torch.float64) for _ in range(2))
     results = []
-    with torch.compiler.set_stance("force_eager"):  # the maths is asked for, not the compiler
+    with torch.compiler.set_stance("force_eager"):  # the test is about the maths, not the compiler
         for layer in layers:
             leaf = x.clone().requires_grad_()
             out, bias = layer(leaf)
@@ -234,7 +234,7 @@ def test_transformers():
 
 @pytest.mark.parametrize("activation", [quick_gelu, F.gelu], ids=["fused", "unfused"])
 def test_recompute_keeps_no_activation(activation, monkeypatch):
-    """moe_act recompute: the input of the second product is not in memory between the passes."""
+    """moe_act recompute: the input of fc2 is not kept between forward and backward."""
     activate, made = GroupedExperts._activate, []
 
     def recorded(*args, **kwargs):
@@ -338,7 +338,7 @@ def test_cuda(counts, dtype):
     reason="grouped_mm needs Hopper or Blackwell",
 )
 def test_cuda_does_not_wait():
-    """A whole layer, forward and backward, without one synchronisation."""
+    """Forward and backward of a layer without synchronisation."""
     layer = moe_layer(True, torch.bfloat16, use_cpu_initialization=False)
     randomize(layer)
     x = torch.randn(33, 2, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -93,7 +93,7 @@ def whole_case(sequence, batch, biases):
 
 
 def cut(tensors, place, shape):
-    """The part of a whole checkpoint tensor that begins at a rank's place.
+    """The part of a checkpoint tensor that begins at a rank's offset.
 
     The whole comes as one piece for each expert (and for gate and up): find the one that holds it.
     """
@@ -170,7 +170,7 @@ def test_layout(ranks, cases, layout, routing):
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2-etp2"])
 def test_marks(ranks, case, layout):
-    """Over which ranks DDP averages and the gradient norm counts: as upstream's own experts."""
+    """DDP and gradient norm treat the parameters as those of upstream's experts."""
     world_size, sizes = LAYOUTS[layout]
     both = [
         ranks.run(run_layout, grouped, sizes, case, world_size=world_size)[0][1]

@@ -25,7 +25,7 @@ from megatron.core.transformer.moe.grouped_mlp.activation import (
 )
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 
-# `make test-gpu` runs them; the interpreter's run asks for this file by name.
+# `make test-gpu` runs them; the run in the interpreter names this file.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Rows of each expert. Tiles have 32 rows, blocks 64 columns.
@@ -122,7 +122,7 @@ def test_swiglu_keeps_nan_in_its_row():
 
 @pytest.mark.parametrize("counts, dtype", CASES)
 def test_weighted_bias(counts, dtype):
-    """The bias of the second product, added in place and weighted by row, and its gradients."""
+    """The fc2 bias, added in place and weighted per routed token, and its gradients."""
     _, bias, probs, y, groups = tensors(counts, WIDTH, dtype)
     bias = bias[:, :WIDTH].contiguous()
     owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(DEVICE)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The Triton kernels of the experts' products against plain PyTorch in float64.
+"""The Triton kernels of the grouped GEMMs against plain PyTorch in float64.
 
 On a Hopper GPU as they are; without a GPU in Triton's interpreter, where TRITON_INTERPRET=1 is set
 before the first import (test_grouped_experts.py starts such a run where triton is installed).
@@ -28,10 +28,10 @@ kernels = pytest.importorskip(
     "megatron.core.transformer.moe.grouped_mlp.gemm_triton", exc_type=ImportError
 )
 
-# `make test-gpu` runs them; the interpreter's run asks for this file by name.
+# `make test-gpu` runs them; the run in the interpreter names this file.
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter has no products in bf16
+DTYPE = torch.bfloat16 if ON_GPU else torch.float16  # the interpreter does not support bf16 GEMMs
 # Rows of each expert. Tiles have 128 rows; the gradient of a matrix takes 64 at a time.
 COUNTS = {
     "uneven": [5, 0, 130, 1],

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Tokens to rows and back, through upstream's permute and unpermute, against float64."""
+"""Upstream's permute and unpermute against float64."""
 
 import importlib.util
 import os
@@ -81,7 +81,7 @@ def test_no_scatter():
 
 
 def test_rows_of_tokens():
-    """Tokens without a row, at the end too."""
+    """Tokens that are routed to no expert, also at the end."""
     rows, starts = rows_of_tokens(torch.tensor([4, 0, 4, 2]), 6)
     assert rows.tolist() == [1, 3, 0, 2]
     assert starts.tolist() == [0, 1, 1, 2, 2, 4, 4]
@@ -113,7 +113,7 @@ for width in (5, 1500):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is tested on the device")
 def test_kernel_in_interpreter():
-    """In a process of its own: TRITON_INTERPRET counts when triton is imported."""
+    """In a separate process: triton reads TRITON_INTERPRET when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", KERNEL]
     done = commands.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The router's bias where TransformerEngine computes the logits.
+"""The router bias if TransformerEngine computes the logits.
 
 The product's epilogue takes the bias' bytes for numbers of the output's dtype: a bf16 bias under
 fp32 logits is garbage, and half of it lies past its end.
@@ -31,7 +31,7 @@ def error(tensors):
 
 
 def epilogue(weight, inp, dtype, layout, bias=None, **_):
-    """TransformerEngine's product on the CPU, with an epilogue that knows the output's dtype alone."""
+    """TransformerEngine's GEMM on the CPU; its epilogue uses only the dtype of the output."""
     assert layout == 'TN'
     out = inp.to(dtype) @ weight.to(dtype).T
     if bias is not None:

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""What a MoE layer refuses under tensor parallelism without sequence parallelism."""
+"""Options that an MoE layer rejects with tensor parallelism without sequence parallelism."""
 
 from types import SimpleNamespace
 

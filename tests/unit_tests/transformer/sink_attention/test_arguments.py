@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Wrong arguments: the ValueError names the argument, what came and what is wanted."""
+"""Invalid arguments: the ValueError names the argument, its value and the expected value."""
 
 import re
 
@@ -92,8 +92,8 @@ WRONG = {
     "backend-unknown": ({**dense(), "backend": "fa5"}, "backend: 'fa5' is unknown; wanted 'auto'"),
     "backend-unable": (
         {**dense(), "backend": "cudnn"},
-        "backend: 'cudnn' cannot run this call: needs a CUDA device, the tensors are on cpu. Supported "
-        "here: math.",
+        "backend: 'cudnn' cannot run this call: needs a CUDA device, the tensors are on cpu. "
+        "Supported here: math.",
     ),
     "cp-comm-type": ({**dense(), "cp_comm_type": "ring"}, "cp_comm_type: 'ring' is unknown"),
 }

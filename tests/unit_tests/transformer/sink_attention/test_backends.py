@@ -179,7 +179,7 @@ def test_reasons(name):
 
 @pytest.mark.parametrize("example", ["T127-D64-W128", "packed-D64-W128", "T513-D64-W1"])
 def test_cpu_error(example):
-    """The measure of the tests on a GPU, on plain PyTorch in bf16."""
+    """The error limit of the GPU tests, checked with plain PyTorch in bf16."""
     compare(LARGE[example], "math", torch.bfloat16)
 
 
@@ -220,7 +220,7 @@ def with_gradients(example, name, sink, q, k, v, dout, **changes):
 
 @lru_cache(maxsize=None)
 def references(example_id, dtype):
-    """With the sink and without; the same for every backend."""
+    """References with and without the sink, for all backends."""
     example = next(x for x in LARGE.values() if id(x) == example_id)
     q, k, v, sink, dout = example.tensors(dtype, DEVICE)
     with_sink = example.reference(q, k, v, sink, dout, sink_terms=True)
@@ -377,7 +377,7 @@ def test_gpu_graph(name, example):
     example = LARGE[example]
     require(name, example, torch.bfloat16)
     q, k, v, sink, dout = example.tensors(torch.bfloat16, "cuda")
-    options = {**example.options("cuda"), "backend": name}  # copied from the host: not in a graph
+    options = {**example.options("cuda"), "backend": name}  # a copy from CPU memory: not in a graph
 
     def attention():
         out = sink_attention(q, k, v, sink, **options)

@@ -56,7 +56,7 @@ EXAMPLES = {
 
 
 def make_groups(cp, size=None):
-    """Of this rank: its group of cp ranks, that group's index, and [a2a, p2p] for each LEVELS."""
+    """This rank's group of cp ranks, the index of the group, and [a2a, p2p] for each LEVELS."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine, levels = None, [[None, None] for _ in LEVELS.get(cp, [])]
 
@@ -96,7 +96,7 @@ def run_one(example, group, scheme, with_sink=True, **changes):
 
 
 def expected_of(example, with_sink=True, by_definition=False):
-    """The same on one rank, of the whole sequence."""
+    """The results of one rank for the complete sequence."""
     q, k, v, sink, dout = example.tensors(torch.float64)
     sink = sink if with_sink else None
     if by_definition:
@@ -212,7 +212,7 @@ def test_same_bits(ranks):
 
 
 def saved_elements(scheme):
-    """What a forward keeps for the backward, and what it is to keep."""
+    """Elements that a forward saves for the backward, and the expected number."""
     group = torch.distributed.group.WORLD
     q, k, v, sink, _ = EXAMPLES["B2"].tensors(torch.float32)
     q, k, v = (local_tokens(x, group).detach().requires_grad_() for x in (q, k, v))
@@ -326,7 +326,7 @@ def test_bytes_of_the_plan(ranks, monkeypatch):
 
 
 def refusals(cp):
-    """What each wrong call says, on this rank; none of them waits for another rank."""
+    """The errors of invalid calls on this rank; no call waits for another rank."""
     group, _, levels = make_groups(cp)
 
     def attention(tokens=8, heads=8, groups=2, where=group, scheme="auto", keys=None, **options):

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The layout, chunk pairs and their kernels, without other ranks."""
+"""Layout, chunk pairs and their kernels in one process."""
 
 import dataclasses
 

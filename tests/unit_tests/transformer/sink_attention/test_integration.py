@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""sink_attention under PyTorch's machinery, and the choice of "auto"."""
+"""sink_attention with autograd, autocast, checkpointing and torch.compile; the choice of "auto"."""
 
 import json
 

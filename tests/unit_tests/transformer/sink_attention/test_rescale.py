@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The pure functions of the sink, and their kernels."""
+"""The pure functions of the sink, and their Triton kernels."""
 
 import os
 

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Rotary positions of a context parallel rank against transformers' rotation of the whole sequence.
+"""Rotary positions of a context-parallel rank, against transformers' rotation of the sequence.
 
 Every rank of cp 1 to 8 in one process: RoPE asks its group for size and rank only.
 """
@@ -18,13 +18,14 @@ from megatron.core.transformer.sink_attention.packed import PackedSequence
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 LENGTH, HEADS, HEAD_DIM, ORIGINAL = 96, 3, 64, 32
-# Chunks are 6 long at cp 8. Documents of one token, of none, over several chunks, and past ORIGINAL.
+# Chunks are 6 long at cp 8. Documents of one token, of none, over several chunks, and past
+# ORIGINAL.
 DOCUMENTS = (0, 1, 12, 13, 13, 31, 77, 95, 96, 96)
 
 
 @dataclass
 class Group:
-    """One rank's process group, as far as RoPE asks."""
+    """The attributes of a process group that RoPE uses."""
 
     cp_size: int
     cp_rank: int
@@ -85,7 +86,7 @@ ranks = pytest.mark.parametrize('size, rank', RANKS, ids=[f'cp{s}-rank{r}' for s
 
 @ranks
 def test_dense(size, rank):
-    """The table of a rank was made with torch.cuda, whatever the device."""
+    """Regression: the table of a rank was created with torch.cuda on every device."""
     group, mine = Group(size, rank), own_tokens(size, rank)
     x = torch.randn(LENGTH, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     table, mscale = yarn(group)(LENGTH)
@@ -99,7 +100,7 @@ def test_dense(size, rank):
 @ranks
 @pytest.mark.parametrize('run_on', [False, True], ids=['restart', 'run-on'])
 def test_packed(size, rank, run_on):
-    """Upstream took each document for split over the ranks, and 2 * cp for a divisor of each."""
+    """Upstream splits each document over the ranks and needs lengths that 2 * cp divides."""
     group, mine = Group(size, rank), own_tokens(size, rank)
     x = torch.randn(LENGTH, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(2))
     cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)

@@ -19,7 +19,7 @@ MSCALE = 1.3465735902799727  # gpt-oss: 0.1 ln(32) + 1
 
 
 class OneRank:
-    """A process group of one rank, as far as attention and RoPE ask."""
+    """The attributes of a one-rank process group that attention and RoPE use."""
 
     def size(self):
         return 1
@@ -109,7 +109,7 @@ def test_thd_mscale(monkeypatch, mscale):
 
 
 def test_thd_mla_interleaving(monkeypatch):
-    """The fused path for packed sequences ignored MLA's interleaved input layout too."""
+    """Regression: the fused path for packed sequences ignored MLA's interleaved input layout."""
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", thd_kernel)
     torch.manual_seed(1)
     config = SimpleNamespace(
@@ -208,7 +208,7 @@ def test_fused_single_qkv_mscale(monkeypatch, mscale, fused):
 
 
 def test_fused_single_qkv_says_that_it_splits(monkeypatch):
-    """Who asks for the fused kernel with YaRN is told that it is not used, and why."""
+    """A warning says that YaRN does not use the fused kernel, and why."""
     with pytest.warns(
         UserWarning, match=r"does not support YaRN's attention factor, found 1\.3466"
     ):
@@ -217,7 +217,7 @@ def test_fused_single_qkv_says_that_it_splits(monkeypatch):
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "halves"])
 def test_fused_single_qkv_interleaved(monkeypatch, interleaved):
-    """fused_single_qkv_rope rotated halves although rotary_interleaved asked for pairs."""
+    """Regression: fused_single_qkv_rope rotated halves although rotary_interleaved needs pairs."""
     attention = make_attention(monkeypatch, interleaved=interleaved)
     check_attention(attention, 1.0, interleaved)
 

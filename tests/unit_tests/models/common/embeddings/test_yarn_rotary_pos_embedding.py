@@ -34,7 +34,7 @@ YARN = dict(
 
 @pytest.fixture(autouse=True)
 def cpu_without_gpu(monkeypatch):
-    """The embedding goes to the current device; let that be the CPU where there is no other."""
+    """Make the CPU the current device if there is no GPU."""
     if not torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
 
@@ -106,7 +106,7 @@ def test_frequencies(record_property, factor, truncate):
 
 @pytest.mark.parametrize("beta_fast, beta_slow", [(32.0, 1.0), (16.0, 2.0), (1.0, 1.0)])
 def test_betas(beta_fast, beta_slow):
-    """The last pair makes a range of no width."""
+    """The last pair of betas gives an empty range."""
     betas = dict(beta_fast=beta_fast, beta_slow=beta_slow)
     inv_freq, _ = megatron_yarn(**betas)
     torch.testing.assert_close(inv_freq, transformers_yarn(**betas)[0], rtol=RTOL, atol=0)
@@ -163,7 +163,7 @@ def yarn_args(**kwargs):
 
 @pytest.mark.parametrize("attention_factor", [None, 1.0, 1.75])
 def test_explicit_attention_factor(attention_factor):
-    """transformers' attention_factor could not be said; both embedding and layers need it."""
+    """Regression: attention_factor of transformers had no flag; embedding and layers need it."""
     _, ref = transformers_yarn(attention_factor=attention_factor)
     config = Namespace(**YARN, yarn_attention_factor=attention_factor)
     layer = yarn._yarn_get_concentration_factor_from_config(config)
@@ -182,21 +182,21 @@ def test_flags():
 
 @pytest.mark.parametrize("rotary_percent", [1.0, 0.5, 0.25])
 def test_rotary_percent(rotary_percent):
-    """rotary_percent was ignored: frequencies of the whole head for the whole head."""
+    """Regression: rotary_percent was ignored, and the complete head was rotated."""
     ref, _ = transformers_yarn(partial_rotary_factor=rotary_percent)
     inv_freq, _ = megatron_yarn(rotary_percent=rotary_percent)
     torch.testing.assert_close(inv_freq, ref, rtol=RTOL, atol=0)
 
 
 def test_interpolation_factor_is_refused():
-    """seq_len_interpolation_factor was ignored in silence."""
+    """Regression: seq_len_interpolation_factor was silently ignored."""
     with pytest.raises(ValueError, match="would ignore seq_len_interpolation_factor=2.0"):
         make_yarn(seq_len_interpolation_factor=2.0)
     make_yarn(seq_len_interpolation_factor=None)
 
 
 class Group:
-    """A process group, as far as building a model and slicing positions ask."""
+    """The attributes of a process group that model construction and position slices use."""
 
     def __init__(self, size, rank):
         self.size, self.rank = lambda: size, lambda: rank
