@@ -2,7 +2,7 @@
 
 """Causal attention with a learnable sink per head, on the fastest kernel of the machine.
 
-api.py               the public functions; check_arguments.py: their checks
+api.py               sink_attention(), available_backends(); check_arguments.py: their checks
 attention_params.py  one call without its tensors
 attend.py            one call on one rank; context_parallel/: over the ranks of a group
 ops.py               forward and backward as custom operators of PyTorch
@@ -10,7 +10,8 @@ rescale.py           applying sinks to (out, lse); rescale_triton.py: its kernel
 registry.py          the backends and their selection; measured_order.py: the order of "auto"
 backends/            one file per kernel
 packed.py            documents in a sequence that context parallelism splits
-megatron_module.py   SinkDotProductAttention, the core attention of a layer spec
+sink_dot_product_attention.py  the core attention of a layer spec
+megatron_module.py   maps arguments and config of DotProductAttention to sink_attention()
 """
 
 from megatron.core.transformer.sink_attention.api import available_backends, sink_attention

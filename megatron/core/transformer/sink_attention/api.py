@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""The public functions."""
+"""The public functions: `sink_attention` and `available_backends`."""
 
 from typing import Sequence
 
