@@ -157,7 +157,7 @@ NAMED_ONLY = {
 
 def test_flags_of_docs_recipes_and_benchmarks_are_accepted():
     files = [ROOT / 'README.md', *ROOT.glob('docs/*.md'), *ROOT.glob('examples/gpt_oss/**/*')]
-    files += ROOT.glob('benchmarks/*.py')
+    files += ROOT.glob('benchmarks/**/*.py')
     for file in files:
         if not file.is_file() or file.name in ('flags.md', 'upstream_faults.md'):
             continue
