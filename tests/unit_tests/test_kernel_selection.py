@@ -62,4 +62,4 @@ def test_triton_or_torch():
     choice = triton_or_torch("kernel", "megatron.core.no_such_module")
     assert choice.select(torch.zeros(2)).module is None
     reason = TritonKernels("megatron.core.no_such_module").unsupported_reason()
-    assert reason == "the Python module megatron.core.no_such_module is not installed"
+    assert "No module named 'megatron.core.no_such_module'" in reason

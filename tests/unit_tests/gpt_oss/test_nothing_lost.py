@@ -117,7 +117,7 @@ def test_padding_is_no_token(hf, save, tmp_path, capsys):
     assert _rows(export_hf(known, tmp_path / 'like', like=hf)) == 101
     assert _rows(export_hf(known, tmp_path / 'alone')) == 101
     assert verify(hf, known)
-    assert 'rows 101 to 103 of the checkpoint are padding' in capsys.readouterr().out
+    assert 'rows 101 to 103 of the Megatron checkpoint are padding' in capsys.readouterr().out
     # The directory has rows beyond the tokenizer's: they are kept, as it has them.
     fewer = save(arguments | {'tokenizer_vocab_size': 99}, train, padded_vocab_size=104)
     assert _rows(export_hf(fewer, tmp_path / 'fewer', like=hf)) == 101

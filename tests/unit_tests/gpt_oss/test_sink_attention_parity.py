@@ -51,7 +51,8 @@ def test_every_layer_is_on_it(models, calls):
     model, reference = models
     ids = torch.randint(ODD.vocab_size, (2, 60), generator=torch.Generator().manual_seed(0))
     logits = model(ids, torch.arange(60).expand(2, -1), None)
-    assert [call['window'] for call in calls] == [ODD.sliding_window, None, ODD.sliding_window]
+    window = (ODD.sliding_window - 1, 0)
+    assert [call['window_size'] for call in calls] == [window, None, window]
     assert error(logits, reference(ids).logits) < 1e-5
 
 

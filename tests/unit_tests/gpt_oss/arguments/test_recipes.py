@@ -87,7 +87,7 @@ def test_why_there_is_no_120b_on_16():
     layout = Layout(get_preset('120b'), 16, seq_length=8192, global_batch_size=512)
     assert not any(plan.fits for plan in all_plans(PlanRequest(layout, 80e9, offload=False)))
     fitting = [plan for plan in all_plans(PlanRequest(layout, 80e9)) if plan.fits]
-    assert fitting and min(plan.memory.host for plan in fitting) > 85e9
+    assert fitting and min(plan.memory.cpu_memory for plan in fitting) > 85e9
 
 
 def test_reference_case():

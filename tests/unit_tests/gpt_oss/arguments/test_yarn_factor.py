@@ -11,7 +11,7 @@ import torch
 
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
-from megatron.gpt_oss.errors import CheckpointError, PresetError
+from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.gpt_oss.presets import extend_context, get_preset
 from tests.harness import runs
 from tests.harness.models import TINY, trained_tensors, write_hf
@@ -83,7 +83,7 @@ def test_export_of_a_checkpoint_that_was_moved(run, inputs, tmp_path):
     ],
 )
 def test_refused(words, message):
-    with pytest.raises(PresetError, match=message):
+    with pytest.raises(UsageError, match=message):
         read(words.split())
 
 

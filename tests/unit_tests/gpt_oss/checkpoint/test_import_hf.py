@@ -204,14 +204,14 @@ def test_reader_reads_runs_and_the_rest(hf, tmp_path, monkeypatch, name):
     """
     out = find_iteration(convert_to_megatron(hf, tmp_path / 'out', LAYOUTS[name]))
     ours, theirs = TorchDistReader(out), TorchDistReader(out)
-    monkeypatch.setattr(theirs, '_read_runs', lambda *args: False)
-    by_runs, read_runs = [], ours._read_runs
+    monkeypatch.setattr(theirs, '_read_contiguous', lambda *args: False)
+    by_runs, read_runs = [], ours._read_contiguous
 
     def counted(*args):
         by_runs.append(read_runs(*args))
         return by_runs[-1]
 
-    monkeypatch.setattr(ours, '_read_runs', counted)
+    monkeypatch.setattr(ours, '_read_contiguous', counted)
     for tensor in hf_names(PRESET):
         one, other = (megatron_to_hf(tensor, PRESET, reader) for reader in (ours, theirs))
         assert torch.equal(one, other), tensor

@@ -169,7 +169,7 @@ WRONG = {
 @pytest.mark.parametrize('case', WRONG)
 def test_every_entry_of_an_index(case, at_a_time, tmp_path, monkeypatch):
     """Entries are read in pieces; a fault at an edge of two is one, too."""
-    monkeypatch.setattr('megatron.gpt_oss.data.indexed_dataset._AT_A_TIME', at_a_time)
+    monkeypatch.setattr('megatron.gpt_oss.data.indexed_dataset._CHUNK', at_a_time)
     content, words = WRONG[case]
     (tmp_path / 'x.bin').write_bytes(bytes(sum(LENGTHS) * 4))
     (tmp_path / 'x.idx').write_bytes(_index())
