@@ -148,7 +148,7 @@ class Layout:
     def kv_comm(self) -> str:
         """Communication type of layers without a window; '' without context parallelism.
 
-        "auto" selects all_gather or p2p. Both save the same tensors.
+        "auto" is planned as all_gather; p2p saves the same tensors.
         """
         if self.cp == 1:
             return ""
