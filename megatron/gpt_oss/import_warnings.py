@@ -1,7 +1,7 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
-"""What importing Megatron warns of on every machine without NVIDIA's optional packages.
+"""Suppresses warnings of Megatron's imports about missing optional packages.
 
-Apex and TransformerEngine are used where found and never needed, so not finding them is no warning.
+Apex and TransformerEngine are used where they are installed; nothing needs them.
 """
 
 import warnings

@@ -1,6 +1,6 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""For code that uses a module's parameters without calling the module."""
+"""Run the forward pre-hooks of a module whose parameters are used without calling the module."""
 
 import torch
 

@@ -1,10 +1,10 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""Datasets that are being written, and the place from which a killed `gptoss tokenize` goes on.
+"""Writes datasets, and the journal from which a killed `gptoss tokenize` resumes.
 
-The work lies in `.NAME.partial` beside the output. From time to time what was written is brought
-to disk and the journal says how long each file was then and how far the input had been read. A
-later start cuts the files to those lengths; what follows is written again, with the same bytes.
+The files are in `.NAME.partial` next to the output. At intervals they are synced to disk, and the
+journal records the length of each file and the position in the input. The next start truncates the
+files to these lengths; what follows is written again, with the same bytes.
 """
 
 import fcntl
