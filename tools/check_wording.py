@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Iterator
 
 WORDING = Path(__file__).with_name("wording.txt")
-QUOTES_PHRASES = {WORDING.name, "test_check_wording.py"}
+QUOTES_PHRASES = {WORDING.name, "test_check_wording.py", "deprecated.py"}
 _STRINGS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)}
 
 
@@ -65,7 +65,8 @@ def prose(path: Path) -> dict[int, str]:
 def _strings_and_comments(text: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in _STRINGS:
+        words = len(token.string.split())
+        if token.type in _STRINGS and words > 1:  # one word is a key or a file name
             for number, line in enumerate(token.string.splitlines(), start=token.start[0]):
                 without_code = re.sub(r"`[^`]*`|\{[^{}]*\}", "", line)
                 found[number] = f"{found.get(number, '')} {without_code}"
@@ -76,9 +77,10 @@ def phrases(file: Path = WORDING) -> dict[re.Pattern, str]:
     """{pattern of a phrase: what to write instead}."""
     lines = (line.rstrip() for line in file.read_text(encoding="utf-8").splitlines())
     pairs = (re.split(r"\t|  +", line, maxsplit=1) for line in lines if line and line[0] != "#")
-    # The first letter in either case: FOLDER is a placeholder. `folder:` documents an argument.
+    # The first letter in either case: FOLDER is a placeholder. `folder:` documents an argument, and
+    # --folder is a flag.
     return {
-        re.compile(rf"\b[{old[0].upper()}{old[0]}]{re.escape(old[1:])}\b(?!:)"): new
+        re.compile(rf"(?<!--)\b[{old[0].upper()}{old[0]}]{re.escape(old[1:])}\b(?!:)"): new
         for old, new in pairs
     }
 
@@ -88,7 +90,7 @@ def complaints(base: str) -> Iterator[str]:
     texts: dict[str, dict[int, str]] = {}
     rejected = phrases()
     for path, number in added_lines(base):
-        if Path(path).name in QUOTES_PHRASES:
+        if Path(path).name in QUOTES_PHRASES or path.startswith("benchmarks/results/"):
             continue
         if path not in texts:
             texts[path] = prose(Path(path))

@@ -116,7 +116,7 @@ def write_tree(folder: Path, tree: Tree, checkout: Path) -> None:
 
 
 def write_trees(folder: Path, checkout: Path) -> None:
-    """Write folder/unpatched and folder/patched."""
+    """Write the directories `unpatched` and `patched`."""
     workspace = Workspace(ROOT)
     trees = {"unpatched": workspace.pristine(), "patched": workspace.expected()}
     for name, tree in trees.items():

@@ -19,7 +19,7 @@ ratio is the time of the same kernel without a sink over that with one. `auto` i
 with the kernel that it takes, and its ratio is to the fastest kernel without a sink.
 
 --write-table makes the order measured here that of "auto" on this kind of card. FlexAttention
-stays out of it: it compiles for every shape anew.
+stays out of it: it compiles for each shape.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def check(workload: Workload, name: str) -> tuple[dict, str | None]:
     """Errors on a short sequence of the same kind, and the reason if the backend gets no figure."""
     try:
         found = errors(workload.short(), name)
-    except Exception as error:  # goes on with the others, and says so at the end
+    except Exception as error:  # the other cases still run, and the end lists this one
         return {}, f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
     worst = max(found, key=found.get)
     if not found[worst] < ERROR_LIMIT:

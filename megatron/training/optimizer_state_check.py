@@ -48,7 +48,7 @@ def refuse_unloadable_state(
     """Refuse optimizer state that does not fit this run's optimizer or expert-parallel size.
 
     Optimizers with and without --use-distributed-optimizer store their state in different formats,
-    and the latter has fp32 weights only for models in bf16 or fp16.
+    and the state of one without it has fp32 weights only for models in bf16 or fp16.
 
     `fully_reshardable` state loads at every expert-parallel size. `dp_reshardable` state needs the
     buffers of its layout. Without the distributed optimizer, the state of one optimizer cannot be

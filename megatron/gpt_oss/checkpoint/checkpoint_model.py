@@ -211,7 +211,7 @@ class Vocabulary:
     """Number of vocabulary rows of a checkpoint.
 
     Attributes:
-        rows: rows of tokens.
+        rows: vocabulary rows that are tokens.
         padding: padding rows after them.
         note: a message for the user, or "".
     """
@@ -224,7 +224,7 @@ class Vocabulary:
 def vocabulary_of(
     reader: TorchDistReader, like: int | None, asked: int | None = None
 ) -> Vocabulary:
-    """Distinguish the vocabulary rows of tokens from padding.
+    """Distinguish the vocabulary rows that are tokens from padding.
 
     Without --padded-vocab-size, Megatron pads the size of the tokenizer to a multiple of
     --make-vocab-size-divisible-by times TP. A run saves these arguments in its checkpoint. Without

@@ -123,7 +123,7 @@ OTHER = 4
 
 # Why it is here.
 @pytest.fixture
-def folder():
+def parent():
     return Path(os.sep)
 
 
@@ -142,7 +142,7 @@ def helper():
 
 
 @pytest.mark.usefixtures("named")
-def test_one(folder):
+def test_one(parent):
     assert helper()
 
 
@@ -156,7 +156,7 @@ def test_extract():
     assert one == MODULE.replace("OTHER = 4\n", "").partition("\n\n\ndef test_two")[0] + "\n"
     two = extract(MODULE, {"test_two"})
     assert two.startswith('# Copyright\n"""Docstring."""\n\nfrom pathlib import PurePath\n\nimport')
-    assert "folder" not in two and "SIZE" not in two and "import os" not in two
+    assert "parent" not in two and "SIZE" not in two and "import os" not in two
     with pytest.raises(KeyError, match="test_three"):
         extract(MODULE, {"test_three"})
 

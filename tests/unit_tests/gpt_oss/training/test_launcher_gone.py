@@ -44,4 +44,4 @@ def test_killed_during_the_imports(tmp_path):
         started.wait(5)
     except psutil.TimeoutExpired:
         os.kill(started.pid, signal.SIGKILL)
-        raise AssertionError('the rank goes on') from None
+        raise AssertionError('the rank still runs') from None

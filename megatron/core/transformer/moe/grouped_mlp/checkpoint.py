@@ -160,7 +160,7 @@ def check_optimizer_layout(args, saved_args, sharding_type: str) -> None:
         if saved is not None and saved != ours:
             raise RuntimeError(
                 f"The checkpoint's optimizer state ({sharding_type}) follows the order of the "
-                f"parameters of a run with {name} = {saved}; here it is {ours}. Go on with "
+                f"parameters of a run with {name} = {saved}; here it is {ours}. Resume with "
                 f"{saved}, save with --dist-ckpt-optim-fully-reshardable there, or begin with a "
                 "fresh optimizer (--no-load-optim)."
             )
