@@ -14,6 +14,7 @@ Verification checks file sizes and hashes small files, so it takes moments for t
 shards. Shards are hashed when they are read (megatron/core/dist_checkpointing/block_hashes.py).
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -37,6 +38,11 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 
 # 2: shards have hashes. Older manifests have no version.
 VERSION = 2
+# Files that a save writes, in any format.
+_CHECKPOINT_FILE = re.compile(
+    r'__\w+\.distcp(\.xxh3)?|\.metadata|metadata\.json|'
+    r'(common|model_optim_rng|distrib_optim)\.pt'
+)
 # Hashing this much takes about 10 ms. Metadata is smaller, even for large models.
 LARGEST_HASHED_FILE = 16 * 2**20
 
@@ -64,21 +70,35 @@ Tracker = Union[int, str, None]
 def begin_save(directory: str) -> None:
     """Mark a checkpoint directory as incomplete, before any rank writes to it. Collective.
 
-    The directory may hold an earlier checkpoint of the same iteration, whose files the save replaces
-    one by one with files of the same size.
+    The directory may hold an earlier checkpoint of the same iteration. Its files are deleted: a
+    writer would wait for the reader of a pipe, and change the target of a link and a backup that
+    has hard links to them.
+
+    Raises:
+        IsADirectoryError: a directory has the name of a file to write.
     """
     if MultiStorageClientFeature.is_enabled():
         return  # Objects appear complete or not at all, and cannot be renamed.
     if _rank() == 0:
         os.makedirs(directory, exist_ok=True)
+        earlier = _checkpoint_files(directory)
         manifest = {'version': VERSION, 'state': 'writing'}
         _write_atomically(os.path.join(directory, MANIFEST), json.dumps(manifest))
-        for name in _files(directory):  # of the earlier checkpoint's shards
-            if name.endswith(block_hashes.SUFFIX):
-                os.unlink(os.path.join(directory, name))
+        for path in earlier:
+            os.unlink(path)
         _damaged.pop(os.path.realpath(directory), None)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def _checkpoint_files(directory: str) -> List[str]:
+    found = []
+    for parent, directories, files in os.walk(directory):
+        for name in filter(_CHECKPOINT_FILE.fullmatch, directories):
+            path = os.path.join(parent, name)
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        found += [os.path.join(parent, name) for name in filter(_CHECKPOINT_FILE.fullmatch, files)]
+    return found
 
 
 def finish_save(directory: str) -> None:
@@ -404,6 +424,8 @@ def _check_size(path: str, name: str, expected: int, exact: bool) -> Optional[st
         size = os.path.getsize(path)
     except FileNotFoundError:
         return f'{name} is missing (expected {expected} bytes)'
+    if not os.path.isfile(path):
+        return f'{name} is not a file'
     if size < expected or (exact and size != expected):
         return f'{name} has {size} bytes, expected {expected}' + ('' if exact else ' or more')
     return None
@@ -411,6 +433,8 @@ def _check_size(path: str, name: str, expected: int, exact: bool) -> Optional[st
 
 def _is_incomplete_save(directory: str) -> bool:
     """Whether `begin_save` was called for this directory, and `finish_save` was not."""
+    if not has_manifest(directory):
+        return False
     try:
         return _read_json(os.path.join(directory, MANIFEST))['state'] == 'writing'
     except (OSError, ValueError, KeyError, TypeError):
@@ -428,11 +452,12 @@ def _iterations(load_dir: str) -> List[int]:
 def _read_tracker(load_dir: str) -> Tuple[Tracker, List[str]]:
     """What the tracker names, and warnings."""
     path = os.path.join(load_dir, TRACKER)
-    try:
-        with open(path, errors='replace') as file:
-            text = file.read().strip()
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return None, []
+    if not os.path.isfile(path):
+        return '', [f'{path} is not a file; expected the number of an iteration, or "release".']
+    with open(path, errors='replace') as file:
+        text = file.read().strip()
     if text == RELEASE:
         return text, []
     if re.fullmatch(r'[0-9]{1,18}', text):
@@ -471,10 +496,11 @@ def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice
 
 
 def _files(directory: str) -> List[str]:
-    """Relative paths of all files in a directory tree, without the manifest."""
+    """Relative paths of all files in a directory tree, without the manifest, pipes and devices."""
     names = []
     for parent, _, files in os.walk(directory):
-        names += [os.path.relpath(os.path.join(parent, name), directory) for name in files]
+        paths = (os.path.join(parent, name) for name in files)
+        names += [os.path.relpath(path, directory) for path in paths if os.path.isfile(path)]
     return sorted(name for name in names if name not in (MANIFEST, MANIFEST + '.tmp'))
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 """Messages for runs that fail for a known cause: what happened, what is saved, what to do."""
 
+import contextlib
 import errno
 import os
 import re
@@ -33,6 +34,7 @@ _WRITE_ERRORS = (
     errno.EIO,
     errno.ENOENT,
     errno.ESTALE,
+    errno.EISDIR,
 )
 
 
@@ -60,7 +62,7 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
             where = f" ({cause.filename})" if cause.filename else ""
             return RunError(
                 f"A checkpoint could not be written: {_write_cause(cause)}{where}. "
-                f"{_what_is_saved(args)} Free disk space, then rerun the same command."
+                f"{_what_is_saved(args)} {_write_hint(cause)}, then rerun the same command."
             )
     if any(isinstance(cause, CheckpointException) and not cause.failures for cause in chain):
         return RunError(  # every rank gets this error, but only rank 0 its cause
@@ -86,13 +88,20 @@ def as_run_error(error: BaseException, args: Namespace) -> RunError | None:
 def _write_cause(error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return "a file or directory disappeared during the write"
+    if error.errno == errno.EISDIR:
+        return "a directory has the name of one of its files"
     return os_cause(error.errno)
+
+
+def _write_hint(error: OSError) -> str:
+    return "Move the directory away" if error.errno == errno.EISDIR else "Free disk space"
 
 
 def print_traceback(error: BaseException) -> None:
     """Print the traceback to Megatron's own output."""
-    traceback.print_exception(error, file=sys.stdout)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the disk may be full, which is reported then
+        traceback.print_exception(error, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def _written_error(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron.core.dist_checkpointing.block_hashes import CheckedFileSystemReader, HashingFileSystem
+from megatron.gpt_oss.training import failure_messages
 from megatron.training import checkpoint_integrity
 from megatron.training.checkpoint_integrity import find_problem
 from tests.harness import tiny_pretrain, watched_pretrain
@@ -223,6 +225,55 @@ def test_hashes_of_an_earlier_save_go(folder):
     assert not list(path.glob('*.xxh3'))
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, lambda path: path.symlink_to('../other')])
+def test_a_save_replaces_pipes_and_links(folder, make):
+    """A writer would wait for the reader of a pipe, and write to what a link leads to."""
+    names = ['__0_0.distcp', '__0_0.distcp.xxh3', '.metadata', 'metadata.json']
+    path = folder / f'iter_{STEPS:07d}'
+    for name in names:
+        (path / name).unlink()
+        make(path / name)
+    make(path / 'other.pipe')
+    checkpoint_integrity.begin_save(str(path))
+    assert sorted(os.listdir(path)) == ['manifest.json', 'other.pipe']
+    checkpoint_integrity.finish_save(str(path))  # reads no pipe
+    assert json.loads((path / 'manifest.json').read_text())['files'] == {}
+
+
+def test_a_save_keeps_hard_links(folder):
+    """As `cp -al` makes them for a backup."""
+    path = shard(folder, STEPS)
+    os.link(path, folder / 'backup')
+    before = path.read_bytes()
+    checkpoint_integrity.begin_save(str(path.parent))
+    assert not path.exists() and (folder / 'backup').read_bytes() == before
+
+
+def test_a_directory_has_the_name_of_a_shard(folder):
+    path = shard(folder, STEPS)
+    path.unlink()
+    path.mkdir()
+    before = contents(folder)
+    with pytest.raises(IsADirectoryError) as failure:
+        checkpoint_integrity.begin_save(str(path.parent))
+    assert failure.value.filename == str(path) and contents(folder) == before
+    error = failure_messages.as_run_error(failure.value, Namespace(save=str(folder)))
+    assert f'one of its files ({path}). The last complete checkpoint is' in str(error)
+    assert 'Move the directory away, then rerun' in str(error)
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize('sealed', [True, False], ids=['manifest', 'upstream'])
+@pytest.mark.parametrize('name', ['.metadata', 'metadata.json', '__0_0.distcp'])
+def test_a_pipe_or_directory_is_passed_over(folder, name, sealed, make):
+    path = folder / f'iter_{STEPS:07d}' / name
+    if not sealed:
+        unseal(folder, STEPS)
+    path.unlink()
+    make(path)
+    assert checkpoint_integrity.choose(str(folder)).iteration == STEPS - 1
+
+
 @pytest.mark.parametrize('flags', ['', '--async-save --async-strategy mcore'], ids=['', 'async'])
 def test_sigkill_in_a_save(ranks, saved, tmp_path, flags):
     """Killed while the second checkpoint is written, a run resumes from the first."""
@@ -344,6 +395,14 @@ def test_whole_folders_of_upstream(folder):
     (folder / TRACKER).unlink()
     with pytest.raises(checkpoint_integrity.CheckpointLoadError, match='write 4 to .*latest_check'):
         checkpoint_integrity.choose(str(folder))
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_tracker_is_no_file(folder, make):
+    (folder / TRACKER).unlink()
+    make(folder / TRACKER)
+    choice = checkpoint_integrity.choose(str(folder))
+    assert choice.iteration == STEPS and 'is not a file' in choice.messages[0]
 
 
 @pytest.mark.parametrize('text', ['', 'four', '0', None], ids='empty damaged cut missing'.split())
