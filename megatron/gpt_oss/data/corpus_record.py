@@ -56,6 +56,8 @@ def read_record(prefix: Path) -> dict | None:
     None if `gptoss tokenize` did not write it.
     """
     path = output_of(prefix, SUMMARY)
+    if not path.is_file():
+        return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record[MADE_BY] != TOKENIZE or record["version"] != VERSION:

@@ -48,6 +48,8 @@ def read_tokenizer(
     Raises:
         UsageError: of the class `error`; names the file and what is wrong with it.
     """
+    if not Path(file).is_file():  # nobody may write to a named pipe
+        raise error(f"{file} is not a file. {hint}")
     try:
         tokenizer = Tokenizer.from_str(Path(file).read_text(encoding="utf-8"))
         tokenizer.encode("a B\n\u00e9\u65e5", add_special_tokens=False)

@@ -66,11 +66,15 @@ def _datasets(prefix: Path) -> list[str]:
     if any(output_of(prefix, end).exists() for end in DATASET) or owner is not None:
         return [""]
     hint = ""
+    if (found := output_of(prefix, SUMMARY)).exists():
+        hint = f" {found} is not a record of gptoss tokenize."
     if prefix.name.endswith(DATASET):
         hint = f" Give the path without its extension: {str(prefix)[:-4]}."
     elif parts := glob.glob(f"{glob.escape(str(prefix))}.*.idx"):
         hint = f" Did you mean {sorted(parts)[0][:-4]}?"
-    raise UsageError(f"No dataset {prefix}: neither {prefix}{SUMMARY} nor {prefix}.idx.{hint}")
+    raise UsageError(
+        f"No dataset {prefix}: neither its record {prefix}{SUMMARY} nor {prefix}.idx.{hint}"
+    )
 
 
 def _size(target: Path) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from megatron.gpt_oss import cli, errors
+from megatron.gpt_oss.checkpoint.hf.auxiliary_files import check_tokenizer
 from megatron.gpt_oss.data.tokenize.documents import BadDocument, read_records, text_of
 from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
 from megatron.gpt_oss.training.metrics.report import write_report
@@ -217,6 +218,16 @@ def test_one_sentence(folder, name):
     good = (folder / reader.path).read_bytes()
     found = read_damaged(reader, folder, content(good) if callable(content) else content)
     assert found is not None and words in found, found
+
+
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+def test_no_pipe_is_waited_for(tmp_path, make):
+    make(tmp_path / 'tokenizer.json')
+    with pytest.raises(errors.CheckpointError, match='tokenizer.json is not a file'):
+        check_tokenizer(tmp_path)
+    make(tmp_path / 'metrics.jsonl')
+    with pytest.raises(errors.UsageError, match='metrics.jsonl is not a file'):
+        read_metrics(tmp_path / 'metrics.jsonl')
 
 
 def _copy(folder, tmp_path):

@@ -51,7 +51,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def _records(path: Path) -> Iterator[tuple[int, bool, dict[str, Any] | str]]:
     """(line number, whether it is the truncated last line, record or what is wrong with it)."""
     if not path.is_file():
-        raise UsageError(f"No file {path}. Give the metrics.jsonl of a run.")
+        what = f"{path} is not a file" if path.exists() else f"No file {path}"
+        raise UsageError(f"{what}. Give the metrics.jsonl of a run.")
     try:
         with open(path, "rb") as stream:
             for number, line in enumerate(stream, start=1):

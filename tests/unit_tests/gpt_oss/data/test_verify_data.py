@@ -3,6 +3,7 @@
 """`gptoss verify-data`, and the check of every index at the start of a run."""
 
 import json
+import os
 import struct
 
 import numpy
@@ -111,9 +112,13 @@ def test_damage_is_named(case, corpus, capsys):
         ('none', 'No dataset'),
         ('data.0-16.bin', 'Give the path without its extension'),
         ('data.nothing', 'No dataset'),
+        ('pipe', 'pipe.json is not a record of gptoss tokenize'),
+        ('config', 'config.json is not a record of gptoss tokenize'),
     ],
 )
 def test_no_dataset(prefix, words, corpus, capsys):
+    (corpus / 'config.json').write_text('{}')
+    os.mkfifo(corpus / 'pipe.json')
     code, printed = verify(capsys, corpus / prefix)
     assert code == 2 and words in printed and printed.count('\n') == 1
 
