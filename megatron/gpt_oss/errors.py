@@ -58,12 +58,16 @@ class RunError(RuntimeError):
         self.everywhere = everywhere
 
 
-def as_refusal(error: BaseException) -> UsageError | None:
+def as_refusal(
+    error: BaseException, by: str = "Megatron refuses these arguments"
+) -> UsageError | None:
     """A refusal of Megatron while it validates arguments or builds the model, as UsageError.
 
     Megatron uses assert and ValueError; for an assert without a message, the failed condition is
     named.
 
+    Args:
+        by: begins the message.
     Returns:
         None for a UsageError, and for any other error.
     """
@@ -73,7 +77,7 @@ def as_refusal(error: BaseException) -> UsageError | None:
     if not text:
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""
         text = f"this condition must hold: {line.removeprefix('assert ')}{_values_in(line, error)}"
-    return UsageError(f"Megatron refuses these arguments: {text}")
+    return UsageError(f"{by}: {text}")
 
 
 def _values_in(line: str, error: BaseException) -> str:
@@ -203,6 +207,9 @@ def exit_with(error: Exception | str, code: int = EXIT_USAGE, everywhere: bool =
 def run_main(main: Callable[[], object]) -> None:
     """Run an entry point and report known errors as one sentence on stderr.
 
+    A stream that is closed (`command >&-`) becomes /dev/null: the next file that the process opens would
+    get its number, and what native code prints would go there.
+
     Exit codes: 2 for a UsageError and for errors of the operating system (a full disk, a read-only
     file system), 1 for a RunError and for a lack of memory, 130 for Ctrl-C. A closed output pipe
     ends the process silently. Text that is not valid UTF-8 is printed with backslashes.
@@ -224,6 +231,7 @@ def run_main(main: Callable[[], object]) -> None:
 
 
 def _run(main: Callable[[], object]) -> None:
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -252,6 +260,17 @@ def _run(main: Callable[[], object]) -> None:
         if sentence is None:
             raise
         exit_with(UsageError(sentence))
+
+
+def _open_closed_streams() -> None:
+    number = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    while number <= 2:
+        os.set_inheritable(number, True)
+        number = os.open(os.devnull, os.O_RDWR)
+    os.close(number)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
 
 
 def _leave(code: int | str) -> None:

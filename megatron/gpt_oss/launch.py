@@ -8,15 +8,18 @@ here it is forwarded to the ranks. torchrun kills the ranks 30 s after SIGTERM; 
 `SECONDS_TO_SAVE`.
 """
 
+import argparse
 import logging
 import os
+import re
+import signal
 import socket
 import sys
 from typing import NoReturn, Sequence
 
-from megatron.gpt_oss.errors import EXIT_FAULT, UsageError
+from megatron.gpt_oss.errors import EXIT_FAULT, UsageError, as_refusal
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SECONDS_TO_SAVE = 600
 
 
@@ -32,7 +35,7 @@ def launch(words: Sequence[str]) -> None:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
+    from torch.distributed.run import get_args_parser, parse_min_max_nnodes, run
 
     # They log every process that torchrun ends; `_status` reports why the first rank failed.
     for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
@@ -42,8 +45,13 @@ def launch(words: Sequence[str]) -> None:
     parser.prog = "gptoss launch"
     parser.error = _raise_usage_error
     if "--signals-to-handle" in parser._option_string_actions:  # since PyTorch 2.10
-        parser.set_defaults(signals_to_handle=SIGNALS)
+        parser.set_defaults(signals_to_handle=",".join(_handled_signals()))
     args = parser.parse_args(list(words))
+    try:
+        machines = parse_min_max_nnodes(args.nnodes)[1]
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"torchrun refuses these options: {error}") from error
+    _check(args, machines)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(args.nproc_per_node)))
     try:
         run(args)
@@ -51,14 +59,33 @@ def launch(words: Sequence[str]) -> None:
         raise SystemExit(_status(failed)) from failed
     except SignalException as ended:
         raise SystemExit(128 + ended.sigval) from ended
-    except ValueError as error:  # an invalid --nproc-per-node, --nnodes or similar
-        raise UsageError(f"torchrun refuses these options: {error}") from error
+    except (ValueError, AssertionError) as error:  # of --nproc-per-node, --nnodes and their like
+        raise as_refusal(error, "torchrun refuses these options") from error
+
+
+def _handled_signals() -> list[str]:
+    """SIGNALS, without those that this process ignores: nohup ignores SIGHUP."""
+    ignored = signal.SIG_IGN
+    return [name for name in SIGNALS if signal.getsignal(getattr(signal, name)) != ignored]
+
+
+def _check(args: argparse.Namespace, machines: int) -> None:
+    """Refuse what torchrun asserts without a message, or waits for."""
+    for name in ("nproc_per_node", "monitor_interval"):
+        value = str(getattr(args, name))
+        if re.fullmatch(r"-?[0-9.]+", value) and float(value) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected more than 0.")
+    if args.standalone and machines > 1:
+        raise UsageError(
+            f"--standalone is for one machine, but --nnodes is {args.nnodes}. Drop one of them; "
+            "several machines need --rdzv-endpoint."
+        )
 
 
 def _threads(processes: str) -> int:
     """OMP_NUM_THREADS of each rank; torchrun's 1 is slow for a CPU-offloaded optimizer."""
     cores = os.cpu_count() or 1
-    return max(1, min(8, cores // int(processes) if processes.isdigit() and int(processes) else 1))
+    return max(1, min(8, cores // int(processes) if re.fullmatch("[1-9][0-9]*", processes) else 1))
 
 
 def _status(failed) -> int:

@@ -3,6 +3,8 @@
 """The `gptoss` command, the loss plot and sampling."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,3 +128,19 @@ def test_sample_of_a_folder_agrees_with_transformers(tiny):
     assert not torch.distributed.is_initialized()
     with pytest.raises(UsageError, match='--max-new-tokens 0'):
         sample_hf(tiny, 'x', max_new_tokens=0)
+
+
+@pytest.mark.parametrize('closed', ['<&-', '>&-', '2>&-', '<&- >&- 2>&-'])
+def test_closed_streams(closed):
+    """The next file to be opened must not get the number of a stream."""
+    code = (
+        'import os; from megatron.gpt_oss.errors import run_main\n'
+        'def main(): print(1); raise SystemExit(3 if open(os.devnull).fileno() > 2 else 4)\n'
+        'run_main(main)'
+    )
+    command = f'exec "$0" -c "$1" {closed}'
+    done = subprocess.run(['sh', '-c', command, sys.executable, code], capture_output=True)
+    assert (done.returncode, done.stderr) == (3, b'')
+    command = f'exec "$0" -m megatron.gpt_oss.cli presets {closed}'
+    done = subprocess.run(['sh', '-c', command, sys.executable], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b'')

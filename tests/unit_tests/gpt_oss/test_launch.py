@@ -68,12 +68,33 @@ def test_status(tmp_path, what, code, error):
     assert printed.count('\n') <= 1
 
 
-def test_usr1_reaches_the_ranks(tmp_path):
-    process = ranks(tmp_path, 'wait')
+def wait_until_ready(process, tmp_path):
     deadline = time.monotonic() + 60
     while not all((tmp_path / f'ready{rank}').exists() for rank in (0, 1)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+
+
+def test_nohup(tmp_path):
+    """A signal that is ignored at the start stays ignored; torchrun would end the run."""
+
+    def without_sighup(command, **options):
+        words = ['sh', '-c', 'trap "" HUP; exec "$@"', 'sh', *command]
+        return subprocess.Popen(words, **options)
+
+    process = ranks(tmp_path, 'wait', popen=without_sighup)
+    wait_until_ready(process, tmp_path)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+
+
+def test_usr1_reaches_the_ranks(tmp_path):
+    process = ranks(tmp_path, 'wait')
+    wait_until_ready(process, tmp_path)
     process.send_signal(signal.SIGUSR1)
     _, printed = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGUSR1 and printed == ''
@@ -87,6 +108,13 @@ def test_usr1_reaches_the_ranks(tmp_path):
         (('--nproc-per-nod',), 'expected one argument'),
         (('--nproc-per-node', 'many', 'x.py'), "torchrun refuses these options: .*'?many"),
         (('--nnodes', '0:x', 'x.py'), 'refuses these options'),
+        (('--nnodes', '2:1', 'x.py'), 'refuses these options'),
+        (('--nproc-per-node', '\N{SUPERSCRIPT TWO}', 'x.py'), 'refuses these options'),
+        (('--nnodes', '1:2:3', 'x.py'), 'refuses these options'),
+        (('--nproc-per-node', '0', 'x.py'), '--nproc-per-node 0: expected more than 0'),
+        (('--max-restarts', '-1', 'x.py'), 'refuses these options'),
+        (('--monitor-interval', '0', 'x.py'), '--monitor-interval 0.0: expected more than 0'),
+        (('--standalone', '--nnodes', '2', 'x.py'), '--standalone is for one machine'),
     ],
 )
 def test_mistakes(tmp_path, words, message):
