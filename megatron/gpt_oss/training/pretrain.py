@@ -45,7 +45,10 @@ from megatron.gpt_oss.training.run_start import (
     resumes,
 )
 from megatron.training import async_checkpoint, pretrain, step_callbacks
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.argument_utils import (
+    PretrainConfigContainer,
+    pretrain_cfg_container_from_args,
+)
 from megatron.training.models.gpt import GPTModelConfig
 
 
@@ -62,11 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return dry_run(spec)
     set_launcher_variables()
     with run_dir.locked(spec.args), run_dir.megatron_output(spec.run_dir) as console:
+        check_load(spec.args)  # before the validation, which takes seconds
+        check_save(spec.args)
         args = validate(spec)
         check_schedule(args)
-        check_load(args)
         args.lr_multiplier_factors = parse_multipliers(args.lr_multiplier)
-        check_save(args)
         record = RunRecord(spec)
         _print_notices(spec, record, console)
         signals.forward_usr1(args)
@@ -111,9 +114,10 @@ def _train(args: Namespace, monitor: Monitor, provider: Callable) -> None:
     first_step_ended = threading.Event()
     step_callbacks.subscribe(step_callbacks.StepEnded, lambda event: first_step_ended.set())
     try:
+        config = pretrain_cfg_container_from_args(args, _model_config(args, monitor))
         pretrain(
-            pretrain_cfg_container_from_args(args, _model_config(args, monitor)),
-            provider,
+            config,
+            _without_another_save(provider, args, config),
             ModelType.encoder_or_decoder,
             forward_step,
         )
@@ -170,6 +174,22 @@ def _announced(provider, args: Namespace, console: TextIO, record: RunRecord):
             for use in corpus_uses(datasets[0], args.seq_length):
                 print(use.line(os.path.basename(use.path), args.seq_length), file=console)
         return datasets
+
+    provide.is_distributed = True
+    return provide
+
+
+def _without_another_save(provider, args: Namespace, config: PretrainConfigContainer):
+    """The dataset provider, which disables saving if the loaded checkpoint is the end of the run.
+
+    Megatron would write the same checkpoint again, and a kill meanwhile would lose it.
+    """
+
+    def provide(num_samples, vp_stage=None):
+        if resumes(args) and args.iteration >= args.train_iters:
+            if os.path.realpath(args.load) == os.path.realpath(args.save or ""):
+                config.checkpoint.save = None
+        return provider(num_samples, vp_stage)
 
     provide.is_distributed = True
     return provide

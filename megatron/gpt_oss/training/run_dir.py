@@ -7,17 +7,19 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Iterator, TextIO
+from typing import Iterable, Iterator, TextIO
 
+from megatron.core.dist_checkpointing.checkpoint_names import TRACKER
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.outputs import naming
-from megatron.gpt_oss.training.run_lock import RunLock
+from megatron.gpt_oss.training.run_file import RUN_FILE
+from megatron.gpt_oss.training.run_lock import HOLDER_FILE, LOCK_FILE, RunLock
 from megatron.gpt_oss.training.run_record import check_foreign, home
 
 
 @contextlib.contextmanager
 def locked(args: Namespace) -> Iterator[None]:
-    """Hold the lock of --run-dir (or --save) on rank 0.
+    """Hold the locks of --run-dir and --save on rank 0.
 
     Raises:
         UsageError: another run uses the directory, or it cannot be created.
@@ -27,8 +29,12 @@ def locked(args: Namespace) -> Iterator[None]:
         yield
         return
     _create(directory, "--run-dir" if args.run_dir else "--save")
+    own = [directory / name for name in (RUN_FILE, LOCK_FILE, HOLDER_FILE, "metrics.jsonl")]
+    _check_not_in_the_way(own + ([Path(args.save) / TRACKER] if args.save else []))
     check_foreign(directory)
-    with RunLock(directory, lambda line: print(line, flush=True)):
+    with contextlib.ExitStack() as locks:
+        for path in _lock_directories(directory, args.save):
+            locks.enter_context(RunLock(path, lambda line: print(line, flush=True)))
         yield
 
 
@@ -44,12 +50,43 @@ def megatron_output(run_dir: Path | None) -> Iterator[TextIO]:
     _create(run_dir, "--run-dir")
     console = sys.stdout
     path = run_dir / f"megatron-rank{int(os.environ['RANK'])}.log"
+    _check_not_in_the_way([path])
     # Megatron prints arguments, which may be file names that are not UTF-8.
     log = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
-    with log, contextlib.redirect_stdout(log):
-        logging.basicConfig(stream=log, force=True)
-        logging.captureWarnings(True)
-        yield console
+    try:
+        with contextlib.redirect_stdout(log):
+            logging.basicConfig(stream=log, force=True)
+            logging.captureWarnings(True)
+            yield console
+    finally:
+        with contextlib.suppress(OSError):  # a full disk, which the error of the run reports
+            log.close()
+
+
+def _lock_directories(directory: Path, save: str | None) -> list[Path]:
+    """The directory of a run, and each other one that a run with the same --save locks."""
+    found = [directory]
+    if save is not None and "://" not in save:  # not object storage
+        path = Path(save).resolve()
+        if path != directory.resolve() / "checkpoints":
+            _create(Path(save), "--save")
+            found.append(path)
+        elif (path / LOCK_FILE).exists():  # of a run with --save alone
+            found.append(path)
+        if path.name == "checkpoints" and (path.parent / LOCK_FILE).exists():
+            found.append(path.parent)
+    return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
+
+
+def _check_not_in_the_way(paths: Iterable[Path]) -> None:
+    """Refuse what a run can neither read nor replace: it would wait for the other end of a pipe."""
+    for path in paths:
+        if path.is_dir() or path.is_fifo() or path.is_socket():
+            kind = "directory" if path.is_dir() else "named pipe or socket"
+            raise UsageError(
+                f"{path} is a {kind}; a run writes a file of this name. Move it away, or give "
+                "another directory."
+            )
 
 
 def _create(directory: Path, flag: str) -> None:

@@ -114,7 +114,10 @@ def compare_records(
     for name in _TRAINING_DATA:
         words = before.get(name), arguments.get(name)
         contents = _by_content(words[0], then["data"]), _by_content(words[1], now["data"])
-        if words[0] != words[1] and contents[0] != contents[1]:
+        # The same words are other data where a relative path starts in another directory.
+        if contents[0] != contents[1] and (words[0] != words[1] or then["data"]):
+            if words[0] == words[1]:
+                words = _absolute(words[0], then["data"]), _absolute(words[1], now["data"])
             changes[name] = words
     old, new = then["tokenizer"], now["tokenizer"]
     if not _same_file(old, new):
@@ -227,6 +230,12 @@ def _by_content(words: Any, data: Mapping) -> list:
     """Words of a blend, with the content of a dataset in place of its prefix."""
     words = map(str, words) if isinstance(words, list) else ()
     return [_content(data.get(word)) or word for word in words]
+
+
+def _absolute(words: list, data: Mapping) -> list:
+    """Words of a blend, with the absolute path of a dataset in place of its prefix."""
+    entries = [(word, data.get(word)) for word in words]
+    return [item.get("path", word) if isinstance(item, dict) else word for word, item in entries]
 
 
 def _tokenizer(args: Namespace) -> dict[str, Any]:

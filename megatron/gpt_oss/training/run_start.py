@@ -7,7 +7,12 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.checkpoint_names import TRACKER
 from megatron.gpt_oss.errors import UsageError
-from megatron.training.checkpoint_integrity import holds_checkpoint
+from megatron.training.checkpoint_integrity import (
+    CheckpointLoadError,
+    choose,
+    holds_checkpoint,
+    iteration_dir,
+)
 
 
 def has_checkpoint(directory: str | None) -> bool:
@@ -25,11 +30,13 @@ def resumes(args: Namespace) -> bool:
 def check_load(args: Namespace) -> None:
     """Refuse to load from a directory without a checkpoint: Megatron would train random weights.
 
-    --load may name the directory that the run itself is going to save to.
+    --load may name the directory that the run itself is going to save to. A --ckpt-step that does not
+    exist is refused too.
 
     Raises:
         UsageError: names the flag and the directory.
     """
+    _check_step(args)
     if has_checkpoint(args.load):
         return
     wanted = {"--pretrained-checkpoint": args.pretrained_checkpoint}
@@ -43,6 +50,19 @@ def check_load(args: Namespace) -> None:
         if os.path.isfile(os.path.join(directory, "config.json")):
             hint = f"It is a Hugging Face checkpoint: give --load-hf {directory}"
         raise UsageError(f"{flag} {directory} holds no checkpoint. {hint}, or drop the flag.")
+
+
+def _check_step(args: Namespace) -> None:
+    directories = [args.load, args.pretrained_checkpoint]
+    directory = next(filter(has_checkpoint, directories), args.load)
+    if not args.ckpt_step or directory is None:
+        return
+    if os.path.isdir(iteration_dir(directory, args.ckpt_step)):
+        return  # the load verifies it
+    try:
+        choose(directory, args.ckpt_step)
+    except CheckpointLoadError as error:
+        raise UsageError(str(error)) from error
 
 
 def check_save(args: Namespace) -> None:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from megatron.gpt_oss.errors import UsageError
-from megatron.gpt_oss.training import run_lock
+from megatron.gpt_oss.training import run_dir, run_lock
 from megatron.gpt_oss.training.run_lock import RunLock
 from tests.harness import commands
 
@@ -50,8 +51,8 @@ def holder(tmp_path):
     """Starts a process that holds the lock of tmp_path."""
     started = []
 
-    def start(*words):
-        command = [sys.executable, '-c', HOLD, str(tmp_path), *words]
+    def start(*words, directory=tmp_path):
+        command = [sys.executable, '-c', HOLD, str(directory), *words]
         environ = {**os.environ, 'PYTHONPATH': str(ROOT)}
         started.append(commands.Popen(command, stdout=subprocess.PIPE, text=True, env=environ))
         assert started[-1].stdout.readline() == 'held\n'
@@ -151,3 +152,33 @@ def test_damaged_holder(tmp_path, text):
     (tmp_path / 'run.lock.json').write_text(text)
     with RunLock(tmp_path, lambda line: None):
         assert kept(tmp_path)['pid'] == os.getpid()
+
+
+@pytest.mark.parametrize(
+    'held, flags',
+    [
+        ('run', {'run_dir': None, 'save': 'run/checkpoints'}),
+        ('run', {'run_dir': 'other', 'save': 'run/checkpoints'}),
+        ('run/checkpoints', {'run_dir': 'run', 'save': 'run/checkpoints'}),
+        ('saved', {'run_dir': 'other', 'save': 'saved'}),
+        ('saved', {'run_dir': 'other', 'save': 'link'}),
+    ],
+)
+def test_same_save_directory(tmp_path, holder, monkeypatch, held, flags):
+    """Each --save is locked, whatever --run-dir is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('RANK', '0')
+    for name in ('run/checkpoints', 'saved'):
+        os.makedirs(name)
+    os.symlink('saved', 'link')
+    holder(directory=tmp_path / held)
+    with pytest.raises(UsageError, match='is in use by another run'):
+        with run_dir.locked(Namespace(**flags)):
+            pass
+
+
+def test_one_lock_of_a_run_directory(tmp_path, monkeypatch):
+    """--run-dir alone has no second lock in its checkpoints."""
+    monkeypatch.setenv('RANK', '0')
+    with run_dir.locked(Namespace(run_dir=str(tmp_path), save=str(tmp_path / 'checkpoints'))):
+        assert sorted(os.listdir(tmp_path)) == ['run.lock', 'run.lock.json']

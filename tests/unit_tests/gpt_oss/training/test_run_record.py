@@ -13,7 +13,7 @@ import pytest
 from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.errors import RunError, UsageError
 from megatron.gpt_oss.presets import architecture_flags, get_preset
-from megatron.gpt_oss.training import resume_rules
+from megatron.gpt_oss.training import resume_rules, run_record
 from tests.harness import commands, runs
 from tests.unit_tests.gpt_oss.training.test_run_lock import HOLD, ROOT
 
@@ -106,6 +106,17 @@ def test_goes_on(ranks, inputs, run_dir):
         changes = found
 
 
+def test_a_finished_run_keeps_its_checkpoint(ranks, inputs, run_dir):
+    """Writing it again would lose it if the run is killed meanwhile."""
+    start(ranks, inputs, run_dir, '')
+    written = {path: path.stat() for path in (run_dir / 'checkpoints').rglob('*')}
+    assert run_dir / 'checkpoints' / 'iter_0000003' in written
+    assert 'resumed at step 3' in start(ranks, inputs, run_dir, '')
+    again = {path: path.stat() for path in (run_dir / 'checkpoints').rglob('*')}
+    assert again.keys() == written.keys()
+    assert all(again[path].st_mtime_ns == info.st_mtime_ns for path, info in written.items())
+
+
 @pytest.mark.parametrize('flags', ['--seq-length 32', '--global-batch-size 2', '--lr 5e-4'])
 def test_told_by_the_loader_alone(ranks, inputs, run_dir, flags):
     """Each once: `run_position` says it with what the learning rate becomes."""
@@ -187,6 +198,18 @@ def test_other_data(ranks, inputs, run_dir, tmp_path):
         ranks, inputs, run_dir, '', words(inputs, run_dir, data_path=tmp_path / 'other')
     )
     assert '--data-path was' in printed and 'the run skips as many samples' in printed
+
+
+def test_a_relative_path_of_another_directory():
+    """The same word names other data there."""
+    records = []
+    for directory in ('/a', '/b'):
+        entry = {'path': f'{directory}/data', 'idx_sha256': directory}
+        record = {'arguments': {'data_path': ['data']}, 'data': {'data': entry}}
+        records.append({**record, 'tokenizer': None, 'weights': None})
+    assert run_record.compare_records(*records) == {'data_path': (['/a/data'], ['/b/data'])}
+    assert run_record.compare_records(records[0], records[0]) == {}
+    assert run_record.compare_records({**records[0], 'data': {}}, records[1]) == {}  # not recorded
 
 
 def test_other_data_under_the_same_name(ranks, inputs, tmp_path):

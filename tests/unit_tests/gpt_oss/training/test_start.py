@@ -3,6 +3,8 @@
 """Errors before a run starts: environment of the ranks, checkpoint to load, output directory."""
 
 import os
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 from megatron.gpt_oss import errors
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.import_warnings import silence_import_notices
-from megatron.gpt_oss.training import launcher_variables, run_dir, run_start
+from megatron.gpt_oss.training import failure_messages, launcher_variables, run_dir, run_start
 
+ROOT = Path(__file__).parents[4]
 VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
 
 
@@ -43,7 +46,7 @@ def test_variables_of_torchrun(monkeypatch, environ, words):
 
 
 def _args(**given) -> Namespace:
-    none = dict.fromkeys(('load', 'save', 'pretrained_checkpoint'))
+    none = dict.fromkeys(('load', 'save', 'pretrained_checkpoint', 'ckpt_step'))
     return Namespace(**(none | {'exit_on_missing_checkpoint': False} | given))
 
 
@@ -52,6 +55,7 @@ def folders(tmp_path):
     for name in ('empty', 'hf', 'saved'):
         (tmp_path / name).mkdir()
     (tmp_path / 'hf' / 'config.json').write_text('{}')
+    (tmp_path / 'saved' / 'iter_0000002').mkdir()
     (tmp_path / 'saved' / 'latest_checkpointed_iteration.txt').write_text('2')
     (tmp_path / 'again').symlink_to('empty')
     return tmp_path
@@ -68,6 +72,18 @@ def folders(tmp_path):
         (
             {'load': 'new', 'save': 'new', 'exit_on_missing_checkpoint': True},
             '--load new holds no checkpoint',
+        ),
+        (
+            {'load': 'saved', 'save': 'saved', 'ckpt_step': 7},
+            '--ckpt-step 7: saved/iter_0000007 does not exist',
+        ),
+        (
+            {'load': 'new', 'save': 'new', 'ckpt_step': 7},
+            '--ckpt-step 7: new/iter_0000007 does not exist',
+        ),
+        (
+            {'load': 'new', 'save': 'new', 'pretrained_checkpoint': 'saved', 'ckpt_step': 7},
+            '--ckpt-step 7: saved/iter_0000007 does not exist',
         ),
     ],
 )
@@ -86,6 +102,7 @@ def test_nothing_to_load(folders, monkeypatch, given, words):
         {'load': 'new', 'save': 'new'},
         {'load': 'empty', 'save': 'again'},
         {'load': 'saved', 'save': 'new'},
+        {'load': 'saved', 'save': 'new', 'ckpt_step': 2},
         {'load': 'saved', 'pretrained_checkpoint': 'nope'},
         {'load': 'new', 'save': 'new', 'pretrained_checkpoint': 'saved'},
     ],
@@ -110,3 +127,48 @@ def test_run_dir_is_something_else(tmp_path, make, words):
     with pytest.raises(UsageError) as error:
         run_dir._create(Path(tmp_path / 'run'), '--run-dir')
     assert f'--run-dir {tmp_path}/run {words}. Give another path.' == str(error.value)
+
+
+@pytest.mark.parametrize('make, kind', [(os.mkfifo, 'named pipe'), (os.mkdir, 'directory')])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'run.json',
+        'run.lock',
+        'run.lock.json',
+        'metrics.jsonl',
+        'megatron-rank0.log',
+        'checkpoints/latest_checkpointed_iteration.txt',
+    ],
+)
+def test_something_has_the_name_of_a_file(tmp_path, monkeypatch, name, make, kind):
+    """A run would wait for the other end of a pipe."""
+    monkeypatch.setenv('RANK', '0')
+    (tmp_path / 'checkpoints').mkdir()
+    make(tmp_path / name)
+    args = Namespace(run_dir=str(tmp_path), save=str(tmp_path / 'checkpoints'))
+    with pytest.raises(UsageError, match=f'^{tmp_path}/{name} is a {kind}.* Move it away'):
+        with run_dir.locked(args), run_dir.megatron_output(tmp_path):
+            pass
+
+
+def test_a_full_disk_hides_no_error(tmp_path, monkeypatch):
+    """Neither the traceback nor the close of the log raises another error."""
+    monkeypatch.setenv('RANK', '0')
+    (tmp_path / 'megatron-rank0.log').symlink_to('/dev/full')
+    with pytest.raises(errors.RunError):
+        with run_dir.megatron_output(tmp_path):
+            with pytest.raises(OSError) as error:
+                print('a line')
+            failure_messages.print_traceback(error.value)
+            raise errors.RunError('disk full')
+
+
+def test_without_asserts():
+    """python -O removes Megatron's checks, which are asserts."""
+    done = subprocess.run(
+        [sys.executable, '-O', str(ROOT / 'pretrain_gpt_oss.py'), '--preset', 'tiny'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.startswith('error: python -O')
