@@ -23,7 +23,7 @@ help:
 	@echo "make fuzz         random models, layouts and options against one process (N=100 SEED=)"
 	@echo "make fuzz-readers 2,000 mutations of a valid file for each reader (N=2000)"
 	@echo "make test-gpu     tests that need a CUDA device, with python3 instead of .venv"
-	@echo "make lint, fix    black, isort, unused names, wording: check, or rewrite"
+	@echo "make lint, fix    format, imports, unused names, wording: check, or rewrite"
 	@echo "make patch-check  the series applies, headers are complete, groups apply alone"
 
 install: $(VENV)/installed
@@ -65,15 +65,13 @@ test-gpu:
 	$(PYTHON) -m pytest -q -m gpu
 
 lint: test-install
-	$(BIN)/black --check -q $(SOURCES)
-	$(BIN)/isort --check -q $(SOURCES)
+	$(BIN)/ruff format --check -q $(SOURCES)
 	$(BIN)/ruff check -q $(SOURCES)
 	$(BIN)/python tools/check_wording.py
 
 fix: test-install
-	$(BIN)/black -q $(SOURCES)
-	$(BIN)/isort -q $(SOURCES)
 	$(BIN)/ruff check -q --fix $(SOURCES)
+	$(BIN)/ruff format -q $(SOURCES)
 
 # Python files of this project; upstream's files keep their formatting.
 SOURCES = $(shell git ls-files '*.py')
