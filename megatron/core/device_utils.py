@@ -19,27 +19,27 @@ import torch
 @functools.lru_cache(maxsize=None)
 def device_type() -> str:
     """'cuda' if PyTorch sees a CUDA device, else 'cpu'."""
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def is_cuda() -> bool:
     """Whether this process computes on CUDA."""
-    return device_type() == 'cuda'
+    return device_type() == "cuda"
 
 
 def default_backend() -> str:
     """The torch.distributed backend for tensors on this process's device."""
-    return 'nccl' if is_cuda() else 'gloo'
+    return "nccl" if is_cuda() else "gloo"
 
 
 def current_device() -> Union[int, torch.device]:
     """What torch.cuda.current_device() returns, or the CPU; for the `device=` of a new tensor."""
-    return torch.cuda.current_device() if is_cuda() else torch.device('cpu')
+    return torch.cuda.current_device() if is_cuda() else torch.device("cpu")
 
 
 def device_name() -> str:
     """The current device as a string, 'cuda:0' or 'cpu'."""
-    return f'cuda:{torch.cuda.current_device()}' if is_cuda() else 'cpu'
+    return f"cuda:{torch.cuda.current_device()}" if is_cuda() else "cpu"
 
 
 def set_device(index: int) -> None:
@@ -56,7 +56,7 @@ def synchronize() -> None:
 
 def tensor_type(dtype_name: str) -> str:
     """The result of `Tensor.type()` for a tensor on this process's device, e.g. of 'FloatTensor'."""
-    return f'torch.cuda.{dtype_name}' if is_cuda() else f'torch.{dtype_name}'
+    return f"torch.cuda.{dtype_name}" if is_cuda() else f"torch.{dtype_name}"
 
 
 def get_rng_state() -> torch.Tensor:
@@ -162,13 +162,13 @@ def use_stream(stream) -> ContextManager:
 def peak_rss() -> int:
     """Peak resident set size of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024  # Linux counts in KiB.
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB.
 
 
 def current_rss() -> int:
     """Resident set size of this process in bytes; its peak if /proc is not mounted."""
     try:
-        with open('/proc/self/statm') as statm:
+        with open("/proc/self/statm") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_rss()

@@ -17,7 +17,8 @@ from types import ModuleType
 
 # Packages that megatron/ imports within `try`. Errors of required packages (torch, numpy, einops)
 # stay unchanged.
-OPTIONAL = frozenset("""
+OPTIONAL = frozenset(
+    """
     absl amp_C apex boto3 botocore causal_conv1d cuda cudnn cupy datasets deep_ep
     emerging_optimizers fast_hadamard_transform fla flash_attn flash_attn_3 flash_mla
     flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache flask flask_restful
@@ -27,7 +28,8 @@ OPTIONAL = frozenset("""
     scaled_upper_triang_masked_softmax_cuda sentencepiece tensorboard tensorrt_llm tiktoken tilelang
     torch_memory_saver torchao transformer_engine transformer_engine_torch triton userlib wandb wget
     workload_inspector xxhash zarr zmq zstandard
-    """.split())
+    """.split()
+)
 
 
 class _OptionalPackages(MetaPathFinder):
@@ -43,13 +45,13 @@ class _OptionalPackages(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        package = fullname.partition('.')[0]
+        package = fullname.partition(".")[0]
         if package not in OPTIONAL:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
             if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, 'exec_module'):
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                     self._guard(spec.loader, package, fullname)
                 return spec
         return None

@@ -24,8 +24,8 @@ def wait_for_previous(iteration: int) -> None:
     async_utils.maybe_finalize_async_save(blocking=False)
     if not async_utils.is_empty_async_queue():
         print_rank_0(
-            f'WARNING: the checkpoint of iteration {iteration} waits: that of iteration '
-            f'{_iteration_of_last_save} is still being written. Save less often (--save-interval).'
+            f"WARNING: the checkpoint of iteration {iteration} waits: that of iteration "
+            f"{_iteration_of_last_save} is still being written. Save less often (--save-interval)."
         )
         step_callbacks.publish(step_callbacks.CheckpointWaits(iteration, _iteration_of_last_save))
         async_utils.maybe_finalize_async_save(blocking=True)
@@ -69,6 +69,6 @@ class SaveTimer:
         """`blocking_seconds`, and `background_seconds` of this rank (0 without --async-save)."""
         background = (seconds_of_last_write() or 0.0) if self._in_background else 0.0
         return {
-            'blocking_seconds': self._blocking_seconds + time() - self._blocked_since,
-            'background_seconds': background,
+            "blocking_seconds": self._blocking_seconds + time() - self._blocked_since,
+            "background_seconds": background,
         }

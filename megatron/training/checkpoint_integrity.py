@@ -40,8 +40,8 @@ from megatron.core.msc_utils import MultiStorageClientFeature
 VERSION = 2
 # Files that a save writes, in any format.
 _CHECKPOINT_FILE = re.compile(
-    r'__\w+\.distcp(\.xxh3)?|\.metadata|metadata\.json|'
-    r'(common|model_optim_rng|distrib_optim)\.pt'
+    r"__\w+\.distcp(\.xxh3)?|\.metadata|metadata\.json|"
+    r"(common|model_optim_rng|distrib_optim)\.pt"
 )
 # Hashing this much takes about 10 ms. Metadata is smaller, even for large models.
 LARGEST_HASHED_FILE = 16 * 2**20
@@ -82,7 +82,7 @@ def begin_save(directory: str) -> None:
     if _rank() == 0:
         os.makedirs(directory, exist_ok=True)
         earlier = _checkpoint_files(directory)
-        manifest = {'version': VERSION, 'state': 'writing'}
+        manifest = {"version": VERSION, "state": "writing"}
         _write_atomically(os.path.join(directory, MANIFEST), json.dumps(manifest))
         for path in earlier:
             os.unlink(path)
@@ -108,19 +108,19 @@ def finish_save(directory: str) -> None:
     files = {}
     for name in _files(directory):
         path = os.path.join(directory, name)
-        files[name] = {'size': os.path.getsize(path)}
-        if files[name]['size'] <= LARGEST_HASHED_FILE and not name.endswith('.distcp'):
+        files[name] = {"size": os.path.getsize(path)}
+        if files[name]["size"] <= LARGEST_HASHED_FILE and not name.endswith(".distcp"):
             # The writers of shards call fsync; this rank wrote the metadata without it.
             _sync(path)
-            files[name]['sha256'] = _sha256(path)
-    manifest = {'version': VERSION, 'state': 'complete', 'files': files}
+            files[name]["sha256"] = _sha256(path)
+    manifest = {"version": VERSION, "state": "complete", "files": files}
     _write_atomically(os.path.join(directory, MANIFEST), json.dumps(manifest, indent=1))
 
 
 def write_tracker(path: str, text: str) -> None:
     """Replace the content of the tracker file; a reader finds the old one or the new one."""
     if MultiStorageClientFeature.is_enabled():
-        with MultiStorageClientFeature.import_package().open(path, 'w') as file:
+        with MultiStorageClientFeature.import_package().open(path, "w") as file:
             file.write(text)
     else:
         _write_atomically(path, text)
@@ -155,7 +155,7 @@ def resolve(load_dir: str, ckpt_step: Optional[int] = None) -> Tuple[int, bool]:
     for message in messages:
         if _rank() == 0 and message not in _reported:  # A load resolves more than once.
             _reported.add(message)
-            print(f'WARNING: {message}', flush=True)
+            print(f"WARNING: {message}", flush=True)
     return iteration, release
 
 
@@ -180,8 +180,8 @@ def _choose_step(load_dir: str, ckpt_step: int) -> Choice:
             if iteration != ckpt_step and not find_problem(iteration_dir(load_dir, iteration))
         ]
         raise CheckpointLoadError(
-            f'--ckpt-step {ckpt_step}: {problem} Complete checkpoints in {load_dir}: '
-            f'{", ".join(complete) or "none"}.'
+            f"--ckpt-step {ckpt_step}: {problem} Complete checkpoints in {load_dir}: "
+            f"{', '.join(complete) or 'none'}."
         )
     return Choice(ckpt_step, False, [])
 
@@ -200,9 +200,9 @@ def _choose_newest(load_dir: str, tracker: Tracker, messages: List[str]) -> Choi
         if any(iteration > tracker for iteration in candidates):
             # The number was truncated or the directory deleted: not a return to an earlier step.
             messages.append(
-                f'{os.path.join(load_dir, TRACKER)} names {tracker}, which has no directory.'
+                f"{os.path.join(load_dir, TRACKER)} names {tracker}, which has no directory."
             )
-            tracker = ''
+            tracker = ""
     if isinstance(tracker, int):
         newer = [iteration for iteration in candidates if iteration > tracker]
         messages += [_describe_newer(load_dir, iteration, tracker) for iteration in newer]
@@ -212,12 +212,12 @@ def _choose_newest(load_dir: str, tracker: Tracker, messages: List[str]) -> Choi
         problem = find_problem(directory)
         if not problem and tracker is None and not has_manifest(directory):
             problem = (
-                f'{directory} has no {MANIFEST} and no {TRACKER} names it. To use it, write '
-                f'{iteration} to {os.path.join(load_dir, TRACKER)}.'
+                f"{directory} has no {MANIFEST} and no {TRACKER} names it. To use it, write "
+                f"{iteration} to {os.path.join(load_dir, TRACKER)}."
             )
         if not problem:
             if messages or iteration != tracker:
-                messages.append(f'{directory} is the newest complete checkpoint: resuming from it.')
+                messages.append(f"{directory} is the newest complete checkpoint: resuming from it.")
             return Choice(iteration, False, messages)
         messages.append(problem)
     return _choose_none(load_dir, tracker, candidates, messages)
@@ -230,14 +230,14 @@ def _choose_none(
     directories = [iteration_dir(load_dir, iteration) for iteration in candidates]
     if tracker is None and all(map(_is_incomplete_save, directories)):
         if candidates:
-            messages.append(f'{load_dir} never held a complete checkpoint: starting from step 0.')
+            messages.append(f"{load_dir} never held a complete checkpoint: starting from step 0.")
         return Choice(-1, False, messages)
     messages.append(
-        f'No complete checkpoint in {load_dir}, and training from step 0 would overwrite what is '
-        'there. Restore the files named above, give --load another directory, or move this one '
-        'away to restart training.'
+        f"No complete checkpoint in {load_dir}, and training from step 0 would overwrite what is "
+        "there. Restore the files named above, give --load another directory, or move this one "
+        "away to restart training."
     )
-    raise CheckpointLoadError('\n'.join(messages))
+    raise CheckpointLoadError("\n".join(messages))
 
 
 def pass_over_damaged(load: Callable) -> Callable:
@@ -280,20 +280,20 @@ def causes(error: Optional[BaseException]) -> Iterator[BaseException]:
 def find_problem(directory: str) -> Optional[str]:
     """One sentence on why a checkpoint directory is incomplete, or None if it is complete."""
     if not os.path.isdir(directory):
-        return f'{directory} does not exist.'
+        return f"{directory} does not exist."
     if damage := _damaged.get(os.path.realpath(directory)):
-        return f'{directory} is not a complete checkpoint: {damage}'
+        return f"{directory} is not a complete checkpoint: {damage}"
     try:
         if has_manifest(directory):
             wrong = _compare_with_manifest(directory)
         else:
             wrong = _check_without_manifest(directory)
     except OSError as error:
-        wrong = [f'it cannot be read ({error})']
+        wrong = [f"it cannot be read ({error})"]
     if not wrong:
         return None
-    more = f', and {len(wrong) - 4} more' if len(wrong) > 4 else ''
-    return f'{directory} is not a complete checkpoint: {"; ".join(wrong[:4])}{more}.'
+    more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    return f"{directory} is not a complete checkpoint: {'; '.join(wrong[:4])}{more}."
 
 
 def has_manifest(directory: str) -> bool:
@@ -317,24 +317,24 @@ def iteration_dir(load_dir: str, iteration: int) -> str:
 def _compare_with_manifest(directory: str) -> List[str]:
     try:
         manifest = _read_json(os.path.join(directory, MANIFEST))
-        if manifest.get('version', 1) not in range(1, VERSION + 1):
-            return [f'{MANIFEST} has the unsupported version {manifest["version"]}']
-        if manifest['state'] == 'writing':
-            return ['the save did not finish']
-        expected = manifest['files'].items()
+        if manifest.get("version", 1) not in range(1, VERSION + 1):
+            return [f"{MANIFEST} has the unsupported version {manifest['version']}"]
+        if manifest["state"] == "writing":
+            return ["the save did not finish"]
+        expected = manifest["files"].items()
         for name, properties in expected:
             _check_entry(name, properties)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f'{MANIFEST} is damaged ({error!r:.200})']
+        return [f"{MANIFEST} is damaged ({error!r:.200})"]
     wrong = []
     for name, properties in expected:
         path = os.path.join(directory, name)
-        complaint = _check_size(path, name, properties['size'], exact=True)
-        if complaint is None and 'sha256' in properties and _sha256(path) != properties['sha256']:
-            complaint = f'{name} has different contents than when it was saved (SHA-256)'
+        complaint = _check_size(path, name, properties["size"], exact=True)
+        if complaint is None and "sha256" in properties and _sha256(path) != properties["sha256"]:
+            complaint = f"{name} has different contents than when it was saved (SHA-256)"
         if complaint:
             wrong.append(complaint)
-    if not wrong and '.metadata' in manifest['files']:
+    if not wrong and ".metadata" in manifest["files"]:
         wrong += _check_metadata(directory)
     return wrong
 
@@ -344,57 +344,57 @@ def _check_metadata(directory: str) -> List[str]:
     try:
         restricted_pickle.read_metadata(directory)
     except restricted_pickle.RestrictedPickleError as error:
-        return [f'.metadata is damaged ({error})']
-    path = os.path.join(directory, 'metadata.json')
+        return [f".metadata is damaged ({error})"]
+    path = os.path.join(directory, "metadata.json")
     try:
         if os.path.isfile(path) and not isinstance(_read_json(path), dict):
-            return ['metadata.json is damaged (not a JSON object)']
+            return ["metadata.json is damaged (not a JSON object)"]
     except ValueError as error:
-        return [f'metadata.json is damaged ({error})']
+        return [f"metadata.json is damaged ({error})"]
     return []
 
 
 def _check_without_manifest(directory: str) -> List[str]:
     names = _files(directory)
     if (
-        'metadata.json' in names
-        or '.metadata' in names
-        or any(name.endswith('.distcp') for name in names)
+        "metadata.json" in names
+        or ".metadata" in names
+        or any(name.endswith(".distcp") for name in names)
     ):
         return _check_distributed(directory, names)
-    if any(name.startswith('mp_rank_') for name in names):
-        return _check_torch_files(directory, [name for name in names if name.endswith('.pt')])
-    return ['it holds neither metadata.json nor .metadata nor an mp_rank_ directory']
+    if any(name.startswith("mp_rank_") for name in names):
+        return _check_torch_files(directory, [name for name in names if name.endswith(".pt")])
+    return ["it holds neither metadata.json nor .metadata nor an mp_rank_ directory"]
 
 
 def _check_distributed(directory: str, names: List[str]) -> List[str]:
     """Formats torch_dist, torch_dcp and fsdp_dtensor."""
     wrong = []
-    if 'metadata.json' in names:
+    if "metadata.json" in names:
         try:
             if (
-                _read_json(os.path.join(directory, 'metadata.json'))['sharded_backend']
-                != 'torch_dist'
+                _read_json(os.path.join(directory, "metadata.json"))["sharded_backend"]
+                != "torch_dist"
             ):
                 return []  # An older format with unknown files.
         except (ValueError, KeyError, TypeError) as error:
-            wrong.append(f'metadata.json is damaged ({error!r:.200})')
-    if '.metadata' not in names:
-        return wrong + ['.metadata is missing']
+            wrong.append(f"metadata.json is damaged ({error!r:.200})")
+    if ".metadata" not in names:
+        return wrong + [".metadata is missing"]
     try:
         metadata = restricted_pickle.read_metadata(directory)
     except restricted_pickle.RestrictedPickleError as error:
-        size = os.path.getsize(os.path.join(directory, '.metadata'))
-        return wrong + [f'.metadata is damaged ({size} bytes; {error})']
+        size = os.path.getsize(os.path.join(directory, ".metadata"))
+        return wrong + [f".metadata is damaged ({size} bytes; {error})"]
     # Objects other than tensors are shards since 0.19; before, they were in common.pt.
-    has_common_state = any(key.startswith('common_state') for key in metadata.state_dict_metadata)
-    if 'metadata.json' in names:
-        if not has_common_state and 'common.pt' not in names:
-            wrong.append('common.pt is missing')
-    elif has_common_state or 'common.pt' in names or hasattr(metadata, 'mcore_data'):
-        wrong.append('metadata.json is missing')
-    if 'common.pt' in names:
-        wrong += _check_torch_files(directory, ['common.pt'])
+    has_common_state = any(key.startswith("common_state") for key in metadata.state_dict_metadata)
+    if "metadata.json" in names:
+        if not has_common_state and "common.pt" not in names:
+            wrong.append("common.pt is missing")
+    elif has_common_state or "common.pt" in names or hasattr(metadata, "mcore_data"):
+        wrong.append("metadata.json is missing")
+    if "common.pt" in names:
+        wrong += _check_torch_files(directory, ["common.pt"])
 
     needed: Dict[str, int] = {}
     for place in (metadata.storage_data or {}).values():
@@ -412,10 +412,10 @@ def _check_torch_files(directory: str, names: List[str]) -> List[str]:
     wrong = []
     for name in names:
         path = os.path.join(directory, name)
-        with open(path, 'rb') as file:
+        with open(path, "rb") as file:
             start = file.read(2)
-        if not start or (start == b'PK' and not zipfile.is_zipfile(path)):
-            wrong.append(f'{name} is truncated ({os.path.getsize(path)} bytes)')
+        if not start or (start == b"PK" and not zipfile.is_zipfile(path)):
+            wrong.append(f"{name} is truncated ({os.path.getsize(path)} bytes)")
     return wrong
 
 
@@ -423,11 +423,11 @@ def _check_size(path: str, name: str, expected: int, exact: bool) -> Optional[st
     try:
         size = os.path.getsize(path)
     except FileNotFoundError:
-        return f'{name} is missing (expected {expected} bytes)'
+        return f"{name} is missing (expected {expected} bytes)"
     if not os.path.isfile(path):
-        return f'{name} is not a file'
+        return f"{name} is not a file"
     if size < expected or (exact and size != expected):
-        return f'{name} has {size} bytes, expected {expected}' + ('' if exact else ' or more')
+        return f"{name} has {size} bytes, expected {expected}" + ("" if exact else " or more")
     return None
 
 
@@ -436,7 +436,7 @@ def _is_incomplete_save(directory: str) -> bool:
     if not has_manifest(directory):
         return False
     try:
-        return _read_json(os.path.join(directory, MANIFEST))['state'] == 'writing'
+        return _read_json(os.path.join(directory, MANIFEST))["state"] == "writing"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -445,7 +445,7 @@ def _iterations(load_dir: str) -> List[int]:
     """Iterations that have a directory, newest first."""
     if not os.path.isdir(load_dir):
         return []
-    matches = (re.fullmatch(r'iter_(\d{7,})', name) for name in os.listdir(load_dir))
+    matches = (re.fullmatch(r"iter_(\d{7,})", name) for name in os.listdir(load_dir))
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
@@ -455,15 +455,15 @@ def _read_tracker(load_dir: str) -> Tuple[Tracker, List[str]]:
     if not os.path.exists(path):
         return None, []
     if not os.path.isfile(path):
-        return '', [f'{path} is not a file; expected the number of an iteration, or "release".']
-    with open(path, errors='replace') as file:
+        return "", [f'{path} is not a file; expected the number of an iteration, or "release".']
+    with open(path, errors="replace") as file:
         text = file.read().strip()
     if text == RELEASE:
         return text, []
-    if re.fullmatch(r'[0-9]{1,18}', text):
+    if re.fullmatch(r"[0-9]{1,18}", text):
         return int(text), []
-    content = f'holds {text[:40]!r}' if text else 'is empty'
-    return '', [f'{path} {content}; expected the number of an iteration, or "release".']
+    content = f"holds {text[:40]!r}" if text else "is empty"
+    return "", [f'{path} {content}; expected the number of an iteration, or "release".']
 
 
 def _describe_newer(load_dir: str, iteration: int, tracker: int) -> str:
@@ -472,8 +472,8 @@ def _describe_newer(load_dir: str, iteration: int, tracker: int) -> str:
     if problem:
         return problem
     return (
-        f'{directory} is complete, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is '
-        f'used. Write {iteration} to it to resume from there.'
+        f"{directory} is complete, but {os.path.join(load_dir, TRACKER)} names {tracker}, which is "
+        f"used. Write {iteration} to it to resume from there."
     )
 
 
@@ -484,11 +484,11 @@ def _choose_without_verifying(load_dir: str, ckpt_step: Optional[int]) -> Choice
     msc = MultiStorageClientFeature.import_package()
     if not msc.os.path.isfile(path):
         return Choice(-1, False, [])
-    with msc.open(path, 'r') as file:
+    with msc.open(path, "r") as file:
         text = file.read().strip()
     if text == RELEASE:
         return Choice(0, True, [])
-    if not re.fullmatch(r'[0-9]{1,18}', text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise CheckpointLoadError(
             f'{path} holds {text[:40]!r}; expected an iteration, or "release".'
         )
@@ -501,36 +501,36 @@ def _files(directory: str) -> List[str]:
     for parent, _, files in os.walk(directory):
         paths = (os.path.join(parent, name) for name in files)
         names += [os.path.relpath(path, directory) for path in paths if os.path.isfile(path)]
-    return sorted(name for name in names if name not in (MANIFEST, MANIFEST + '.tmp'))
+    return sorted(name for name in names if name not in (MANIFEST, MANIFEST + ".tmp"))
 
 
 def _read_json(path: str) -> dict:
     """Read a JSON file; ValueError, without the text, if it is invalid."""
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding="utf-8") as file:
         try:
             return json.load(file)
         except UnicodeDecodeError as error:
-            raise ValueError(f'not UTF-8 at byte {error.start}') from None
+            raise ValueError(f"not UTF-8 at byte {error.start}") from None
         except RecursionError:
-            raise ValueError('nested too deeply') from None
+            raise ValueError("nested too deeply") from None
 
 
 def _check_entry(name: str, properties: dict) -> None:
     """Raise ValueError for a file outside the directory, or without a valid size."""
-    if os.path.isabs(name) or '..' in name.split('/') or '\0' in name:
-        raise ValueError(f'{name!r:.80} is not in the directory')
-    size = properties['size']
+    if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
+        raise ValueError(f"{name!r:.80} is not in the directory")
+    size = properties["size"]
     if type(size) is not int or not 0 <= size < 2**63:
-        raise ValueError(f'{name!r:.80} has size = {size!r:.40}')
+        raise ValueError(f"{name!r:.80} has size = {size!r:.40}")
 
 
 def _write_atomically(path: str, text: str) -> None:
     """Replace a file; a reader finds the old or the new content, also after a power failure."""
-    with open(path + '.tmp', 'w') as file:
+    with open(path + ".tmp", "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
+    os.replace(path + ".tmp", path)
     _sync(os.path.dirname(path))
 
 
@@ -545,7 +545,7 @@ def _sync(path: str) -> None:
 
 
 def _sha256(path: str) -> str:
-    with open(path, 'rb') as file:
+    with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 
 

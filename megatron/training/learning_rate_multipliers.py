@@ -12,7 +12,7 @@ from typing import Dict
 from megatron.core.optimizer import OptimizerConfig, ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 
-ATTRIBUTE = 'lr_multiplier'
+ATTRIBUTE = "lr_multiplier"
 
 
 def overrides(
@@ -34,6 +34,6 @@ def overrides(
 
 def _carries(factor: float) -> ParamPredicate:
     return ParamPredicate(
-        name=f'{ATTRIBUTE}_{factor:g}',
+        name=f"{ATTRIBUTE}_{factor:g}",
         fn=lambda parameter: getattr(parameter, ATTRIBUTE, 1.0) == factor,
     )

@@ -90,12 +90,12 @@ class Check:
         if cause is None:
             return
         maybe_finalize_async_save(blocking=True)  # A checkpoint of an earlier step.
-        norm = '' if norm_is_finite else f' (norm of the gradients: {grad_norm})'
+        norm = "" if norm_is_finite else f" (norm of the gradients: {grad_norm})"
         raise NonFiniteError(
-            f'Step {self.iteration + 1}: the loss or a gradient is not finite{norm}. {cause}\n'
-            'The weights were not updated and no checkpoint was written. Rerun the same command to '
-            'resume from the last checkpoint; --iterations-to-skip skips the batch of a step, and '
-            '--no-check-for-nan-in-loss-and-grad skips every non-finite update.'
+            f"Step {self.iteration + 1}: the loss or a gradient is not finite{norm}. {cause}\n"
+            "The weights were not updated and no checkpoint was written. Rerun the same command to "
+            "resume from the last checkpoint; --iterations-to-skip skips the batch of a step, and "
+            "--no-check-for-nan-in-loss-and-grad skips every non-finite update."
         )
 
     def _rank_report(self) -> RankReport:
@@ -104,7 +104,7 @@ class Check:
             names.update(global_names(chunk))
         buckets = _buckets_not_finite(self.model, names)
         parameters = [
-            f'the parameter {names[parameter]} holds {count_not_finite(parameter)}'
+            f"the parameter {names[parameter]} holds {count_not_finite(parameter)}"
             for chunk in self.model
             for parameter in chunk.parameters()
             if not _is_finite(parameter)
@@ -157,7 +157,7 @@ def refuse_to_save(iteration: int, model: List[torch.nn.Module]) -> None:
     if parameters and not torch.stack([_is_finite_tensor(p) for p in parameters]).all():
         for chunk in model:
             found += [
-                f'{name} holds {count_not_finite(parameter)}'
+                f"{name} holds {count_not_finite(parameter)}"
                 for parameter, name in global_names(chunk).items()
                 if isinstance(parameter, torch.nn.Parameter) and not _is_finite(parameter)
             ]
@@ -169,9 +169,9 @@ def refuse_to_save(iteration: int, model: List[torch.nn.Module]) -> None:
         if names:
             maybe_finalize_async_save(blocking=True)  # A checkpoint of an earlier step.
             raise NonFiniteError(
-                f'Step {iteration}: weights are not finite after the update. Rank {rank}: '
-                f'{_some(names)}. No checkpoint was written. Rerun the same command to resume from '
-                'the last one.'
+                f"Step {iteration}: weights are not finite after the update. Rank {rank}: "
+                f"{_some(names)}. No checkpoint was written. Rerun the same command to resume from "
+                "the last one."
             )
 
 
@@ -179,13 +179,13 @@ def describe(reports: List[RankReport], norm_is_finite: bool) -> Optional[str]:
     """Describe the cause, starting with the rank of its origin; None if every rank is finite."""
     if any(report.parameters for report in reports):
         lines = [
-            f'Rank {report.rank}: {_some(report.parameters)}.'
+            f"Rank {report.rank}: {_some(report.parameters)}."
             for report in reports
             if report.parameters
         ]
         first = _first_forward(reports)
         if first is not None:
-            lines.append(f'In the forward pass: rank {first.rank}: {first.forward.description}.')
+            lines.append(f"In the forward pass: rank {first.rank}: {first.forward.description}.")
         return _lines(lines)
     origin = _first_forward(reports)
     if origin is not None:
@@ -197,8 +197,8 @@ def describe(reports: List[RankReport], norm_is_finite: bool) -> Optional[str]:
     if affected and not any(report.still_in_buckets for report in reports):
         return _lines(
             [
-                f'Rank {report.rank}: {_some(report.buckets)}. A rerun of the same batch was '
-                'finite: suspect the hardware of this rank, or a race.'
+                f"Rank {report.rank}: {_some(report.buckets)}. A rerun of the same batch was "
+                "finite: suspect the hardware of this rank, or a race."
                 for report in affected
             ]
         )
@@ -207,8 +207,8 @@ def describe(reports: List[RankReport], norm_is_finite: bool) -> Optional[str]:
     report = max(reports, key=lambda report: report.largest_gradient[0])
     value, name = report.largest_gradient
     return (
-        f'Rank {report.rank}: each gradient is finite, but their norm is not; the largest is '
-        f'{value:g}, of {name}.'
+        f"Rank {report.rank}: each gradient is finite, but their norm is not; the largest is "
+        f"{value:g}, of {name}."
     )
 
 
@@ -225,27 +225,27 @@ def _first_backward(reports: List[RankReport]) -> Optional[RankReport]:
     def key(report):
         found = report.backward
         # The gradient of an expert's input reaches other ranks through the backward of dispatch.
-        return found.microbatch, -found.layer, '.experts.' not in found.description, found.order
+        return found.microbatch, -found.layer, ".experts." not in found.description, found.order
 
     return min((report for report in reports if report.backward), key=key, default=None)
 
 
 def _ordered(origin: RankReport, reports: List[RankReport], found) -> List[str]:
     others = [report for report in reports if report is not origin and found(report)]
-    return [f'Rank {origin.rank}: {found(origin).description}.'] + [
-        f'After it: rank {report.rank}: {found(report).description}.' for report in others
+    return [f"Rank {origin.rank}: {found(origin).description}."] + [
+        f"After it: rank {report.rank}: {found(report).description}." for report in others
     ]
 
 
 def _lines(lines: List[str]) -> str:
     if len(lines) > MAX_RANKS_SHOWN:
-        lines = lines[:MAX_RANKS_SHOWN] + [f'And on {len(lines) - MAX_RANKS_SHOWN} more ranks.']
-    return '\n'.join(lines)
+        lines = lines[:MAX_RANKS_SHOWN] + [f"And on {len(lines) - MAX_RANKS_SHOWN} more ranks."]
+    return "\n".join(lines)
 
 
 def _some(items: List[str]) -> str:
-    more = f'; and {len(items) - 3} more' if len(items) > 3 else ''
-    return '; '.join(items[:3]) + more
+    more = f"; and {len(items) - 3} more" if len(items) > 3 else ""
+    return "; ".join(items[:3]) + more
 
 
 class _NonFiniteHooks:
@@ -254,7 +254,7 @@ class _NonFiniteHooks:
     def __init__(self, model: List[torch.nn.Module], names: Dict[Any, str]):
         self.forward: Optional[NonFiniteTensor] = None
         self.backward: Optional[NonFiniteTensor] = None
-        self.largest_gradient = (0.0, 'no parameter')
+        self.largest_gradient = (0.0, "no parameter")
         self._names = names
         self._order = 0
         self._calls: Dict[torch.nn.Module, int] = {}
@@ -279,12 +279,12 @@ class _NonFiniteHooks:
             return
         microbatch = self._calls[module] = self._calls.get(module, -1) + 1
         name = self._names[module]
-        what = f'the output of {name}' if name else 'the output of the model, the loss'
+        what = f"the output of {name}" if name else "the output of the model, the loss"
         for tensor in _tensors(output):
             self._order += 1
             if self.forward is None and not _is_finite(tensor):
                 is_container = next(module.children(), None) is not None
-                where = f'{what} holds {count_not_finite(tensor)}, micro-batch {microbatch}'
+                where = f"{what} holds {count_not_finite(tensor)}, micro-batch {microbatch}"
                 self.forward = NonFiniteTensor(
                     microbatch, _layer(name), is_container, self._order, where
                 )
@@ -299,7 +299,7 @@ class _NonFiniteHooks:
         name = self._names[parameter]
 
         def hook(gradient):
-            if getattr(parameter, 'grad_added_to_main_grad', False):
+            if getattr(parameter, "grad_added_to_main_grad", False):
                 gradient = parameter.main_grad  # A fused kernel wrote it; `gradient` is a dummy.
             count = self._backward_counts.get(parameter, 0)
             self._backward_counts[parameter] = count + 1
@@ -314,8 +314,8 @@ class _NonFiniteHooks:
         self._order += 1
         if self.backward is None and not _is_finite(gradient):
             where = (
-                f'the gradient of {name} holds {count_not_finite(gradient)}, '
-                f'micro-batch {microbatch}; the forward pass was finite'
+                f"the gradient of {name} holds {count_not_finite(gradient)}, "
+                f"micro-batch {microbatch}; the forward pass was finite"
             )
             self.backward = NonFiniteTensor(microbatch, layer, False, self._order, where)
 
@@ -324,16 +324,16 @@ def _buckets_not_finite(model: List[torch.nn.Module], names: Dict[Any, str]) -> 
     """Describe the gradient buckets that were not finite before the reduction."""
     found = []
     for chunk in model:
-        groups = getattr(chunk, 'bucket_groups', []) + getattr(
-            chunk, 'expert_parallel_bucket_groups', []
+        groups = getattr(chunk, "bucket_groups", []) + getattr(
+            chunk, "expert_parallel_bucket_groups", []
         )
         for group in groups:
-            for bucket, norm in zip(group.buckets, getattr(group, 'local_grad_norms', None) or []):
+            for bucket, norm in zip(group.buckets, getattr(group, "local_grad_norms", None) or []):
                 if not _is_finite(norm):
                     parameters = [names[parameter] for parameter in bucket.params_list]
                     found.append(
-                        f'the norm of the gradients of {parameters[0]} to {parameters[-1]} was '
-                        f'{norm.item()} before they were reduced'
+                        f"the norm of the gradients of {parameters[0]} to {parameters[-1]} was "
+                        f"{norm.item()} before they were reduced"
                     )
     return found
 
@@ -348,26 +348,26 @@ def global_names(chunk: torch.nn.Module) -> Dict[Any, str]:
     """
     layers, experts = {}, {}
     for name, module in chunk.named_modules():
-        number = getattr(module, 'layer_number', None)
-        if isinstance(number, int) and re.search(r'(^|\.)layers\.\d+$', name):
+        number = getattr(module, "layer_number", None)
+        if isinstance(number, int) and re.search(r"(^|\.)layers\.\d+$", name):
             layers[name] = number - 1
-        if isinstance(getattr(module, 'local_experts', None), torch.nn.ModuleList):
+        if isinstance(getattr(module, "local_experts", None), torch.nn.ModuleList):
             offset = parallel_state.get_expert_model_parallel_rank() * len(module.local_experts)
-            experts[name + '.local_experts'] = offset
+            experts[name + ".local_experts"] = offset
 
     def global_name(name: str) -> str:
         for prefix, number in layers.items():
-            if name == prefix or name.startswith(prefix + '.'):
-                renamed = re.sub(r'\d+$', str(number), prefix)
+            if name == prefix or name.startswith(prefix + "."):
+                renamed = re.sub(r"\d+$", str(number), prefix)
                 for start, offset in experts.items():
-                    if name.startswith(start + '.'):
-                        index, _, rest = name[len(start) + 1 :].partition('.')
-                        name = f'{start}.{int(index) + offset}' + ('.' + rest if rest else '')
+                    if name.startswith(start + "."):
+                        index, _, rest = name[len(start) + 1 :].partition(".")
+                        name = f"{start}.{int(index) + offset}" + ("." + rest if rest else "")
                         break
                 name = renamed + name[len(prefix) :]
                 break
         # The wrappers: DistributedDataParallel, Float16Module.
-        return re.sub(r'^module(\.|$)', '', re.sub(r'^(module\.)+', '', name))
+        return re.sub(r"^module(\.|$)", "", re.sub(r"^(module\.)+", "", name))
 
     names: Dict[Any, str] = {module: global_name(name) for name, module in chunk.named_modules()}
     names.update({parameter: global_name(name) for name, parameter in chunk.named_parameters()})
@@ -378,15 +378,15 @@ def count_not_finite(tensor: torch.Tensor) -> str:
     """Count the non-finite values, e.g. '3 NaN and 1 inf among 640 values'."""
     num_nan = int(torch.isnan(tensor).sum())
     num_inf = int(torch.isinf(tensor).sum())
-    kinds = [f'{count} {kind}' for count, kind in ((num_nan, 'NaN'), (num_inf, 'inf')) if count]
-    return f'{" and ".join(kinds) or "no NaN or inf"} among {tensor.numel()} values'
+    kinds = [f"{count} {kind}" for count, kind in ((num_nan, "NaN"), (num_inf, "inf")) if count]
+    return f"{' and '.join(kinds) or 'no NaN or inf'} among {tensor.numel()} values"
 
 
 def _layer(name: str) -> float:
-    match = re.search(r'(?:^|\.)layers\.(\d+)', name)
+    match = re.search(r"(?:^|\.)layers\.(\d+)", name)
     if match:
         return int(match[1])
-    return -1 if 'embedding' in name else float('inf')
+    return -1 if "embedding" in name else float("inf")
 
 
 def _tensors(value: Any) -> List[torch.Tensor]:

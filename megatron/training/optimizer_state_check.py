@@ -20,7 +20,7 @@ import torch
 from .checkpoint_integrity import CheckpointLoadError
 
 # In the content metadata of a checkpoint: offsets in the buffers count the padding of buckets.
-MARK = 'distrib_optim_fully_reshardable_padded_offsets'
+MARK = "distrib_optim_fully_reshardable_padded_offsets"
 
 # Relative root mean square difference of fp32 and model weights. Rounding to bf16 makes 0.002;
 # another place makes about 1.4, less where all weights of a parameter are nearly the same.
@@ -38,7 +38,7 @@ class MisplacedOptimizerState(CheckpointLoadError):
 
 def mark(metadata: Dict[str, Any]) -> None:
     """Add the mark to the content metadata before a save."""
-    if metadata.get('distrib_optim_sharding_type') == 'fully_reshardable':
+    if metadata.get("distrib_optim_sharding_type") == "fully_reshardable":
         metadata[MARK] = True
 
 
@@ -64,10 +64,10 @@ def refuse_unloadable_state(
     """
     _refuse_other_optimizer(args, saved_args)
     size, saved = (
-        getattr(of, 'expert_model_parallel_size', None) or 1 for of in (args, saved_args)
+        getattr(of, "expert_model_parallel_size", None) or 1 for of in (args, saved_args)
     )
-    kind = (metadata or {}).get('distrib_optim_sharding_type')
-    bound = size != saved if kind == 'dp_reshardable' else kind is None and 1 in (size, saved)
+    kind = (metadata or {}).get("distrib_optim_sharding_type")
+    bound = size != saved if kind == "dp_reshardable" else kind is None and 1 in (size, saved)
     if size == saved or not bound:
         return
     raise CheckpointLoadError(
@@ -92,12 +92,12 @@ def _refuse_other_optimizer(args: Namespace, saved_args: Namespace) -> None:
 
 def _optimizer_flags(args: Namespace) -> Optional[str]:
     """The flags that decide the format of the optimizer state, as a phrase; None if unknown."""
-    distributed = getattr(args, 'use_distributed_optimizer', None)
+    distributed = getattr(args, "use_distributed_optimizer", None)
     if distributed is None:
         return None
     if distributed:
-        return 'with --use-distributed-optimizer'
-    low = next((name for name in ('bf16', 'fp16') if getattr(args, name, False)), None)
+        return "with --use-distributed-optimizer"
+    low = next((name for name in ("bf16", "fp16") if getattr(args, name, False)), None)
     return f"without --use-distributed-optimizer, {'in fp32' if low is None else f'with --{low}'}"
 
 
@@ -121,25 +121,25 @@ def refuse_misplaced_state(
     Raises:
         MisplacedOptimizerState: on every rank; names what is lost and what to do.
     """
-    metadata = state_dict.get('content_metadata') or {}
+    metadata = state_dict.get("content_metadata") or {}
     if (
         optimizer is None
-        or metadata.get('distrib_optim_sharding_type') != 'fully_reshardable'
+        or metadata.get("distrib_optim_sharding_type") != "fully_reshardable"
         or metadata.get(MARK)
     ):
         return
     names = {parameter: name for chunk in model for name, parameter in chunk.named_parameters()}
-    saved_args = state_dict.get('args')
+    saved_args = state_dict.get("args")
     compared = misplaced = not_compared = 0  # elements
     first = None
-    for parameter, saved in _saved_weights(optimizer, state_dict.get('optimizer') or {}):
+    for parameter, saved in _saved_weights(optimizer, state_dict.get("optimizer") or {}):
         if saved is None:
             not_compared += parameter.numel()
             continue
         compared += saved.numel()
         if _is_misplaced(parameter, saved):
             misplaced += saved.numel()
-            first = first or re.sub(r'^(module\.)+', '', names.get(parameter, 'a parameter'))
+            first = first or re.sub(r"^(module\.)+", "", names.get(parameter, "a parameter"))
     found = [(compared, misplaced, not_compared, first)] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, found[0])
     compared, misplaced, not_compared = (sum(of_rank[i] for of_rank in found) for i in range(3))
@@ -170,33 +170,33 @@ def _saved_weights(
 
     The weight is None if the checkpoint has only the remainder of rounding it to bf16.
     """
-    parts = getattr(optimizer, 'chained_optimizers', [optimizer])
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [state] if len(parts) == 1 else [state.get(index, {}) for index in range(len(parts))]
     for part, part_state in zip(parts, states):
         # As DistributedOptimizer.sharded_param_state_fully_reshardable() numbers them.
         parameters = (
             parameter
-            for buffer in getattr(part, 'buffers', ())
+            for buffer in getattr(part, "buffers", ())
             for parameter in buffer.param_index_map
         )
-        saved_state = part_state.get('param_state') or {}
+        saved_state = part_state.get("param_state") or {}
         for index, parameter in enumerate(parameters):
-            saved = saved_state.get(index, {}).get('param')
+            saved = saved_state.get(index, {}).get("param")
             if isinstance(saved, torch.Tensor):
                 yield parameter, None if _is_remainder(part.config, parameter) else saved
 
 
 def _is_remainder(config: Any, parameter: torch.nn.Parameter) -> bool:
     return (
-        getattr(config, 'use_precision_aware_optimizer_no_fp8_or_ds_fp8', False)
-        and getattr(config, 'store_param_remainders', False)
+        getattr(config, "use_precision_aware_optimizer_no_fp8_or_ds_fp8", False)
+        and getattr(config, "store_param_remainders", False)
         and parameter.dtype == torch.bfloat16
     )
 
 
 def _may_have_several_buckets(args: Optional[Namespace]) -> bool:
-    overlap = getattr(args, 'overlap_grad_reduce', False)
-    return overlap and getattr(args, 'ddp_num_buckets', None) != 1
+    overlap = getattr(args, "overlap_grad_reduce", False)
+    return overlap and getattr(args, "ddp_num_buckets", None) != 1
 
 
 @torch.no_grad()
@@ -207,8 +207,8 @@ def _is_misplaced(parameter: torch.nn.Parameter, saved: torch.Tensor) -> bool:
     saved = saved.reshape(-1)
     difference = scale = 0.0
     for begin in range(0, saved.numel(), CHUNK):
-        ours = weights[begin : begin + CHUNK].to(device='cpu', dtype=torch.float32)
-        theirs = saved[begin : begin + CHUNK].to(device='cpu', dtype=torch.float32)
+        ours = weights[begin : begin + CHUNK].to(device="cpu", dtype=torch.float32)
+        theirs = saved[begin : begin + CHUNK].to(device="cpu", dtype=torch.float32)
         difference += (ours - theirs).square().sum(dtype=torch.float64).item()
         scale += ours.square().sum(dtype=torch.float64).item()
     # Not `>`, so that NaN counts as misplaced.
@@ -218,8 +218,8 @@ def _is_misplaced(parameter: torch.nn.Parameter, saved: torch.Tensor) -> bool:
 
 def _by_arguments(args: Optional[Namespace]) -> str:
     """The flags that set the bucket size of the run that wrote the checkpoint."""
-    for name in ('ddp_num_buckets', 'ddp_bucket_size'):
+    for name in ("ddp_num_buckets", "ddp_bucket_size"):
         value = getattr(args, name, None)
         if value is not None:
             return f" with --{name.replace('_', '-')} {value}"
-    return " with --overlap-grad-reduce" if getattr(args, 'overlap_grad_reduce', False) else ""
+    return " with --overlap-grad-reduce" if getattr(args, "overlap_grad_reduce", False) else ""

@@ -29,13 +29,13 @@ from .utils import print_rank_0
 
 def counts_samples(args: Namespace) -> bool:
     """Whether the command line counts in samples; `train_iters` is then derived."""
-    return getattr(args, 'train_samples', None) is not None
+    return getattr(args, "train_samples", None) is not None
 
 
 def steps_per_iteration(scheduler: OptimizerParamScheduler, args: Namespace) -> Optional[int]:
     """What an iteration adds to the scheduler's counter; None: the samples of its batch."""
     own = None if counts_samples(args) else args.global_batch_size
-    return getattr(scheduler, 'steps_per_iteration', own)
+    return getattr(scheduler, "steps_per_iteration", own)
 
 
 def increment(scheduler: OptimizerParamScheduler, args: Namespace, batch_size: int) -> int:
@@ -56,7 +56,7 @@ def state_dict(scheduler: OptimizerParamScheduler, args: Namespace) -> Dict[str,
     if not isinstance(scheduler, OptimizerParamScheduler):
         return state
     state.update({name: getattr(scheduler, name) for name in ADDED})
-    state['steps_per_iteration'] = steps_per_iteration(scheduler, args)
+    state["steps_per_iteration"] = steps_per_iteration(scheduler, args)
     return state
 
 
@@ -68,7 +68,7 @@ def without_param_groups(sharded_state_dict: Dict[str, Any]) -> None:
     """
     for value in list(sharded_state_dict.values()):
         if isinstance(value, dict):
-            value.pop('param_groups', None)
+            value.pop("param_groups", None)
             without_param_groups(value)
 
 
@@ -87,11 +87,11 @@ def resume(
         ScheduleError: --use-checkpoint-opt-param-scheduler, and the checkpoint has no schedule or
             another number of parameter groups.
     """
-    saved_args = state.get('args') or Namespace()
+    saved_args = state.get("args") or Namespace()
     _resume_tokens(saved_args, args)
     if not isinstance(scheduler, OptimizerParamScheduler):
         if holds_optimizer(state) and not args.no_load_optim:
-            scheduler.load_state_dict(state['opt_param_scheduler'])
+            scheduler.load_state_dict(state["opt_param_scheduler"])
         return
     if counts_samples(args):
         args.train_iters = _iterations_left(args) + iteration
@@ -99,14 +99,14 @@ def resume(
     command = copy.copy(scheduler)
     command.steps_per_iteration = steps_per_iteration(scheduler, args)
     own_rate = format_rate(saved.rate_by(command))
-    now = f'learning rate at step {iteration + 1}: {own_rate} by this command'
+    now = f"learning rate at step {iteration + 1}: {own_rate} by this command"
     kept = scheduler.use_checkpoint_opt_param_scheduler
     if kept:
         saved.apply_to(scheduler)
         now = (
             f"learning rate at step {iteration + 1}: {format_rate(saved.rate())} by the "
             "checkpoint's "
-            f'schedule, which is kept; {own_rate} by this command'
+            f"schedule, which is kept; {own_rate} by this command"
         )
     elif saved.scheduler is not None:
         now += f", {format_rate(saved.rate())} by the checkpoint's schedule"
@@ -119,20 +119,20 @@ def resume(
     if changes:
         now += f" ({'; '.join(changes)})"
     if changes or restart:
-        print_rank_0(f'> {now}')
+        print_rank_0(f"> {now}")
         step_callbacks.publish(step_callbacks.ScheduleChanged(iteration, now))
 
 
 def _why_moments_restart(state: Dict[str, Any], args: Namespace) -> str:
     if args.no_load_optim:
-        return '--no-load-optim'
-    return '' if holds_optimizer(state) else 'the checkpoint was saved with --no-save-optim'
+        return "--no-load-optim"
+    return "" if holds_optimizer(state) else "the checkpoint was saved with --no-save-optim"
 
 
 def _iterations_left(args: Namespace) -> int:
     """Remaining iterations of a run that counts in samples; an incomplete last batch is dropped."""
     consumed = args.consumed_train_samples
-    if getattr(args, 'step_batch_size_schedule', None) is None:
+    if getattr(args, "step_batch_size_schedule", None) is None:
         return max(0, args.train_samples - consumed) // args.global_batch_size
     iterations, samples = 0, consumed
     while samples < args.train_samples:
@@ -147,11 +147,11 @@ def num_train_samples(args: Namespace) -> int:
 
     The number of a run without a resume is kept if it is large enough: the shuffle depends on it.
     """
-    consumed, iteration = args.consumed_train_samples, getattr(args, 'iteration', 0) or 0
+    consumed, iteration = args.consumed_train_samples, getattr(args, "iteration", 0) or 0
     wanted = (
         args.train_samples if counts_samples(args) else args.train_iters * args.global_batch_size
     )
-    if getattr(args, 'step_batch_size_schedule', None) is not None:
+    if getattr(args, "step_batch_size_schedule", None) is not None:
         for start, samples in ((0, 0), (iteration, consumed)):
             for _ in range(start, args.train_iters):
                 samples += _batch_at(samples)
@@ -174,10 +174,10 @@ def num_valid_samples(args: Namespace, wanted: int) -> int:
     """
     if args.full_validation or args.skip_train or not args.eval_interval:
         return wanted
-    done = (getattr(args, 'iteration', 0) or 0) // args.eval_interval
+    done = (getattr(args, "iteration", 0) or 0) // args.eval_interval
     # One more at the end of the run.
     left = max(0, args.train_iters // args.eval_interval - done) + 1
-    batch = getattr(args, 'eval_global_batch_size', args.global_batch_size)
+    batch = getattr(args, "eval_global_batch_size", args.global_batch_size)
     return max(wanted, args.consumed_valid_samples + left * args.eval_iters * batch)
 
 
@@ -191,7 +191,7 @@ def _resume_tokens(saved_args: Namespace, args: Namespace) -> None:
 
     An earlier start may have had another sequence length.
     """
-    saved_length = getattr(saved_args, 'seq_length', None) or args.seq_length
+    saved_length = getattr(saved_args, "seq_length", None) or args.seq_length
     args.earlier_samples = args.consumed_train_samples
     args.earlier_tokens = consumed_tokens(saved_args, args.consumed_train_samples, saved_length)
 
@@ -204,6 +204,6 @@ def consumed_tokens(args: Namespace, samples: int, seq_length: Optional[int] = N
         samples: consumed_train_samples, now or at a later step.
         seq_length: args.seq_length by default.
     """
-    earlier = getattr(args, 'earlier_samples', 0)
+    earlier = getattr(args, "earlier_samples", 0)
     length = args.seq_length if seq_length is None else seq_length
-    return getattr(args, 'earlier_tokens', 0) + (samples - earlier) * length
+    return getattr(args, "earlier_tokens", 0) + (samples - earlier) * length

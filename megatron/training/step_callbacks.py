@@ -18,7 +18,7 @@ import torch
 
 from megatron.core import device_utils
 
-Event = TypeVar('Event')
+Event = TypeVar("Event")
 
 _callbacks: Dict[type, List[Callable[[Any], None]]] = defaultdict(list)
 _upstream_log_silenced = False

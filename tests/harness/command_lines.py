@@ -15,13 +15,13 @@ from unittest import mock
 from megatron.gpt_oss.planner.machines import JOB, RENDEZVOUS
 
 ROOT = Path(__file__).resolve().parents[2]
-_RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE')
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def joined_lines(text: str) -> list[str]:
     """The lines of shell text, each with those that continue it; comments and empty ones are left out."""
-    lines = re.sub(r'\\\n\s*', '', text).splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith('#')]
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def torchrun_parts(words: list[str]) -> tuple[int, int, str, list[str]]:
@@ -31,23 +31,23 @@ def torchrun_parts(words: list[str]) -> tuple[int, int, str, list[str]]:
     """
     from torch.distributed.run import get_args_parser
 
-    first = 2 if words[:2] == ['gptoss', 'launch'] else 1
-    assert first == 2 or words[0] == 'torchrun', words
+    first = 2 if words[:2] == ["gptoss", "launch"] else 1
+    assert first == 2 or words[0] == "torchrun", words
     args = get_args_parser().parse_args(words[first:])
     if args.standalone:
-        assert args.nnodes in ('1', '1:1')
+        assert args.nnodes in ("1", "1:1")
     else:
-        machines = int(args.nnodes.split(':')[0])
+        machines = int(args.nnodes.split(":")[0])
         assert machines == 1 or (args.rdzv_endpoint and args.rdzv_id and args.rdzv_backend)
-    machines = int(args.nnodes.split(':')[0])
+    machines = int(args.nnodes.split(":")[0])
     return machines, int(args.nproc_per_node), args.training_script, args.training_script_args
 
 
 def planned_command(text: str) -> list[str]:
     """The arguments of the command that `gptoss plan` prints, with its variables expanded."""
-    command = text[text.index('torchrun ') :]
-    command = command.replace(RENDEZVOUS, 'host:29500').replace(JOB, '7')
-    return shlex.split(command.replace('\\\n', ' '))
+    command = text[text.index("torchrun ") :]
+    command = command.replace(RENDEZVOUS, "host:29500").replace(JOB, "7")
+    return shlex.split(command.replace("\\\n", " "))
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def docstrings_read_once(for_good: bool = False):
     factory, read = _docstrings()
     if for_good:
         factory._get_field_docstrings = read
-    return mock.patch.object(factory, '_get_field_docstrings', read)
+    return mock.patch.object(factory, "_get_field_docstrings", read)
 
 
 def dry_run(argv: list[str], machines: str | None = None) -> str:
@@ -88,14 +88,14 @@ def dry_run(argv: list[str], machines: str | None = None) -> str:
     from megatron.gpt_oss.training.pretrain import main
     from megatron.training.training import destroy_global_state
 
-    words = [*argv, '--dry-run', machines] if machines else list(argv)
+    words = [*argv, "--dry-run", machines] if machines else list(argv)
     environ = {name: text for name, text in os.environ.items() if name not in _RANK_VARIABLES}
     out = io.StringIO()
     try:
         with (
             docstrings_read_once(),
             mock.patch.dict(os.environ, environ, clear=True),
-            mock.patch.object(sys, 'argv', ['pretrain_gpt_oss.py', *words]),
+            mock.patch.object(sys, "argv", ["pretrain_gpt_oss.py", *words]),
             contextlib.redirect_stdout(out),
         ):
             main(words)

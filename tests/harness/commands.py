@@ -43,10 +43,10 @@ from tests.harness.ranks import _context, free_port
 # `rank_imports` imports this module, so that these are what a Python has that has just started.
 _MAIN_PROCESS = type(process.current_process())
 _PATH = list(sys.path)
-_PYTHONPATH = os.environ.get('PYTHONPATH', '')
+_PYTHONPATH = os.environ.get("PYTHONPATH", "")
 # Variables that have been read by the time that a command gets them.
-_READ_AT_START = ('PYTHON', 'LD_')
-_TAKEN = {'PYTHONPATH', 'PYTHONUNBUFFERED'}
+_READ_AT_START = ("PYTHON", "LD_")
+_TAKEN = {"PYTHONPATH", "PYTHONUNBUFFERED"}
 _FLUSH_FAILED = 120  # the status that Python ends with
 
 
@@ -92,7 +92,7 @@ class Popen(subprocess.Popen):
 
     def _internal_poll(self, *args, **kwargs) -> Optional[int]:
         # Without a process while Popen itself fails.
-        if self.returncode is None and hasattr(self, '_process'):
+        if self.returncode is None and hasattr(self, "_process"):
             self.returncode = self._process.exitcode
         return self.returncode
 
@@ -141,9 +141,9 @@ def run(
             that it started.
     """
     if capture_output:
-        options |= {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if input is not None:
-        options['stdin'] = subprocess.PIPE
+        options["stdin"] = subprocess.PIPE
     with Popen(command, **options) as started:
         try:
             out, err = started.communicate(input, timeout)
@@ -161,15 +161,15 @@ def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **
 
     A rank that fails ends the others, as under torchrun.
     """
-    timeout = options.pop('timeout', None)
+    timeout = options.pop("timeout", None)
     port, started = str(free_port()), []
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         for rank in range(world_size):
             variables = rank_variables(rank, world_size, port)
             environ = {**(os.environ if env is None else env), **variables}
-            files = [open(os.memfd_create('printed'), 'w+') for _ in range(2)]
-            streams = dict(zip(('stdout', 'stderr'), files))
+            files = [open(os.memfd_create("printed"), "w+") for _ in range(2)]
+            streams = dict(zip(("stdout", "stderr"), files))
             started.append((Popen(command, env=environ, **streams, **options), *files))
         running = [process for process, *_ in started]
         while running:
@@ -197,12 +197,12 @@ def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **
 def rank_variables(rank: int, world_size: int, port: str) -> Dict[str, str]:
     """Environment variables of a rank of one machine, as torchrun sets them."""
     return {
-        'RANK': str(rank),
-        'LOCAL_RANK': str(rank),
-        'WORLD_SIZE': str(world_size),
-        'LOCAL_WORLD_SIZE': str(world_size),
-        'MASTER_ADDR': '127.0.0.1',
-        'MASTER_PORT': port,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
     }
 
 
@@ -226,7 +226,7 @@ def stand_in(script: Path, folder: Path):
     For shell scripts that start it: put the directory first on PATH. Signals are not forwarded.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        address = str(folder / 'socket')
+        address = str(folder / "socket")
         server.bind(address)
         server.listen()
         started: List[Popen] = []
@@ -235,7 +235,7 @@ def stand_in(script: Path, folder: Path):
             message, fds, *_ = socket.recv_fds(asker, 1 << 20, 3)
             words, environ, cwd = json.loads(message)
             command = [sys.executable, str(script), *words]
-            streams = dict(zip(('stdin', 'stdout', 'stderr'), fds))
+            streams = dict(zip(("stdin", "stdout", "stderr"), fds))
             started.append(Popen(command, env=environ, cwd=cwd, **streams))
             for fd in fds:
                 os.close(fd)
@@ -262,7 +262,7 @@ def stand_in(script: Path, folder: Path):
 def _check(command: List[str], environ: Dict[str, str]) -> None:
     if command[0] != sys.executable or len(command) < 2:
         raise ValueError(f"{command[0]} is not this Python: start it with subprocess.")
-    if _context().get_start_method() != 'forkserver':
+    if _context().get_start_method() != "forkserver":
         raise ValueError("Processes are not forked where CUDA is: use subprocess.")
     for name in environ.keys() | os.environ.keys():
         if name.startswith(_READ_AT_START) and name not in _TAKEN:
@@ -274,15 +274,15 @@ def _check(command: List[str], environ: Dict[str, str]) -> None:
 def _parts(command: List[str]) -> tuple:
     """(warning filters, '-c' or '-m' or a script, the arguments from there on)."""
     words, filters = list(command[1:]), []
-    while words and words[0] == '-W':
+    while words and words[0] == "-W":
         filters.append(words[1])
         del words[:2]
-    if not words or (words[0].startswith('-') and (words[0] not in ('-c', '-m') or not words[1:])):
+    if not words or (words[0].startswith("-") and (words[0] not in ("-c", "-m") or not words[1:])):
         raise ValueError(f"{words[:1]}: only -W, -c, -m and a script are known here.")
     return filters, words
 
 
-_INTERPRET = 'TRITON_INTERPRET'
+_INTERPRET = "TRITON_INTERPRET"
 
 
 @contextlib.contextmanager
@@ -292,8 +292,8 @@ def _server_of(environ: Dict[str, str]):
         yield
         return
     start = _interpreting().connect_to_new_process
-    changed = {_INTERPRET: environ.get(_INTERPRET, '')}
-    with mock.patch.object(forkserver, 'connect_to_new_process', start):
+    changed = {_INTERPRET: environ.get(_INTERPRET, "")}
+    with mock.patch.object(forkserver, "connect_to_new_process", start):
         with mock.patch.dict(os.environ, changed):
             yield
 
@@ -301,7 +301,7 @@ def _server_of(environ: Dict[str, str]):
 @functools.cache
 def _interpreting() -> forkserver.ForkServer:
     server = forkserver.ForkServer()
-    server.set_forkserver_preload(['tests.harness.rank_imports'])
+    server.set_forkserver_preload(["tests.harness.rank_imports"])
     return server
 
 
@@ -354,29 +354,29 @@ def _look_started(environ: Dict[str, str], filters: List[str]) -> None:
     """What a Python that starts makes of its environment and streams; nobody's child."""
     process._current_process, process._parent_process = _MAIN_PROCESS(), None
     multiprocessing.set_start_method(None, force=True)  # until the command asks or says
-    sys.modules.pop('__mp_main__', None)
+    sys.modules.pop("__mp_main__", None)
     sys.stdin = sys.__stdin__ = open(0, closefd=False)
-    unbuffered = bool(environ.get('PYTHONUNBUFFERED'))
-    for name, fd in (('stdout', 1), ('stderr', 2)):
-        servers = getattr(sys, f'__{name}__')
+    unbuffered = bool(environ.get("PYTHONUNBUFFERED"))
+    for name, fd in (("stdout", 1), ("stderr", 2)):
+        servers = getattr(sys, f"__{name}__")
         stream = io.TextIOWrapper(
-            open(fd, 'wb', buffering=0 if unbuffered else -1, closefd=False),
+            open(fd, "wb", buffering=0 if unbuffered else -1, closefd=False),
             encoding=servers.encoding,
             errors=servers.errors,
             line_buffering=fd == 2 or os.isatty(fd),
             write_through=unbuffered,
         )
         setattr(sys, name, stream)
-        setattr(sys, f'__{name}__', stream)
-    sys.path[:] = _folders(environ.get('PYTHONPATH', ''))
+        setattr(sys, f"__{name}__", stream)
+    sys.path[:] = _folders(environ.get("PYTHONPATH", ""))
     sys.path += [path for path in _PATH[1:] if path not in _folders(_PYTHONPATH)]
     for text in filters:
         warnings._setoption(text)
         sys.warnoptions.append(text)
-    if 'numpy' in sys.modules:  # its generator is the server's
-        sys.modules['numpy'].random.seed()
-    if 'torch' in sys.modules and environ.get('OMP_NUM_THREADS'):
-        sys.modules['torch'].set_num_threads(int(environ['OMP_NUM_THREADS']))
+    if "numpy" in sys.modules:  # its generator is the server's
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules and environ.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(environ["OMP_NUM_THREADS"]))
 
 
 def _folders(python_path: str) -> List[str]:
@@ -386,29 +386,29 @@ def _folders(python_path: str) -> List[str]:
 def _run_main(words: List[str]) -> None:
     """Run the arguments after Python's options, as `__main__`."""
     kind = words[0]
-    main = sys.modules['__main__'] = types.ModuleType('__main__')
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__dict__.update(__builtins__=__builtins__, __annotations__={})
-    if kind == '-m':
+    if kind == "-m":
         sys.argv = words[1:]  # its first word becomes the module's file
         sys.path.insert(0, os.getcwd())
         runpy._run_module_as_main(words[1])
         return
-    if kind == '-c':
-        sys.argv = ['-c', *words[2:]]
-        sys.path.insert(0, '')
-        code = compile(words[1], '<string>', 'exec')
+    if kind == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        code = compile(words[1], "<string>", "exec")
     else:
         sys.argv = list(words)
         sys.path.insert(0, os.path.dirname(os.path.realpath(kind)))
         main.__file__ = kind
         try:
-            with open(kind, 'rb') as file:
+            with open(kind, "rb") as file:
                 text = file.read()
         except OSError as error:
             path, reason = os.path.abspath(kind), f"[Errno {error.errno}] {error.strerror}"
             print(f"{sys.executable}: can't open file {path!r}: {reason}", file=sys.stderr)
             raise SystemExit(2)
-        code = compile(text, kind, 'exec')
+        code = compile(text, kind, "exec")
     exec(code, main.__dict__)
 
 

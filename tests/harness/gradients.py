@@ -35,7 +35,7 @@ def gradient_errors(model, gradients, preset):
         read_names.clear()
         expected = hf_to_megatron(where, preset, read)
         scale = max(largest[name] for name in read_names)
-        errors[f'{part.key}{part.global_offset}'] = (
+        errors[f"{part.key}{part.global_offset}"] = (
             (part.data - expected).abs().max() / scale
         ).item()
     for parameter, value in zip(model.parameters(), values):

@@ -31,11 +31,11 @@ class HeldWriter:
     @contextlib.contextmanager
     def installed(self):
         """While this is entered."""
-        original = FileSystemWriterAsync.__dict__['write_preloaded_data']
+        original = FileSystemWriterAsync.__dict__["write_preloaded_data"]
         write = original.__func__
 
         def held(transform_list, local_proc_idx, write_bucket, *args, **kwargs):
-            iteration = int(Path(write_bucket[0]).parent.name.removeprefix('iter_'))
+            iteration = int(Path(write_bucket[0]).parent.name.removeprefix("iter_"))
             begin = time.monotonic()
             with self._lock:
                 self._now += 1
@@ -67,4 +67,4 @@ class Gate:
 
     def wait(self) -> None:
         if not self._event.wait(SECONDS):
-            raise TimeoutError('the training did not go on while the checkpoint was written')
+            raise TimeoutError("the training did not go on while the checkpoint was written")

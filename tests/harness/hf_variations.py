@@ -21,8 +21,8 @@ def varied(change: dict, preset=ODD) -> dict:
     config = hf_config_from_preset(preset)
     for name, value in change.items():
         target = config
-        if name.startswith('rope.'):
-            target, name = config['rope_scaling'], name.removeprefix('rope.')
+        if name.startswith("rope."):
+            target, name = config["rope_scaling"], name.removeprefix("rope.")
         target.pop(name, None)
         if value is not ABSENT:
             target[name] = value
@@ -36,11 +36,11 @@ def harsh_weights(model, seed: int) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         scale = 0.227
-        if name.endswith('sinks'):
+        if name.endswith("sinks"):
             noise, scale = torch.tanh(noise), 4.0
-        elif name.endswith('gate_up_proj_bias'):
+        elif name.endswith("gate_up_proj_bias"):
             scale = 3.0
-        tensors[name] = 1 + 0.3 * noise if 'norm' in name else scale * noise
+        tensors[name] = 1 + 0.3 * noise if "norm" in name else scale * noise
     return tensors
 
 
@@ -56,16 +56,16 @@ def transformers_logits(
     try:
         config = transformers.GptOssConfig.from_pretrained(folder)
         if config.num_hidden_layers * config.num_local_experts * config.hidden_size > 10_000:
-            raise AssertionError('a model of default sizes is too large for a test')
+            raise AssertionError("a model of default sizes is too large for a test")
         model = transformers.GptOssForCausalLM._from_config(config, dtype=torch.float32)
         tensors = {n: t.contiguous() for n, t in harsh_weights(model, seed).items()}
         if not config.tie_word_embeddings:
-            save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         model = transformers.GptOssForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation='eager',
-            experts_implementation='eager',
+            attn_implementation="eager",
+            experts_implementation="eager",
         )
         model = model.to(dtype).eval()  # some modules stay in fp32 otherwise
         with torch.no_grad():
@@ -94,7 +94,7 @@ def our_logits(folder, ids: torch.Tensor) -> torch.Tensor:
 def write_config(folder, config: dict):
     """config.json alone; `transformers_logits` adds the weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'config.json').write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -107,44 +107,44 @@ def draw(generator: random.Random) -> dict:
             change[name] = generator.choice(values)
 
     layers = generator.choice([1, 2, 3, 4])
-    change['num_hidden_layers'] = layers
-    kinds = ['sliding_attention', 'full_attention', 'attention']
-    change['layer_types'] = generator.choice(
+    change["num_hidden_layers"] = layers
+    kinds = ["sliding_attention", "full_attention", "attention"]
+    change["layer_types"] = generator.choice(
         [ABSENT, None, [generator.choice(kinds) for _ in range(layers)]]
     )
     groups = generator.choice([1, 2, 3])
-    change['num_key_value_heads'] = groups
-    change['num_attention_heads'] = groups * generator.choice([1, 2, 4])
-    maybe('head_dim', [8, 16, 24, 32])
-    maybe('num_local_experts', [2, 4, 7])
-    maybe('num_experts_per_tok', [2, 3, 4])
-    change['experts_per_token'] = ABSENT
-    maybe('sliding_window', [1, 2, 7, 64, 1000])
-    maybe('rms_norm_eps', [1e-6, 1e-3, 0.0])
-    maybe('swiglu_limit', [0.5, 3.5, 100.0])
-    maybe('max_position_embeddings', [8, 100, 2048, ABSENT])
-    maybe('vocab_size', [97, 128])
-    maybe('hidden_size', [48, 64, 96])
-    maybe('intermediate_size', [16, 40])
-    maybe('rope_theta', [500, 10000.0, 1234.5, ABSENT])
-    maybe('initial_context_length', [32, ABSENT])
-    maybe('original_max_position_embeddings', [32, 128], 0.1)
-    maybe('rope.rope_theta', [777.0, 150000], 0.2)
-    maybe('rope.factor', [1.0, 2, 8.5, None, 0.5, 64])
-    maybe('rope.original_max_position_embeddings', [16, 33, 64.0, ABSENT])
-    maybe('rope.beta_fast', [None, ABSENT, 0, 4.0, 0.5])
-    maybe('rope.beta_slow', [None, ABSENT, 0.1, 2, 40])
-    maybe('rope.truncate', [ABSENT, None, True, False], 0.5)
-    maybe('rope.attention_factor', [None, 0.5, 1, 2.5, 0.0], 0.25)
-    maybe('rope.mscale', [None, 0.7, 1.0, 0])
-    maybe('rope.mscale_all_dim', [0.4, 1.0, 0, None])
-    maybe('rope.rope_type', ['yarn', 'default', ABSENT, 'linear', 'dynamic'], 0.15)
-    maybe('rope.type', ['yarn', 'default', 'linear'], 0.15)
-    maybe('rope_scaling', [ABSENT, None, {}], 0.05)
-    maybe('rope_parameters', [{}, None, {'rope_theta': 10.0}], 0.1)
-    maybe('partial_rotary_factor', [1.0, None, 0.5], 0.1)
-    maybe('output_router_logits', [True], 0.1)
-    maybe('pad_token_id', [0, 5, -1, None], 0.1)
-    if 'rope_scaling' in change:  # its fields cannot be changed as well
-        change = {name: value for name, value in change.items() if not name.startswith('rope.')}
+    change["num_key_value_heads"] = groups
+    change["num_attention_heads"] = groups * generator.choice([1, 2, 4])
+    maybe("head_dim", [8, 16, 24, 32])
+    maybe("num_local_experts", [2, 4, 7])
+    maybe("num_experts_per_tok", [2, 3, 4])
+    change["experts_per_token"] = ABSENT
+    maybe("sliding_window", [1, 2, 7, 64, 1000])
+    maybe("rms_norm_eps", [1e-6, 1e-3, 0.0])
+    maybe("swiglu_limit", [0.5, 3.5, 100.0])
+    maybe("max_position_embeddings", [8, 100, 2048, ABSENT])
+    maybe("vocab_size", [97, 128])
+    maybe("hidden_size", [48, 64, 96])
+    maybe("intermediate_size", [16, 40])
+    maybe("rope_theta", [500, 10000.0, 1234.5, ABSENT])
+    maybe("initial_context_length", [32, ABSENT])
+    maybe("original_max_position_embeddings", [32, 128], 0.1)
+    maybe("rope.rope_theta", [777.0, 150000], 0.2)
+    maybe("rope.factor", [1.0, 2, 8.5, None, 0.5, 64])
+    maybe("rope.original_max_position_embeddings", [16, 33, 64.0, ABSENT])
+    maybe("rope.beta_fast", [None, ABSENT, 0, 4.0, 0.5])
+    maybe("rope.beta_slow", [None, ABSENT, 0.1, 2, 40])
+    maybe("rope.truncate", [ABSENT, None, True, False], 0.5)
+    maybe("rope.attention_factor", [None, 0.5, 1, 2.5, 0.0], 0.25)
+    maybe("rope.mscale", [None, 0.7, 1.0, 0])
+    maybe("rope.mscale_all_dim", [0.4, 1.0, 0, None])
+    maybe("rope.rope_type", ["yarn", "default", ABSENT, "linear", "dynamic"], 0.15)
+    maybe("rope.type", ["yarn", "default", "linear"], 0.15)
+    maybe("rope_scaling", [ABSENT, None, {}], 0.05)
+    maybe("rope_parameters", [{}, None, {"rope_theta": 10.0}], 0.1)
+    maybe("partial_rotary_factor", [1.0, None, 0.5], 0.1)
+    maybe("output_router_logits", [True], 0.1)
+    maybe("pad_token_id", [0, 5, -1, None], 0.1)
+    if "rope_scaling" in change:  # its fields cannot be changed as well
+        change = {name: value for name, value in change.items() if not name.startswith("rope.")}
     return change

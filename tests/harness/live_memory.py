@@ -77,7 +77,7 @@ def balanced_routing():
         return logits * 0 + (experts - 4 * tokens) % len(experts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(router, 'apply_random_logits', balanced)
+        patch.setattr(router, "apply_random_logits", balanced)
         yield
 
 
@@ -89,7 +89,7 @@ def kernels_of_cuda():
     from megatron.core.transformer.moe.grouped_mlp import dispatch, permute
 
     activation_triton = pytest.importorskip(
-        'megatron.core.transformer.moe.grouped_mlp.activation_triton', exc_type=ImportError
+        "megatron.core.transformer.moe.grouped_mlp.activation_triton", exc_type=ImportError
     )
 
     def partial_sums(rows, bias, block_rows):
@@ -135,14 +135,14 @@ def kernels_of_cuda():
     )
     with pytest.MonkeyPatch.context() as patch:
         elementwise = SimpleNamespace(module=kernels)
-        patch.setattr(dispatch.ELEMENTWISE, 'select', lambda tensor: elementwise)
-        patch.setattr(fused_rotary_attention, 'fused_implementation', lambda tensor: 'triton')
-        patch.setattr(fused_qkv_rotary, '_TRITON', SimpleNamespace(module=rotation))
-        patch.setattr(permute, '_sum_by_token', sum_by_token)
+        patch.setattr(dispatch.ELEMENTWISE, "select", lambda tensor: elementwise)
+        patch.setattr(fused_rotary_attention, "fused_implementation", lambda tensor: "triton")
+        patch.setattr(fused_qkv_rotary, "_TRITON", SimpleNamespace(module=rotation))
+        patch.setattr(permute, "_sum_by_token", sum_by_token)
         cross_entropy = SimpleNamespace(module=loss)
-        patch.setattr(chunked_lm_loss.CROSS_ENTROPY, 'select', lambda logits: cross_entropy)
-        patch.setattr(chunked_lm_loss, '_add_product_', lambda *_: None)
+        patch.setattr(chunked_lm_loss.CROSS_ENTROPY, "select", lambda logits: cross_entropy)
+        patch.setattr(chunked_lm_loss, "_add_product_", lambda *_: None)
         patch.setattr(
-            torch.nn.functional, 'rms_norm', lambda x, shape, weight, eps: _Norm.apply(x, weight)
+            torch.nn.functional, "rms_norm", lambda x, shape, weight, eps: _Norm.apply(x, weight)
         )
         yield

@@ -6,7 +6,7 @@ import re
 from typing import Iterable, List
 
 # Not installed on a CPU machine, on purpose: they need CUDA.
-ALLOWED = ('transformer_engine', 'apex', 'flash_attn', 'flash_attn_3', 'flash_attn_interface')
+ALLOWED = ("transformer_engine", "apex", "flash_attn", "flash_attn_3", "flash_attn_interface")
 
 _REASONS = (
     re.compile(r"could not import '([\w.]+)'"),
@@ -26,7 +26,7 @@ def complaints(skips: Iterable[str]) -> List[str]:
     for text in skips:
         for pattern in _REASONS:
             match = pattern.search(text)
-            if match and match[1].split('.')[0] not in ALLOWED:
-                found.append(f'skipped for want of {match[1]}: {text}')
+            if match and match[1].split(".")[0] not in ALLOWED:
+                found.append(f"skipped for want of {match[1]}: {text}")
                 break
     return found

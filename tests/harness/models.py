@@ -17,11 +17,11 @@ from megatron.gpt_oss.diagnostics.random_checkpoint import random_hf_tensors
 from megatron.gpt_oss.layer_specs import model_config
 from megatron.gpt_oss.presets import get_preset
 
-TINY = get_preset('tiny')
+TINY = get_preset("tiny")
 # No two sizes alike, 3 groups, an odd depth, a window and a YaRN length that short tests cross.
 ODD = dataclasses.replace(
     TINY,
-    name='odd',
+    name="odd",
     num_layers=3,
     hidden_size=80,
     num_attention_heads=6,
@@ -57,15 +57,15 @@ def trained_tensors(preset, seed=0):
     tensors = random_hf_tensors(preset, seed)
     for name, tensor in tensors.items():
         noise = torch.randn(tensor.shape, generator=generator)
-        if name.endswith('sinks'):
+        if name.endswith("sinks"):
             tensor.copy_(10 * torch.tanh(2 * noise))
-        elif 'norm' in name:
+        elif "norm" in name:
             tensor.add_(0.3 * noise)
-        elif name.endswith('gate_up_proj'):
+        elif name.endswith("gate_up_proj"):
             tensor.mul_(15)
-        elif name.endswith('gate_up_proj_bias'):
+        elif name.endswith("gate_up_proj_bias"):
             tensor.copy_(3 * noise)
-        elif name.endswith('bias'):
+        elif name.endswith("bias"):
             tensor.copy_(0.3 * noise)
         else:
             tensor.mul_(5)
@@ -76,8 +76,8 @@ def write_hf(folder, preset, tensors, dtype=torch.bfloat16, config=None):
     """Write tensors as one Hugging Face file, with config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / 'model.safetensors', metadata={'format': 'pt'})
-    (folder / 'config.json').write_text(json.dumps(config or hf_config_from_preset(preset)))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config or hf_config_from_preset(preset)))
     return folder
 
 
@@ -91,10 +91,10 @@ def mxfp4_tensors(tensors, seed=0):
             continue
         experts, fan_in, fan_out = tensor.shape
         shape = (experts, fan_out, fan_in // 32)
-        stored[name + '_blocks'] = torch.randint(
+        stored[name + "_blocks"] = torch.randint(
             0, 256, (*shape, 16), dtype=torch.uint8, generator=generator
         )
-        stored[name + '_scales'] = torch.randint(
+        stored[name + "_scales"] = torch.randint(
             117, 124, shape, dtype=torch.uint8, generator=generator
         )
     return stored
@@ -107,15 +107,15 @@ def write_mxfp4(folder, preset, tensors):
     names = sorted(tensors)
     weight_map = {}
     for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
-        file = f'model-0000{number}-of-00002.safetensors'  # numbered from 0, as openai's files
-        save_file({n: tensors[n] for n in part}, folder / file, metadata={'format': 'pt'})
+        file = f"model-0000{number}-of-00002.safetensors"  # numbered from 0, as openai's files
+        save_file({n: tensors[n] for n in part}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(part, file))
-    index = {'metadata': {}, 'weight_map': weight_map}
-    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config = hf_config_from_preset(preset, quantization_config=QUANTIZATION_CONFIG)
-    (folder / 'config.json').write_text(json.dumps(config))
-    (folder / 'generation_config.json').write_text('{"eos_token_id": 7}')
-    (folder / 'chat_template.jinja').write_text('{{ messages }}')
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
 
 

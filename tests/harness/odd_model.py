@@ -20,8 +20,8 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 STEPS, LR, BETAS, EPS = 3, 0.1, (0.9, 0.95), 1e-8
 NUM_EXPERTS = 4
 # Neither 64, at which parameters begin, nor 128 divides them.
-SIZES = {'a': (7, 19), 'b': (3,), 'c': (65, 3), 'd': (129,), 'e': (1,), 'f': (40, 17), 'g': (5, 5)}
-EXPERT_SIZES = {'expert_a': (5, 9), 'expert_b': (13,)}  # of one expert
+SIZES = {"a": (7, 19), "b": (3,), "c": (65, 3), "d": (129,), "e": (1,), "f": (40, 17), "g": (5, 5)}
+EXPERT_SIZES = {"expert_a": (5, 9), "expert_b": (13,)}  # of one expert
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
     """
 
     bucket_size: Optional[int] = None
-    sharding_type: str = 'fully_reshardable'
+    sharding_type: str = "fully_reshardable"
     expert_parallel: int = 0
     fp32: Optional[Tuple[str, ...]] = None
     frozen: Tuple[str, ...] = ()
@@ -82,8 +82,8 @@ def reference(case: Case, steps: int = STEPS) -> Dict[str, Dict[str, torch.Tenso
         adam.step()
     return {
         name: {
-            'param': parameter.detach(),
-            **{key: adam.state[parameter][key] for key in ('exp_avg', 'exp_avg_sq')},
+            "param": parameter.detach(),
+            **{key: adam.state[parameter][key] for key in ("exp_avg", "exp_avg_sq")},
         }
         for name, parameter in parameters.items()
     }
@@ -105,7 +105,7 @@ class OddModel(MegatronModule):
             parameter.allreduce = not (is_expert and case.expert_parallel > 1)
             self.register_parameter(name, parameter)
 
-    def sharded_state_dict(self, prefix='', sharded_offsets=(), metadata=None):
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         ep_rank = parallel_state.get_expert_model_parallel_rank()
         ep_size = parallel_state.get_expert_model_parallel_world_size()
         state = {}
@@ -162,7 +162,7 @@ def build(case: Case):
         [model],
     )
     for group in optimizer.param_groups:
-        group['lr'] = LR
+        group["lr"] = LR
     return model, optimizer
 
 
@@ -180,17 +180,17 @@ def train(case: Case, model, optimizer, first: int = 0, steps: int = STEPS) -> N
 
 def content_metadata(case: Case) -> dict:
     return {
-        'distrib_optim_sharding_type': case.sharding_type,
-        'distrib_optim_fully_reshardable_mem_efficient': case.mem_efficient,
-        'chained_optim_avoid_prefix': True,
+        "distrib_optim_sharding_type": case.sharding_type,
+        "distrib_optim_fully_reshardable_mem_efficient": case.mem_efficient,
+        "chained_optim_avoid_prefix": True,
     }
 
 
 def sharded_state(case: Case, model, optimizer, is_loading: bool) -> dict:
     model_state = model.module.sharded_state_dict()
     return {
-        'model': model_state,
-        'optimizer': optimizer.sharded_state_dict(
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=content_metadata(case)
         ),
     }
@@ -209,7 +209,7 @@ def save(case: Case, directory: str) -> None:
 
 
 def _poison(tensor):
-    return tensor.fill_(float('nan')) if tensor.is_floating_point() else tensor
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 
 def load(case: Case, directory: str, further_steps: int = 0) -> dict:
@@ -219,22 +219,25 @@ def load(case: Case, directory: str, further_steps: int = 0) -> dict:
     """
     model, optimizer = build(case)
     state = dist_checkpointing.load(sharded_state(case, model, optimizer, True), directory)
-    model.module.load_state_dict(state['model'], strict=False)
-    optimizer.load_state_dict(state['optimizer'])
+    model.module.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
     train(case, model, optimizer, STEPS, further_steps)
     names = {parameter: name for name, parameter in model.module.named_parameters()}
     found = {}
     for part in optimizer.chained_optimizers:
         for parameter in part.model_param_gbuf_map:
             name = names[parameter]
-            start = part._get_model_param_range_map(parameter)['param'].start
+            start = part._get_model_param_range_map(parameter)["param"].start
             if name in EXPERT_SIZES:
                 start += model.module.experts.start * parameter[0].numel()
             tensors = part._get_main_param_and_optimizer_states(parameter)
-            found[name] = start, {
-                key: tensors[key].detach().float().clone()
-                for key in ('param', 'exp_avg', 'exp_avg_sq')
-            }
+            found[name] = (
+                start,
+                {
+                    key: tensors[key].detach().float().clone()
+                    for key in ("param", "exp_avg", "exp_avg_sq")
+                },
+            )
     return found
 
 
@@ -242,8 +245,8 @@ def assemble(case: Case, shards: list) -> Dict[str, Dict[str, torch.Tensor]]:
     """Whole parameters and moments out of what `load` returned on every rank; NaN: no rank had it."""
     whole = {
         name: {
-            key: torch.full((value.numel(),), float('nan'))
-            for key in ('param', 'exp_avg', 'exp_avg_sq')
+            key: torch.full((value.numel(),), float("nan"))
+            for key in ("param", "exp_avg", "exp_avg_sq")
         }
         for name, value in initial(case).items()
         if name not in case.frozen

@@ -16,7 +16,7 @@ import pytest  # noqa: F401
 from tests.harness import commands  # noqa: F401
 
 with warnings.catch_warnings(), contextlib.suppress(Exception):
-    warnings.simplefilter('ignore')
+    warnings.simplefilter("ignore")
     import torch  # noqa: F401
 
     import megatron.training.training  # noqa: F401
@@ -31,18 +31,18 @@ with warnings.catch_warnings(), contextlib.suppress(Exception):
 
 # What pretrain() imports only when it gets there: two seconds of the first call of each rank.
 for name in (
-    'megatron.core.tokenizers.text',
-    'megatron.core.datasets.helpers',
-    'megatron.core.dist_checkpointing.gpt_checkpoint_interop',
-    'megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader',
-    'megatron.core.models.mimo',
-    'megatron.training.optimizer_state_check',
-    'torch.profiler._cupti_monitor',
-    'torch.utils.serialization',
-    'transformers.models.auto.tokenization_auto',
+    "megatron.core.tokenizers.text",
+    "megatron.core.datasets.helpers",
+    "megatron.core.dist_checkpointing.gpt_checkpoint_interop",
+    "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader",
+    "megatron.core.models.mimo",
+    "megatron.training.optimizer_state_check",
+    "torch.profiler._cupti_monitor",
+    "torch.utils.serialization",
+    "transformers.models.auto.tokenization_auto",
 ):
     with warnings.catch_warnings(), contextlib.suppress(Exception):
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         importlib.import_module(name)
 
 # The ranks collect what a call left; these objects stay, and are not looked through each time.

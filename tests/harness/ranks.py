@@ -42,7 +42,7 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as sock:
             try:
-                sock.bind(('127.0.0.1', port))
+                sock.bind(("127.0.0.1", port))
             except OSError:
                 continue
             return port
@@ -67,7 +67,7 @@ class RankPool:
         self._pipes: List[Any] = []
         self._stack_files: List[str] = []
 
-    def __enter__(self) -> 'RankPool':
+    def __enter__(self) -> "RankPool":
         return self
 
     def __exit__(self, *exc_info) -> None:
@@ -100,11 +100,11 @@ class RankPool:
         port = free_port()
         for rank in range(world_size):
             environment = {
-                'RANK': str(rank),
-                'LOCAL_RANK': str(rank),
-                'WORLD_SIZE': str(world_size),
-                'MASTER_ADDR': '127.0.0.1',
-                'MASTER_PORT': str(port),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
             }
             self._pipes[rank].send((function, args, kwargs, environment, init_process_group))
         return self._collect(world_size, time.monotonic() + timeout, timeout)
@@ -126,10 +126,10 @@ class RankPool:
         if self._processes:
             return
         context = _context()
-        environment = {**os.environ, 'OMP_NUM_THREADS': str(self.threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
         for _ in range(self.size):
             ours, theirs = context.Pipe()
-            handle, stack_file = tempfile.mkstemp(suffix='.stack')
+            handle, stack_file = tempfile.mkstemp(suffix=".stack")
             os.close(handle)
             process = context.Process(
                 # Not a daemon: what it runs may start processes of its own.
@@ -173,7 +173,7 @@ class RankPool:
             # What the others say of the lost peer is worth one line each.
             others = [text.rstrip().splitlines() for text in failures[1:]]
             others = [f"{lines[0]} {lines[-1] if len(lines) > 1 else ''}" for lines in others]
-            raise RankFailure('\n'.join([failures[0], *others]))
+            raise RankFailure("\n".join([failures[0], *others]))
         for rank in range(world_size):
             self._pipes[rank].send(None)  # everybody has returned: take down what the call left
         return results
@@ -186,7 +186,7 @@ class RankPool:
         for rank in ranks:
             with open(self._stack_files[rank]) as file:
                 stacks.append(f"--- rank {rank}\n{file.read()}")
-        return '\n'.join(stacks)
+        return "\n".join(stacks)
 
 
 def _context():
@@ -197,9 +197,9 @@ def _context():
     import torch
 
     if torch.cuda.is_available():
-        return multiprocessing.get_context('spawn')
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['tests.harness.rank_imports'])
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.harness.rank_imports"])
     return context
 
 
@@ -210,10 +210,10 @@ def _serve(pipe, stack_file: str, path: List[str], environment: Dict[str, str]) 
     os.setsid()  # So that the pool can end what the rank starts, too.
     os.environ.clear()  # The server's is of the time when it was started.
     os.environ.update(environment)
-    torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     threading.Thread(target=_follow_parent, daemon=True).start()
     sys.path[:] = path
-    stacks = open(stack_file, 'w')
+    stacks = open(stack_file, "w")
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     while True:
         try:
@@ -260,7 +260,7 @@ def _call(function, args, kwargs, init_process_group: bool):
     import torch
 
     if init_process_group:
-        torch.distributed.init_process_group('gloo', timeout=PROCESS_GROUP_TIMEOUT)
+        torch.distributed.init_process_group("gloo", timeout=PROCESS_GROUP_TIMEOUT)
     # Groups go when every rank has returned. A group of gloo whose peer is gone already keeps a
     # thread busy, and with dozens of them the last rank hardly gets on.
     destroy = torch.distributed.destroy_process_group
@@ -275,21 +275,21 @@ def _tear_down() -> None:
     """Destroy the state that a call left in this process, before the next call."""
     import torch
 
-    if 'megatron.training.training' in sys.modules:
-        sys.modules['megatron.training.training'].destroy_global_state()
-    elif 'megatron.core.parallel_state' in sys.modules:
-        sys.modules['megatron.core.parallel_state'].destroy_model_parallel()
-    if 'megatron.training.async_utils' in sys.modules:  # it counts saves, alike on all ranks
-        sys.modules['megatron.training.async_utils']._async_calls_queue = None
-    if 'megatron.core.tensor_parallel.random' in sys.modules:
-        random = sys.modules['megatron.core.tensor_parallel.random']
+    if "megatron.training.training" in sys.modules:
+        sys.modules["megatron.training.training"].destroy_global_state()
+    elif "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if "megatron.training.async_utils" in sys.modules:  # it counts saves, alike on all ranks
+        sys.modules["megatron.training.async_utils"]._async_calls_queue = None
+    if "megatron.core.tensor_parallel.random" in sys.modules:
+        random = sys.modules["megatron.core.tensor_parallel.random"]
         random.initialize_rng_tracker(force_reset=True)
-    if 'megatron.core.transformer.moe.moe_logging' in sys.modules:  # sized for this model's layers
-        sys.modules['megatron.core.transformer.moe.moe_logging'].destroy_moe_metrics_tracker()
-    if 'megatron.core.optimizer.optimizer' in sys.modules:
+    if "megatron.core.transformer.moe.moe_logging" in sys.modules:  # sized for this model's layers
+        sys.modules["megatron.core.transformer.moe.moe_logging"].destroy_moe_metrics_tracker()
+    if "megatron.core.optimizer.optimizer" in sys.modules:
         # Its views of parameters are in cycles through C++ that are never collected, and with them
         # the model and every process group with its threads.
-        optimizer = sys.modules['megatron.core.optimizer.optimizer'].MegatronOptimizer
+        optimizer = sys.modules["megatron.core.optimizer.optimizer"].MegatronOptimizer
         for found in gc.get_objects():
             if issubclass(type(found), optimizer):
                 vars(found).clear()

@@ -11,9 +11,9 @@ from pathlib import Path
 from megatron.gpt_oss.training.metrics.jsonl import read_metrics
 
 COMMON = (
-    '--preset tiny --preset-layers 2 --split 90,10,0 --seq-length 64 --micro-batch-size 1 '
-    '--global-batch-size 4 --lr 1e-3 --lr-warmup-iters 1 --eval-iters 1 --monitor-interval 0 '
-    '--distributed-timeout-minutes 1 --num-workers 0'
+    "--preset tiny --preset-layers 2 --split 90,10,0 --seq-length 64 --micro-batch-size 1 "
+    "--global-batch-size 4 --lr 1e-3 --lr-warmup-iters 1 --eval-iters 1 --monitor-interval 0 "
+    "--distributed-timeout-minutes 1 --num-workers 0"
 )
 
 
@@ -27,29 +27,29 @@ def write_inputs(folder: Path, num_layers: int = 2) -> Path:
     from megatron.gpt_oss.presets import get_preset
     from tests.harness.models import trained_tensors, write_hf
 
-    preset = dataclasses.replace(get_preset('tiny'), num_layers=num_layers)
-    write_hf(folder / 'hf', preset, trained_tensors(preset))
-    write_byte_tokenizer(folder / 'hf')
+    preset = dataclasses.replace(get_preset("tiny"), num_layers=num_layers)
+    write_hf(folder / "hf", preset, trained_tensors(preset))
+    write_byte_tokenizer(folder / "hf")
     files = sorted(
-        str(path) for path in Path(__file__).parents[1].glob('unit_tests/gpt_oss/**/test_*.py')
+        str(path) for path in Path(__file__).parents[1].glob("unit_tests/gpt_oss/**/test_*.py")
     )
-    tokenizer = load_text_tokenizer(folder / 'hf')
-    tokenize_files(files[:12], str(folder / 'data'), tokenizer)
+    tokenizer = load_text_tokenizer(folder / "hf")
+    tokenize_files(files[:12], str(folder / "data"), tokenizer)
     assert build_byte_tokenizer().get_vocab_size() <= preset.vocab_size
     return folder
 
 
 def command(inputs: Path, run_dir: Path, flags: str) -> list[str]:
     """The arguments of the script."""
-    where = f'--load-hf {inputs}/hf --data-path {inputs}/data --run-dir {run_dir}'
-    return f'{COMMON} {where} {flags}'.split()
+    where = f"--load-hf {inputs}/hf --data-path {inputs}/data --run-dir {run_dir}"
+    return f"{COMMON} {where} {flags}".split()
 
 
 def start(ranks, inputs: Path, run_dir: Path, flags: str, world_size: int = 1) -> list[dict]:
     """Train, and return the records of metrics.jsonl."""
     argv = command(inputs, run_dir, flags)
     ranks.run(main_in_rank, argv, world_size=world_size, init_process_group=False)
-    return read_metrics(run_dir / 'metrics.jsonl')
+    return read_metrics(run_dir / "metrics.jsonl")
 
 
 def main_in_rank(argv: list[str], prepare=None) -> str:
@@ -83,9 +83,9 @@ def main_in_rank(argv: list[str], prepare=None) -> str:
 
 def steps(records: list[dict]) -> dict[int, dict]:
     """The records of training steps, by step."""
-    return {record['step']: record for record in records if 'loss' in record}
+    return {record["step"]: record for record in records if "loss" in record}
 
 
 def only(records: list[dict], key: str) -> dict[int, dict]:
     """What records of one kind hold, by step: 'experts', 'norms' or 'sample'."""
-    return {record['step']: record[key] for record in records if key in record}
+    return {record["step"]: record[key] for record in records if key in record}

@@ -49,7 +49,7 @@ MODEL_FLAGS = (
 
 # Two layers are one of each kind of attention, and four experts are two on each of two ranks: enough
 # for all but virtual pipeline stages, at a quarter of the kernels, collectives and saved tensors.
-SMALL = '--num-layers 2 --num-experts 4 --moe-router-topk 2'
+SMALL = "--num-layers 2 --num-experts 4 --moe-router-topk 2"
 
 RUN_FLAGS = (
     "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion "
@@ -65,27 +65,27 @@ RUN_FLAGS = (
 def write_random_dataset(prefix: str, seed: int = 0) -> str:
     """Write a Megatron indexed dataset of random tokens; returns the prefix for --data-path."""
     generator = numpy.random.default_rng(seed)
-    builder = IndexedDatasetBuilder(prefix + '.bin', dtype=numpy.int32)
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.int32)
     for _ in range(32):
         # A skewed distribution, so that there is something to learn in ten steps.
         tokens = (VOCAB_SIZE * generator.random(generator.integers(20, 200)) ** 3).astype(int)
         builder.add_document(torch.from_numpy(tokens), [len(tokens)])
-    builder.finalize(prefix + '.idx')
+    builder.finalize(prefix + ".idx")
     return prefix
 
 
 def forward_step(data_iterator, model):
     """One micro-batch, as pretrain_gpt_oss.py takes it."""
-    batch = step.get_batch(data_iterator, get_attr_wrapped_model(model, 'vp_stage'))
+    batch = step.get_batch(data_iterator, get_attr_wrapped_model(model, "vp_stage"))
     output = model(
-        batch['tokens'],
-        batch['position_ids'],
+        batch["tokens"],
+        batch["position_ids"],
         None,
-        labels=batch['labels'],
-        loss_mask=batch['loss_mask'],
-        packed_seq_params=batch['packed_seq_params'],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=batch["packed_seq_params"],
     )
-    return output, partial(loss_func, batch['loss_mask'])
+    return output, partial(loss_func, batch["loss_mask"])
 
 
 def loss_func(loss_mask, output):
@@ -100,7 +100,7 @@ def loss_func(loss_mask, output):
 
 def parse(flags, data_prefix: str, model_flags=MODEL_FLAGS):
     """Upstream's parser reads sys.argv; later flags override earlier ones."""
-    sys.argv = ['tiny_pretrain', *model_flags, *RUN_FLAGS, '--data-path', data_prefix, *flags]
+    sys.argv = ["tiny_pretrain", *model_flags, *RUN_FLAGS, "--data-path", data_prefix, *flags]
     return parse_and_validate_args()
 
 
@@ -112,12 +112,12 @@ def write_initial_checkpoint(flags, data_prefix: str, directory: str, model_flag
     """
     flags = [
         *flags,
-        '--save',
+        "--save",
         directory,
-        '--save-interval',
-        '1',
-        '--no-save-optim',
-        '--no-save-rng',
+        "--save-interval",
+        "1",
+        "--no-save-optim",
+        "--no-save-rng",
     ]
     args = parse(flags, data_prefix, model_flags)
     initialize_megatron()
@@ -128,26 +128,26 @@ def write_initial_checkpoint(flags, data_prefix: str, directory: str, model_flag
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model[0].named_parameters():
-            if name.endswith(('bias', 'softmax_offset')) or 'norm' in name:
+            if name.endswith(("bias", "softmax_offset")) or "norm" in name:
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter), alpha=2.0 if 'softmax' in name else 0.3)
+                parameter.add_(noise.to(parameter), alpha=2.0 if "softmax" in name else 0.3)
     save_checkpoint(1, model, None, None, 0)
 
 
 def run_pretrain(flags, data_prefix: str, model_flags=MODEL_FLAGS, silent: bool = False) -> dict:
     """Train with upstream's own loop; returns what this rank's callbacks received."""
-    received = {'steps': [], 'evaluations': [], 'checkpoints': []}
+    received = {"steps": [], "evaluations": [], "checkpoints": []}
     step_callbacks.clear()
 
     def checkpoint_saved(event):
-        tracker = pathlib.Path(event.save_dir, 'latest_checkpointed_iteration.txt')
-        received['checkpoints'].append({**vars(event), 'tracker': tracker.read_text()})
+        tracker = pathlib.Path(event.save_dir, "latest_checkpointed_iteration.txt")
+        received["checkpoints"].append({**vars(event), "tracker": tracker.read_text()})
 
     step_callbacks.subscribe(
-        step_callbacks.TrainingLogged, lambda event: received['steps'].append(vars(event))
+        step_callbacks.TrainingLogged, lambda event: received["steps"].append(vars(event))
     )
     step_callbacks.subscribe(
-        step_callbacks.SetEvaluated, lambda event: received['evaluations'].append(vars(event))
+        step_callbacks.SetEvaluated, lambda event: received["evaluations"].append(vars(event))
     )
     step_callbacks.subscribe(step_callbacks.CheckpointSaved, checkpoint_saved)
     step_callbacks.silence_upstream_log(silent)

@@ -30,17 +30,17 @@ def run(
         kill_after: SIGKILL this process once that step is logged.
         before_forward: called with the step (from 1) and the model before each micro-batch.
     """
-    received = {'steps': [], 'samples': []}
+    received = {"steps": [], "samples": []}
 
     def on_step(event):
-        received['steps'].append(vars(event))
+        received["steps"].append(vars(event))
         if event.iteration == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def forward_step(data_iterator, model):
         if before_forward is not None:
             before_forward(get_args().curr_iteration + 1, model)
-        return tiny_pretrain.forward_step(_Recorded(data_iterator, received['samples']), model)
+        return tiny_pretrain.forward_step(_Recorded(data_iterator, received["samples"]), model)
 
     step_callbacks.clear()
     step_callbacks.subscribe(step_callbacks.TrainingLogged, on_step)
@@ -68,5 +68,5 @@ class _Recorded:
 
     def __next__(self):
         sample = next(self.iterator)
-        self.samples.append(hashlib.sha256(sample['tokens'].numpy().tobytes()).hexdigest())
+        self.samples.append(hashlib.sha256(sample["tokens"].numpy().tobytes()).hexdigest())
         return sample

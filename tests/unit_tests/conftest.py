@@ -15,10 +15,10 @@ from tests.harness.ranks import RankPool
 
 def pytest_sessionfinish(session):
     """In CI no test may be skipped because a package is missing."""
-    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
-    if not os.environ.get('CI') or reporter is None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("CI") or reporter is None:
         return
-    skipped = reporter.stats.get('skipped', [])
+    skipped = reporter.stats.get("skipped", [])
     lines = missing_packages.complaints(str(report.longrepr) for report in skipped)
     for line in lines:
         reporter.write_line(line, red=True)
@@ -29,14 +29,14 @@ def pytest_sessionfinish(session):
 # Modules that take longest. xdist hands out modules in this order, so that none of these is the
 # last one while the other worker is idle (--no-loadscope-reorder in the Makefile).
 _LONGEST = (
-    'test_fuzz.py',
-    'test_documented_commands.py',
-    'test_grouped_experts.py',
-    'test_parallel_losses.py',
-    'test_context_parallel.py',
-    'test_packaging.py',
-    'test_text_to_model.py',
-    'test_commands.py',
+    "test_fuzz.py",
+    "test_documented_commands.py",
+    "test_grouped_experts.py",
+    "test_parallel_losses.py",
+    "test_context_parallel.py",
+    "test_packaging.py",
+    "test_text_to_model.py",
+    "test_commands.py",
 )
 
 
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
 
 
 # What a launcher sets: a process that finds one of them believes that it is a rank.
-_LAUNCHER = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
+_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,7 @@ def _no_launcher_left():
 @pytest.fixture(autouse=True)
 def _parser_is_built_quickly():
     """Megatron's parser, from which every model's config comes, reads each source once in a run."""
-    if 'megatron.training.argument_utils' in sys.modules:
+    if "megatron.training.argument_utils" in sys.modules:
         # Not in each of the releases that the patches are proved on.
         with contextlib.suppress(ImportError, AttributeError):
             from tests.harness.command_lines import docstrings_read_once
@@ -73,10 +73,10 @@ def _parser_is_built_quickly():
             docstrings_read_once(for_good=True)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def ranks(request):
     """The rank pool of a module: two ranks, or as `pytestmark = pytest.mark.ranks(4)` says."""
-    marker = request.node.get_closest_marker('ranks')
+    marker = request.node.get_closest_marker("ranks")
     args, options = (marker.args, marker.kwargs) if marker else ((2,), {})
     with RankPool(*args, **options) as pool:
         yield pool
@@ -88,7 +88,7 @@ def poisoned(monkeypatch):
     empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def nan(tensor):
-        return tensor.fill_(float('nan')) if tensor.is_floating_point() else tensor
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch.Tensor, 'new_empty', lambda *a, **k: nan(empty(*a, **k)))
-    monkeypatch.setattr(torch, 'empty_like', lambda *a, **k: nan(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: nan(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: nan(empty_like(*a, **k)))

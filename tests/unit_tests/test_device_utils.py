@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(device_utils.is_cuda(), reason="about machines w
 
 
 def test_device_and_backend():
-    assert torch.zeros(1, device=device_utils.current_device()).device.type == 'cpu'
-    assert torch.zeros(1, device=device_utils.device_type()).device.type == 'cpu'
-    assert device_utils.default_backend() == 'gloo'
-    for dtype, name in ((torch.float32, 'FloatTensor'), (torch.bfloat16, 'BFloat16Tensor')):
+    assert torch.zeros(1, device=device_utils.current_device()).device.type == "cpu"
+    assert torch.zeros(1, device=device_utils.device_type()).device.type == "cpu"
+    assert device_utils.default_backend() == "gloo"
+    for dtype, name in ((torch.float32, "FloatTensor"), (torch.bfloat16, "BFloat16Tensor")):
         assert torch.zeros(1, dtype=dtype).type() == device_utils.tensor_type(name)
 
 

@@ -17,33 +17,33 @@ from tests.fuzz.shrink import shrunk
 from tests.fuzz.workers import CASES_A_PROBLEM, judged
 
 # Cases of one problem follow each other: the runner keeps the reference run of the last problem.
-REGRESSIONS = json.loads((Path(__file__).parents[1] / 'fuzz' / 'regressions.json').read_text())
+REGRESSIONS = json.loads((Path(__file__).parents[1] / "fuzz" / "regressions.json").read_text())
 FRESH = 12
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def runner():
     runner = Runner(4)
     yield runner
     runner.close()
 
 
-@pytest.mark.parametrize('entry', REGRESSIONS, ids=lambda entry: entry['shows'].replace(' ', '-'))
+@pytest.mark.parametrize("entry", REGRESSIONS, ids=lambda entry: entry["shows"].replace(" ", "-"))
 def test_regression(runner, entry):
-    verdict = runner.verdict(Case.from_json(json.dumps(entry['case'])))
-    assert verdict.kind == entry['ends'], verdict.lines
+    verdict = runner.verdict(Case.from_json(json.dumps(entry["case"])))
+    assert verdict.kind == entry["ends"], verdict.lines
 
 
 def test_finds_a_fault(runner, monkeypatch):
     """A moment that is 0.2 % too large on one of two ranks is reported."""
     case, runs, train = Case(Problem(), Layout(dp=2)), [], runner._train
-    monkeypatch.setattr(runner, '_train', lambda *args: runs.append(train(*args)) or runs[-1])
-    assert runner.verdict(case).kind == 'same'
-    key = 'optimizer.state.exp_avg.output_layer.weight'
+    monkeypatch.setattr(runner, "_train", lambda *args: runs.append(train(*args)) or runs[-1])
+    assert runner.verdict(case).kind == "same"
+    key = "optimizer.state.exp_avg.output_layer.weight"
     runs[-1].tensors[key] = runs[-1].tensors[key] * 1.002
-    monkeypatch.setattr(runner, '_train', lambda *args: runs[-1])
+    monkeypatch.setattr(runner, "_train", lambda *args: runs[-1])
     verdict = runner.verdict(case)
-    assert verdict.kind == 'differs' and 'output_layer.weight' in verdict.lines[0]
+    assert verdict.kind == "differs" and "output_layer.weight" in verdict.lines[0]
 
 
 def test_fresh_cases(runner):
@@ -52,7 +52,7 @@ def test_fresh_cases(runner):
     problems = range(FRESH // CASES_A_PROBLEM)
     for case, verdict, _ in judged(runner, seed, problems, (1, 2, 2, 4)):
         command = f"python -m tests.fuzz --case '{case.to_json()}'"
-        assert not verdict.is_fault, '\n'.join([*verdict.lines, command])
+        assert not verdict.is_fault, "\n".join([*verdict.lines, command])
 
 
 def test_shrinks():

@@ -20,7 +20,7 @@ def test_fused_functions_are_not_compiled():
     gate, up = (x + bias).double().chunk(2, dim=-1)
     expected = gate * torch.sigmoid(gate) * up
     torch.testing.assert_close(bias_swiglu(x, bias).double(), expected, rtol=1e-6, atol=1e-6)
-    assert not torch._dynamo.utils.counters['frames']
+    assert not torch._dynamo.utils.counters["frames"]
 
 
 @pytest.mark.skipif(device_utils.is_cuda(), reason="compiled on CUDA, as upstream does")

@@ -25,7 +25,7 @@ try:
 except ImportError:  # without it shards get no hashes and are not checked
     xxhash = None
 
-SUFFIX = '.xxh3'
+SUFFIX = ".xxh3"
 BLOCK = 4 * 2**20
 VERSION = 1
 _THREADS = 2
@@ -64,12 +64,12 @@ class HashingFile:
         self._hashes: List[str] = []
         self._block = xxhash.xxh3_128()
         self._filled = 0
-        self._file = open(path, 'wb')
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix='hashes')
+        self._file = open(path, "wb")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hashes")
 
     def write(self, data) -> int:
         """See `io.BufferedWriter`; `data` is any contiguous buffer."""
-        view = memoryview(data).cast('B')
+        view = memoryview(data).cast("B")
         if len(view) < _MIN_SIZE_FOR_THREAD:
             self._update(view)
             self._file.write(view)
@@ -108,13 +108,13 @@ class HashingFile:
         self._file.close()
         if self._filled:
             self._end_block()
-        text = json.dumps({'version': VERSION, 'block': BLOCK, 'xxh3_128': self._hashes})
-        with open(self._path + SUFFIX, 'w') as file:
+        text = json.dumps({"version": VERSION, "block": BLOCK, "xxh3_128": self._hashes})
+        with open(self._path + SUFFIX, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
 
-    def __enter__(self) -> 'HashingFile':
+    def __enter__(self) -> "HashingFile":
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -130,7 +130,7 @@ class HashingFile:
         self._filled = 0
 
 
-def open_shard(path: str, mode: str = 'wb') -> IO[bytes]:
+def open_shard(path: str, mode: str = "wb") -> IO[bytes]:
     """Open a shard for writing; with hashes if xxhash is installed."""
     return open(path, mode) if xxhash is None else HashingFile(os.fspath(path))
 
@@ -140,7 +140,7 @@ class HashingFileSystem(FileSystem):
 
     def create_stream(self, path, mode):
         """See `FileSystem`."""
-        if mode == 'wb' and str(path).endswith('.distcp'):
+        if mode == "wb" and str(path).endswith(".distcp"):
             return open_shard(path)
         return super().create_stream(path, mode)
 
@@ -180,7 +180,7 @@ class BlockHashes:
             self._checked.update((name, number) for number in numbers)
         if not numbers:
             return
-        with open(self._directory / name, 'rb', buffering=0) as file:
+        with open(self._directory / name, "rb", buffering=0) as file:
             for number in numbers:
                 size, found = _hash_of(file.fileno(), number * block, block)
                 wanted = hashes[number] if number < len(hashes) else None
@@ -190,8 +190,8 @@ class BlockHashes:
                     last = number * block + max(size, 1) - 1
                     raise DamagedShard(
                         str(self._directory),
-                        f'bytes {number * block} to {last} of {name} differ from what was saved '
-                        '(XXH3).',
+                        f"bytes {number * block} to {last} of {name} differ from what was saved "
+                        "(XXH3).",
                     )
 
 
@@ -200,7 +200,7 @@ def _hash_of(file: int, offset: int, length: int) -> Tuple[int, str]:
 
     Each thread keeps its buffer: for a new one the kernel would clear as many pages.
     """
-    if not hasattr(_buffers, 'chunk'):
+    if not hasattr(_buffers, "chunk"):
         _buffers.chunk = memoryview(bytearray(_CHUNK))
     block, done = xxhash.xxh3_128(), 0
     while done < length:
@@ -222,17 +222,17 @@ def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
         return BLOCK, None
     try:
         found = json.loads(text)
-        version, block, hashes = found['version'], found['block'], found['xxh3_128']
+        version, block, hashes = found["version"], found["block"], found["xxh3_128"]
         valid = isinstance(block, int) and block > 0 and isinstance(hashes, list)
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedShard(
-            str(directory), f'{name} is damaged ({type(error).__name__}).'
+            str(directory), f"{name} is damaged ({type(error).__name__})."
         ) from error
     if version != VERSION:
-        what = f'{name} has the unsupported version {version}.'
+        what = f"{name} has the unsupported version {version}."
         raise DamagedShard(str(directory), what)
     if not valid:
-        raise DamagedShard(str(directory), f'{name} is damaged.')
+        raise DamagedShard(str(directory), f"{name} is damaged.")
     return block, hashes
 
 
@@ -255,7 +255,7 @@ class CheckedFileSystemReader(FileSystemReader):
         """See `StorageReader`."""
         places = [self.storage_data[item.storage_index] for item in plan.items]
         places.sort(key=lambda place: (place.relative_path, place.offset))
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix='hashes') as threads:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hashes") as threads:
             checks = [
                 threads.submit(self.hashes.check, place.relative_path, place.offset, place.length)
                 for place in places
@@ -298,13 +298,13 @@ def _failure_of_any_rank(failure: Optional[Exception]) -> Optional[Exception]:
         return failure
     mine = failure
     if not isinstance(failure, (DamagedShard, type(None))):
-        mine = ' '.join(f'{type(failure).__name__}: {failure}'.split())[:500]
+        mine = " ".join(f"{type(failure).__name__}: {failure}".split())[:500]
     failures: list = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(failures, mine)
     if damages := [found for found in failures if isinstance(found, DamagedShard)]:
         return damages[0]
-    others = [f'rank {rank}: {found}' for rank, found in enumerate(failures) if found]
-    return failure or (RuntimeError('; '.join(others[:4])) if others else None)
+    others = [f"rank {rank}: {found}" for rank, found in enumerate(failures) if found]
+    return failure or (RuntimeError("; ".join(others[:4])) if others else None)
 
 
 def _split_at_blocks(length: int, first: int) -> List[Tuple[int, int]]:

@@ -32,40 +32,40 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-METADATA_NAME = '.metadata'
-_HINT = 'The file is damaged, or Megatron did not write it; use another checkpoint.'
+METADATA_NAME = ".metadata"
+_HINT = "The file is damaged, or Megatron did not write it; use another checkpoint."
 
-_OWN_CLASSES = 'megatron.core.dist_checkpointing.strategies.torch'
+_OWN_CLASSES = "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA_CLASSES = {
-    'torch': ('Size',),
-    'torch.serialization': ('_get_layout',),
-    'torch.distributed.checkpoint.metadata': (
-        'Metadata',
-        'MetadataIndex',
-        'TensorStorageMetadata',
-        'BytesStorageMetadata',
-        'ChunkStorageMetadata',
-        'TensorProperties',
-        'StorageMeta',
-        '_MEM_FORMAT_ENCODING',
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
     ),
     # Megatron stores the save plan of each rank, to reuse it for the next save.
-    'torch.distributed.checkpoint.planner': (
-        'SavePlan',
-        'WriteItem',
-        'WriteItemType',
-        'TensorWriteData',
-        'BytesIOWriteData',
+    "torch.distributed.checkpoint.planner": (
+        "SavePlan",
+        "WriteItem",
+        "WriteItemType",
+        "TensorWriteData",
+        "BytesIOWriteData",
     ),
-    'torch.distributed.checkpoint.filesystem': ('_StorageInfo', '_StoragePrefix'),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
     # Megatron-Core up to 0.15 saved these instead; later releases keep the names to read them.
-    _OWN_CLASSES: ('MCoreMetadata', 'MCoreSavePlan'),
+    _OWN_CLASSES: ("MCoreMetadata", "MCoreSavePlan"),
     # Before PyTorch 2.3.
-    'torch.distributed._shard.sharded_tensor.metadata': ('TensorProperties', 'MEM_FORMAT_ENCODING'),
-    'collections': ('OrderedDict',),
+    "torch.distributed._shard.sharded_tensor.metadata": ("TensorProperties", "MEM_FORMAT_ENCODING"),
+    "collections": ("OrderedDict",),
     # The path of the checkpoint when it was written.
-    'pathlib': ('Path', 'PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'),
-    'pathlib._local': ('Path', 'PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath'),
+    "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
+    "pathlib._local": ("Path", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"),
 }
 _METADATA_NAMES = frozenset(
     (module, name) for module, names in _METADATA_CLASSES.items() for name in names
@@ -84,9 +84,9 @@ def find_metadata_class(module: str, name: str) -> Any:
     """
     if (module, name) in _METADATA_NAMES:
         return pickle.Unpickler(io.BytesIO()).find_class(module, name)
-    if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype):
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
         return getattr(torch, name)
-    raise RestrictedPickleError(f'it asks for {module}.{name}'[:120] + ', which is not allowed')
+    raise RestrictedPickleError(f"it asks for {module}.{name}"[:120] + ", which is not allowed")
 
 
 def load_restricted(
@@ -111,7 +111,7 @@ def load_restricted(
     except RestrictedPickleError:
         raise
     except Exception as error:  # a damaged pickle can raise any exception
-        raise RestrictedPickleError(f'it cannot be unpickled ({_short(error)})') from error
+        raise RestrictedPickleError(f"it cannot be unpickled ({_short(error)})") from error
     finally:
         unpickler.check_classes()
 
@@ -144,20 +144,20 @@ class _Unpickler(pickle.Unpickler):
                 else:
                     delattr(found, name)
             if changed:
-                raise RestrictedPickleError(f'it sets {found.__name__}.{changed[0]!s:.40}')
+                raise RestrictedPickleError(f"it sets {found.__name__}.{changed[0]!s:.40}")
 
     def persistent_load(self, pid: Any) -> Any:
         """See `pickle.Unpickler`."""
         if self._persistent_load is None:
-            raise RestrictedPickleError('it refers to objects outside itself')
+            raise RestrictedPickleError("it refers to objects outside itself")
         return self._persistent_load(pid)
 
 
 # Opcodes of protocols 0 and 1 that newer protocols do not write, those of the extension registry
 # and of out-of-band buffers.
 _REFUSED_OPCODES = frozenset(
-    'INT LONG STRING UNICODE FLOAT PUT GET INST OBJ DUP PERSID EXT1 EXT2 EXT4 NEXT_BUFFER '
-    'READONLY_BUFFER BYTEARRAY8'.split()
+    "INT LONG STRING UNICODE FLOAT PUT GET INST OBJ DUP PERSID EXT1 EXT2 EXT4 NEXT_BUFFER "
+    "READONLY_BUFFER BYTEARRAY8".split()
 )
 _LENGTH_BYTES = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -179,7 +179,7 @@ def _argument_sizes() -> list:
 
 
 _ARGUMENT_SIZES = _argument_sizes()
-_GLOBAL, _BINPERSID, _PROTO, _STOP, _LONG_BINPUT = b'cQ\x80.r'
+_GLOBAL, _BINPERSID, _PROTO, _STOP, _LONG_BINPUT = b"cQ\x80.r"
 
 
 def _check_opcodes(data: bytes, persistent: bool) -> None:
@@ -188,8 +188,8 @@ def _check_opcodes(data: bytes, persistent: bool) -> None:
     The unpickler does not check two numbers: an index of the memo, for which it allocates 16 times
     as many bytes at once, and the length of an argument.
     """
-    if data[:1] != b'\x80' or not data.endswith(b'.'):
-        raise RestrictedPickleError('it does not begin and end as a pickle does')
+    if data[:1] != b"\x80" or not data.endswith(b"."):
+        raise RestrictedPickleError("it does not begin and end as a pickle does")
     position, count, end = 0, 0, len(data)
     sizes = _ARGUMENT_SIZES
     while position < end:
@@ -198,24 +198,24 @@ def _check_opcodes(data: bytes, persistent: bool) -> None:
         position += 1
         count += 1
         if size is None or (opcode == _BINPERSID and not persistent):
-            raise RestrictedPickleError(f'it has the unknown opcode {opcode} at {position - 1}')
+            raise RestrictedPickleError(f"it has the unknown opcode {opcode} at {position - 1}")
         if size > 0:
             if opcode == _LONG_BINPUT:
-                if int.from_bytes(data[position : position + 4], 'little') > count:
-                    raise RestrictedPickleError(f'its memo is damaged at {position - 1}')
+                if int.from_bytes(data[position : position + 4], "little") > count:
+                    raise RestrictedPickleError(f"its memo is damaged at {position - 1}")
             position += size
         elif size < 0 and opcode != _GLOBAL:
-            length = int.from_bytes(data[position : position - size], 'little')
+            length = int.from_bytes(data[position : position - size], "little")
             position += length - size
         elif opcode == _GLOBAL:
             for _ in range(2):
-                position = data.find(b'\n', position, position + 256) + 1
+                position = data.find(b"\n", position, position + 256) + 1
                 if position == 0:
-                    raise RestrictedPickleError('it has an unterminated name')
+                    raise RestrictedPickleError("it has an unterminated name")
         elif opcode == _STOP:
             break
     if position != end:
-        raise RestrictedPickleError('it is truncated, or has trailing bytes')
+        raise RestrictedPickleError("it is truncated, or has trailing bytes")
 
 
 def metadata_of(data: bytes, path: str) -> Metadata:
@@ -231,54 +231,54 @@ def metadata_of(data: bytes, path: str) -> Metadata:
         metadata = load_restricted(data)
         _check_metadata(metadata)
     except RestrictedPickleError as error:
-        raise RestrictedPickleError(f'{path}: {error}. {_HINT}') from error
+        raise RestrictedPickleError(f"{path}: {error}. {_HINT}") from error
     return metadata
 
 
 def read_metadata(directory) -> Metadata:
     """Read the metadata of a checkpoint directory; see `metadata_of`."""
     path = os.path.join(directory, METADATA_NAME)
-    with open(path, 'rb') as stream:
+    with open(path, "rb") as stream:
         return metadata_of(stream.read(), path)
 
 
 def _check_metadata(metadata: Any) -> None:
     """Reject metadata whose fields have wrong types or paths outside of the directory."""
-    tensors = getattr(metadata, 'state_dict_metadata', None)
+    tensors = getattr(metadata, "state_dict_metadata", None)
     if not _is_metadata(metadata) or not isinstance(tensors, dict):
-        raise RestrictedPickleError('it holds no checkpoint metadata')
+        raise RestrictedPickleError("it holds no checkpoint metadata")
     for key, entry in tensors.items():
         if not isinstance(key, str):
-            raise RestrictedPickleError(f'state_dict_metadata has the key {_short(key)}')
+            raise RestrictedPickleError(f"state_dict_metadata has the key {_short(key)}")
         if isinstance(entry, TensorStorageMetadata):
             _check_tensor(key, vars(entry))
         elif not isinstance(entry, BytesStorageMetadata):
-            raise RestrictedPickleError(f'{key!r:.80} is a {type(entry).__name__}')
-    _check_shapes_before_flattening(getattr(metadata, 'mcore_data', None))
-    places = getattr(metadata, 'storage_data', None)
+            raise RestrictedPickleError(f"{key!r:.80} is a {type(entry).__name__}")
+    _check_shapes_before_flattening(getattr(metadata, "mcore_data", None))
+    places = getattr(metadata, "storage_data", None)
     if places is None:
         return
     if not isinstance(places, dict):
-        raise RestrictedPickleError('storage_data is not a dict')
+        raise RestrictedPickleError("storage_data is not a dict")
     for index, place in places.items():
-        fields = getattr(place, '__dict__', {})
-        if not isinstance(index, MetadataIndex) or not isinstance(vars(index).get('fqn'), str):
-            raise RestrictedPickleError(f'storage_data has the key {_short(index)}')
-        if not all(_is_count(fields.get(name)) for name in ('offset', 'length')):
+        fields = getattr(place, "__dict__", {})
+        if not isinstance(index, MetadataIndex) or not isinstance(vars(index).get("fqn"), str):
+            raise RestrictedPickleError(f"storage_data has the key {_short(index)}")
+        if not all(_is_count(fields.get(name)) for name in ("offset", "length")):
             raise RestrictedPickleError(
-                f'{index.fqn!r:.80} lies at offset {_short(fields.get("offset"))} and has length '
-                f'{_short(fields.get("length"))}, which are not byte counts'
+                f"{index.fqn!r:.80} lies at offset {_short(fields.get('offset'))} and has length "
+                f"{_short(fields.get('length'))}, which are not byte counts"
             )
-        _check_relative(index.fqn, fields.get('relative_path'))
+        _check_relative(index.fqn, fields.get("relative_path"))
         chunk = tensors.get(index.fqn)
-        if isinstance(chunk, TensorStorageMetadata) and vars(index).get('offset') is not None:
+        if isinstance(chunk, TensorStorageMetadata) and vars(index).get("offset") is not None:
             if not _is_shape(index.offset, len(chunk.size)):
-                raise RestrictedPickleError(f'{index.fqn!r:.80} has a damaged offset')
+                raise RestrictedPickleError(f"{index.fqn!r:.80} has a damaged offset")
 
 
 def _is_metadata(value: Any) -> bool:
     kind = type(value)
-    return kind is Metadata or (kind.__module__, kind.__name__) == (_OWN_CLASSES, 'MCoreMetadata')
+    return kind is Metadata or (kind.__module__, kind.__name__) == (_OWN_CLASSES, "MCoreMetadata")
 
 
 def _check_shapes_before_flattening(data: Any) -> None:
@@ -286,38 +286,38 @@ def _check_shapes_before_flattening(data: Any) -> None:
     if data is None:
         return
     if not isinstance(data, dict):
-        raise RestrictedPickleError(f'mcore_data is {_short(data)}')
+        raise RestrictedPickleError(f"mcore_data is {_short(data)}")
     for key, entry in data.items():
         if not isinstance(entry, dict) or not all(map(_is_shape, entry.values())):
-            raise RestrictedPickleError(f'mcore_data has {_short(entry)} for {key!r:.80}')
+            raise RestrictedPickleError(f"mcore_data has {_short(entry)} for {key!r:.80}")
 
 
 def _check_relative(key: str, path: Any) -> None:
-    parts = path.split('/') if isinstance(path, str) else ['..']
-    if os.path.isabs(str(path)) or '..' in parts or '\0' in path or not path:
+    parts = path.split("/") if isinstance(path, str) else [".."]
+    if os.path.isabs(str(path)) or ".." in parts or "\0" in path or not path:
         raise RestrictedPickleError(
-            f'{key!r:.80} has relative_path = {_short(path)}, which is not in the directory'
+            f"{key!r:.80} has relative_path = {_short(path)}, which is not in the directory"
         )
 
 
 def _check_tensor(key: str, fields: dict) -> None:
-    size, chunks = fields.get('size'), fields.get('chunks')
-    dtype = getattr(fields.get('properties'), 'dtype', None)
+    size, chunks = fields.get("size"), fields.get("chunks")
+    dtype = getattr(fields.get("properties"), "dtype", None)
     if not _is_shape(size):
-        raise RestrictedPickleError(f'{key!r:.80} has size = {_short(size)}')
+        raise RestrictedPickleError(f"{key!r:.80} has size = {_short(size)}")
     if not isinstance(dtype, torch.dtype):
-        raise RestrictedPickleError(f'{key!r:.80} has dtype = {_short(dtype)}')
-    if not isinstance(fields['properties'], TensorProperties) or not isinstance(chunks, list):
-        raise RestrictedPickleError(f'{key!r:.80} has no list of chunks')
+        raise RestrictedPickleError(f"{key!r:.80} has dtype = {_short(dtype)}")
+    if not isinstance(fields["properties"], TensorProperties) or not isinstance(chunks, list):
+        raise RestrictedPickleError(f"{key!r:.80} has no list of chunks")
     for chunk in chunks:
         held = vars(chunk) if isinstance(chunk, ChunkStorageMetadata) else {}
-        offsets, sizes = held.get('offsets'), held.get('sizes')
+        offsets, sizes = held.get("offsets"), held.get("sizes")
         if not (_is_shape(offsets, len(size)) and _is_shape(sizes, len(size))) or any(
             start + count > whole for start, count, whole in zip(offsets, sizes, size)
         ):
             raise RestrictedPickleError(
-                f'{key!r:.80} of size {_short(tuple(size))} has a chunk of sizes {_short(sizes)} '
-                f'at {_short(offsets)}'
+                f"{key!r:.80} of size {_short(tuple(size))} has a chunk of sizes {_short(sizes)} "
+                f"at {_short(offsets)}"
             )
 
 
@@ -347,16 +347,16 @@ def load_saved(stream: BinaryIO, what: str, map_location: Any = None) -> Any:
     except Exception as error:  # zip, pickle and PyTorch's own
         text = str(error)
         found = _unsupported_global(text)
-        reason = _short(text.rsplit('WeightsUnpickler error:', 1)[-1])
+        reason = _short(text.rsplit("WeightsUnpickler error:", 1)[-1])
         if found:
-            reason = f'it asks for {found}, which is not allowed'
-        raise RestrictedPickleError(f'{what} cannot be read: {reason}. {_HINT}') from error
+            reason = f"it asks for {found}, which is not allowed"
+        raise RestrictedPickleError(f"{what} cannot be read: {reason}. {_HINT}") from error
 
 
 def _unsupported_global(text: str) -> str:
     """The class or function that PyTorch's error message names; '' if none."""
-    found = re.search(r'(?:GLOBAL|class|function) ((?:\w+\.)+\w+)', text)
-    return found[1][:120] if found else ''
+    found = re.search(r"(?:GLOBAL|class|function) ((?:\w+\.)+\w+)", text)
+    return found[1][:120] if found else ""
 
 
 _registered = False
@@ -385,11 +385,11 @@ def _optimizer_classes() -> list:
     not be installed, are replaced with PyTorch's.
     """
     adam, sgd = torch.optim.AdamW, torch.optim.SGD
-    packages = ('transformer_engine.pytorch.optimizers', 'apex.optimizers')
+    packages = ("transformer_engine.pytorch.optimizers", "apex.optimizers")
     return [torch.optim.Adam, adam, sgd] + [
-        (replacement, f'{package}.fused_{name.lower()}.Fused{name}')
+        (replacement, f"{package}.fused_{name.lower()}.Fused{name}")
         for package in packages
-        for name, replacement in (('Adam', adam), ('SGD', sgd))
+        for name, replacement in (("Adam", adam), ("SGD", sgd))
     ]
 
 
@@ -401,12 +401,12 @@ def restrict_readers() -> None:
 
 def _read_metadata(self, *args, **kwargs) -> Metadata:
     """Replaces `FileSystemReader.read_metadata`: metadata of the directory, or of one rank."""
-    rank = kwargs.get('rank')
-    name = METADATA_NAME if rank is None else f'__{rank}{METADATA_NAME}'
+    rank = kwargs.get("rank")
+    name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
     path = self.fs.concat_path(self.path, name)
-    with self.fs.create_stream(path, 'rb') as stream:
+    with self.fs.create_stream(path, "rb") as stream:
         metadata = metadata_of(stream.read(), str(path))
-    if not isinstance(getattr(metadata, 'storage_meta', None), StorageMeta):
+    if not isinstance(getattr(metadata, "storage_meta", None), StorageMeta):
         metadata.storage_meta = StorageMeta()
     metadata.storage_meta.load_id = self.load_id
     return metadata
@@ -426,14 +426,14 @@ def _load_bytes(self, read_item, value: io.BytesIO) -> None:
 
 def _short(value: Any) -> str:
     if isinstance(value, BaseException):
-        text = ' '.join(str(value).split()) or type(value).__name__
-    elif isinstance(value, str) and '\n' in value:
-        text = ' '.join(value.split())
+        text = " ".join(str(value).split()) or type(value).__name__
+    elif isinstance(value, str) and "\n" in value:
+        text = " ".join(value.split())
     elif type(value) in (int, str, float, bool, type(None), tuple, torch.dtype):
-        text = repr(value) if type(value) is not int or abs(value) < 2**128 else 'a huge number'
+        text = repr(value) if type(value) is not int or abs(value) < 2**128 else "a huge number"
     else:
-        text = f'a {type(value).__name__}'
-    return text if len(text) <= 100 else text[:97] + '...'
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 restrict_readers()

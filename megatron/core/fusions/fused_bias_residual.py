@@ -22,15 +22,15 @@ class _TritonAdd(TritonKernels):
 
     def unsupported_reason(self, x: Tensor, bias: Tensor, residual: Tensor) -> str | None:
         if not x.dtype == residual.dtype == bias.dtype:
-            return 'needs one dtype'
+            return "needs one dtype"
         if x.dim() < 2 or x.shape != residual.shape or bias.shape != x.shape[-1:]:
-            return 'needs x and residual of one shape [..., h] and a bias [h]'
+            return "needs x and residual of one shape [..., h] and a bias [h]"
         return super().unsupported_reason(x)
 
 
-_TRITON = _TritonAdd('megatron.core.fusions.fused_bias_residual_triton')
+_TRITON = _TritonAdd("megatron.core.fusions.fused_bias_residual_triton")
 # benchmarks/kernels/elementwise.py compares them; 'eager' is upstream's function.
-BIAS_RESIDUAL = KernelChoice('bias_residual', (_TRITON, PyTorchOperations('eager')))
+BIAS_RESIDUAL = KernelChoice("bias_residual", (_TRITON, PyTorchOperations("eager")))
 
 
 def get_bias_residual_add(training: bool, fused: bool) -> Callable:

@@ -25,27 +25,27 @@ from megatron.core.kernel_selection import KernelChoice, PyTorchOperations, Trit
 class _Compiled:
     """torch.compile of the reference."""
 
-    name = 'compiled'
+    name = "compiled"
 
     def unsupported_reason(self, tensor: Tensor) -> str | None:
         if not tensor.is_cuda or tensor.dtype not in TritonKernels.dtypes:
-            return 'needs CUDA tensors in bf16, fp16 or fp32'
-        return None if can_compile() else 'torch.compile is disabled or finds no C++ compiler'
+            return "needs CUDA tensors in bf16, fp16 or fp32"
+        return None if can_compile() else "torch.compile is disabled or finds no C++ compiler"
 
 
-_TRITON = TritonKernels('megatron.core.fusions.fused_qkv_rotary_triton')
+_TRITON = TritonKernels("megatron.core.fusions.fused_qkv_rotary_triton")
 # 'eager' is upstream's unfused path; benchmarks/kernels/elementwise.py compares them.
 QKV_ROTARY = KernelChoice(
-    'qkv_rotary',
-    (_TRITON, _Compiled(), PyTorchOperations('eager')),
-    order=lambda tensor: ('triton', 'eager'),
+    "qkv_rotary",
+    (_TRITON, _Compiled(), PyTorchOperations("eager")),
+    order=lambda tensor: ("triton", "eager"),
 )
 
 
 def fused_implementation(tensor: Tensor) -> str | None:
     """'triton' or 'compiled', where the fusion runs for this device and dtype; else None."""
     name = QKV_ROTARY.select(tensor).name
-    return None if name == 'eager' else name
+    return None if name == "eager" else name
 
 
 def split_and_rotate(
@@ -71,7 +71,7 @@ def split_and_rotate(
             f"freqs {list(freqs.shape)} are no angles of {qkv.size(0)} tokens with heads of "
             f"{head_dim}. Rotate a part of each head, or tokens of several batches, unfused."
         )
-    if implementation == 'triton':
+    if implementation == "triton":
         return _SplitAndRotate.apply(qkv, freqs, num_queries, mscale)
     # Without it the first and the second sequence length would be compiled separately.
     torch._dynamo.maybe_mark_dynamic(qkv, 0)
@@ -104,7 +104,7 @@ def split_and_rotate_ref(
 
 
 @functools.cache
-def compiled(num_queries: int, mscale: float, backend: str = 'inductor') -> Callable:
+def compiled(num_queries: int, mscale: float, backend: str = "inductor") -> Callable:
     """torch.compile of the reference, as a function of (qkv, freqs)."""
 
     def rotate(qkv: Tensor, freqs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,9 +116,9 @@ def compiled(num_queries: int, mscale: float, backend: str = 'inductor') -> Call
 def can_compile() -> bool:
     """Whether torch.compile is enabled and finds a C++ compiler."""
     # config.disable is TORCH_COMPILE_DISABLE, read at import.
-    if torch._dynamo.config.disable or os.environ.get('TORCHDYNAMO_DISABLE') == '1':
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return False
-    names = (os.environ.get('CXX'), 'c++', 'g++', 'clang++')
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return any(name and shutil.which(name) for name in names)
 
 

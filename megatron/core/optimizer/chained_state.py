@@ -10,8 +10,8 @@ for one optimizer, and under the index of each optimizer for several.
 
 from typing import Any, Dict, List
 
-RESHARDABLE = 'fully_reshardable'
-SHARDING_TYPE = 'param_state_sharding_type'
+RESHARDABLE = "fully_reshardable"
+SHARDING_TYPE = "param_state_sharding_type"
 
 
 def match_chain(state_dict: Any, num_optimizers: int) -> Any:
@@ -33,12 +33,12 @@ def match_chain(state_dict: Any, num_optimizers: int) -> Any:
     if num_optimizers > 1 and state_dict.get(SHARDING_TYPE) == RESHARDABLE:
         # The entries by index hold only tensors.
         shared = {key: value for key, value in state_dict.items() if key not in numbered}
-        shared['optimizer'] = _state_of_both_kinds([shared])
+        shared["optimizer"] = _state_of_both_kinds([shared])
         return {number: {**shared, **numbered.get(number, {})} for number in range(num_optimizers)}
     saved = [value for _, value in sorted(numbered.items()) if SHARDING_TYPE in value]
     if num_optimizers == 1 and saved and saved[0][SHARDING_TYPE] == RESHARDABLE:
         own = {key: value for key, value in state_dict.items() if key not in numbered}
-        return {**saved[0], 'optimizer': _state_of_both_kinds(saved), **own}
+        return {**saved[0], "optimizer": _state_of_both_kinds(saved), **own}
     if num_optimizers == 1 and numbered:
         raise _layout_mismatch(len(numbered), 1)
     if num_optimizers > 1 and not numbered:
@@ -61,7 +61,7 @@ def _state_of_both_kinds(states: List[Dict[str, Any]]) -> Dict[str, Any]:
 
     `is_expert_parallel` is one of the fields that identify a group, and depends on the layout.
     """
-    groups = [group for state in states for group in state['optimizer']['param_groups']]
+    groups = [group for state in states for group in state["optimizer"]["param_groups"]]
     # Saved groups come last: upstream uses the last of several that match.
-    copies = [{**group, 'is_expert_parallel': not group['is_expert_parallel']} for group in groups]
-    return {**states[0]['optimizer'], 'param_groups': [*copies, *groups]}
+    copies = [{**group, "is_expert_parallel": not group["is_expert_parallel"]} for group in groups]
+    return {**states[0]["optimizer"], "param_groups": [*copies, *groups]}

@@ -21,11 +21,11 @@ def restored_param_groups(current: List[Dict], saved: List[Dict]) -> List[Dict]:
     Raises:
         ValueError: state is stored by index, and the groups divide the parameters differently.
     """
-    if any('params' in group for group in saved):
+    if any("params" in group for group in saved):
         _check_same_division(current, saved)
     # An optimizer that counts updates in its groups has the same number in all of them.
-    steps = [group['step'] for group in saved if group.get('step') is not None]
-    counted = {'step': steps[0]} if steps else {}
+    steps = [group["step"] for group in saved if group.get("step") is not None]
+    counted = {"step": steps[0]} if steps else {}
     return [{**group, **counted} for group in current]
 
 
@@ -42,11 +42,11 @@ def _check_same_division(current: List[Dict], saved: List[Dict]) -> None:
 def _outline(group: Dict, first: Dict) -> tuple:
     """The fields that identify a group; its rate is relative to that of the first group."""
     relative = None
-    if group.get('max_lr') is not None and first.get('max_lr'):
+    if group.get("max_lr") is not None and first.get("max_lr"):
         relative = float(f"{group['max_lr'] / first['max_lr']:.6g}")
     return (
-        len(group.get('params', ())),
-        group.get('is_expert_parallel'),
-        group.get('wd_mult', group.get('pre_wd_mult')),
+        len(group.get("params", ())),
+        group.get("is_expert_parallel"),
+        group.get("wd_mult", group.get("pre_wd_mult")),
         relative,
     )

@@ -13,7 +13,8 @@ from typing import Any, Mapping
 
 from megatron.gpt_oss.errors import UsageError
 
-FREE = frozenset("""
+FREE = frozenset(
+    """
     run_dir recipe dry_run help_all allow_untested_flags local_rank
     load save save_interval save_retain_interval keep_checkpoints async_save async_strategy
     use_persistent_ckpt_worker ckpt_format ckpt_fully_parallel_save ckpt_fully_parallel_load
@@ -60,20 +61,24 @@ FREE = frozenset("""
     encoder_num_layers encoder_seq_length decoder_seq_length inference_cuda_graph_scope
     preset preset_layers yarn_factor data_blend data_path train_data_path
     tokenizer_model tokenizer_type vocab_size
-    """.split())
+    """.split()
+)
 # Other checks cover some of them: MODEL (below) the preset, run_record.py data, tokenizer and
 # weights.
 
-AT_LOAD = frozenset("""
+AT_LOAD = frozenset(
+    """
     lr min_lr lr_decay_style lr_decay_iters lr_decay_samples lr_warmup_fraction lr_warmup_iters
     lr_warmup_samples lr_warmup_init lr_wsd_decay_style lr_wsd_decay_iters lr_wsd_decay_samples
     weight_decay start_weight_decay end_weight_decay weight_decay_incr_style
     override_opt_param_scheduler use_checkpoint_opt_param_scheduler
     adam_beta1 adam_beta2 adam_eps sgd_momentum lr_multiplier decoupled_lr decoupled_min_lr
     global_batch_size step_batch_size_schedule seq_length no_load_optim no_save_optim
-    """.split())
+    """.split()
+)
 
-MODEL = frozenset("""
+MODEL = frozenset(
+    """
     num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups
     kv_channels num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk
     moe_router_score_function moe_router_pre_softmax window_size window_attn_skip_freq softmax_type
@@ -83,7 +88,8 @@ MODEL = frozenset("""
     normalization layernorm_epsilon add_bias_linear add_qkv_bias swiglu quick_geglu squared_relu
     activation_func_clamp_value glu_linear_offset untie_embeddings_and_output_weights
     padded_vocab_size qk_layernorm multi_latent_attention
-    """.split())
+    """.split()
+)
 # Flags that set these arguments.
 _GIVEN_AS = {"num_layers": ("preset_layers",), "rotary_scaling_factor": ("yarn_factor",)}
 

@@ -13,7 +13,7 @@ def test_prebuilt_extension_is_not_compiled(monkeypatch):
     def run(command, *args, **kwargs):
         raise AssertionError(f"started {command}")
 
-    monkeypatch.setattr('subprocess.run', run)
+    monkeypatch.setattr("subprocess.run", run)
     utils.compile_helpers()
 
     # The extension is there and right: sequences of 4 tokens (and 1 more to predict) cut from

@@ -9,14 +9,14 @@ from tests.harness import runs
 from tests.harness.models import build_model
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     """Megatron's parallel state over one gloo rank, taken down with the module."""
     from megatron.core import parallel_state
 
-    store = tmp_path_factory.mktemp('rendezvous') / 'store'
+    store = tmp_path_factory.mktemp("rendezvous") / "store"
     torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{store}', rank=0, world_size=1
+        "gloo", init_method=f"file://{store}", rank=0, world_size=1
     )
     parallel_state.initialize_model_parallel()
     yield
@@ -30,7 +30,7 @@ def make_model(one_rank):
     return build_model
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Inputs of `runs.start`."""
-    return runs.write_inputs(tmp_path_factory.mktemp('inputs'))
+    return runs.write_inputs(tmp_path_factory.mktemp("inputs"))

@@ -23,12 +23,12 @@ from megatron.gpt_oss.training.metrics.jsonl import drop_from, read_metrics
 from megatron.gpt_oss.training.metrics.report import write_report
 from tests.harness.reader_cases import READERS, good_files, read_damaged
 
-DEEP = '[' * 100_000
+DEEP = "[" * 100_000
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return good_files(tmp_path_factory.mktemp('good'))
+    return good_files(tmp_path_factory.mktemp("good"))
 
 
 class Command:
@@ -38,7 +38,7 @@ class Command:
         self.file = file
 
     def __reduce__(self):
-        return os.system, (f'touch {self.file}',)
+        return os.system, (f"touch {self.file}",)
 
 
 def _config(**fields):
@@ -48,7 +48,7 @@ def _config(**fields):
 def _rope(**fields):
     def change(good):
         config = json.loads(good)
-        config['rope_scaling'] = config['rope_scaling'] | fields
+        config["rope_scaling"] = config["rope_scaling"] | fields
         return json.dumps(config).encode()
 
     return change
@@ -58,30 +58,30 @@ def _header(change=None, length=None):
     """A safetensors file with another header (a dict that `change` alters, or bytes)."""
 
     def damage(good):
-        size = int.from_bytes(good[:8], 'little')
+        size = int.from_bytes(good[:8], "little")
         header = json.loads(good[8 : 8 + size])
         text = change(header) if change else header
         text = text if isinstance(text, bytes) else json.dumps(text or header).encode()
-        return (length or len(text)).to_bytes(8, 'little') + text + good[8 + size :]
+        return (length or len(text)).to_bytes(8, "little") + text + good[8 + size :]
 
     return damage
 
 
 def _tensor(**fields):
-    return _header(lambda header: header['a'].update(fields))
+    return _header(lambda header: header["a"].update(fields))
 
 
 def _twice(header):
     text = json.dumps(header)
-    return (text[:-1] + ', "a": ' + json.dumps(header['a']) + '}').encode()
+    return (text[:-1] + ', "a": ' + json.dumps(header["a"]) + "}").encode()
 
 
 def _map(value):
-    return lambda good: json.dumps({'weight_map': value}).encode()
+    return lambda good: json.dumps({"weight_map": value}).encode()
 
 
 def _line(record):
-    return lambda good: good + (record if isinstance(record, bytes) else record.encode()) + b'\n'
+    return lambda good: good + (record if isinstance(record, bytes) else record.encode()) + b"\n"
 
 
 def _metadata(change):
@@ -211,7 +211,7 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', BAD)
+@pytest.mark.parametrize("name", BAD)
 def test_one_sentence(folder, name):
     reader, content, words = BAD[name]
     reader = READERS[reader]
@@ -220,58 +220,58 @@ def test_one_sentence(folder, name):
     assert found is not None and words in found, found
 
 
-@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_no_pipe_is_waited_for(tmp_path, make):
-    make(tmp_path / 'tokenizer.json')
-    with pytest.raises(errors.CheckpointError, match='tokenizer.json is not a file'):
+    make(tmp_path / "tokenizer.json")
+    with pytest.raises(errors.CheckpointError, match="tokenizer.json is not a file"):
         check_tokenizer(tmp_path)
-    make(tmp_path / 'metrics.jsonl')
-    with pytest.raises(errors.UsageError, match='metrics.jsonl is not a file'):
-        read_metrics(tmp_path / 'metrics.jsonl')
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(errors.UsageError, match="metrics.jsonl is not a file"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def _copy(folder, tmp_path):
-    return Path(shutil.copytree(folder, tmp_path / 'copy', symlinks=True))
+    return Path(shutil.copytree(folder, tmp_path / "copy", symlinks=True))
 
 
-@pytest.mark.parametrize('place', ['.metadata', 'common.pt', 'shard'])
-@pytest.mark.parametrize('command', ['verify', 'to-hf'])
+@pytest.mark.parametrize("place", [".metadata", "common.pt", "shard"])
+@pytest.mark.parametrize("command", ["verify", "to-hf"])
 def test_no_code_of_a_checkpoint_runs(folder, tmp_path, command, place, capsys):
     """A pickled os.system is rejected with one sentence."""
     import torch
 
-    ran, copy = tmp_path / 'ran', _copy(folder, tmp_path)
-    release = copy / 'ckpt' / 'release'
-    (release / 'manifest.json').unlink()  # whoever altered the files would write a fitting one
-    if place == '.metadata':
+    ran, copy = tmp_path / "ran", _copy(folder, tmp_path)
+    release = copy / "ckpt" / "release"
+    (release / "manifest.json").unlink()  # whoever altered the files would write a fitting one
+    if place == ".metadata":
         metadata = pickle.loads((release / place).read_bytes())
         metadata.planner_data = Command(ran)
         (release / place).write_bytes(pickle.dumps(metadata))
-    elif place == 'common.pt':
-        torch.save({'args': Command(ran)}, release / place)
+    elif place == "common.pt":
+        torch.save({"args": Command(ran)}, release / place)
     else:
-        torch.save({'args': Command(ran)}, release / 'evil')
-        evil = (release / 'evil').read_bytes()
-        metadata = pickle.loads((release / '.metadata').read_bytes())
-        index = next(i for i in metadata.storage_data if i.fqn.startswith('common_state'))
+        torch.save({"args": Command(ran)}, release / "evil")
+        evil = (release / "evil").read_bytes()
+        metadata = pickle.loads((release / ".metadata").read_bytes())
+        index = next(i for i in metadata.storage_data if i.fqn.startswith("common_state"))
         place = metadata.storage_data[index]
-        place.relative_path, place.offset, place.length = 'evil', 0, len(evil)
-        (release / '.metadata').write_bytes(pickle.dumps(metadata))
-    argv = ['verify', '--hf', str(copy / 'hf'), '--load', str(release), '--logits', 'no']
-    if command == 'to-hf':
-        argv = ['convert', 'to-hf', '--load', str(release), '--out', str(tmp_path / 'out')]
+        place.relative_path, place.offset, place.length = "evil", 0, len(evil)
+        (release / ".metadata").write_bytes(pickle.dumps(metadata))
+    argv = ["verify", "--hf", str(copy / "hf"), "--load", str(release), "--logits", "no"]
+    if command == "to-hf":
+        argv = ["convert", "to-hf", "--load", str(release), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and not ran.exists()
-    assert printed.count('\n') == 1 and 'posix.system' in printed, printed
+    assert printed.count("\n") == 1 and "posix.system" in printed, printed
 
 
 def _documents(path):
     good, bad = [], []
-    for record in read_records(path, 'text'):
+    for record in read_records(path, "text"):
         try:
-            good.append(text_of(record, 'text'))
+            good.append(text_of(record, "text"))
         except BadDocument as error:
             bad.append(str(error))
     return good, bad
@@ -282,95 +282,95 @@ def test_bad_lines_are_left_out(tmp_path):
     lines = [
         b'{"text": "a"}',
         DEEP.encode(),
-        b'{"text": "' + b'\xff' * 999 + b'"}',
+        b'{"text": "' + b"\xff" * 999 + b'"}',
         b'{"text": "b"}',
     ]
-    (tmp_path / 'A.JSONL').write_bytes(b'\n'.join(lines))
-    good, bad = _documents(tmp_path / 'A.JSONL')
-    assert good == ['a', 'b'] and 'nested too deeply' in bad[0] and 'not UTF-8 at byte' in bad[1]
+    (tmp_path / "A.JSONL").write_bytes(b"\n".join(lines))
+    good, bad = _documents(tmp_path / "A.JSONL")
+    assert good == ["a", "b"] and "nested too deeply" in bad[0] and "not UTF-8 at byte" in bad[1]
     assert all(len(message) < 200 for message in bad)
-    (tmp_path / 'a.json').write_bytes(b'[{"text": "a"}, ' + DEEP.encode())
-    good, bad = _documents(tmp_path / 'a.json')
-    assert good == ['a'] and len(bad) == 1
-    (tmp_path / 'b.JSON').write_bytes(DEEP.encode())
-    assert _documents(tmp_path / 'b.JSON')[0] == []
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, ' + DEEP.encode())
+    good, bad = _documents(tmp_path / "a.json")
+    assert good == ["a"] and len(bad) == 1
+    (tmp_path / "b.JSON").write_bytes(DEEP.encode())
+    assert _documents(tmp_path / "b.JSON")[0] == []
 
 
 def test_parquet_that_is_not_utf8(tmp_path):
-    pyarrow = pytest.importorskip('pyarrow')
-    parquet = pytest.importorskip('pyarrow.parquet')
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
 
-    values = pyarrow.array([b'a', b'\xff\xfe', b'b']).view(pyarrow.string())
-    parquet.write_table(pyarrow.table({'text': values}), tmp_path / 'X.Parquet')
-    assert _documents(tmp_path / 'X.Parquet') == (['a', 'b'], ['not UTF-8'])
+    values = pyarrow.array([b"a", b"\xff\xfe", b"b"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": values}), tmp_path / "X.Parquet")
+    assert _documents(tmp_path / "X.Parquet") == (["a", "b"], ["not UTF-8"])
 
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
-    folder = os.fsencode(tmp_path) + b'/in'
+    folder = os.fsencode(tmp_path) + b"/in"
     os.mkdir(folder)
-    for name in (b'\xff.jsonl', b'good.JSONL', b'\xfe.txt'):
-        with open(folder + b'/' + name, 'wb') as stream:
-            stream.write(b'{"text": "abc"}\n{"text": 3}\n' if name != b'\xfe.txt' else b'\xff')
-    out = tmp_path / 'out' / 'x'
-    cli.main(['tokenize', str(tmp_path / 'in'), '--output', str(out), '--bad-lines', 'skip'])
+    for name in (b"\xff.jsonl", b"good.JSONL", b"\xfe.txt"):
+        with open(folder + b"/" + name, "wb") as stream:
+            stream.write(b'{"text": "abc"}\n{"text": 3}\n' if name != b"\xfe.txt" else b"\xff")
+    out = tmp_path / "out" / "x"
+    cli.main(["tokenize", str(tmp_path / "in"), "--output", str(out), "--bad-lines", "skip"])
     printed = capsys.readouterr()
-    assert '2 documents' in printed.out and "\\xff.jsonl, line 2: 'text' is not a" in printed.err
-    assert 'xfe.txt: not UTF-8' in (tmp_path / 'out' / 'x.skipped.txt').read_text()
+    assert "2 documents" in printed.out and "\\xff.jsonl, line 2: 'text' is not a" in printed.err
+    assert "xfe.txt: not UTF-8" in (tmp_path / "out" / "x.skipped.txt").read_text()
 
 
 def test_nothing_of_a_run_is_markup(tmp_path):
     """Whatever text stands in metrics and arguments; a cut run.json costs its table alone."""
-    run = tmp_path / '<b>run'
+    run = tmp_path / "<b>run"
     run.mkdir()
     evil = '<script>alert(1)</script>\ud800\x00"&'
-    load = {'max_expert_share': [0.3], 'load_cv': [None], evil: [1]}
+    load = {"max_expert_share": [0.3], "load_cv": [None], evil: [1]}
     records = [
-        {'step': 1, 'loss': 1e308, 'tokens': None, evil: evil},
-        {'step': 2, 'loss': -1e308, 'grad_norm': 5e-324, 'experts': load},
-        {'step': 3, 'loss': None, 'experts': {'max_expert_share': []}, 'grad_norm': 0.0},
-        {'step': 3, 'set': evil, 'valid_loss': 2.5, 'norms': {'grad_norm': {evil: 1.0}}},
-        {'step': 3, 'sample': {'text': evil}, 'norms': {}},
+        {"step": 1, "loss": 1e308, "tokens": None, evil: evil},
+        {"step": 2, "loss": -1e308, "grad_norm": 5e-324, "experts": load},
+        {"step": 3, "loss": None, "experts": {"max_expert_share": []}, "grad_norm": 0.0},
+        {"step": 3, "set": evil, "valid_loss": 2.5, "norms": {"grad_norm": {evil: 1.0}}},
+        {"step": 3, "sample": {"text": evil}, "norms": {}},
     ]
-    (run / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
-    (run / 'run.json').write_text(json.dumps({'arguments': {evil: [evil]}}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "run.json").write_text(json.dumps({"arguments": {evil: [evil]}}))
     page = write_report(run).read_text()
-    assert '<script' not in page and '<b>' not in page and page.count('&lt;script') >= 4
-    (run / 'run.json').write_text('{"a": ')
-    assert 'run.json is not valid JSON' in write_report(run).read_text()
+    assert "<script" not in page and "<b>" not in page and page.count("&lt;script") >= 4
+    (run / "run.json").write_text('{"a": ')
+    assert "run.json is not valid JSON" in write_report(run).read_text()
 
 
 def test_a_bad_line_does_not_keep_a_run_from_being_resumed(tmp_path, capsys):
-    path = tmp_path / 'metrics.jsonl'
+    path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2}\n\xff\xfe\n[]\n{"step": 2, "loss": 1}\n{"st')
     drop_from(path, 2)
-    assert read_metrics(path) == [{'step': 1, 'loss': 2}]
-    assert 'line 2: not JSON' in capsys.readouterr().err
+    assert read_metrics(path) == [{"step": 1, "loss": 2}]
+    assert "line 2: not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('name, word', [('NODES', 'a[$(touch {})]'), ('GPUS', 'b[$(touch {})]+1'),
                                         ('NODES', '0'), ('NODES', '08'), ('GPUS', '2 x')])  # fmt: skip
 def test_launch_evaluates_nothing(tmp_path, name, word):
-    environment = {'PATH': os.environ['PATH'], 'GPUS': '8', 'DRY': '1'}
-    environment[name] = word.format(tmp_path / 'ran')
-    script = Path(__file__).parents[3] / 'examples' / 'gpt_oss' / 'launch.sh'
+    environment = {"PATH": os.environ["PATH"], "GPUS": "8", "DRY": "1"}
+    environment[name] = word.format(tmp_path / "ran")
+    script = Path(__file__).parents[3] / "examples" / "gpt_oss" / "launch.sh"
     done = subprocess.run(
-        [script, '20b-32k-8gpus'], env=environment, capture_output=True, text=True
+        [script, "20b-32k-8gpus"], env=environment, capture_output=True, text=True
     )
-    assert done.returncode == 2 and not (tmp_path / 'ran').exists()
-    assert done.stderr.startswith(f'error: {name}=') and done.stderr.count('\n') == 1
+    assert done.returncode == 2 and not (tmp_path / "ran").exists()
+    assert done.stderr.startswith(f"error: {name}=") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize('error', [errors.UsageError, errors.CheckpointError, errors.RunError])
+@pytest.mark.parametrize("error", [errors.UsageError, errors.CheckpointError, errors.RunError])
 def test_a_name_that_hides_the_sentence(error):
     """Regression: a damaged data file named a path of 5,000 characters; messages truncate it."""
-    long, path = '[' * 5000, '/data/' + 'a' * 300
-    text = str(error(f'{path}: no file {long}.idx. Make it.'))
-    assert text.startswith(f'{path}: no file [[[') and text.endswith('[[.idx. Make it.')
+    long, path = "[" * 5000, "/data/" + "a" * 300
+    text = str(error(f"{path}: no file {long}.idx. Make it."))
+    assert text.startswith(f"{path}: no file [[[") and text.endswith("[[.idx. Make it.")
     assert len(text) < 700
 
 
 def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(errors, 'SECONDS_FOR_RANK_0', 0)
+    monkeypatch.setattr(errors, "SECONDS_FOR_RANK_0", 0)
     # A shell's background job ignores SIGINT.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -379,14 +379,14 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130
-    assert capsys.readouterr().err == 'error: interrupted (SIGINT)\n'
+    assert capsys.readouterr().err == "error: interrupted (SIGINT)\n"
 
 
 @pytest.mark.parametrize(
-    'flags', ['--preset-layers 1000000000', '--preset none --num-layers 999999']
+    "flags", ["--preset-layers 1000000000", "--preset none --num-layers 999999"]
 )
 def test_a_depth_that_no_model_has(flags):
     from megatron.gpt_oss.arguments.parse import read
 
-    with pytest.raises(errors.UsageError, match='is invalid. Give'):
-        read(f'--preset tiny --mock-data {flags}'.split())
+    with pytest.raises(errors.UsageError, match="is invalid. Give"):
+        read(f"--preset tiny --mock-data {flags}".split())

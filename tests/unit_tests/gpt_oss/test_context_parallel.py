@@ -47,7 +47,7 @@ class Layout:
 
     world_size: int
     cp: int
-    comm_type: str | tuple = 'auto'
+    comm_type: str | tuple = "auto"
     tp: int = 1
     pp: int = 1
     ep: int = 1
@@ -63,7 +63,7 @@ class Layout:
     def arguments(self) -> dict:
         """As Megatron's arguments."""
         comm_types = [self.comm_type] if isinstance(self.comm_type, str) else list(self.comm_type)
-        hierarchical = 'a2a+p2p' in comm_types
+        hierarchical = "a2a+p2p" in comm_types
         return dict(
             context_parallel_size=self.cp,
             cp_comm_type=comm_types,
@@ -74,58 +74,58 @@ class Layout:
             sequence_parallel=self.sp,
             # Otherwise the average over data parallel ranks is one of averages.
             calculate_per_token_loss=self.dp > 1,
-            recompute_granularity='selective' if self.recompute else None,
+            recompute_granularity="selective" if self.recompute else None,
         )
 
 
 LAYOUTS = {
-    **{f'cp2-{kind}': Layout(2, 2, kind) for kind in ('p2p', 'all_gather', 'a2a')},
-    **{f'cp4-{kind}': Layout(4, 4, kind) for kind in ('p2p', 'all_gather', 'a2a', 'a2a+p2p')},
-    'cp2-each-layer': Layout(2, 2, ('p2p', 'a2a'), recompute=True),
-    'cp4-each-layer': Layout(4, 4, ('a2a+p2p', 'all_gather')),
-    'cp2-auto-ep2': Layout(2, 2, ep=2),
-    'cp2-tp2': Layout(4, 2, tp=2),
-    'cp2-tp2-sp-ep2': Layout(4, 2, tp=2, sp=True, ep=2, loss_chunk=7),
-    'cp2-pp2': Layout(4, 2, pp=2, loss_chunk=6),
-    'cp2-ep2-dp2': Layout(4, 2, ep=2, loss_chunk=5),
-    'cp2-dp2-distributed-optimizer': Layout(4, 2, 'a2a', distributed_optimizer=True, loss_chunk=9),
+    **{f"cp2-{kind}": Layout(2, 2, kind) for kind in ("p2p", "all_gather", "a2a")},
+    **{f"cp4-{kind}": Layout(4, 4, kind) for kind in ("p2p", "all_gather", "a2a", "a2a+p2p")},
+    "cp2-each-layer": Layout(2, 2, ("p2p", "a2a"), recompute=True),
+    "cp4-each-layer": Layout(4, 4, ("a2a+p2p", "all_gather")),
+    "cp2-auto-ep2": Layout(2, 2, ep=2),
+    "cp2-tp2": Layout(4, 2, tp=2),
+    "cp2-tp2-sp-ep2": Layout(4, 2, tp=2, sp=True, ep=2, loss_chunk=7),
+    "cp2-pp2": Layout(4, 2, pp=2, loss_chunk=6),
+    "cp2-ep2-dp2": Layout(4, 2, ep=2, loss_chunk=5),
+    "cp2-dp2-distributed-optimizer": Layout(4, 2, "a2a", distributed_optimizer=True, loss_chunk=9),
 }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The weights, and the results of transformers for both kinds of batches."""
-    transformers = pytest.importorskip('transformers')
-    folder = tmp_path_factory.mktemp('context_parallel')
-    write_hf(folder / 'hf', PRESET, trained_tensors(PRESET), dtype=torch.float32)
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("context_parallel")
+    write_hf(folder / "hf", PRESET, trained_tensors(PRESET), dtype=torch.float32)
     model = transformers.GptOssForCausalLM.from_pretrained(
-        folder / 'hf', dtype=torch.float32, attn_implementation='eager'
+        folder / "hf", dtype=torch.float32, attn_implementation="eager"
     )
-    for kind in ('dense', 'packed'):
+    for kind in ("dense", "packed"):
         batch = make_batch(kind)
         rows = [slice(*ends) for ends in zip(DOCUMENTS, DOCUMENTS[1:]) if ends[0] < ends[1]]
         total = torch.zeros(())
-        for row in rows if kind == 'packed' else [slice(None)]:
-            logits = model(batch['tokens'][:, row], use_cache=False).logits
+        for row in rows if kind == "packed" else [slice(None)]:
+            logits = model(batch["tokens"][:, row], use_cache=False).logits
             losses = F.cross_entropy(
-                logits.flatten(0, 1), batch['labels'][:, row].flatten(), reduction='none'
+                logits.flatten(0, 1), batch["labels"][:, row].flatten(), reduction="none"
             )
-            total = total + (losses * batch['loss_mask'][:, row].flatten()).sum()
-        loss = total / batch['loss_mask'].sum()
+            total = total + (losses * batch["loss_mask"][:, row].flatten()).sum()
+        loss = total / batch["loss_mask"].sum()
         model.zero_grad()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        torch.save({'loss': loss.detach(), 'gradients': gradients}, folder / f'{kind}.pt')
+        torch.save({"loss": loss.detach(), "gradients": gradients}, folder / f"{kind}.pt")
     return folder
 
 
 def make_batch(kind):
     """{'tokens', 'labels', 'loss_mask'}: two sequences, or one of several documents."""
     generator = torch.Generator().manual_seed(5)
-    shape = (2 if kind == 'dense' else 1, LENGTH)
+    shape = (2 if kind == "dense" else 1, LENGTH)
     draw = partial(torch.randint, PRESET.vocab_size, shape, generator=generator)
     mask = torch.rand(shape, generator=generator) < torch.linspace(1.2, 0.3, LENGTH)
-    return {'tokens': draw(), 'labels': draw(), 'loss_mask': mask.float()}
+    return {"tokens": draw(), "labels": draw(), "loss_mask": mask.float()}
 
 
 def run(folder, layout):
@@ -137,13 +137,13 @@ def run(folder, layout):
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
-        hierarchical_context_parallel_sizes=arguments['hierarchical_context_parallel_sizes'],
+        hierarchical_context_parallel_sizes=arguments["hierarchical_context_parallel_sizes"],
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
     )
-    kinds = ['dense', 'packed']
-    if layout.cp > 1 and layout.comm_type in ('p2p', 'a2a+p2p'):
-        kinds.append('run-on')  # the same function
+    kinds = ["dense", "packed"]
+    if layout.cp > 1 and layout.comm_type in ("p2p", "a2a+p2p"):
+        kinds.append("run-on")  # the same function
     return {kind: step(folder, layout, arguments, kind) for kind in kinds}
 
 
@@ -157,7 +157,7 @@ def step(folder, layout, arguments, kind):
     from megatron.core.utils import get_batch_on_this_cp_rank
 
     model = build_model(PRESET, seq_length=LENGTH, expert_tensor_parallel_size=1, **arguments)
-    load_hf([model], folder / 'hf')
+    load_hf([model], folder / "hf")
     ddp = DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(use_distributed_optimizer=layout.distributed_optimizer),
@@ -165,7 +165,7 @@ def step(folder, layout, arguments, kind):
     )
     model.config.finalize_model_grads_func = finalize_model_grads
     config = OptimizerConfig(
-        optimizer='adam',
+        optimizer="adam",
         lr=1e-3,
         clip_grad=0.0,
         use_distributed_optimizer=layout.distributed_optimizer,
@@ -174,9 +174,9 @@ def step(folder, layout, arguments, kind):
     model.config.grad_scale_func = optimizer.scale_loss
 
     batch, documents = make_batch(kind), None
-    if kind != 'dense':
+    if kind != "dense":
         cu_seqlens = torch.tensor(DOCUMENTS, dtype=torch.int32)
-        documents = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=18, run_on=kind == 'run-on')
+        documents = PackedSequence.of(cu_seqlens, LENGTH, max_seqlen=18, run_on=kind == "run-on")
         if layout.dp > 1:  # the same on both, so that the average is that of one
             batch = {key: value.repeat(layout.dp, 1) for key, value in batch.items()}
     rows = {
@@ -188,7 +188,7 @@ def step(folder, layout, arguments, kind):
         batch = get_batch_on_this_cp_rank(next(data), is_hybrid_cp=False, cp_group=group)
         return losses_and_loss_func(
             model,
-            {**batch, 'position_ids': None, 'packed_seq_params': documents},
+            {**batch, "position_ids": None, "packed_seq_params": documents},
             chunk_size=layout.loss_chunk,
             num_microbatches=1,
             cp_group=group,
@@ -201,7 +201,7 @@ def step(folder, layout, arguments, kind):
             model=[ddp],
             num_microbatches=1,
             seq_length=LENGTH,
-            micro_batch_size=rows['tokens'].shape[0],
+            micro_batch_size=rows["tokens"].shape[0],
             forward_only=forward_only,
         )
 
@@ -211,23 +211,23 @@ def step(folder, layout, arguments, kind):
     reports = [schedule(forward_only=False)]
     if layout.distributed_optimizer:
         gather_shards(ddp)
-    errors = gradient_errors(model, expected['gradients'], PRESET)
+    errors = gradient_errors(model, expected["gradients"], PRESET)
     ddp.eval()
     with torch.no_grad():
         reports.append(schedule(forward_only=True))
-    for what, report in zip(('loss', 'evaluation'), reports):
+    for what, report in zip(("loss", "evaluation"), reports):
         if report:  # the last stage
-            value = report[0]['lm loss']
+            value = report[0]["lm loss"]
             torch.distributed.all_reduce(
                 value, group=ps.get_data_parallel_group(with_context_parallel=True)
             )
-            errors[what] = relative(value[0] / value[1], expected['loss'])
-    errors['grad norm'] = relative(optimizer.step()[1], norm(expected['gradients'].values()))
+            errors[what] = relative(value[0] / value[1], expected["loss"])
+    errors["grad norm"] = relative(optimizer.step()[1], norm(expected["gradients"].values()))
     for name, parameter in model.named_parameters():
-        if not name.endswith('softmax_offset'):
+        if not name.endswith("softmax_offset"):
             parameter.main_grad.zero_()
-    sinks = [g for name, g in expected['gradients'].items() if name.endswith('sinks')]
-    errors['grad norm of sinks'] = relative(optimizer.step()[1], norm(sinks))
+    sinks = [g for name, g in expected["gradients"].items() if name.endswith("sinks")]
+    errors["grad norm of sinks"] = relative(optimizer.step()[1], norm(sinks))
     return errors
 
 
@@ -248,13 +248,13 @@ def norm(tensors):
     return torch.stack([tensor.double().norm() for tensor in tensors]).norm()
 
 
-@pytest.mark.parametrize('name', LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_whole_model(ranks, folder, name):
     """One step on two sequences, each split over the ranks, and on one of packed documents."""
     layout = LAYOUTS[name]
     for results in ranks.run(run, folder, layout, world_size=layout.world_size):
         for kind, errors in results.items():
-            wrong = {what: f'{e:.1e}' for what, e in errors.items() if not e < TOLERANCE}
+            wrong = {what: f"{e:.1e}" for what, e in errors.items() if not e < TOLERANCE}
             assert len(errors) > 10 and not wrong, (kind, wrong)
 
 
@@ -265,5 +265,5 @@ def test_everything_together(folder):
     with RankPool(8) as eight:
         for results in eight.run(run, folder, layout, world_size=8):
             for kind, errors in results.items():
-                wrong = {what: f'{e:.1e}' for what, e in errors.items() if not e < TOLERANCE}
+                wrong = {what: f"{e:.1e}" for what, e in errors.items() if not e < TOLERANCE}
                 assert errors and not wrong, (kind, wrong)

@@ -18,16 +18,16 @@ from tests.harness.models import ODD, TINY, build_model, trained_tensors, write_
 
 ALL_CHOSEN = dict(num_experts=4, num_experts_per_tok=4)
 CASES = {
-    'tiny-T200-all-experts': (dataclasses.replace(TINY, **ALL_CHOSEN), 200, trained_tensors),
-    'odd-T97-all-experts': (dataclasses.replace(ODD, **ALL_CHOSEN), 97, trained_tensors),
-    'tiny-T200-fresh-all-experts': (
+    "tiny-T200-all-experts": (dataclasses.replace(TINY, **ALL_CHOSEN), 200, trained_tensors),
+    "odd-T97-all-experts": (dataclasses.replace(ODD, **ALL_CHOSEN), 97, trained_tensors),
+    "tiny-T200-fresh-all-experts": (
         dataclasses.replace(TINY, **ALL_CHOSEN),
         200,
         random_hf_tensors,
     ),
-    'tiny-T200': (TINY, 200, trained_tensors),
-    'odd-T97': (ODD, 97, trained_tensors),
-    'one-layer-T140': (dataclasses.replace(TINY, num_layers=1), 140, trained_tensors),
+    "tiny-T200": (TINY, 200, trained_tensors),
+    "odd-T97": (ODD, 97, trained_tensors),
+    "one-layer-T140": (dataclasses.replace(TINY, num_layers=1), 140, trained_tensors),
 }
 SEEDS = 4
 
@@ -37,7 +37,7 @@ def bf16_errors(preset, length, weights, folder):
 
     Root mean square over everything where there is no choice of experts, else of the median token.
     """
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip("transformers")
     errors = ([], [])
     for seed in range(SEEDS):
         hf = write_hf(folder / str(seed), preset, weights(preset, seed))
@@ -47,7 +47,7 @@ def bf16_errors(preset, length, weights, folder):
         logits = []
         for dtype in (torch.float64, torch.bfloat16):
             reference = transformers.GptOssForCausalLM.from_pretrained(
-                hf, dtype=dtype, attn_implementation='eager', experts_implementation='eager'
+                hf, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
             )
             logits.append(reference(ids).logits.double())
         model = build_model(preset, bf16=True, seq_length=length).bfloat16().eval()
@@ -61,11 +61,11 @@ def bf16_errors(preset, length, weights, folder):
     return [average(torch.cat(found)).sqrt().item() for found in errors]
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_error_of_bf16(one_rank, tmp_path, record_property, case):
     theirs, ours = bf16_errors(*CASES[case], tmp_path)
-    what = f'logits, bf16, over the {theirs:.1e} of Hugging Face (ratio)'
-    record_property('parity', (what, case, ours / theirs, 1.1))
+    what = f"logits, bf16, over the {theirs:.1e} of Hugging Face (ratio)"
+    record_property("parity", (what, case, ours / theirs, 1.1))
     assert 1e-4 < theirs < 1  # it is bf16 that is measured
-    assert ours <= 1.1 * theirs, f'{ours:.2e} of the logits, Hugging Face {theirs:.2e}'
+    assert ours <= 1.1 * theirs, f"{ours:.2e} of the logits, Hugging Face {theirs:.2e}"

@@ -18,29 +18,29 @@ class Terminal(io.StringIO):
 
 
 def test_bar(monkeypatch):
-    monkeypatch.setattr(sys, 'stderr', Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with progress_bar(10 * 10**9, initial=2 * 10**9) as bar:
         for number in (1, 2, 3):
-            advance(bar, 10**9, f'file {number}')
-    shown = sys.stderr.getvalue().split('\r')
-    assert shown[1].startswith(' 20%') and '2.00G/10.0G' in shown[1]  # of an earlier process
-    assert shown[-1].startswith(' 50%') and '5.00G/10.0G' in shown[-1]
-    assert shown[-1].endswith('file 3]\n')
+            advance(bar, 10**9, f"file {number}")
+    shown = sys.stderr.getvalue().split("\r")
+    assert shown[1].startswith(" 20%") and "2.00G/10.0G" in shown[1]  # of an earlier process
+    assert shown[-1].startswith(" 50%") and "5.00G/10.0G" in shown[-1]
+    assert shown[-1].endswith("file 3]\n")
 
 
 def test_no_terminal(capsys):
     with progress_bar(10) as bar:
-        advance(bar, 5, 'x')
-    assert capsys.readouterr().err == ''
+        advance(bar, 5, "x")
+    assert capsys.readouterr().err == ""
 
 
 def test_conversions_show_it(tmp_path, monkeypatch):
-    hf = write_hf(tmp_path / 'hf', TINY, trained_tensors(TINY))
+    hf = write_hf(tmp_path / "hf", TINY, trained_tensors(TINY))
     for convert in (
-        lambda: convert_to_megatron(hf, tmp_path / 'm', progress=True),
-        lambda: export_hf(tmp_path / 'm', tmp_path / 'back', progress=True),
+        lambda: convert_to_megatron(hf, tmp_path / "m", progress=True),
+        lambda: export_hf(tmp_path / "m", tmp_path / "back", progress=True),
     ):
-        monkeypatch.setattr(sys, 'stderr', Terminal())
+        monkeypatch.setattr(sys, "stderr", Terminal())
         convert()
-        last = sys.stderr.getvalue().rstrip().split('\r')[-1]
-        assert re.fullmatch(r'100%\|.*\| (\S+)/\1 \[.*(distcp|safetensors)\]', last), last
+        last = sys.stderr.getvalue().rstrip().split("\r")[-1]
+        assert re.fullmatch(r"100%\|.*\| (\S+)/\1 \[.*(distcp|safetensors)\]", last), last

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 
 from tests.harness.reader_cases import READERS, good_files, read_damaged
 
-EXAMPLES = int(os.environ.get('READER_EXAMPLES', 15))
+EXAMPLES = int(os.environ.get("READER_EXAMPLES", 15))
 SECONDS, BYTES = 10, 2**30
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return good_files(tmp_path_factory.mktemp('good'))
+    return good_files(tmp_path_factory.mktemp("good"))
 
 
-@pytest.mark.parametrize('name', READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_the_good_file_is_read(folder, name):
     reader = READERS[name]
     assert read_damaged(reader, folder, (folder / reader.path).read_bytes()) is None
@@ -41,13 +41,13 @@ WORDS = st.sampled_from(
 )  # fmt: skip
 PLACES = st.integers(0, 2**30)
 EDITS = st.one_of(
-    st.tuples(st.just('token'), PLACES, WORDS),
-    st.tuples(st.just('replace'), PLACES, st.binary(min_size=1, max_size=8)),
-    st.tuples(st.just('insert'), PLACES, st.one_of(WORDS, st.binary(min_size=1, max_size=8))),
-    st.tuples(st.just('delete'), PLACES, st.integers(1, 64)),
-    st.tuples(st.just('repeat'), PLACES, st.integers(1, 64)),
-    st.tuples(st.just('cut'), PLACES, st.none()),
-    st.tuples(st.just('end'), PLACES, st.binary(min_size=1, max_size=16)),
+    st.tuples(st.just("token"), PLACES, WORDS),
+    st.tuples(st.just("replace"), PLACES, st.binary(min_size=1, max_size=8)),
+    st.tuples(st.just("insert"), PLACES, st.one_of(WORDS, st.binary(min_size=1, max_size=8))),
+    st.tuples(st.just("delete"), PLACES, st.integers(1, 64)),
+    st.tuples(st.just("repeat"), PLACES, st.integers(1, 64)),
+    st.tuples(st.just("cut"), PLACES, st.none()),
+    st.tuples(st.just("end"), PLACES, st.binary(min_size=1, max_size=16)),
 )
 
 
@@ -58,34 +58,34 @@ def damaged(content: bytes, edits) -> bytes:
         at = place % (size + 1) if place % 3 == 0 else place % min(size + 1, 4096)
         if place % 7 == 0:
             at = size - at % min(size + 1, 4096)
-        if kind == 'token':
+        if kind == "token":
             found = list(TOKENS.finditer(content[: 2**16]))
             if found:
                 start, stop = found[place % len(found)].span()
                 content = content[:start] + what + content[stop:]
-        elif kind == 'replace':
+        elif kind == "replace":
             content = content[:at] + what + content[at + len(what) :]
-        elif kind == 'insert':
+        elif kind == "insert":
             content = content[:at] + what + content[at:]
-        elif kind == 'delete':
+        elif kind == "delete":
             content = content[:at] + content[at + what :]
-        elif kind == 'repeat':
+        elif kind == "repeat":
             content = content[:at] + content[at : at + what] * 2 + content[at + what :]
-        elif kind == 'cut':
+        elif kind == "cut":
             content = content[:at]
         else:
             content += what
     return content
 
 
-@pytest.mark.parametrize('name', READERS)
+@pytest.mark.parametrize("name", READERS)
 def test_mutations(folder, name):
     """READER_EXAMPLES=2000 (make fuzz-readers) for more than a look."""
     reader = READERS[name]
     good = (folder / reader.path).read_bytes()
 
     def hang(number, frame):
-        raise AssertionError(f'more than {SECONDS} s')
+        raise AssertionError(f"more than {SECONDS} s")
 
     @settings(
         max_examples=EXAMPLES,

@@ -77,26 +77,26 @@ def test_off(make_model):
 def test_switch(make_model):
     found, tracked, weight, logits = gradient_of_router_loss(
         make_model,
-        moe_router_load_balancing_type=['aux_loss'],
+        moe_router_load_balancing_type=["aux_loss"],
         moe_aux_loss_coeff=[COEFFICIENT],
     )
     loss = sum(switch_loss(batch) for batch in logits)
     check(found, COEFFICIENT * loss, weight)
-    assert tracked['load_balancing_loss'] == pytest.approx(float(loss), rel=1e-4)
+    assert tracked["load_balancing_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_global_batch(make_model):
     """Shares are those of all micro-batches of the step so far, this one included."""
     found, tracked, weight, logits = gradient_of_router_loss(
         make_model,
-        moe_router_load_balancing_type=['global_aux_loss'],
+        moe_router_load_balancing_type=["global_aux_loss"],
         moe_aux_loss_coeff=[COEFFICIENT],
     )
     loss = sum(
         switch_loss(batch, torch.cat(logits[: index + 1])) for index, batch in enumerate(logits)
     )
     check(found, COEFFICIENT * loss, weight)
-    assert tracked['global_load_balancing_loss'] == pytest.approx(float(loss), rel=1e-4)
+    assert tracked["global_load_balancing_loss"] == pytest.approx(float(loss), rel=1e-4)
     assert float(loss) != pytest.approx(
         float(sum(switch_loss(batch) for batch in logits)), rel=1e-3
     )
@@ -108,7 +108,7 @@ def test_z_loss(make_model):
     )
     loss = sum(torch.logsumexp(batch, -1).square().mean() for batch in logits)
     check(found, COEFFICIENT * loss, weight)
-    assert tracked['z_loss'] == pytest.approx(float(loss), rel=1e-4)
+    assert tracked["z_loss"] == pytest.approx(float(loss), rel=1e-4)
 
 
 def test_frozen(make_model):
@@ -119,7 +119,7 @@ def test_frozen(make_model):
 
     model = make_model(TINY, seq_length=16, moe_z_loss_coeff=COEFFICIENT)
     args = Namespace(
-        freeze=['*.router.*'],
+        freeze=["*.router.*"],
         lr_multiplier=[],
         save=None,
         no_save_optim=None,
@@ -129,4 +129,4 @@ def test_frozen(make_model):
     ids = torch.arange(16).view(1, 16)
     model(ids, ids, None, labels=ids).mean().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    assert all((gradient is None) == ('.router.' in name) for name, gradient in gradients.items())
+    assert all((gradient is None) == (".router." in name) for name, gradient in gradients.items())

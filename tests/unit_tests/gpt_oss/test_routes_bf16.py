@@ -35,28 +35,28 @@ from megatron.gpt_oss.presets import get_preset
 
 BATCH = 2
 ALL_8 = dict(num_experts=8, num_experts_per_tok=8)
-TWO_LAYERS = dataclasses.replace(get_preset('20b', 2), vocab_size=1024)
-TINY = dataclasses.replace(get_preset('tiny', 2), sliding_window=32)
+TWO_LAYERS = dataclasses.replace(get_preset("20b", 2), vocab_size=1024)
+TINY = dataclasses.replace(get_preset("tiny", 2), sliding_window=32)
 # preset, sequence length
 LARGE = {
-    'top4-of-32': (TWO_LAYERS, 512),
-    'all-8': (dataclasses.replace(TWO_LAYERS, **ALL_8), 512),
+    "top4-of-32": (TWO_LAYERS, 512),
+    "all-8": (dataclasses.replace(TWO_LAYERS, **ALL_8), 512),
 }
 SMALL = {
-    'top-4': (TINY, 96),
-    'all-8': (dataclasses.replace(TINY, **ALL_8), 96),
+    "top-4": (TINY, 96),
+    "all-8": (dataclasses.replace(TINY, **ALL_8), 96),
 }
-TE = dict(transformer_impl='transformer_engine')
+TE = dict(transformer_impl="transformer_engine")
 ROUTES = {
-    'local': {},
-    'te': TE,
-    'te-attention': dict(TE, sink_attention='te'),
+    "local": {},
+    "te": TE,
+    "te-attention": dict(TE, sink_attention="te"),
 }
 ALLOWED = 1.5  # times the error of transformers' bf16
 NEGLIGIBLE = 1e-4  # relative: far below a rounding to bf16
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def group():
     from benchmarks.lib.harness import start_alone
 
@@ -71,13 +71,13 @@ def random_weights(preset, device) -> dict[str, torch.Tensor]:
     for name in hf_names(preset):
         shape = hf_shape(name, preset)
         noise = torch.randn(shape, generator=generator, device=device)
-        if name.endswith('sinks'):
+        if name.endswith("sinks"):
             value = 10 * torch.tanh(2 * noise)
-        elif name.endswith('bias'):
+        elif name.endswith("bias"):
             value = 0.5 * noise
-        elif 'norm' in name:
+        elif "norm" in name:
             value = 1 + 0.1 * noise
-        elif 'embed' in name:
+        elif "embed" in name:
             value = noise
         else:
             value = noise * shape[-2 if is_expert_matrix(name) else -1] ** -0.5
@@ -87,21 +87,21 @@ def random_weights(preset, device) -> dict[str, torch.Tensor]:
 
 def hugging_face(preset, weights, batch, dtype):
     """Logits, and gradients by name, of transformers' model in a dtype."""
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip("transformers")
     config = transformers.GptOssConfig.from_dict(hf_config_from_preset(preset))
-    config._experts_implementation = 'eager'
-    with batch['tokens'].device:
+    config._experts_implementation = "eager"
+    with batch["tokens"].device:
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation='eager'
+            config, dtype=dtype, attn_implementation="eager"
         )
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32  # as from_pretrained keeps it
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert parameter.dtype == dtype and parameter.shape == weights[name].shape
             parameter.copy_(weights[name])
-    logits = model(batch['tokens'], use_cache=False).logits
+    logits = model(batch["tokens"], use_cache=False).logits
     exact = logits if dtype == torch.float64 else logits.float()
-    F.cross_entropy(exact.flatten(0, 1), batch['labels'].flatten()).backward()
+    F.cross_entropy(exact.flatten(0, 1), batch["labels"].flatten()).backward()
     return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -109,14 +109,14 @@ def megatron(preset, weights, batch, **flags):
     """The same of this project's step: gradients in fp32, as the optimizer gets them."""
     from benchmarks.lib.harness import Trainer
 
-    length = batch['tokens'].shape[1]
+    length = batch["tokens"].shape[1]
     trainer = Trainer(preset, optimizer=False, seq_length=length, micro_batch_size=BATCH, **flags)
     try:
         model = unwrap_model(trainer.model[0])
         fill(model, preset, weights)
-        positions = torch.arange(length, device=batch['tokens'].device).expand(BATCH, -1)
+        positions = torch.arange(length, device=batch["tokens"].device).expand(BATCH, -1)
         with torch.no_grad():
-            logits = trainer.model[0](batch['tokens'], positions, None).clone()
+            logits = trainer.model[0](batch["tokens"], positions, None).clone()
         trainer.zero_gradients()
         trainer.forward_backward(batch)
         for parameter in model.parameters():
@@ -143,10 +143,10 @@ def fill(model, preset, weights) -> None:
 
 def errors(found, truth) -> dict[str, float]:
     """Relative error (norms) of the logits, and of the gradients by kind of tensor."""
-    pairs = {'logits': [(found[0], truth[0])]}
+    pairs = {"logits": [(found[0], truth[0])]}
     assert set(found[1]) == set(truth[1])
     for name, value in truth[1].items():
-        kind = name.split('layers.')[-1].lstrip('0123456789.')
+        kind = name.split("layers.")[-1].lstrip("0123456789.")
         pairs.setdefault(kind, []).append((found[1][name], value))
     result = {}
     for kind, tensors in pairs.items():
@@ -158,7 +158,7 @@ def errors(found, truth) -> dict[str, float]:
     return result
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def reference(group):
     """reference(preset, length, device): weights, batch, truth, errors of transformers' bf16."""
     from benchmarks.lib.harness import make_batch
@@ -166,14 +166,14 @@ def reference(group):
     last = {}  # of one case: on a GPU the truth alone takes 30 GB
 
     def make(preset, length, device):
-        if last.get('case') != (preset, length):
+        if last.get("case") != (preset, length):
             last.clear()
             weights = random_weights(preset, device)
             batch = make_batch(preset.vocab_size, length, BATCH)
             truth = hugging_face(preset, weights, batch, torch.float64)
             theirs = errors(hugging_face(preset, weights, batch, torch.bfloat16), truth)
             last.update(case=(preset, length), found=(weights, batch, truth, theirs))
-        return last['found']
+        return last["found"]
 
     return make
 
@@ -181,9 +181,9 @@ def reference(group):
 def compare(reference, preset, length, device, record_property, flags=()):
     weights, batch, truth, theirs = reference(preset, length, device)
     ours = errors(megatron(preset, weights, batch, **dict(flags)), truth)
-    record_property('errors', {kind: (ours[kind], theirs[kind]) for kind in ours})
-    print('\n'.join(f'{kind}: {ours[kind]:.2e} transformers {theirs[kind]:.2e}' for kind in ours))
-    assert 1e-4 < theirs['logits'] < 0.5  # it is bf16 that is measured
+    record_property("errors", {kind: (ours[kind], theirs[kind]) for kind in ours})
+    print("\n".join(f"{kind}: {ours[kind]:.2e} transformers {theirs[kind]:.2e}" for kind in ours))
+    assert 1e-4 < theirs["logits"] < 0.5  # it is bf16 that is measured
     wrong = {
         kind: (error, theirs[kind])
         for kind, error in ours.items()
@@ -192,33 +192,33 @@ def compare(reference, preset, length, device, record_property, flags=()):
     assert not wrong, wrong
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='the large one runs on the GPU')
-@pytest.mark.parametrize('case', SMALL)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the large one runs on the GPU")
+@pytest.mark.parametrize("case", SMALL)
 def test_local_on_cpu(reference, record_property, case):
-    compare(reference, *SMALL[case], 'cpu', record_property)
+    compare(reference, *SMALL[case], "cpu", record_property)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.parametrize('route', ROUTES)
-@pytest.mark.parametrize('case', LARGE)  # the outer loop: one truth at a time
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("case", LARGE)  # the outer loop: one truth at a time
 def test_on_gpu(reference, record_property, case, route):
-    if route != 'local' and installed_versions().te is None:
-        pytest.skip('needs TransformerEngine')
-    compare(reference, *LARGE[case], 'cuda', record_property, ROUTES[route])
+    if route != "local" and installed_versions().te is None:
+        pytest.skip("needs TransformerEngine")
+    compare(reference, *LARGE[case], "cuda", record_property, ROUTES[route])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='on the CPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on the CPU")
 @pytest.mark.parametrize(
-    'changed', ['self_attn.sinks', 'mlp.router.bias', 'mlp.experts.gate_up_proj_bias']
+    "changed", ["self_attn.sinks", "mlp.router.bias", "mlp.experts.gate_up_proj_bias"]
 )
 def test_a_wrong_tensor_is_seen(reference, record_property, changed):
     """Rounding does not hide a bias or a sink that is lost."""
-    preset, length = SMALL['all-8']
-    weights, batch, truth, theirs = reference(preset, length, 'cpu')
+    preset, length = SMALL["all-8"]
+    weights, batch, truth, theirs = reference(preset, length, "cpu")
     lost = {
         name: torch.zeros_like(value) if name.endswith(changed) else value
         for name, value in weights.items()
     }
     found = errors(megatron(preset, lost, batch), truth)
-    assert found['logits'] > 3 * theirs['logits']
+    assert found["logits"] > 3 * theirs["logits"]

@@ -13,14 +13,14 @@ from megatron.core.transformer.sink_attention import megatron_module
 from megatron.gpt_oss.checkpoint.load_hf import load_hf
 from tests.harness.models import ODD, trained_tensors, write_hf
 
-transformers = pytest.importorskip('transformers')
+transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
 def models(make_model, tmp_path):
-    folder = write_hf(tmp_path / 'hf', ODD, trained_tensors(ODD))
+    folder = write_hf(tmp_path / "hf", ODD, trained_tensors(ODD))
     reference = transformers.GptOssForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation='eager'
+        folder, dtype=torch.float32, attn_implementation="eager"
     )
     model = make_model(ODD, seq_length=97)
     load_hf([model], folder)
@@ -37,7 +37,7 @@ def calls(monkeypatch):
         seen.append(options)
         return original(*tensors, **options)
 
-    monkeypatch.setattr(megatron_module, 'sink_attention', recorded)
+    monkeypatch.setattr(megatron_module, "sink_attention", recorded)
     return seen
 
 
@@ -52,7 +52,7 @@ def test_every_layer_is_on_it(models, calls):
     ids = torch.randint(ODD.vocab_size, (2, 60), generator=torch.Generator().manual_seed(0))
     logits = model(ids, torch.arange(60).expand(2, -1), None)
     window = (ODD.sliding_window - 1, 0)
-    assert [call['window_size'] for call in calls] == [window, None, window]
+    assert [call["window_size"] for call in calls] == [window, None, window]
     assert error(logits, reference(ids).logits) < 1e-5
 
 
@@ -62,7 +62,7 @@ def test_packed_documents(models, calls):
     bounds = [0, 40, 41, 97]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     params = PackedSeqParams(
-        qkv_format='thd',
+        qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=56,
@@ -74,7 +74,7 @@ def test_packed_documents(models, calls):
     logits = model(ids, positions, None, packed_seq_params=params)
     expected = [reference(ids[:, a:b]).logits for a, b in zip(bounds, bounds[1:])]
     expected = torch.cat(expected, dim=1)
-    assert len(calls) == 3 and all(call['cu_seqlens'] is cu_seqlens for call in calls)
+    assert len(calls) == 3 and all(call["cu_seqlens"] is cu_seqlens for call in calls)
     assert error(logits, expected) < 1e-5
     weights = torch.randn(expected.shape, generator=generator)
     (logits * weights).sum().backward()

@@ -25,7 +25,7 @@ def process_id() -> int:
 
 def raise_on_rank_one() -> None:
     if torch.distributed.get_rank() == 1:
-        raise KeyError('the culprit')
+        raise KeyError("the culprit")
     torch.distributed.barrier()
 
 

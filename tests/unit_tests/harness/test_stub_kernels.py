@@ -12,10 +12,10 @@ from tests.harness.stub_kernels import STUBS
 
 def parameters(function) -> list[inspect.Parameter]:
     """Parameters of a function, or of the function in a torch.library.custom_op."""
-    return list(inspect.signature(getattr(function, '_init_fn', function)).parameters.values())
+    return list(inspect.signature(getattr(function, "_init_fn", function)).parameters.values())
 
 
-@pytest.mark.parametrize('name', sorted({'fa2', 'fa3', 'fa4'} & STUBS.keys()))
+@pytest.mark.parametrize("name", sorted({"fa2", "fa3", "fa4"} & STUBS.keys()))
 def test_signatures(name):
     """Same names in the same order; what the stub leaves out has a default in the package."""
     (path, stub), *_ = STUBS[name]().items()

@@ -21,33 +21,33 @@ def test_tracker_forks_cpu_generator(caplog):
     """Each name continues its own stream; the default stream is unchanged."""
     tracker = CudaRNGStatesTracker()
     torch.manual_seed(1)
-    tracker.add('a', 2)
-    tracker.add('b', 3)
-    drawn = {'default': [torch.rand(2)], 'a': [], 'b': []}
+    tracker.add("a", 2)
+    tracker.add("b", 3)
+    drawn = {"default": [torch.rand(2)], "a": [], "b": []}
     with caplog.at_level(logging.WARNING):
-        for name in ('a', 'b', 'a'):
+        for name in ("a", "b", "a"):
             with tracker.fork(name):
                 drawn[name].append(torch.rand(2))
-            drawn['default'].append(torch.rand(1))
-        with tracker.fork('b'):
-            drawn['b'].append(torch.rand(1))
-            with tracker.fork('a'):
-                drawn['a'].append(torch.rand(1))
-            drawn['b'].append(torch.rand(1))
-    for name, seed in (('default', 1), ('a', 2), ('b', 3)):
+            drawn["default"].append(torch.rand(1))
+        with tracker.fork("b"):
+            drawn["b"].append(torch.rand(1))
+            with tracker.fork("a"):
+                drawn["a"].append(torch.rand(1))
+            drawn["b"].append(torch.rand(1))
+    for name, seed in (("default", 1), ("a", 2), ("b", 3)):
         got = torch.cat(drawn[name])
         assert torch.equal(got, draws_of(seed, len(got))), name
-    assert 'RNG state changed' not in caplog.text
+    assert "RNG state changed" not in caplog.text
 
 
 def test_states_are_saved_and_restored():
     tracker = CudaRNGStatesTracker()
-    tracker.add('a', 2)
-    with tracker.fork('a'):
+    tracker.add("a", 2)
+    with tracker.fork("a"):
         torch.rand(3)
     other = CudaRNGStatesTracker()
     other.set_states(tracker.get_states())
-    with other.fork('a'):
+    with other.fork("a"):
         got = torch.rand(4)
     assert torch.equal(got, draws_of(2, 7)[3:])
 
@@ -58,7 +58,7 @@ def test_recompute_repeats_dropout(monkeypatch):
 
     tracker = CudaRNGStatesTracker()
     tracker.add(random._MODEL_PARALLEL_RNG_TRACKER_NAME, 2)
-    monkeypatch.setattr(random, 'get_cuda_rng_tracker', lambda *args, **kwargs: tracker)
+    monkeypatch.setattr(random, "get_cuda_rng_tracker", lambda *args, **kwargs: tracker)
     masks = []
 
     def dropout(x):

@@ -5,9 +5,9 @@
 import pytest
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """The prefix of a random indexed dataset."""
     from tests.harness import tiny_pretrain  # needs megatron.training
 
-    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp('data') / 'data'))
+    return tiny_pretrain.write_random_dataset(str(tmp_path_factory.mktemp("data") / "data"))

@@ -24,18 +24,18 @@ from tests.harness import tiny_pretrain, watched_pretrain
 from tests.harness.checkpoint_entries import read_checkpoint
 from tests.harness.held_writer import SECONDS, Gate, HeldWriter
 
-TRACKER = 'latest_checkpointed_iteration.txt'
-ASYNC = '--async-save --async-strategy mcore'
-SCHEDULE = f' --lr-decay-iters 4 {tiny_pretrain.SMALL}'
-EXPERTS = '--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable'
+TRACKER = "latest_checkpointed_iteration.txt"
+ASYNC = "--async-save --async-strategy mcore"
+SCHEDULE = f" --lr-decay-iters 4 {tiny_pretrain.SMALL}"
+EXPERTS = "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 LAYOUTS = {
-    'one': (1, ''),
-    'distributed': (2, f'{EXPERTS} --expert-model-parallel-size 2'),
+    "one": (1, ""),
+    "distributed": (2, f"{EXPERTS} --expert-model-parallel-size 2"),
 }
 
 
 def train(ranks, data, folder, flags, function=None, world_size=1, *args):
-    flags = f'--save {folder} --load {folder} --train-iters 4 {SCHEDULE} {flags}'.split()
+    flags = f"--save {folder} --load {folder} --train-iters 4 {SCHEDULE} {flags}".split()
     return ranks.run(
         function or watched_pretrain.run,
         flags,
@@ -63,32 +63,32 @@ def run_held(flags, data, held_rank):
             gate.wait()
 
     def look(iteration):
-        manifest = json.loads((folder / 'iter_0000002' / 'manifest.json').read_text())
-        seen['state'], seen['tracker'] = manifest['state'], (folder / TRACKER).exists()
-        seen['gc'] = gc.isenabled()
+        manifest = json.loads((folder / "iter_0000002" / "manifest.json").read_text())
+        seen["state"], seen["tracker"] = manifest["state"], (folder / TRACKER).exists()
+        seen["gc"] = gc.isenabled()
 
     def before_forward(step, model):
         deadline = time.monotonic() + SECONDS
         while step == 3 and held_rank not in (None, rank()) and not held.writes:
-            assert time.monotonic() < deadline, 'a write that nothing holds does not end'
+            assert time.monotonic() < deadline, "a write that nothing holds does not end"
             time.sleep(0.01)
         if step == 4 and not seen:  # step 3 has updated the weights, and the ranks asked each other
             look(step)
-            seen['time'] = time.monotonic()
+            seen["time"] = time.monotonic()
             gate.open()
 
     with HeldWriter(before).installed() as held:
         record = watched_pretrain.run(flags, data, before_forward=before_forward)
-    return record['steps'], held.writes, seen
+    return record["steps"], held.writes, seen
 
 
 # Arguments of the runs, saved with the state, that differ on purpose.
 OTHERWISE = (
-    'save',
-    'load',
-    'async_save',
-    'ckpt_assume_constant_structure',
-    'ckpt_fully_parallel_save',
+    "save",
+    "load",
+    "async_save",
+    "ckpt_assume_constant_structure",
+    "ckpt_fully_parallel_save",
 )
 
 
@@ -113,7 +113,7 @@ def same(one, other):
     return bool(numpy.all(one == other))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def pairs(ranks, data, tmp_path_factory):
     """(directory of a synchronous run, of an asynchronous run, what that did)."""
     made = {}
@@ -122,74 +122,74 @@ def pairs(ranks, data, tmp_path_factory):
         if layout not in made:
             world_size, flags = LAYOUTS[layout]
             root = tmp_path_factory.mktemp(layout)
-            flags += ' --save-interval 2'
-            train(ranks, data, root / 'sync', flags, None, world_size)
+            flags += " --save-interval 2"
+            train(ranks, data, root / "sync", flags, None, world_size)
             held = train(
-                ranks, data, root / 'async', f'{flags} {ASYNC}', run_held, world_size, None
+                ranks, data, root / "async", f"{flags} {ASYNC}", run_held, world_size, None
             )
-            made[layout] = root / 'sync', root / 'async', held
+            made[layout] = root / "sync", root / "async", held
         return made[layout]
 
     return get
 
 
-@pytest.mark.parametrize('layout', list(LAYOUTS))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_equals_a_synchronous_one(pairs, layout):
     """Step 3 updated everything while checkpoint 2 was being written: it holds step 2."""
     sync, async_, held = pairs(layout)
     for _, writes, seen in held:
         (iteration, _, end, thread), *_ = writes
-        assert iteration == 2 and end > seen['time'] and thread == 'checkpoint-writer'
-        assert seen['gc']  # upstream's writer turns it off, here for the whole training
+        assert iteration == 2 and end > seen["time"] and thread == "checkpoint-writer"
+        assert seen["gc"]  # upstream's writer turns it off, here for the whole training
     for step in (2, 4):
         expected, got = (
-            read_checkpoint(str(folder / f'iter_{step:07d}')) for folder in (sync, async_)
+            read_checkpoint(str(folder / f"iter_{step:07d}")) for folder in (sync, async_)
         )
         assert expected.keys() == got.keys()
         assert len([value for value in got.values() if isinstance(value, torch.Tensor)]) > 20
         assert [name for name in expected if not same(expected[name], got[name])] == []
-    two, four = (read_checkpoint(str(async_ / f'iter_{step:07d}')) for step in (2, 4))
+    two, four = (read_checkpoint(str(async_ / f"iter_{step:07d}")) for step in (2, 4))
     assert len([name for name in two if not same(two[name], four[name])]) > 20
 
 
 CONSTANT = {
-    'fully-reshardable': '--dist-ckpt-optim-fully-reshardable',
-    'fully-reshardable-one-writer': '--dist-ckpt-optim-fully-reshardable '
-    '--no-ckpt-fully-parallel-save',
-    'dp-reshardable': '',
-    'dp-reshardable-one-writer': '--no-ckpt-fully-parallel-save',
+    "fully-reshardable": "--dist-ckpt-optim-fully-reshardable",
+    "fully-reshardable-one-writer": "--dist-ckpt-optim-fully-reshardable "
+    "--no-ckpt-fully-parallel-save",
+    "dp-reshardable": "",
+    "dp-reshardable-one-writer": "--no-ckpt-fully-parallel-save",
 }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def synchronous(ranks, data, tmp_path_factory):
     """Directory of a synchronous run of the format, written by all ranks, whoever writes later."""
     made = {}
 
     def get(flags):
         if flags not in made:
-            made[flags] = tmp_path_factory.mktemp('sync')
+            made[flags] = tmp_path_factory.mktemp("sync")
             train(ranks, data, made[flags], flags, None, 2)
         return made[flags]
 
     return get
 
 
-@pytest.mark.parametrize('name', CONSTANT)
+@pytest.mark.parametrize("name", CONSTANT)
 def test_constant_structure(ranks, data, tmp_path, synchronous, name):
     """Plans are taken from earlier saves (from the third on without a look), tensors are not."""
     flags = (
-        f'--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}'
+        f"--use-distributed-optimizer --overlap-grad-reduce --ddp-num-buckets 3 {CONSTANT[name]}"
     )
-    flags += ' --save-interval 1'
-    sync = synchronous(flags.replace('--no-ckpt-fully-parallel-save', ''))
-    flags += f' --ckpt-assume-constant-structure {ASYNC}'
-    train(ranks, data, tmp_path / 'async', flags, None, 2)
+    flags += " --save-interval 1"
+    sync = synchronous(flags.replace("--no-ckpt-fully-parallel-save", ""))
+    flags += f" --ckpt-assume-constant-structure {ASYNC}"
+    train(ranks, data, tmp_path / "async", flags, None, 2)
     before = {}
     for step in (1, 2, 3, 4):
         expected, got = (
-            read_checkpoint(str(folder / f'iter_{step:07d}'))
-            for folder in (sync, tmp_path / 'async')
+            read_checkpoint(str(folder / f"iter_{step:07d}"))
+            for folder in (sync, tmp_path / "async")
         )
         assert expected.keys() == got.keys()
         assert [name for name in expected if not same(expected[name], got[name])] == []
@@ -198,34 +198,34 @@ def test_constant_structure(ranks, data, tmp_path, synchronous, name):
         before = got
 
 
-@pytest.mark.parametrize('held_rank', [0, 1])
+@pytest.mark.parametrize("held_rank", [0, 1])
 def test_tracker_waits_for_every_rank(ranks, data, tmp_path, held_rank):
     """One rank still writes: the directory is marked as unfinished, and no tracker names it."""
-    world_size, flags = LAYOUTS['distributed']
+    world_size, flags = LAYOUTS["distributed"]
     results = train(
-        ranks, data, tmp_path, f'{flags} --save-interval 2 {ASYNC}', run_held, world_size, held_rank
+        ranks, data, tmp_path, f"{flags} --save-interval 2 {ASYNC}", run_held, world_size, held_rank
     )
     for other, (_, writes, seen) in enumerate(results):
-        assert (writes[0][2] > seen['time']) == (other == held_rank)
-        assert seen['state'] == 'writing' and not seen['tracker']
+        assert (writes[0][2] > seen["time"]) == (other == held_rank)
+        assert seen["state"] == "writing" and not seen["tracker"]
     assert checkpoint_integrity.choose(str(tmp_path)) == (4, False, [])
 
 
 def test_resume_at_another_layout(ranks, data, pairs):
     """Saved by two ranks with expert parallelism; resumed by one, and by two without it."""
-    _, folder, held = pairs('distributed')
-    step_3 = held[0][0][2]['losses']['lm loss']
-    for world_size, flags in ((1, ''), (2, EXPERTS)):
-        flags += f' --load {folder} --ckpt-step 2 --train-iters 3 --no-load-optim --no-load-rng'
+    _, folder, held = pairs("distributed")
+    step_3 = held[0][0][2]["losses"]["lm loss"]
+    for world_size, flags in ((1, ""), (2, EXPERTS)):
+        flags += f" --load {folder} --ckpt-step 2 --train-iters 3 --no-load-optim --no-load-rng"
         steps = ranks.run(
             watched_pretrain.run,
             (flags + SCHEDULE).split(),
             data,
             world_size=world_size,
             init_process_group=False,
-        )[0]['steps']
-        assert [step['iteration'] for step in steps] == [3]
-        assert steps[0]['losses']['lm loss'] == pytest.approx(step_3, rel=1e-5)
+        )[0]["steps"]
+        assert [step["iteration"] for step in steps] == [3]
+        assert steps[0]["losses"]["lm loss"] == pytest.approx(step_3, rel=1e-5)
 
 
 def run_slow(flags, data, seconds):
@@ -243,9 +243,9 @@ def run_slow(flags, data, seconds):
     def before_forward(step, model):
         if not registered:  # here, because run() forgets what was registered before it
             registered.append(step)
-            step_callbacks.subscribe(step_callbacks.CheckpointWaits, note('waits', 'waits_for'))
+            step_callbacks.subscribe(step_callbacks.CheckpointWaits, note("waits", "waits_for"))
             step_callbacks.subscribe(
-                step_callbacks.CheckpointSaved, note('saved', 'background_seconds')
+                step_callbacks.CheckpointSaved, note("saved", "background_seconds")
             )
 
     def before(iteration):
@@ -259,37 +259,37 @@ def run_slow(flags, data, seconds):
 
 def test_second_save_waits(ranks, data, tmp_path):
     """Checkpoint 2 is due while 1 is being written: one line says so, and 1 is complete first."""
-    flags = f'--save-interval 1 {ASYNC}'
+    flags = f"--save-interval 1 {ASYNC}"
     order, writes, most_at_once, output = train(ranks, data, tmp_path, flags, run_slow, 1, 2.0)[0]
     assert most_at_once == 1
     assert [iteration for iteration, *_ in writes] == [1, 2, 3, 4]
     events = [(name, step) for name, step, *_ in order]
-    waits = [event for event in events if event[0] == 'waits']
-    assert waits[0] == ('waits', 2) and order[0][:3] == ('waits', 2, 1)
-    assert [event for event in events if event[0] == 'saved'] == [
-        ('saved', step) for step in (1, 2, 3, 4)
+    waits = [event for event in events if event[0] == "waits"]
+    assert waits[0] == ("waits", 2) and order[0][:3] == ("waits", 2, 1)
+    assert [event for event in events if event[0] == "saved"] == [
+        ("saved", step) for step in (1, 2, 3, 4)
     ]
-    line = 'the checkpoint of iteration 2 waits: that of iteration 1 is still being written'
-    assert output.count(line) == 1 and output.count('still being written') == len(waits)
-    saved = [values for name, *values in order if name == 'saved']
+    line = "the checkpoint of iteration 2 waits: that of iteration 1 is still being written"
+    assert output.count(line) == 1 and output.count("still being written") == len(waits)
+    saved = [values for name, *values in order if name == "saved"]
     # The callback comes after the tracker, with the seconds of that write.
-    assert [named for _, _, named in saved] == ['1', '2', '3', '4']
+    assert [named for _, _, named in saved] == ["1", "2", "3", "4"]
     assert saved[0][1] >= 2.0 > saved[1][1]
 
 
 def test_end_of_training_waits(ranks, data, tmp_path):
     """The last checkpoint is complete when pretrain() returns."""
-    flags = f'--train-iters 1 --save-interval 1 {ASYNC}'
+    flags = f"--train-iters 1 --save-interval 1 {ASYNC}"
     order, writes, _, _ = train(ranks, data, tmp_path, flags, run_slow, 1, 2.0)[0]
-    assert [values[:2] for values in order] == [('saved', 1)]
+    assert [values[:2] for values in order] == [("saved", 1)]
     assert checkpoint_integrity.choose(str(tmp_path)) == (1, False, [])
 
 
 def test_nvrx_without_its_worker_is_dropped_as_before(ranks, data, tmp_path):
     """Upstream's rule for the other strategy is unchanged."""
-    flags = '--train-iters 1 --save-interval 1 --async-save'
+    flags = "--train-iters 1 --save-interval 1 --async-save"
     _, writes, _, _ = train(ranks, data, tmp_path, flags, run_slow, 1, 0.0)[0]
-    assert [thread for *_, thread in writes] == ['MainThread']
+    assert [thread for *_, thread in writes] == ["MainThread"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def test_nvrx_without_its_worker_is_dropped_as_before(ranks, data, tmp_path):
 @pytest.fixture
 def alone():
     torch.distributed.init_process_group(
-        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
     )
     yield
     torch.distributed.destroy_process_group()
@@ -308,7 +308,7 @@ def alone():
 
 def request(write, tensors):
     """An AsyncRequest as the file system's writer makes it: (rank, buckets, queue)."""
-    buckets = [('path', 'key', ([], [(index, tensor) for index, tensor in enumerate(tensors)]))]
+    buckets = [("path", "key", ([], [(index, tensor) for index, tensor in enumerate(tensors)]))]
     return AsyncRequest(
         write,
         [0, buckets, None],
@@ -343,7 +343,7 @@ def test_snapshot(alone):
 
 def test_what_a_write_raises_reaches_the_training(alone):
     def write(rank, buckets, queue):
-        raise OSError(28, 'No space left on device', 'shard')
+        raise OSError(28, "No space left on device", "shard")
 
     calls = AsyncCallsQueue()
     calls.schedule_async_request(request(write, [torch.ones(2)]))

@@ -28,7 +28,7 @@ def test_clipped_in_place():
     assert memory.peak <= 4  # bytes: one flag
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['fp32', 'bf16'])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_norm(dtype):
     """Regression: the norm of each bf16 gradient was rounded to 8 bits."""
     grads = gradients(dtype)
@@ -40,7 +40,7 @@ def test_norm(dtype):
 
 def test_norm_does_not_wait():
     """Regression: each norm was copied to the CPU separately; an empty tensor has no norm."""
-    grads = [value.to('meta') for value in gradients()]
+    grads = [value.to("meta") for value in gradients()]
     norm, _ = clip_grads.l2_norm_impl(2048 * 32, None, [grads], False)
     assert norm.is_meta and norm.shape == (1,)
 

@@ -26,10 +26,10 @@ def no_gpu_needed(monkeypatch):
     """Streams that have nothing to wait for, and pinned memory that is any memory."""
     event = types.SimpleNamespace(synchronize=lambda: None, wait=lambda stream: None)
     stream = types.SimpleNamespace(wait_stream=lambda other: None, record_event=lambda: event)
-    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
-    monkeypatch.setattr(torch.cuda, 'Stream', lambda: stream)
-    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
 
 def build(parameters, offload_fraction=1.0, in_fp32=True, **more):
@@ -64,7 +64,7 @@ class CopiesInto(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('overlap', [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
 def test_its_copies_go_with_it(overlap):
     """The distributed optimizer builds it twice. The first one's copies of the whole parameters
     stayed on the GPU, 4 bytes a parameter, until the garbage collector found the circle through its
@@ -85,7 +85,7 @@ def test_its_copies_go_with_it(overlap):
         gc.enable()
 
 
-@pytest.mark.parametrize('overlap', [True, False])
+@pytest.mark.parametrize("overlap", [True, False])
 def test_cast_before_the_way_to_the_gpu(overlap):
     """copy_ from fp32 on the host to bf16 on the GPU casts into pageable memory, and waits."""
     parameters = [OnGpu(torch.randn(33).bfloat16()), OnGpu(torch.randn(3, 5).bfloat16())]
@@ -115,16 +115,16 @@ def test_loaded_state_stays_on_its_side(monkeypatch):
     moves, to = {}, torch.Tensor.to
 
     def record(tensor, *args, **kwargs):
-        if args in (('cpu',), ('cuda',)):
+        if args in (("cpu",), ("cuda",)):
             moves[tensor.data_ptr()] = args[0]
             return tensor
         return to(tensor, *args, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, 'to', record)
+    monkeypatch.setattr(torch.Tensor, "to", record)
     optimizer.load_state_dict(optimizer.state_dict())
     host, gpu = optimizer.cpu_copys_map_gpu_param, parameters[1]
     assert len(host) == 1 and gpu in optimizer.gpu_optimizer.state
     for side in optimizer.sub_optimizers:
         for parameter, state in side.state.items():
             places = {moves[value.data_ptr()] for value in state.values()}
-            assert places == {'cuda' if parameter is gpu else 'cpu'}
+            assert places == {"cuda" if parameter is gpu else "cpu"}

@@ -62,11 +62,11 @@ class _Attention(torch.autograd.Function):
 
 def attend(query, key, value, sinks):
     """[t, np, hn] each: causal attention with a column of value 0 for the sink."""
-    scores = torch.einsum('qhd,khd->hqk', query, key)
+    scores = torch.einsum("qhd,khd->hqk", query, key)
     scores = scores.masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf)
     column = sinks[:, None, None].expand(-1, LENGTH, 1)
     weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-    return torch.einsum('hqk,khd->qhd', weights, value)
+    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 def attention_class():
@@ -75,20 +75,20 @@ def attention_class():
     (found,) = [
         node
         for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name == 'TEDotProductAttention'
+        if isinstance(node, ast.ClassDef) and node.name == "TEDotProductAttention"
     ]
     names = dict(vars(extension))
     names.update(
         te=SimpleNamespace(pytorch=SimpleNamespace(DotProductAttention=StandIn)),
         HAVE_TE=True,
         is_te_min_version=lambda *args, **kwargs: True,
-        get_te_version=lambda: Version('2.20.2'),
+        get_te_version=lambda: Version("2.20.2"),
     )
     module = ast.Module(body=[found], type_ignores=[])
-    future = __import__('__future__').annotations.compiler_flag
-    exec(compile(module, extension.__file__, 'exec', flags=future), names)
-    names['TEDotProductAttention'].cp_stream = object()  # replaces a CUDA stream
-    return names['TEDotProductAttention']
+    future = __import__("__future__").annotations.compiler_flag
+    exec(compile(module, extension.__file__, "exec", flags=future), names)
+    names["TEDotProductAttention"].cp_stream = object()  # replaces a CUDA stream
+    return names["TEDotProductAttention"]
 
 
 def build(cp_group=None, tp_group=None):
@@ -104,7 +104,7 @@ def build(cp_group=None, tp_group=None):
         deterministic_mode=False,
         window_size=None,
         window_attn_skip_freq=None,
-        softmax_type='learnable',
+        softmax_type="learnable",
         attention_dropout=0.0,
         qk_clip=False,
         log_max_attention_logit=False,
@@ -113,7 +113,7 @@ def build(cp_group=None, tp_group=None):
     )
     groups = SimpleNamespace(tp=tp_group, cp=cp_group)
     return attention_class()(
-        config, 1, AttnMaskType.causal, 'self', cp_comm_type='a2a', pg_collection=groups
+        config, 1, AttnMaskType.causal, "self", cp_comm_type="a2a", pg_collection=groups
     )
 
 
@@ -140,7 +140,7 @@ def gradient(cp: bool):
 def no_random_states(monkeypatch):
     """Those that tests before may have left: the stand-in's config says nothing of initialisation."""
     tracker = SimpleNamespace(is_initialized=lambda: False)
-    monkeypatch.setattr(te_softmax_offset, 'get_cuda_rng_tracker', lambda: tracker)
+    monkeypatch.setattr(te_softmax_offset, "get_cuda_rng_tracker", lambda: tracker)
 
 
 def expected():
@@ -171,8 +171,8 @@ def test_checkpoint_holds_the_sinks_alone():
     """With other softmax types nothing is saved; an object that local attention lacks ends a load."""
     group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     module = build(tp_group=group)
-    found = module.sharded_state_dict(metadata={'dp_cp_group': group})
-    assert list(found) == ['softmax_offset']
+    found = module.sharded_state_dict(metadata={"dp_cp_group": group})
+    assert list(found) == ["softmax_offset"]
 
 
 def test_hook_survives_the_cast():

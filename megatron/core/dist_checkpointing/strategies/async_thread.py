@@ -78,7 +78,7 @@ class ThreadAsyncCaller(AsyncCaller):
             finally:
                 _seconds_of_last_write = monotonic() - start
 
-        self._thread = threading.Thread(target=write, name='checkpoint-writer')
+        self._thread = threading.Thread(target=write, name="checkpoint-writer")
         self._thread.start()
 
     def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
@@ -144,5 +144,5 @@ class _AbortableList(list):
     def __iter__(self):
         for item in super().__iter__():
             if self._event.is_set():
-                raise WriteAborted('the checkpoint was aborted')
+                raise WriteAborted("the checkpoint was aborted")
             yield item

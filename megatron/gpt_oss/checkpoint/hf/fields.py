@@ -447,7 +447,8 @@ ROPE_FIELDS = (
 )
 
 # Keys that would replace a method or class attribute of transformers' config class.
-RESERVED = frozenset("""_auto_class _check_received_keys _decode_special_floats _dict_from_json_file
+RESERVED = frozenset(
+    """_auto_class _check_received_keys _decode_special_floats _dict_from_json_file
     _encode_special_floats _get_config_dict _get_files_timestamps _get_generation_parameters
     _getattr_without_heterogeneous_validation _hasattr_without_heterogeneous_validation
     _iter_config_keys_with_heterogeneous_adjustment _remove_keys_not_serialized
@@ -464,7 +465,8 @@ RESERVED = frozenset("""_auto_class _check_received_keys _decode_special_floats 
     register_for_auto_class save_pretrained serialize_explicit_per_layer_config
     standardize_rope_params sub_configs sub_configs_defaults to_dict to_diff_dict to_json_file
     to_json_string update update_from_string use_return_dict validate validate_architecture
-    validate_layer_type validate_output_attentions validate_rope validate_token_ids""".split())
+    validate_layer_type validate_output_attentions validate_rope validate_token_ids""".split()
+)
 
 
 def read_fields(config: dict, where: str) -> dict:

@@ -25,7 +25,7 @@ assert 'torch' not in sys.modules and 'numpy' not in sys.modules
 
 def test_nothing_heavy_is_imported():
     done = subprocess.run(
-        [sys.executable, '-c', SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == help_text()
@@ -38,10 +38,10 @@ def test_flags_of_megatron_are_as_told():
     for flag, value, meaning in flags:
         action = whole_parser()._option_string_actions[flag]
         assert (action.nargs == 0) == (value is None), flag
-        used = {'--optimizer': 'adam', '--transformer-impl': 'local'}.get(flag, action.default)
-        if flag.startswith('--moe-router-load'):
-            used = ['aux_loss']
-        assert all(entry.status == 'supported' for entry in entries_of(flag, used)), flag
+        used = {"--optimizer": "adam", "--transformer-impl": "local"}.get(flag, action.default)
+        if flag.startswith("--moe-router-load"):
+            used = ["aux_loss"]
+        assert all(entry.status == "supported" for entry in entries_of(flag, used)), flag
         assert meaning
 
 
@@ -50,4 +50,4 @@ def test_ours_are_all_there():
 
     text = help_text()
     for flag in add_our_arguments(ArgumentParser(add_help=False))._option_string_actions:
-        assert f'\n  {flag} ' in text or f'\n  {flag}\n' in text
+        assert f"\n  {flag} " in text or f"\n  {flag}\n" in text

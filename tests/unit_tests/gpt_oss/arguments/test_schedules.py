@@ -14,7 +14,7 @@ HIGH, LOW, WARMUP, STEPS, DECAY = 3e-4, 3e-5, 10, 100, 20
 
 def rates(style, **changes):
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.AdamW([{'params': [parameter], 'max_lr': HIGH, 'min_lr': LOW}])
+    optimizer = torch.optim.AdamW([{"params": [parameter], "max_lr": HIGH, "min_lr": LOW}])
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -26,13 +26,13 @@ def rates(style, **changes):
         start_wd=0.1,
         end_wd=0.1,
         wd_incr_steps=STEPS,
-        wd_incr_style='constant',
+        wd_incr_style="constant",
         **changes,
     )
     found = []
     for _ in range(STEPS + 5):
         scheduler.step(1)
-        found.append(optimizer.param_groups[0]['lr'])
+        found.append(optimizer.param_groups[0]["lr"])
     return found
 
 
@@ -49,23 +49,23 @@ def stable_then(shape):
 
 
 @pytest.mark.parametrize(
-    'style, changes, formula',
+    "style, changes, formula",
     [
-        ('cosine', {}, cosine),
-        ('constant', {}, lambda step: HIGH),
-        ('WSD', {'lr_wsd_decay_style': 'linear'}, stable_then(lambda done: 1 - done)),
-        ('WSD', {'lr_wsd_decay_style': 'minus_sqrt'}, stable_then(lambda done: 1 - done**0.5)),
+        ("cosine", {}, cosine),
+        ("constant", {}, lambda step: HIGH),
+        ("WSD", {"lr_wsd_decay_style": "linear"}, stable_then(lambda done: 1 - done)),
+        ("WSD", {"lr_wsd_decay_style": "minus_sqrt"}, stable_then(lambda done: 1 - done**0.5)),
         (
-            'WSD',
-            {'lr_wsd_decay_style': 'cosine'},
+            "WSD",
+            {"lr_wsd_decay_style": "cosine"},
             stable_then(lambda done: (1 + math.cos(math.pi * done)) / 2),
         ),
     ],
-    ids=['cosine', 'constant', 'wsd-linear', 'wsd-sqrt', 'wsd-cosine'],
+    ids=["cosine", "constant", "wsd-linear", "wsd-sqrt", "wsd-cosine"],
 )
 def test_curve(style, changes, formula):
-    if style == 'WSD':
-        changes['wsd_decay_steps'] = DECAY
+    if style == "WSD":
+        changes["wsd_decay_steps"] = DECAY
     found = rates(style, **changes)
     for step, rate in enumerate(found, start=1):
         expected = HIGH * step / WARMUP if step <= WARMUP else formula(min(step, STEPS))

@@ -45,7 +45,7 @@ def test_every_representable_block_is_a_fixed_point():
     assert kept.sum() > 1000
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounds_to_nearest(dtype):
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(64, 320, generator=generator) * torch.exp2(
@@ -103,7 +103,7 @@ def test_bf16_in_many_pieces():
         assert torch.equal(one.flatten(), other[:9000].flatten())
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_zeros_and_extremes(dtype):
     blocks, scales = quantize(torch.zeros(2, 32, dtype=dtype))
     assert blocks.eq(0).all() and scales.eq(0).all()
@@ -119,9 +119,9 @@ def test_zeros_and_extremes(dtype):
 def test_what_cannot_be_rounded():
     for bad in (torch.inf, torch.nan):
         for dtype in (torch.bfloat16, torch.float32):
-            with pytest.raises(ValueError, match='not finite'):
+            with pytest.raises(ValueError, match="not finite"):
                 quantize(torch.full((1, 32), bad, dtype=dtype))
-    with pytest.raises(ValueError, match='40 is not a multiple of 32'):
+    with pytest.raises(ValueError, match="40 is not a multiple of 32"):
         quantize(torch.zeros(2, 40))
 
 

@@ -10,7 +10,7 @@ import pytest
 from megatron.gpt_oss.checkpoint.read_ahead import read_ahead
 
 
-@pytest.mark.parametrize('num_threads', [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_order_and_number_ahead(num_threads):
     begun, taken, most = [], 0, 0
 
@@ -38,11 +38,11 @@ def test_error_comes_in_its_turn_and_ends_it():
     def read(item):
         begun.append(item)
         if item == 3:
-            raise ValueError('three')
+            raise ValueError("three")
         return item
 
     found = []
-    with pytest.raises(ValueError, match='three'):
+    with pytest.raises(ValueError, match="three"):
         for value in read_ahead(read, range(100), 2):
             found.append(value)
     assert found == [0, 1, 2] and len(begun) < 10

@@ -18,16 +18,16 @@ RETURN, END_OF_TEXT = 90, 80
 class Published:
     """The special tokens as gpt-oss' tokenizer_config.json has them."""
 
-    vocab_size, unique_identifiers = 100, {'class': 'test'}
+    vocab_size, unique_identifiers = 100, {"class": "test"}
     eos = eod = RETURN
     pad = END_OF_TEXT
 
 
 def write(prefix, *documents):
-    builder = IndexedDatasetBuilder(f'{prefix}.bin', dtype=numpy.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
-    builder.finalize(f'{prefix}.idx')
+    builder.finalize(f"{prefix}.idx")
     return str(prefix)
 
 
@@ -37,7 +37,7 @@ def sample(prefix, tokenizer):
         random_seed=1,
         sequence_length=7,
         blend=([prefix], None),
-        split='1,0,0',
+        split="1,0,0",
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -51,24 +51,24 @@ def sample(prefix, tokenizer):
 
 def test_ends_are_learned_and_nothing_after_them(tmp_path):
     """Each end is a label that counts; the first token of the next document is not."""
-    prefix = write(tmp_path / 'a', [1, 2, 3, END_OF_TEXT], [4, 5, 6, END_OF_TEXT])
+    prefix = write(tmp_path / "a", [1, 2, 3, END_OF_TEXT], [4, 5, 6, END_OF_TEXT])
     found = sample(prefix, DatasetTokenizer(Published(), document_end_of([prefix])))
-    tokens, labels, counts = found['tokens'], found['labels'], found['loss_mask']
+    tokens, labels, counts = found["tokens"], found["labels"], found["loss_mask"]
     assert tokens[3] == END_OF_TEXT and labels[2] == labels[6] == END_OF_TEXT
     assert counts.tolist() == [1, 1, 1, 0, 1, 1, 1]
     # What Megatron makes of it by the tokenizer's own account.
     wrong = sample(prefix, Published())
-    assert wrong['tokens'][3] == 0 and wrong['loss_mask'].tolist() == [1, 1, 0, 1, 1, 1, 0]
+    assert wrong["tokens"][3] == 0 and wrong["loss_mask"].tolist() == [1, 1, 0, 1, 1, 1, 0]
 
 
 def test_end_of_several_datasets(tmp_path):
-    a = write(tmp_path / 'a', [1, 7], [2, 3, 7])
-    b = write(tmp_path / 'b', [7])
-    c = write(tmp_path / 'c', [1, 9])
+    a = write(tmp_path / "a", [1, 7], [2, 3, 7])
+    b = write(tmp_path / "b", [7])
+    c = write(tmp_path / "c", [1, 9])
     assert document_end_of([a, b]) == 7 and document_end_of([]) is None
-    with pytest.raises(UsageError, match='a ends its documents with token 7, .*c with token 9'):
+    with pytest.raises(UsageError, match="a ends its documents with token 7, .*c with token 9"):
         document_end_of([a, c])
-    other = write(tmp_path / 'other', [1, 2], [3, 4])
+    other = write(tmp_path / "other", [1, 2], [3, 4])
     assert document_end_of([other, a]) is None
     assert DatasetTokenizer(Published(), None).eod == RETURN
     assert DatasetTokenizer(Published(), 7).vocab_size == 100

@@ -40,5 +40,5 @@ def test_order_and_bounded_reading():
 
 
 def test_killed_process():
-    with pytest.raises(UsageError, match='One of 2 processes was killed.*--workers'):
+    with pytest.raises(UsageError, match="One of 2 processes was killed.*--workers"):
         list(process_map(die, range(3), 2, begin, (0,)))

@@ -18,7 +18,7 @@ from tests.harness.live_memory import balanced_routing
 
 # No two sizes alike; small, so that activations are not hidden by what a process has anyway.
 ODD = dataclasses.replace(
-    get_preset('tiny', 3),
+    get_preset("tiny", 3),
     hidden_size=160,
     num_attention_heads=8,
     num_query_groups=2,
@@ -29,11 +29,11 @@ ODD = dataclasses.replace(
 )
 
 
-def _layout(world_size=1, policy='fast', **sizes):
+def _layout(world_size=1, policy="fast", **sizes):
     # A model without DDP has no main_grad, to which the loss in chunks would add.
-    chunk, grad_bytes = (0, 4) if policy == 'fast' else (64, 2)
+    chunk, grad_bytes = (0, 4) if policy == "fast" else (64, 2)
     options = dict(seq_length=256, micro_batch_size=2, global_batch_size=64, grad_bytes=grad_bytes)
-    options |= dict(sequence_parallel=sizes.get('tp', 1) > 1, **sizes)
+    options |= dict(sequence_parallel=sizes.get("tp", 1) > 1, **sizes)
     return Layout(
         ODD, world_size, recompute=Recompute.from_policy(policy), loss_chunk=chunk, **options
     )
@@ -104,7 +104,7 @@ def saved_bytes(layout):
     positions = torch.arange(length).expand_as(ids)
     options = {}
     if layout.loss_chunk:
-        options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
+        options["output_processor"] = chunked_loss_processor(layout.loss_chunk)
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with hooks, balanced_routing():
         losses = model(ids, positions, None, labels=ids, loss_mask=torch.ones(ids.shape), **options)
@@ -129,7 +129,7 @@ def state_bytes(layout):
     )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer='adam',
+            optimizer="adam",
             lr=1e-4,
             bf16=True,
             params_dtype=torch.bfloat16,
@@ -142,7 +142,7 @@ def state_bytes(layout):
     state = 0
     for one in optimizer.chained_optimizers:
         for group in one.optimizer.param_groups:
-            state += sum(p.numel() * p.element_size() for p in group['params'])
+            state += sum(p.numel() * p.element_size() for p in group["params"])
         for tensors in one.optimizer.state.values():
             state += sum(t.nbytes for t in tensors.values() if t.dim())
     buffers = chunk.buffers + chunk.expert_parallel_buffers
@@ -154,51 +154,51 @@ def state_bytes(layout):
 
 
 SAVED = {
-    'fast': _layout(),
-    'balanced': _layout(policy='balanced'),
-    'lean': _layout(policy='lean'),
-    'one-sequence': _layout(micro_batch_size=1),
-    'two-layers-of-three': dataclasses.replace(
-        _layout(), recompute=Recompute('full', (), 'block', 2)
+    "fast": _layout(),
+    "balanced": _layout(policy="balanced"),
+    "lean": _layout(policy="lean"),
+    "one-sequence": _layout(micro_batch_size=1),
+    "two-layers-of-three": dataclasses.replace(
+        _layout(), recompute=Recompute("full", (), "block", 2)
     ),
-    'two-layers-a-unit': dataclasses.replace(
-        _layout(), recompute=Recompute('full', (), 'uniform', 2)
+    "two-layers-a-unit": dataclasses.replace(
+        _layout(), recompute=Recompute("full", (), "uniform", 2)
     ),
-    'recompute-moe': dataclasses.replace(_layout(), recompute=Recompute('selective', ('moe',))),
-    'tp2-ep2': _layout(2, tp=2, ep=2),
-    'tp2-etp2-balanced': _layout(2, 'balanced', tp=2, etp=2),
-    'tp2-lean': _layout(2, 'lean', tp=2, ep=2),
-    'cp2-all-gather-ep2': _layout(2, cp=2, ep=2, cp_comm_type='all_gather'),
-    'cp2-ring': _layout(2, cp=2, cp_comm_type='p2p', micro_batch_size=1),
-    'cp2-heads': _layout(2, cp=2, cp_comm_type='a2a'),
+    "recompute-moe": dataclasses.replace(_layout(), recompute=Recompute("selective", ("moe",))),
+    "tp2-ep2": _layout(2, tp=2, ep=2),
+    "tp2-etp2-balanced": _layout(2, "balanced", tp=2, etp=2),
+    "tp2-lean": _layout(2, "lean", tp=2, ep=2),
+    "cp2-all-gather-ep2": _layout(2, cp=2, ep=2, cp_comm_type="all_gather"),
+    "cp2-ring": _layout(2, cp=2, cp_comm_type="p2p", micro_batch_size=1),
+    "cp2-heads": _layout(2, cp=2, cp_comm_type="a2a"),
 }
 
 
-@pytest.mark.parametrize('case', SAVED)
+@pytest.mark.parametrize("case", SAVED)
 def test_saved(ranks, case):
     """What autograd saves of a micro-batch."""
     layout = SAVED[case]
     measured = ranks.run(saved_bytes, layout, world_size=layout.gpus)
     measured = sum(measured) / len(measured)
-    stage = StageActivations(layout, 0, device='cpu')
+    stage = StageActivations(layout, 0, device="cpu")
     tokens = 8 * stage.sizes.tokens
     expected = stage.saved + stage.head.saved + tokens
     assert expected == pytest.approx(measured, rel=0.005)
 
 
 STATE = {
-    'one-rank': _layout(),
-    'one-rank-bf16-gradients': _layout(grad_bytes=2),
-    'dp2': _layout(2),
-    'dp2-replicated-optimizer': _layout(2, distributed_optimizer=False),
-    'tp2-etp2': _layout(2, tp=2, etp=2),
-    'tp2-ep2': _layout(2, tp=2, ep=2),
-    'ep2': _layout(2, ep=2),
-    'cp2': _layout(2, cp=2),
+    "one-rank": _layout(),
+    "one-rank-bf16-gradients": _layout(grad_bytes=2),
+    "dp2": _layout(2),
+    "dp2-replicated-optimizer": _layout(2, distributed_optimizer=False),
+    "tp2-etp2": _layout(2, tp=2, etp=2),
+    "tp2-ep2": _layout(2, tp=2, ep=2),
+    "ep2": _layout(2, ep=2),
+    "cp2": _layout(2, cp=2),
 }
 
 
-@pytest.mark.parametrize('case', STATE)
+@pytest.mark.parametrize("case", STATE)
 def test_weights_gradients_optimizer(ranks, case):
     """Exact but for the padding of buffers and shards that end within a bucket."""
     layout = STATE[case]

@@ -32,7 +32,7 @@ from tests.unit_tests.gpt_oss.planner import test_memory
 
 # Wide experts and little attention, as in gpt-oss; short, for the CPU's attention keeps all scores.
 MODEL = dataclasses.replace(
-    get_preset('tiny', 3),
+    get_preset("tiny", 3),
     hidden_size=320,
     num_attention_heads=4,
     num_query_groups=2,
@@ -44,7 +44,7 @@ MODEL = dataclasses.replace(
 LARGE_HEAD = dataclasses.replace(MODEL, num_layers=1, vocab_size=8192)
 
 
-def _layout(world_size=1, policy='fast', preset=MODEL, recompute=None, **sizes):
+def _layout(world_size=1, policy="fast", preset=MODEL, recompute=None, **sizes):
     layout = test_memory._layout(world_size, policy, seq_length=96, micro_batch_size=8, **sizes)
     layout = dataclasses.replace(layout, preset=preset, recompute=recompute or layout.recompute)
     return dataclasses.replace(layout, loss_chunk=2 * layout.loss_chunk)
@@ -60,11 +60,11 @@ def peak_bytes(layout):
     model = builder.build_model(ProcessGroupCollection.use_mpu_process_groups())
     model = model.bfloat16().train()
     for parameter in model.parameters():  # as DDP, which has added it to its buffer
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, 'grad', None))
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     length = layout.seq_length // layout.cp
     options = {}
     if layout.loss_chunk:
-        options['output_processor'] = chunked_loss_processor(layout.loss_chunk)
+        options["output_processor"] = chunked_loss_processor(layout.loss_chunk)
     with kernels_of_cuda(), balanced_routing():
         peaks = []
         for _ in range(2 if layout.gpus == 1 else 4):  # the first makes buffers that stay
@@ -82,29 +82,29 @@ def peak_bytes(layout):
 
 
 CASES = {
-    'fast': _layout(),
-    'balanced': _layout(policy='balanced'),
-    'lean': _layout(policy='lean'),
+    "fast": _layout(),
+    "balanced": _layout(policy="balanced"),
+    "lean": _layout(policy="lean"),
     # Whatever the backward of a layer leaves behind weighs most in a deep model.
-    'lean-deep': _layout(policy='lean', preset=dataclasses.replace(MODEL, num_layers=16)),
-    'recompute-moe': _layout(policy='balanced', recompute=Recompute('selective', ('moe',))),
-    'two-layers-of-three': _layout(recompute=Recompute('full', (), 'block', 2)),
-    'two-layers-a-unit': _layout(recompute=Recompute('full', (), 'uniform', 2)),
-    'all-logits': _layout(preset=LARGE_HEAD),
-    'logits-in-chunks': _layout(policy='balanced', preset=LARGE_HEAD),
-    'logits-in-one-chunk': dataclasses.replace(
-        _layout(policy='balanced', preset=LARGE_HEAD), loss_chunk=10**6
+    "lean-deep": _layout(policy="lean", preset=dataclasses.replace(MODEL, num_layers=16)),
+    "recompute-moe": _layout(policy="balanced", recompute=Recompute("selective", ("moe",))),
+    "two-layers-of-three": _layout(recompute=Recompute("full", (), "block", 2)),
+    "two-layers-a-unit": _layout(recompute=Recompute("full", (), "uniform", 2)),
+    "all-logits": _layout(preset=LARGE_HEAD),
+    "logits-in-chunks": _layout(policy="balanced", preset=LARGE_HEAD),
+    "logits-in-one-chunk": dataclasses.replace(
+        _layout(policy="balanced", preset=LARGE_HEAD), loss_chunk=10**6
     ),
-    'ep2': _layout(2, ep=2),
-    'ep2-balanced': _layout(2, 'balanced', ep=2),
-    'ep2-lean': _layout(2, 'lean', ep=2),
-    'tp2-ep2': _layout(2, tp=2, ep=2),
-    'tp2-lean': _layout(2, 'lean', tp=2, ep=2),
-    'cp2-ep2': _layout(2, cp=2, ep=2, cp_comm_type='all_gather'),
+    "ep2": _layout(2, ep=2),
+    "ep2-balanced": _layout(2, "balanced", ep=2),
+    "ep2-lean": _layout(2, "lean", ep=2),
+    "tp2-ep2": _layout(2, tp=2, ep=2),
+    "tp2-lean": _layout(2, "lean", tp=2, ep=2),
+    "cp2-ep2": _layout(2, cp=2, ep=2, cp_comm_type="all_gather"),
 }
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize("case", CASES)
 def test_peak(ranks, case):
     layout = CASES[case]
     measured = ranks.run(peak_bytes, layout, world_size=layout.gpus)
@@ -117,60 +117,60 @@ def test_peak(ranks, case):
 
 def _measured(name):
     """The rows of a benchmark's result on a GPU."""
-    path = Path(__file__).resolve().parents[4] / 'benchmarks' / 'results' / name
+    path = Path(__file__).resolve().parents[4] / "benchmarks" / "results" / name
     if not path.is_file():
-        pytest.skip(f'{name} is not in benchmarks/results')
-    return json.loads(path.read_text())['rows']
+        pytest.skip(f"{name} is not in benchmarks/results")
+    return json.loads(path.read_text())["rows"]
 
 
 def test_head_as_measured_on_a_gpu():
     """Beyond hidden states, weight and main_grad; the unchunked loss there has no gradient buffer."""
-    lengths = {'8k': 8192, '32k': 32768}
-    for row in _measured('lm_loss_h100.json'):
-        kind, _, chunk = row['loss'].partition('-')
+    lengths = {"8k": 8192, "32k": 32768}
+    for row in _measured("lm_loss_h100.json"):
+        kind, _, chunk = row["loss"].partition("-")
         layout = Layout(
-            get_preset('20b'),
+            get_preset("20b"),
             1,
-            seq_length=lengths[row['case']],
+            seq_length=lengths[row["case"]],
             loss_chunk=int(chunk or 0),
-            grad_bytes=2 if kind == 'chunked' else 4,
+            grad_bytes=2 if kind == "chunked" else 4,
         )
         phases = vars(HeadActivations(layout).phases()).values()
         expected = max(size for size in phases if size is not None) / 2**20
-        assert expected == pytest.approx(row['peak_mib'], rel=0.01), row['loss']
+        assert expected == pytest.approx(row["peak_mib"], rel=0.01), row["loss"]
 
 
 @pytest.mark.parametrize(
-    'case, length, size, modules, parts',
-    [('4k', 4096, 8, (), 1), ('32k', 32768, 1, (), 1), ('128k', 131072, 1, ('moe',), 4)],
+    "case, length, size, modules, parts",
+    [("4k", 4096, 8, (), 1), ("32k", 32768, 1, (), 1), ("128k", 131072, 1, ("moe",), 4)],
 )
 def test_steps_as_measured_on_a_gpu(case, length, size, modules, parts):
     """Peak memory of a step with two layers and the output layer, balanced routing."""
-    row = {row['case']: row for row in _measured('train_step_h100.json')}[case]
+    row = {row["case"]: row for row in _measured("train_step_h100.json")}[case]
     layout = Layout(
-        get_preset('20b', 2),
+        get_preset("20b", 2),
         1,
         seq_length=length,
         micro_batch_size=size,
         global_batch_size=size,
-        recompute=Recompute('selective' if modules else None, modules),
+        recompute=Recompute("selective" if modules else None, modules),
         mlp_chunks=parts,
         loss_chunk=4096,
     )
-    assert peak_rank_memory(layout).total / 2**30 == pytest.approx(row['peak_gib'], rel=0.05)
+    assert peak_rank_memory(layout).total / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
 
 
 def test_experts_as_measured_on_a_gpu():
     """The benchmark holds the output and, beyond the weights, every gradient."""
-    rows_of = {'16k': 16384, '32k': 32768, '131k': 131072}
-    measured = {(row['case'], row['implementation']): row for row in _measured('experts_h100.json')}
+    rows_of = {"16k": 16384, "32k": 32768, "131k": 131072}
+    measured = {(row["case"], row["implementation"]): row for row in _measured("experts_h100.json")}
     for case, rows in rows_of.items():
-        layout = Layout(get_preset('20b'), 1, seq_length=rows // 4)
+        layout = Layout(get_preset("20b"), 1, seq_length=rows // 4)
         layer = LayerActivations(layout, False)
         saved = layer.experts.fc1_output + layer.experts.fc2_input
         out = 2 * rows * 2880
         assert (saved + out) / 2**20 == pytest.approx(
-            measured[case, 'grouped']['kept_mib'], rel=0.01
+            measured[case, "grouped"]["kept_mib"], rel=0.01
         )
         # In the activation's backward, or with all gradients at the end; without the residual.
         backward = layer.backward_phases().activation - layer.all_saved
@@ -178,7 +178,7 @@ def test_experts_as_measured_on_a_gpu():
         weights = 2 * 32 * 2880 * 3 * 2880
         first = 4 * rows * 2880 + 2 * rows * 2880
         peak = out + max(weights // 3 + backward, weights + first)
-        assert peak / 2**20 == pytest.approx(measured[case, 'grouped']['peak_mib'], rel=0.03)
+        assert peak / 2**20 == pytest.approx(measured[case, "grouped"]["peak_mib"], rel=0.03)
 
 
 def test_step_of_adamw():

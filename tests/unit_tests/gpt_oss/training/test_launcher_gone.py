@@ -23,20 +23,20 @@ time.sleep(600)
 
 def test_killed_during_the_imports(tmp_path):
     """It came to the rendezvous, whose server had been the launcher, and waited there."""
-    rank = {'RANK': '1', 'LOCAL_RANK': '1', 'WORLD_SIZE': '2', 'TORCHELASTIC_RUN_ID': 'test'}
-    address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
-    words = '--preset tiny --mock-data --micro-batch-size 1 --seq-length 64 --train-iters 2'
-    words += f' --tokenizer-type NullTokenizer --vocab-size 256 --run-dir {tmp_path}'
+    rank = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = "--preset tiny --mock-data --micro-batch-size 1 --seq-length 64 --train-iters 2"
+    words += f" --tokenizer-type NullTokenizer --vocab-size 256 --run-dir {tmp_path}"
     launcher = subprocess.Popen(
-        [sys.executable, '-c', LAUNCHER, sys.executable, 'pretrain_gpt_oss.py', *words.split()],
+        [sys.executable, "-c", LAUNCHER, sys.executable, "pretrain_gpt_oss.py", *words.split()],
         cwd=ROOT,
-        env={**os.environ, **rank, **address, 'PYTHONPATH': str(ROOT)},
+        env={**os.environ, **rank, **address, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )
     started = psutil.Process(int(launcher.stdout.readline()))
     # As soon as it imports torch, which takes a second.
-    while not any('libtorch' in region.path for region in started.memory_maps()):
+    while not any("libtorch" in region.path for region in started.memory_maps()):
         assert started.is_running()
     launcher.kill()
     launcher.wait()
@@ -44,4 +44,4 @@ def test_killed_during_the_imports(tmp_path):
         started.wait(5)
     except psutil.TimeoutExpired:
         os.kill(started.pid, signal.SIGKILL)
-        raise AssertionError('the rank still runs') from None
+        raise AssertionError("the rank still runs") from None

@@ -42,7 +42,7 @@ with run_lock.RunLock(Path(sys.argv[1]), print):
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    for name, seconds in (('BEAT', 0.1), ('PATIENCE', 1.0), ('GRACE', 1.0)):
+    for name, seconds in (("BEAT", 0.1), ("PATIENCE", 1.0), ("GRACE", 1.0)):
         monkeypatch.setattr(run_lock, name, seconds)
 
 
@@ -52,10 +52,10 @@ def holder(tmp_path):
     started = []
 
     def start(*words, directory=tmp_path):
-        command = [sys.executable, '-c', HOLD, str(directory), *words]
-        environ = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        command = [sys.executable, "-c", HOLD, str(directory), *words]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         started.append(commands.Popen(command, stdout=subprocess.PIPE, text=True, env=environ))
-        assert started[-1].stdout.readline() == 'held\n'
+        assert started[-1].stdout.readline() == "held\n"
         return started[-1]
 
     yield start
@@ -64,29 +64,29 @@ def holder(tmp_path):
 
 
 def kept(tmp_path):
-    return json.loads((tmp_path / 'run.lock.json').read_text())
+    return json.loads((tmp_path / "run.lock.json").read_text())
 
 
 def test_taken_and_given_back(tmp_path):
     lines = []
     for _ in range(2):
         with RunLock(tmp_path, lines.append):
-            assert kept(tmp_path)['pid'] == os.getpid()
-        assert not (tmp_path / 'run.lock.json').exists()
+            assert kept(tmp_path)["pid"] == os.getpid()
+        assert not (tmp_path / "run.lock.json").exists()
     assert lines == []
 
 
 def test_second_run(tmp_path, holder):
     process = holder()
     with pytest.raises(
-        UsageError, match=f'in use by another run: process {process.pid} on .*, sta'
+        UsageError, match=f"in use by another run: process {process.pid} on .*, sta"
     ):
         with RunLock(tmp_path, print):
             pass
-    assert kept(tmp_path)['pid'] == process.pid
+    assert kept(tmp_path)["pid"] == process.pid
 
 
-@pytest.mark.parametrize('words', [(), ('child',)])
+@pytest.mark.parametrize("words", [(), ("child",)])
 def test_killed(tmp_path, holder, words):
     """The lock goes with the process, though what it forked lives on."""
     process = holder(*words)
@@ -94,23 +94,23 @@ def test_killed(tmp_path, holder, words):
     process.wait()
     lines = []
     with RunLock(tmp_path, lines.append):
-        assert kept(tmp_path)['pid'] == os.getpid()
+        assert kept(tmp_path)["pid"] == os.getpid()
     assert (
         len(lines) == 1
-        and f'ended without releasing its lock: process {process.pid} on' in lines[0]
+        and f"ended without releasing its lock: process {process.pid} on" in lines[0]
     )
 
 
 def test_killed_while_it_is_waited_for(tmp_path, holder):
     process = holder()
-    subprocess.Popen(['sh', '-c', f'sleep 0.4; kill -9 {process.pid}'])
+    subprocess.Popen(["sh", "-c", f"sleep 0.4; kill -9 {process.pid}"])
     with RunLock(tmp_path, lambda line: None):
-        assert kept(tmp_path)['pid'] == os.getpid()
+        assert kept(tmp_path)["pid"] == os.getpid()
 
 
 def of_another_machine(tmp_path):
-    found = kept(tmp_path) | {'boot': 'another', 'host': 'node7'}
-    (tmp_path / 'run.lock.json').write_text(json.dumps(found))
+    found = kept(tmp_path) | {"boot": "another", "host": "node7"}
+    (tmp_path / "run.lock.json").write_text(json.dumps(found))
     return found
 
 
@@ -124,61 +124,61 @@ def test_dead_machine(tmp_path, holder):
     start = time.monotonic()
     with RunLock(tmp_path, lines.append):
         assert time.monotonic() - start > run_lock.PATIENCE
-    assert 'to see whether it is alive' in lines[0] and 'on node7' in lines[0]
-    assert 'takes the lock over' in lines[1]
+    assert "to see whether it is alive" in lines[0] and "on node7" in lines[0]
+    assert "takes the lock over" in lines[1]
 
 
 def test_live_machine_whose_locks_are_not_seen(tmp_path, holder, monkeypatch):
-    holder('no locks')
-    monkeypatch.setattr(run_lock, '_boot', lambda: 'another')
-    with pytest.raises(UsageError, match='in use by another run'):
+    holder("no locks")
+    monkeypatch.setattr(run_lock, "_boot", lambda: "another")
+    with pytest.raises(UsageError, match="in use by another run"):
         with RunLock(tmp_path, lambda line: None):
             pass
 
 
 def test_taken_over_while_it_stood_still(tmp_path, holder):
     """Two runs never train at the same time: the suspended one ends when it continues."""
-    process = holder('no locks')
+    process = holder("no locks")
     process.send_signal(signal.SIGSTOP)
     of_another_machine(tmp_path)
     with RunLock(tmp_path, lambda line: None):
         process.send_signal(signal.SIGCONT)
         assert process.wait(timeout=20) == 1
-        assert kept(tmp_path)['pid'] == os.getpid()
+        assert kept(tmp_path)["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize('text', ['', '{"pid', '[1]', '{"pid": "x", "boot": 3}'])
+@pytest.mark.parametrize("text", ["", '{"pid', "[1]", '{"pid": "x", "boot": 3}'])
 def test_damaged_holder(tmp_path, text):
-    (tmp_path / 'run.lock.json').write_text(text)
+    (tmp_path / "run.lock.json").write_text(text)
     with RunLock(tmp_path, lambda line: None):
-        assert kept(tmp_path)['pid'] == os.getpid()
+        assert kept(tmp_path)["pid"] == os.getpid()
 
 
 @pytest.mark.parametrize(
-    'held, flags',
+    "held, flags",
     [
-        ('run', {'run_dir': None, 'save': 'run/checkpoints'}),
-        ('run', {'run_dir': 'other', 'save': 'run/checkpoints'}),
-        ('run/checkpoints', {'run_dir': 'run', 'save': 'run/checkpoints'}),
-        ('saved', {'run_dir': 'other', 'save': 'saved'}),
-        ('saved', {'run_dir': 'other', 'save': 'link'}),
+        ("run", {"run_dir": None, "save": "run/checkpoints"}),
+        ("run", {"run_dir": "other", "save": "run/checkpoints"}),
+        ("run/checkpoints", {"run_dir": "run", "save": "run/checkpoints"}),
+        ("saved", {"run_dir": "other", "save": "saved"}),
+        ("saved", {"run_dir": "other", "save": "link"}),
     ],
 )
 def test_same_save_directory(tmp_path, holder, monkeypatch, held, flags):
     """Each --save is locked, whatever --run-dir is."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('RANK', '0')
-    for name in ('run/checkpoints', 'saved'):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("run/checkpoints", "saved"):
         os.makedirs(name)
-    os.symlink('saved', 'link')
+    os.symlink("saved", "link")
     holder(directory=tmp_path / held)
-    with pytest.raises(UsageError, match='is in use by another run'):
+    with pytest.raises(UsageError, match="is in use by another run"):
         with run_dir.locked(Namespace(**flags)):
             pass
 
 
 def test_one_lock_of_a_run_directory(tmp_path, monkeypatch):
     """--run-dir alone has no second lock in its checkpoints."""
-    monkeypatch.setenv('RANK', '0')
-    with run_dir.locked(Namespace(run_dir=str(tmp_path), save=str(tmp_path / 'checkpoints'))):
-        assert sorted(os.listdir(tmp_path)) == ['run.lock', 'run.lock.json']
+    monkeypatch.setenv("RANK", "0")
+    with run_dir.locked(Namespace(run_dir=str(tmp_path), save=str(tmp_path / "checkpoints"))):
+        assert sorted(os.listdir(tmp_path)) == ["run.lock", "run.lock.json"]

@@ -45,7 +45,7 @@ def allgather(tokens, routing_map, probs):
     return dispatcher, rows, row_probs
 
 
-@pytest.mark.parametrize('dispatch', [alltoall, allgather])
+@pytest.mark.parametrize("dispatch", [alltoall, allgather])
 def test_no_graph_is_held(dispatch):
     torch.manual_seed(0)
     tokens = torch.randn(6, 1, 8, requires_grad=True)

@@ -15,7 +15,7 @@ from tests.harness.compare import relative_error
 TOKENS, WIDTH, EXPERTS = 37, 64, 8
 
 
-def data(device='cpu'):
+def data(device="cpu"):
     generator = torch.Generator().manual_seed(1)
     shapes = (TOKENS, 2, WIDTH), (EXPERTS, WIDTH), (EXPERTS,)
     return [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
@@ -32,7 +32,7 @@ def error(tensors):
 
 def epilogue(weight, inp, dtype, layout, bias=None, **_):
     """TransformerEngine's GEMM on the CPU; its epilogue uses only the dtype of the output."""
-    assert layout == 'TN'
+    assert layout == "TN"
     out = inp.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         room = torch.zeros(EXPERTS * dtype.itemsize, dtype=torch.uint8)
@@ -42,14 +42,14 @@ def epilogue(weight, inp, dtype, layout, bias=None, **_):
 
 
 def test_bias_in_another_dtype(monkeypatch):
-    monkeypatch.setattr(moe_utils, 'te_general_gemm', epilogue)
+    monkeypatch.setattr(moe_utils, "te_general_gemm", epilogue)
     assert error(data()) < 1e-5
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-@pytest.mark.skipif(moe_utils.te_general_gemm is None, reason='needs TransformerEngine')
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(moe_utils.te_general_gemm is None, reason="needs TransformerEngine")
 def test_bias_with_transformer_engine():
     """0.9 on upstream; what is read past the bias' end changes it from call to call."""
     for _ in range(3):
-        assert error(data('cuda')) < 1e-3
+        assert error(data("cuda")) < 1e-3

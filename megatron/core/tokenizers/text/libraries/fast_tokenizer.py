@@ -42,23 +42,23 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
     ):
         del vocab_file, merges_file, trust_remote_code
         if not use_fast:
-            raise ValueError('Without transformers only fast tokenizers (tokenizer.json) can load.')
-        directory, name = tokenizer_path, 'tokenizer.json'
+            raise ValueError("Without transformers only fast tokenizers (tokenizer.json) can load.")
+        directory, name = tokenizer_path, "tokenizer.json"
         if os.path.isfile(tokenizer_path):
             directory, name = os.path.split(tokenizer_path)
         file = os.path.join(directory, name)
         if not os.path.isfile(file):
             raise ValueError(
-                f'No {name} in {tokenizer_path}. Give a local directory that has one: names of the '
-                'Hugging Face hub need the transformers package.'
+                f"No {name} in {tokenizer_path}. Give a local directory that has one: names of the "
+                "Hugging Face hub need the transformers package."
             )
         self.tokenizer = _read_tokenizer(file)
-        config = _read_json(os.path.join(directory, 'tokenizer_config.json'))
-        self.chat_template = chat_template or config.get('chat_template')
+        config = _read_json(os.path.join(directory, "tokenizer_config.json"))
+        self.chat_template = chat_template or config.get("chat_template")
         self.include_special_tokens = include_special_tokens
         self._special = {
-            role: _token_text(config.get(f'{role}_token'), f'{role}_token')
-            for role in ('bos', 'eos', 'pad', 'unk', 'sep', 'cls', 'mask')
+            role: _token_text(config.get(f"{role}_token"), f"{role}_token")
+            for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
         }
         self._additional_special_tokens = list(additional_special_tokens or [])
         self.add_special_tokens(self._additional_special_tokens)
@@ -95,10 +95,10 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
         """Adds special tokens; a dictionary is keyed as in transformers ('eos_token', ...)."""
         tokens = list(special_tokens)
         if isinstance(special_tokens, dict):
-            tokens = list(special_tokens.get('additional_special_tokens', ()))
+            tokens = list(special_tokens.get("additional_special_tokens", ()))
             for role in self._special:
-                if f'{role}_token' in special_tokens:
-                    self._special[role] = special_tokens[f'{role}_token']
+                if f"{role}_token" in special_tokens:
+                    self._special[role] = special_tokens[f"{role}_token"]
                     tokens.append(self._special[role])
         added = [AddedToken(token, special=True, normalized=False) for token in tokens]
         return self.tokenizer.add_special_tokens(added)
@@ -131,42 +131,42 @@ class FastTokenizer(MegatronTokenizerTextAbstract):
     @property
     def pad_id(self) -> Optional[int]:
         """Id of the padding token."""
-        return self._id('pad')
+        return self._id("pad")
 
     @property
     def bos_id(self) -> Optional[int]:
         """Id of the beginning-of-sequence token."""
-        return self._id('bos')
+        return self._id("bos")
 
     @property
     def eos_id(self) -> Optional[int]:
         """Id of the end-of-sequence token."""
-        return self._id('eos')
+        return self._id("eos")
 
     @property
     def eod(self) -> Optional[int]:
         """Id of the end-of-document token: eos, as in HuggingFaceTokenizer."""
-        return self._id('eos')
+        return self._id("eos")
 
     @property
     def sep_id(self) -> Optional[int]:
         """Id of the separator token."""
-        return self._id('sep')
+        return self._id("sep")
 
     @property
     def cls_id(self) -> Optional[int]:
         """Id of the classification token."""
-        return self._id('cls')
+        return self._id("cls")
 
     @property
     def unk_id(self) -> Optional[int]:
         """Id of the unknown token."""
-        return self._id('unk')
+        return self._id("unk")
 
     @property
     def mask_id(self) -> Optional[int]:
         """Id of the mask token."""
-        return self._id('mask')
+        return self._id("mask")
 
 
 def _read_tokenizer(path: str) -> Tokenizer:
@@ -175,8 +175,8 @@ def _read_tokenizer(path: str) -> Tokenizer:
     except BaseException as error:  # The Rust code raises Exception, and panics.
         if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
             raise
-        reason = ' '.join(str(error).split())[:200]
-        raise ValueError(f'{path} is not a tokenizer of the tokenizers package ({reason}).') from (
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not a tokenizer of the tokenizers package ({reason}).") from (
             error
         )
 
@@ -185,20 +185,20 @@ def _read_json(path: str) -> dict:
     if not os.path.isfile(path):
         return {}
     try:
-        with open(path, encoding='utf-8') as file:
+        with open(path, encoding="utf-8") as file:
             config = json.load(file)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 at byte {error.start}.') from None
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is not valid JSON ({error}).') from None
+        raise ValueError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(config, dict):
-        raise ValueError(f'{path} is not a JSON object.')
+        raise ValueError(f"{path} is not a JSON object.")
     return config
 
 
 def _token_text(token: Union[str, dict, None], role: str) -> Optional[str]:
     """The text of a token, which transformers writes as a string or as {'content': text}."""
-    text = token.get('content') if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
     if text is not None and not isinstance(text, str):
-        raise ValueError(f'tokenizer_config.json: {role} is not the text of a token.')
+        raise ValueError(f"tokenizer_config.json: {role} is not the text of a token.")
     return text

@@ -71,10 +71,10 @@ class GroupedExperts(MegatronModule):
         parts = 2 if config.gated_linear_unit else 1
         width = config.moe_ffn_hidden_size
         self.linear_fc1 = GroupedLinear(
-            num_local_experts, hidden_size, parts * width, 'output', config, self.tp_group, parts
+            num_local_experts, hidden_size, parts * width, "output", config, self.tp_group, parts
         )
         self.linear_fc2 = GroupedLinear(
-            num_local_experts, width, hidden_size, 'input', config, self.tp_group
+            num_local_experts, width, hidden_size, "input", config, self.tp_group
         )
         if config.perform_initialization:
             # In the order of SequentialMLP, for the same random numbers.
@@ -83,7 +83,7 @@ class GroupedExperts(MegatronModule):
                 self.linear_fc2.initialize(expert, config.output_layer_init_method)
         self.swiglu = _swiglu_of(config)
         self.activation_recompute = (
-            config.recompute_granularity == 'selective' and "moe_act" in config.recompute_modules
+            config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
 
     def forward(
@@ -105,9 +105,9 @@ class GroupedExperts(MegatronModule):
         x, probs = permuted_local_hidden_states, permuted_probs
         segments = ExpertSegments(tokens_per_expert, x.device)
         if self.config.moe_apply_probs_on_input:
-            assert (
-                self.config.moe_router_topk == 1
-            ), "`moe_apply_probs_on_input` only works with `moe_router_topk`=1."
+            assert self.config.moe_router_topk == 1, (
+                "`moe_apply_probs_on_input` only works with `moe_router_topk`=1."
+            )
             x = (probs[:, None] * x).to(x.dtype)
             probs = torch.ones_like(probs)
 
@@ -135,7 +135,7 @@ class GroupedExperts(MegatronModule):
         """Do nothing: the backward computes wgrad."""
 
     def sharded_state_dict(
-        self, prefix: str = '', sharded_offsets: tuple = (), metadata: dict | None = None
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
         """Checkpoint entries, interchangeable with SequentialMLP's and TEGroupedMLP's."""
         sharding = ExpertSharding(
@@ -145,12 +145,12 @@ class GroupedExperts(MegatronModule):
             tp_rank=self.tp_group.rank(),
             tp_size=self.tp_group.size(),
             dp_rank=self.dp_group.rank(),
-            singleton=(metadata or {}).get('singleton_local_shards', False),
+            singleton=(metadata or {}).get("singleton_local_shards", False),
         )
         entries = {}
         for linear_name, linear in self.named_children():
             for name, parameter in linear.named_parameters():
-                name = f'{linear_name}.{name}'
+                name = f"{linear_name}.{name}"
                 entries[prefix + name] = expert_factory(
                     parameter, prefix, name, sharding, *linear.checkpoint_split(parameter)
                 )
@@ -177,12 +177,12 @@ class GroupedLinear(torch.nn.Module):
         super().__init__()
         self.full_size = (output_size, input_size)
         self.config, self.tp_group, self.split, self.parts = config, tp_group, split, parts
-        if split == 'output':
+        if split == "output":
             output_size = divide(output_size, tp_group.size())
         else:
             input_size = divide(input_size, tp_group.size())
         on_cpu = config.use_cpu_initialization
-        device = torch.device('cpu') if on_cpu else device_utils.current_device()
+        device = torch.device("cpu") if on_cpu else device_utils.current_device()
 
         def empty(*shape):
             tensor = torch.empty(num_experts, *shape, device=device, dtype=config.params_dtype)
@@ -190,11 +190,11 @@ class GroupedLinear(torch.nn.Module):
 
         # The names end as those of a linear layer: weight decay leaves out what ends in '.bias'.
         self.weight = empty(input_size, output_size)
-        axis = 2 if split == 'output' else 1
+        axis = 2 if split == "output" else 1
         set_tensor_model_parallel_attributes(self.weight, True, axis, parts)
         self.bias = empty(output_size) if config.add_bias_linear else None
         if self.bias is not None:
-            if split == 'output':
+            if split == "output":
                 set_tensor_model_parallel_attributes(self.bias, True, 1, parts)
             if config.perform_initialization:
                 torch.nn.init.zeros_(self.bias)
@@ -211,7 +211,7 @@ class GroupedLinear(torch.nn.Module):
     def initialize(self, expert: int, init_method: Callable[[torch.Tensor], None]) -> None:
         """Initialise one expert's weight as ColumnParallelLinear and RowParallelLinear do."""
         matrix = self.weight[expert].t().contiguous()
-        axis = 0 if self.split == 'output' else 1
+        axis = 0 if self.split == "output" else 1
         if self.config.use_cpu_initialization:
             _initialize_affine_weight_cpu(
                 matrix,
@@ -242,7 +242,7 @@ class GroupedLinear(torch.nn.Module):
 
     def checkpoint_split(self, parameter: torch.Tensor) -> tuple[int | None, int]:
         """Arguments of `expert_factory`: the axis that is split, and the parts on it."""
-        if self.split == 'output':
+        if self.split == "output":
             return 0, self.parts
         return (1 if parameter is self.weight else None), 1
 
@@ -273,7 +273,7 @@ def recompute_in_backward(
 
 
 def _drop_extra_states(module, state_dict, prefix, *unused) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + '_extra_state')]:
+    for key in [key for key in state_dict if key.startswith(prefix + "_extra_state")]:
         del state_dict[key]
 
 

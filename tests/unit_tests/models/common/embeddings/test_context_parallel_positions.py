@@ -46,7 +46,7 @@ def own_tokens(size, rank):
 def rotated_by_transformers(x, positions):
     """x [t, heads, head_dim] turned to `positions` [t]."""
     rope = dict(
-        rope_type='yarn',
+        rope_type="yarn",
         rope_theta=150000.0,
         factor=32.0,
         original_max_position_embeddings=ORIGINAL,
@@ -81,7 +81,7 @@ def config():
 
 
 RANKS = [(size, rank) for size in (1, 2, 4, 8) for rank in sorted({0, size // 2, size - 1})]
-ranks = pytest.mark.parametrize('size, rank', RANKS, ids=[f'cp{s}-rank{r}' for s, r in RANKS])
+ranks = pytest.mark.parametrize("size, rank", RANKS, ids=[f"cp{s}-rank{r}" for s, r in RANKS])
 
 
 @ranks
@@ -98,7 +98,7 @@ def test_dense(size, rank):
 
 
 @ranks
-@pytest.mark.parametrize('run_on', [False, True], ids=['restart', 'run-on'])
+@pytest.mark.parametrize("run_on", [False, True], ids=["restart", "run-on"])
 def test_packed(size, rank, run_on):
     """Upstream splits each document over the ranks and needs lengths that 2 * cp divides."""
     group, mine = Group(size, rank), own_tokens(size, rank)
@@ -131,5 +131,5 @@ def test_few_table_sizes():
 
 def test_length_refused():
     params = PackedSequence.of(torch.tensor([0, 90], dtype=torch.int32), 90)
-    with pytest.raises(ValueError, match='length 90 is not a multiple of .* = 4'):
+    with pytest.raises(ValueError, match="length 90 is not a multiple of .* = 4"):
         params.positions(Group(2, 0))
