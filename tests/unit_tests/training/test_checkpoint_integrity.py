@@ -375,7 +375,7 @@ def cut_upstream_metadata(folder):
         (cut_upstream_metadata, ".metadata is damaged (5000 bytes"),
     ],
     ids=(
-        "shard metadata metadata.json byte folder manifest "
+        "shard metadata metadata.json byte directory manifest "
         "upstream-shard upstream-metadata upstream-metadata.json upstream-cut"
     ).split(),
 )
