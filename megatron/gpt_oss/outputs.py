@@ -25,7 +25,7 @@ VERSION = 1
 MADE_BY = "made_by"
 # The root directory of an ext file system contains it.
 _FILE_SYSTEM_ENTRIES = ("lost+found",)
-_MAX_HASHED_SIZE = 16 * 2**20
+_MAX_HASHED_SIZE = 64 * 2**20  # a tokenizer.json has about 30 MB
 # Bytes at the start of a file that contain its mark.
 _MARK_WITHIN = 4096
 # Errors of flock on a file system without locks.
@@ -286,7 +286,7 @@ def _stat(path: str | Path) -> os.stat_result | None:
 
 
 def describe(path: Path) -> dict:
-    """Size of a file in bytes, and SHA-256 if it is at most 16 MiB."""
+    """Size of a file in bytes, and SHA-256 if it is at most 64 MiB."""
     size = path.stat().st_size
     return {"size": size} | ({"sha256": sha256(path)} if size <= _MAX_HASHED_SIZE else {})
 
@@ -386,6 +386,25 @@ def is_unchanged(path: Path, entry: object, written: int) -> bool:
     if info.st_size <= _MAX_HASHED_SIZE and "sha256" in entry:
         return sha256(path) == entry["sha256"]
     return info.st_mtime_ns <= written
+
+
+def changed_file(directory: Path, record: Mapping, below: str) -> str | None:
+    """The first recorded file of a subdirectory that is missing or has other bytes; None if none.
+
+    Args:
+        directory: the directory of the record.
+        record: see `record_of`.
+        below: name of the subdirectory.
+    """
+    for name, entry in sorted(record.get("files", {}).items()):
+        if Path(name).parts[0] != below or not isinstance(entry, dict):
+            continue
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != entry.get("size"):
+            return name
+        if "sha256" in entry and sha256(path) != entry["sha256"]:
+            return name
+    return None
 
 
 def remove_files(directory: Path, names: Iterable[str]) -> None:

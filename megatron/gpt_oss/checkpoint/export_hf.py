@@ -37,13 +37,19 @@ from megatron.gpt_oss.checkpoint.hf.writer import (
     write_config,
     write_weights,
 )
-from megatron.gpt_oss.checkpoint.resumable_output import TO_HF, fingerprint, open_output
+from megatron.gpt_oss.checkpoint.resumable_output import (
+    TO_HF,
+    TO_MEGATRON,
+    fingerprint,
+    open_output,
+)
 from megatron.gpt_oss.checkpoint.torch_dist.reader import (
     AUXILIARY_NAME,
     TorchDistReader,
     find_iteration,
 )
-from megatron.gpt_oss.errors import UsageError
+from megatron.gpt_oss.errors import CheckpointError, UsageError
+from megatron.gpt_oss.outputs import changed_file, record_of
 from megatron.gpt_oss.training.run_file import find_run_file, recorded_arguments
 
 
@@ -101,9 +107,7 @@ class ExportJob:
     ):
         iteration = find_iteration(checkpoint)
         self.checkpoint = Path(checkpoint)
-        if like is None and (iteration.parent / AUXILIARY_NAME / CONFIG_NAME).is_file():
-            like = iteration.parent / AUXILIARY_NAME
-        self.like = None if like is None else Path(like)
+        self.like = _saved_with(iteration.parent) if like is None else Path(like)
         self.reader = TorchDistReader(iteration)
         held = preset_of_checkpoint(self.reader)
         self.config = hf_config_from_preset(held)
@@ -158,6 +162,23 @@ class ExportJob:
             "config": self.config,
             "files": list(self.plan.files),
         }
+
+
+def _saved_with(checkpoint: Path) -> Path | None:
+    """The directory of the files that `convert to-megatron` saved with a checkpoint, if it did.
+
+    Raises:
+        CheckpointError: one was changed or deleted since.
+    """
+    name = changed_file(checkpoint, record_of(checkpoint, TO_MEGATRON), AUXILIARY_NAME)
+    if name is not None:
+        raise CheckpointError(
+            f"{checkpoint / name} is not the file that `{TO_MEGATRON}` wrote. If you changed it, give "
+            f"--like {checkpoint / AUXILIARY_NAME}; otherwise give --like and the Hugging Face "
+            "directory that it came from."
+        )
+    directory = checkpoint / AUXILIARY_NAME
+    return directory if (directory / CONFIG_NAME).is_file() else None
 
 
 def _trained_factor(iteration: Path) -> float | None:

@@ -99,6 +99,26 @@ def test_unfinished_save_is_refused(hf, saved, tmp_path):
         export_hf(copy, tmp_path / "out", like=hf)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "config.json"])
+def test_changed_auxiliary_file_is_refused(hf, tmp_path, name):
+    """One that lies next to the checkpoint; --like accepts what a user changed on purpose."""
+    saved = convert_to_megatron(hf, tmp_path / "saved")
+    file = saved / "hf" / name
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"7", b"6", 1))
+    assert file.read_bytes() != data
+    with pytest.raises(CheckpointError, match=f"hf/{name} is not the file that .gptoss convert"):
+        export_hf(saved, tmp_path / "out")
+    file.unlink()
+    with pytest.raises(CheckpointError, match=f"hf/{name} is not the file"):
+        export_hf(saved, tmp_path / "out")
+    file.write_bytes(data)
+    assert count_differing(hf, export_hf(saved, tmp_path / "out")) == 0
+    if name == "tokenizer.json":
+        file.write_bytes(data + b"\n")
+        export_hf(saved, tmp_path / "changed", like=saved / "hf")
+
+
 def _umask():
     import os
 
