@@ -168,16 +168,18 @@ def _saved_with(checkpoint: Path) -> Path | None:
     """The directory of the files that `convert to-megatron` saved with a checkpoint, if it did.
 
     Raises:
-        CheckpointError: one was changed or deleted since.
+        CheckpointError: one was changed or deleted since. The directory as a whole may be gone.
     """
+    directory = checkpoint / AUXILIARY_NAME
+    if not directory.is_dir():
+        return None
     name = changed_file(checkpoint, record_of(checkpoint, TO_MEGATRON), AUXILIARY_NAME)
     if name is not None:
         raise CheckpointError(
             f"{checkpoint / name} is not the file that `{TO_MEGATRON}` wrote. If you changed it, give "
-            f"--like {checkpoint / AUXILIARY_NAME}; otherwise give --like and the Hugging Face "
+            f"--like {directory}; otherwise give --like and the Hugging Face "
             "directory that it came from."
         )
-    directory = checkpoint / AUXILIARY_NAME
     return directory if (directory / CONFIG_NAME).is_file() else None
 
 

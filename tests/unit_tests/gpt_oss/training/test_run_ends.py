@@ -222,11 +222,17 @@ def after_step(step, action):
 def full_disk_at_step_2(folder):
     """The shard of the checkpoint of step 2 goes to a device that is always full."""
 
-    def fill(values):
-        (folder / "iter_0000002").mkdir(parents=True)
-        (folder / "iter_0000002" / "__0_0.distcp").symlink_to("/dev/full")
+    def fill(event):
+        begin_save = checkpoint_integrity.begin_save
 
-    after_step(1, fill)
+        def begin_and_fill(directory):
+            checkpoint_integrity.begin_save = begin_save
+            begin_save(directory)
+            (Path(directory) / "__0_0.distcp").symlink_to("/dev/full")
+
+        checkpoint_integrity.begin_save = begin_and_fill
+
+    after_step(2, fill)
 
 
 def test_full_disk_in_a_checkpoint(inputs, ranks, tmp_path):
