@@ -53,7 +53,7 @@ def grouped_gemm(x, weight, ends, bias=None, scale=None):
     block = [1, DEPTH, TILE_COLUMNS]
     if transposed:
         weight, block = weight.transpose(1, 2), [1, TILE_COLUMNS, DEPTH]
-    programs = _multiprocessors(x)
+    programs = multiprocessors(x)
     _grouped_gemm[(programs,)](
         TensorDescriptor.from_tensor(x, [TILE_ROWS, DEPTH]),
         TensorDescriptor.from_tensor(weight, block),
@@ -84,7 +84,7 @@ def grouped_wgrad(x, dy, ends):
     """
     num_groups, height, width = ends.numel(), x.shape[1], dy.shape[1]
     dweight = x.new_empty(num_groups, height, width)
-    programs = _multiprocessors(x)
+    programs = multiprocessors(x)
     _grouped_wgrad[(programs,)](
         TensorDescriptor.from_tensor(x, [DEPTH, TILE_ROWS]),
         TensorDescriptor.from_tensor(dy, [DEPTH, TILE_COLUMNS]),
@@ -99,14 +99,14 @@ def grouped_wgrad(x, dy, ends):
     return dweight
 
 
-def _multiprocessors(tensor) -> int:
+def multiprocessors(tensor) -> int:
     if not tensor.is_cuda:
         return 2  # programs of Triton's interpreter
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 @triton.jit
-def _place(tile, num_rows, num_columns, ABOVE: tl.constexpr):
+def place_tile(tile, num_rows, num_columns, ABOVE: tl.constexpr):
     """Row and column of a tile, of num_rows x num_columns of them."""
     in_band = ABOVE * num_columns
     band = tile // in_band
@@ -141,7 +141,7 @@ def _grouped_gemm(
     num_steps = tl.cdiv(depth, DEPTH)
     for tile in tl.range(tl.program_id(0), tl.sum(tiles, 0), programs, flatten=True):
         expert, tile_of_expert, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
-        above, beside = _place(tile_of_expert, tl.cdiv(last - first, ROWS), num_columns, ABOVE)
+        above, beside = place_tile(tile_of_expert, tl.cdiv(last - first, ROWS), num_columns, ABOVE)
         first += above * ROWS
         begin = beside * COLUMNS
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -184,7 +184,7 @@ def _grouped_wgrad(
     tiles = num_rows * num_columns
     for tile in tl.range(tl.program_id(0), num_groups * tiles, programs, flatten=True):
         expert = tile // tiles
-        above, beside = _place(tile % tiles, num_rows, num_columns, ABOVE)
+        above, beside = place_tile(tile % tiles, num_rows, num_columns, ABOVE)
         above *= ROWS
         beside *= COLUMNS
         last = tl.load(ends + expert)
