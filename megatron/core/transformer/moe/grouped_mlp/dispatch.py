@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from megatron.core.float8.quantize import Float8Kernels
 from megatron.core.kernel_selection import (
     KernelChoice,
     PyTorchOperations,
@@ -44,6 +45,10 @@ GEMM = KernelChoice(
 )
 # The elementwise operations on the routed tokens of all experts, and their sums per expert.
 ELEMENTWISE = triton_or_torch("grouped_elementwise", _PACKAGE + "activation_triton")
+# The activation between two FP8 GEMMs.
+ACTIVATION_FP8 = KernelChoice(
+    "activation_fp8", (Float8Kernels(_PACKAGE + "activation_fp8_triton"), PyTorchOperations())
+)
 # The sum of the rows of each token in unpermute.
 UNPERMUTE = triton_or_torch("unpermute", _PACKAGE + "permute_triton")
 

@@ -33,6 +33,12 @@ from megatron.core.transformer.moe.grouped_mlp.checkpoint import (
     expert_factory,
 )
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
+from megatron.core.transformer.moe.grouped_mlp.experts_fp8 import (
+    QuantizedMatrices,
+    check_experts_fp8,
+    config_fp8_recipe,
+    experts_fp8,
+)
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import divide
@@ -82,6 +88,13 @@ class GroupedExperts(MegatronModule):
                 self.linear_fc1.initialize(expert, config.init_method)
                 self.linear_fc2.initialize(expert, config.output_layer_init_method)
         self.swiglu = _swiglu_of(config)
+        self.fp8 = config_fp8_recipe(config) is not None
+        if self.fp8:
+            check_experts_fp8(config, self.swiglu, self.linear_fc2.weight)
+        # None until a schedule marks the first micro-batch of each step: without that, weights may
+        # change at any time.
+        self.is_first_microbatch: bool | None = None
+        self._quantized = None
         self.activation_recompute = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
@@ -111,9 +124,14 @@ class GroupedExperts(MegatronModule):
             x = (probs[:, None] * x).to(x.dtype)
             probs = torch.ones_like(probs)
 
-        y = self.linear_fc1(x, segments)
         bias = self.linear_fc1.bias
         output_bias = count_bias_once(self.linear_fc2.bias, self.tp_group)
+        if self.fp8:
+            weights = self.linear_fc1.weight, self.linear_fc2.weight
+            quantized = self._quantized_weights(weights)
+            biases = bias, output_bias
+            return experts_fp8(x, probs, weights, biases, quantized, segments, self.swiglu), None
+        y = self.linear_fc1(x, segments)
         if not (self.activation_recompute and self.training):
             y = self._activate(y, bias, probs, segments)
             return self.linear_fc2(y, segments, output_bias, probs), None
@@ -121,6 +139,15 @@ class GroupedExperts(MegatronModule):
         y = self._activate(y, bias, probs, segments, recompute=True)
         with recompute_in_backward(y, recompute_fn):
             return self.linear_fc2(y, segments, output_bias, probs), None
+
+    def _quantized_weights(self, weights):
+        """Both weights in e4m3, once for all micro-batches of a step if these are marked."""
+        if self._quantized is None or self.is_first_microbatch is not False:
+            self._quantized = None  # its memory is free for the new ones
+            self._quantized = tuple(QuantizedMatrices.of(weight) for weight in weights)
+        if self.is_first_microbatch:
+            self.is_first_microbatch = False
+        return self._quantized
 
     def _activate(self, y, bias, probs, segments, recompute=False):
         if self.swiglu is not None:
