@@ -183,7 +183,8 @@ def model_config(preset: Preset, sink_attention: str = "megatron", **overrides) 
     from megatron.training.arguments import add_megatron_arguments, validate_args
 
     parser = add_megatron_arguments(ArgumentParser(allow_abbrev=False))
-    unknown = sorted(set(overrides) - {action.dest for action in parser._actions})
+    known = {action.dest for action in parser._actions} | {"expert_fp8_recipe"}  # without a flag
+    unknown = sorted(set(overrides) - known)
     if unknown:
         raise TypeError(f"Megatron has no argument {', '.join(unknown)}")
     parser.set_defaults(**{**preset_flags(preset), "micro_batch_size": 1, **overrides})

@@ -114,6 +114,14 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
         "experts the MoE layer, lean everything but the input of each layer. --recompute-* and "
         "--lm-loss-chunk-size take precedence.",
     )
+    group.add_argument(
+        "--fp8",
+        dest="fp8_word",
+        action="store_true",
+        help="The experts' GEMMs in FP8 on Hopper, without TransformerEngine: --fp8-format e4m3 "
+        "--fp8-recipe rowwise.",
+    )
+    group.set_defaults(expert_fp8_recipe=None)
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:

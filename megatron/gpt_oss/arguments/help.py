@@ -81,8 +81,8 @@ COMMON: dict[str, list[tuple[str, str | None, str]]] = {
         ("--recompute-granularity", "NAME", "full or selective, instead of --memory"),
         ("--optimizer-cpu-offload", None, "optimizer state in CPU memory"),
         ("--transformer-impl", "NAME", "local (PyTorch only) or transformer_engine"),
-        ("--fp8-format", "NAME", "hybrid or e4m3, with transformer_engine"),
-        ("--fp8-recipe", "NAME", "tensorwise, blockwise, delayed, mxfp8"),
+        ("--fp8-format", "NAME", "e4m3, or hybrid with transformer_engine"),
+        ("--fp8-recipe", "NAME", "rowwise; with transformer_engine tensorwise, blockwise, ..."),
     ],
     "checkpoints": [
         ("--save", "DIR", "RUN_DIR/checkpoints by default"),

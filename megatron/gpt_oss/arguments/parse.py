@@ -23,6 +23,7 @@ from megatron.gpt_oss.arguments import help as flag_help
 from megatron.gpt_oss.arguments.check_flags import check_flags
 from megatron.gpt_oss.arguments.check_values import check_values
 from megatron.gpt_oss.arguments.device_connections import set_device_connections
+from megatron.gpt_oss.arguments.expert_fp8 import set_expert_fp8
 from megatron.gpt_oss.arguments.expert_overlap import check_expert_overlap
 from megatron.gpt_oss.arguments.flags import HELP_ALL, add_our_arguments
 from megatron.gpt_oss.arguments.foreign_names import advice, foreign_name
@@ -163,6 +164,7 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
     args = parser.parse_args([], Namespace(**vars(given)))
     value = partial(getattr, args)
     check_sequence(value)
+    set_expert_fp8(given, args)
     check_transformer_engine(value)
     set_device_connections(value)
     for more in (policy_flags(given, value), check_writers(args)):

@@ -71,7 +71,7 @@ def check_installed(transformer_impl: str, versions: Versions | None = None) -> 
         raise UsageError(
             "--transformer-impl transformer_engine: TransformerEngine is not installed. Use an "
             "image that has it or install transformer-engine[pytorch], or drop the flag: "
-            "--transformer-impl local needs only PyTorch and supports everything but FP8."
+            "--transformer-impl local needs only PyTorch and supports everything but its FP8 recipes."
         )
 
 
@@ -85,12 +85,11 @@ def check_transformer_engine(value: Value, versions: Versions | None = None) -> 
     """
     versions = versions or installed_versions()
     if value("transformer_impl") != "transformer_engine":
-        for dest, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format")):
-            if value(dest):
-                raise UsageError(
-                    f"{flag} {value(dest)} needs TransformerEngine: give --transformer-impl "
-                    "transformer_engine, or drop the flag and train in bf16."
-                )
+        if value("fp4"):
+            raise UsageError(
+                f"--fp4-format {value('fp4')} needs TransformerEngine: give --transformer-impl "
+                "transformer_engine, or drop the flag and train in bf16."
+            )
         if value("sink_attention") == "te":
             raise UsageError(
                 "--sink-attention te needs --transformer-impl transformer_engine. Give it, or drop "

@@ -13,6 +13,8 @@ from functools import cached_property
 from megatron.gpt_oss.planner.layout import Layout
 from megatron.gpt_oss.planner.rates import Rates
 
+FP8_SEGMENT = 256
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -28,6 +30,7 @@ class MicroBatch:
         q, kv: columns of query, and of key or value.
         heads: query heads.
         ffn: columns of an expert's activation.
+        padded: `received` with each expert's tokens padded for FP8's wgrad, at most.
     """
 
     length: int
@@ -40,6 +43,7 @@ class MicroBatch:
     kv: int
     heads: int
     ffn: int
+    padded: int
 
     @classmethod
     def from_layout(cls, layout: Layout) -> "MicroBatch":
@@ -48,18 +52,25 @@ class MicroBatch:
         tokens = length * layout.micro_batch_size
         router_tokens = tokens // tp
         sent = router_tokens * preset.num_experts_per_tok
+        received = round(sent * layout.etp * (layout.expert_load if layout.ep > 1 else 1))
         return cls(
             length=length,
             tokens=tokens,
             residual=router_tokens if layout.sequence_parallel else tokens,
             router_tokens=router_tokens,
             sent=sent,
-            received=round(sent * layout.etp * (layout.expert_load if layout.ep > 1 else 1)),
+            received=received,
             q=preset.num_attention_heads * preset.head_dim // tp,
             kv=preset.num_query_groups * preset.head_dim // tp,
             heads=preset.num_attention_heads // tp,
             ffn=preset.moe_ffn_hidden_size // layout.etp,
+            padded=_padded(received, layout),
         )
+
+
+def _padded(received: int, layout: Layout) -> int:
+    """As `megatron.core.float8.quantize.padded_tokens`, without importing torch."""
+    return (-(-received // FP8_SEGMENT) + layout.local_experts) * FP8_SEGMENT
 
 
 class _Bytes:
@@ -168,6 +179,7 @@ class LayerActivations:
             router_tokens=sizes.router_tokens // chunks,
             sent=sizes.sent // chunks,
             received=sizes.received // chunks,
+            padded=_padded(sizes.received // chunks, layout),
         )
         self.hidden = layout.preset.hidden_size
         self.attention = self._attention()
@@ -253,13 +265,15 @@ class LayerActivations:
     def _experts(self) -> ExpertActivations:
         n, layout = self.sizes, self.layout
         splits_tokens = layout.tp > 1 and not layout.sequence_parallel
+        fp8 = layout.expert_fp8
         return ExpertActivations(
             topk=(8 + 4) * n.sent,
             sorted_indices=8 * n.router_tokens * layout.preset.num_experts,
             permuted_indices=8 * n.sent,
-            dispatched_input=2 * n.received * self.hidden,
+            # FP8: transposed, in e4m3; the activation's output is recomputed.
+            dispatched_input=(n.padded if fp8 else 2 * n.received) * self.hidden,
             fc1_output=2 * n.received * 2 * n.ffn,
-            fc2_input=2 * n.received * n.ffn,
+            fc2_input=0 if fp8 else 2 * n.received * n.ffn,
             permuted_probs=4 * n.received,
             router_input=2 * n.router_tokens * self.hidden if splits_tokens else 0,
         )
@@ -277,13 +291,16 @@ class LayerActivations:
             if layout.ep > 1 and (sorts or layout.etp > 1):
                 dispatch += received // layout.etp
         saved = self.all_saved
+        if layout.expert_fp8:  # nothing saves the bf16 tokens, a Python frame holds them
+            dispatch += received
+        fc2_input = n.received * n.ffn if layout.expert_fp8 else 0  # e4m3, not saved
         after_experts = saved
         if layout.recompute.recomputes("moe_act"):
             after_experts -= self.experts.fc2_input
         unsorted = received if sorts else 0
         returned = sent if layout.ep > 1 else 0
         return ForwardPhases(
-            experts=saved + dispatch + received,
+            experts=saved + dispatch + received + fc2_input,
             combine=after_experts
             + dispatch
             + received
@@ -313,16 +330,51 @@ class LayerActivations:
         after_activation = after_fc2 - fc1_output
         qkv = 2 * n.tokens * (n.q + 2 * n.kv)
         attention_backward = Rates().attention_backward_bytes() * n.tokens * n.q
+        expert_phases = (
+            self._fp8_backward()
+            if self.layout.expert_fp8
+            else dict(
+                linear_fc2=saved
+                + output_grad
+                + received
+                + max(fc2_input + fc2_weight, fc2_sums * h),
+                activation=after_fc2 + output_grad + fc2_input + fc1_output + fc1_sums * 2 * n.ffn,
+                linear_fc1=after_activation + output_grad + fc1_output + received + fc1_weight,
+            )
+        )
         return BackwardPhases(
+            **expert_phases,
             combine=saved + output_grad + received + max(received, 2 * n.sent * h),
-            linear_fc2=saved + output_grad + received + max(fc2_input + fc2_weight, fc2_sums * h),
-            activation=after_fc2 + output_grad + fc2_input + fc1_output + fc1_sums * 2 * n.ffn,
-            linear_fc1=after_activation + output_grad + fc1_output + received + fc1_weight,
             attention=self.attention.total()
             + output_grad
             + 2 * n.tokens * n.q
             + attention_backward
             + qkv,
+        )
+
+    def _fp8_backward(self) -> dict[str, int]:
+        """Live bytes in the backward of FP8 experts, one autograd function that frees nothing saved.
+
+        See `grouped_mlp.experts_fp8`: rows and transposed copies in e4m3, weight gradients in bf16.
+        """
+        n, h, layout = self.sizes, self.hidden, self.layout
+        held = self.all_saved + 2 * n.residual * h + 2 * n.received * h  # output gradient, dout
+        dout_t, dy, dy_t, h_t = (
+            h * n.padded,
+            2 * n.ffn * n.received,
+            2 * n.ffn * n.padded,
+            n.ffn * n.padded,
+        )
+        dh = 2 * n.received * n.ffn
+        dx = 2 * n.received * h
+        fc1_weight = 2 * layout.local_experts * h * 2 * n.ffn
+        fc2_weight = fc1_weight // 2
+        dout_sums = 4 * (n.received // 32 + layout.local_experts) * h
+        dy_sums = 4 * (n.padded // FP8_SEGMENT * 2 * n.ffn + n.received * (n.ffn // 128 + 1))
+        return dict(
+            linear_fc2=held + h * n.received + max(dout_sums, dh + dout_t),
+            activation=held + dout_t + dy + dy_t + h_t + max(dh + dy_sums, fc2_weight),
+            linear_fc1=held + dy_t + dx + fc2_weight + max(dy, fc1_weight),
         )
 
 

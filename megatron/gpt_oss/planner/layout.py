@@ -69,6 +69,7 @@ class Layout:
         overlap: gradient reduction and parameter gather overlap with computation.
         expert_load: load imbalance, routed tokens of the most loaded rank over the mean.
         cp_comm_type: of layers without a window.
+        expert_fp8: --fp8, FP8 GEMMs of the experts.
     """
 
     preset: Preset
@@ -92,6 +93,7 @@ class Layout:
     overlap: bool = False
     expert_load: float = 1.0
     cp_comm_type: str = "auto"
+    expert_fp8: bool = False
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Layout":
@@ -122,6 +124,7 @@ class Layout:
             grad_bytes=4 if args.accumulate_allreduce_grads_in_fp32 else 2,
             overlap=args.overlap_grad_reduce and args.overlap_param_gather,
             cp_comm_type=args.cp_comm_type[full_layer],
+            expert_fp8=args.expert_fp8_recipe is not None,
         )
 
     @property

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from megatron.gpt_oss.planner.activations import HeadActivations, LayerActivations, MicroBatch
 from megatron.gpt_oss.planner.layout import Layout
-from megatron.gpt_oss.planner.parameters import rank_parameters, stage_layers
+from megatron.gpt_oss.planner.parameters import expert_fp8_copies, rank_parameters, stage_layers
 
 GB = 10**9
 # The most that CUDA, NCCL and fragmentation of the allocator took: on four GPUs, on one or two
@@ -99,7 +99,8 @@ class Memory:
     """Bytes of one rank.
 
     Attributes:
-        parameters, gradients, optimizer: allocated during the complete step.
+        parameters, gradients, optimizer: allocated during the complete step; parameters with their
+            FP8 copies.
         phases: allocated in some phase of the step.
         cpu_memory: of the offloaded optimizer; not in the total.
         stage: the pipeline rank.
@@ -159,7 +160,7 @@ def stage_memory(layout: Layout, stage: int) -> Memory:
     optimizer = optimizer_memory(layout, dense, expert)
     buffer = gather_buffer(layout)
     return Memory(
-        parameters=WEIGHT * (dense + expert),
+        parameters=WEIGHT * (dense + expert) + expert_fp8_copies(layout, stage),
         gradients=layout.grad_bytes * (dense + expert),
         optimizer=optimizer.gpu,
         phases=StageActivations(layout, stage).phases(buffer, optimizer.step),

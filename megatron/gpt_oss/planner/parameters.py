@@ -41,6 +41,15 @@ def layer_parameters(layout: Layout) -> tuple[dict[str, int], dict[str, int]]:
     return dense, expert
 
 
+def expert_fp8_copies(layout: Layout, stage: int) -> int:
+    """Bytes of the experts' weights in e4m3, in both layouts, on a rank of a pipeline stage."""
+    if not layout.expert_fp8:
+        return 0
+    _, expert = layer_parameters(layout)
+    weights = sum(size for name, size in expert.items() if name.endswith(".weight"))
+    return 2 * weights * len(stage_layers(layout, stage))
+
+
 def rank_parameters(layout: Layout, stage: int) -> tuple[int, int]:
     """Elements on a rank of a pipeline stage: outside and inside experts."""
     preset = layout.preset

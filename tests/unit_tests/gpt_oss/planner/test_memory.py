@@ -57,6 +57,7 @@ def _model_arguments(layout):
         recompute_modules=list(recompute.modules) or None,
         recompute_method=recompute.method,
         recompute_num_layers=recompute.num_layers if recompute.method else None,
+        expert_fp8_recipe="rowwise" if layout.expert_fp8 else None,
     )
 
 
@@ -165,6 +166,11 @@ SAVED = {
         _layout(), recompute=Recompute("full", (), "uniform", 2)
     ),
     "recompute-moe": dataclasses.replace(_layout(), recompute=Recompute("selective", ("moe",))),
+    "fp8": _layout(expert_fp8=True),
+    "fp8-ep2-balanced": _layout(2, "balanced", ep=2, expert_fp8=True),
+    "fp8-recompute-moe": dataclasses.replace(
+        _layout(expert_fp8=True), recompute=Recompute("selective", ("moe",))
+    ),
     "tp2-ep2": _layout(2, tp=2, ep=2),
     "tp2-etp2-balanced": _layout(2, "balanced", tp=2, etp=2),
     "tp2-lean": _layout(2, "lean", tp=2, ep=2),
