@@ -199,10 +199,11 @@ def find_tile(tile, start, end, tiles, tile_end, GROUPS: tl.constexpr):
 
 @triton.jit
 def _tile(tile, ends, num_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
-    """The expert of a tile, the tile's first row and the expert's end; past all tiles no expert."""
+    """The expert of a tile, its rows (int64), and which of them exist; past all tiles no expert."""
     start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
     expert, tile, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
-    return expert, first + tile * ROWS, last
+    row = first + tile * ROWS + tl.arange(0, ROWS)
+    return expert, row.to(tl.int64), row < last
 
 
 @triton.jit
@@ -248,11 +249,8 @@ def _swiglu_forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    expert, first, end = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
+    expert, row, in_row = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
     if expert < num_groups:
-        row = first + tl.arange(0, ROWS)
-        in_row = row < end
-        row = row.to(tl.int64)
         prob = tl.load(probs + row, mask=in_row, other=0.0).to(tl.float32)
         for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
             column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -294,11 +292,8 @@ def _swiglu_backward(
     COLUMNS: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    expert, first, end = _tile(tile, ends, num_groups, GROUPS, ROWS)
+    expert, row, in_row = _tile(tile, ends, num_groups, GROUPS, ROWS)
     if expert < num_groups:
-        row = first + tl.arange(0, ROWS)
-        in_row = row < end
-        row = row.to(tl.int64)
         prob = tl.load(probs + row, mask=in_row, other=0.0).to(tl.float32)
         dprob = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)  # summed over threads once, at the end
         for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
@@ -347,11 +342,8 @@ def _add_weighted_bias(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    expert, first, end = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
+    expert, row, in_row = _tile(tl.program_id(0), ends, num_groups, GROUPS, ROWS)
     if expert < num_groups:
-        row = first + tl.arange(0, ROWS)
-        in_row = row < end
-        row = row.to(tl.int64)
         factor = tl.load(scale + row, mask=in_row, other=0.0).to(tl.float32)
         for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
             column = block * COLUMNS + tl.arange(0, COLUMNS)
@@ -380,11 +372,8 @@ def _weighted_bias_gradients(
     COLUMNS: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    expert, first, end = _tile(tile, ends, num_groups, GROUPS, ROWS)
+    expert, row, in_row = _tile(tile, ends, num_groups, GROUPS, ROWS)
     if expert < num_groups:
-        row = first + tl.arange(0, ROWS)
-        in_row = row < end
-        row = row.to(tl.int64)
         factor = tl.load(scale + row, mask=in_row, other=0.0).to(tl.float32)
         dfactor = tl.zeros((ROWS,), dtype=tl.float32)
         for block in range(tl.program_id(1), tl.cdiv(width, COLUMNS), tl.num_programs(1)):
