@@ -24,17 +24,13 @@ stays out of it: it compiles for each shape.
 
 import argparse
 import math
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.lib import report
+from benchmarks.lib import cases, report
 from megatron.core.transformer.sink_attention import measured_order, registry
-from megatron.core.transformer.sink_attention.backends.base import package_version
 from megatron.gpt_oss.diagnostics.attention_timing import (
     Workload,
     device,
@@ -79,16 +75,12 @@ FLEX_CASES = ("causal-8k", "causal-32k", "window-32k")
 ERROR_LIMIT = 1e-2
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(cases.Row):
     """One row of the table."""
 
-    case: str
     backend: str
     kernel: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
     tflops: float
     peak_mib: float
     beyond_mib: float
@@ -101,56 +93,26 @@ class Row:
 def main() -> None:
     """Run the selected cases, print and write the results."""
     args = parse_arguments()
-    begin = time.perf_counter()
-    print(" ".join(f"{name}={value}" for name, value in machine().items()), flush=True)
-    rows, skipped = [], []
-    for workload in args.workloads:
-        spent = time.perf_counter() - begin
-        if spent > args.limit:
-            skipped.append([workload.name, f"not run: {spent:.0f} s of --limit {args.limit:.0f}"])
-            continue
-        found, left_out = run_case(workload, args)
-        rows += found
-        skipped += left_out
-        print(table(found), flush=True)
-        if args.json:  # after every case: a run that is stopped keeps its rows
-            write_json(args.json, rows, skipped)
-    for case, reason in skipped:
-        print(f"{case}: {reason}")
+    rows = cases.run(args, cases.machine(), run_case, table)
     packed_cost(rows)
     against_aten(rows)
-    print(f"{time.perf_counter() - begin:.0f} s in all")
-    if args.json:
-        write_json(args.json, rows, skipped)
     if args.write_table:
-        write_table(rows, args.workloads)
+        write_table(rows, args.chosen)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(names(CASES)))
+    parser = cases.make_parser(__doc__, names(CASES), seconds=2.0, limit=330)
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}")
     parser.add_argument("--backends", nargs="+", metavar="NAME", help="all that can run by default")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
-    parser.add_argument(
-        "--limit", type=float, default=330, help="seconds after which no case begins"
-    )
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
     args = parser.parse_args()
-    by_name = {workload.name: workload for workload in CASES + TINY}
-    chosen = args.cases or (QUICK if args.quick else names(CASES))
-    if args.smoke:
-        chosen, args.seconds = names(TINY), 0.1
-    report.check_names(parser, chosen, by_name)
+    if args.quick:
+        args.cases = args.cases or QUICK
+    args.chosen = cases.choose(parser, args, CASES, TINY)
     report.check_names(parser, args.backends or (), registry.BACKENDS, "--backends")
     if args.write_table and device() == "cpu":
         parser.error("--write-table: there is no GPU to measure")
-    args.workloads = [by_name[name] for name in chosen]
     return args
 
 
@@ -158,9 +120,9 @@ def names(workloads: list[Workload]) -> list[str]:
     return [workload.name for workload in workloads]
 
 
-def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], list[list[str]]]:
-    """Check values, measure time and memory; returns rows, and [case, reason] of what was left out."""
-    checked, left_out = {}, []
+def run_case(workload: Workload, args: argparse.Namespace, left_out: list) -> list[Row]:
+    """Check values, measure time and memory."""
+    checked = {}
     for name, reason in workload.unsupported_reasons().items():
         label = f"{workload.name} {name}"
         if args.backends and name not in args.backends:
@@ -175,7 +137,7 @@ def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], l
             checked.pop(name, None)
             left_out.append([label, reason])
     if not checked:
-        return [], left_out
+        return []
     tensors = workload.tensors()
     calls = {}
     for name in checked:
@@ -193,7 +155,7 @@ def run_case(workload: Workload, args: argparse.Namespace) -> tuple[list[Row], l
     ]
     if auto is not None:
         rows.append(make_row(workload, "auto", auto, times, tensors, checked.get(auto, {})))
-    return rows, left_out
+    return rows
 
 
 def too_slow(workload: Workload, name: str) -> str | None:
@@ -220,7 +182,7 @@ def check(workload: Workload, name: str) -> tuple[dict, str | None]:
 
 
 def make_row(workload, name, kernel, times, tensors, found) -> Row:
-    p20, median, p80 = quantiles(times[name])
+    median = quantiles(times[name])[1]
     without = [key for key in times if key.endswith(" without")]
     if name == "auto":
         plain = min(quantiles(times[key])[1] for key in without) if without else math.nan
@@ -233,9 +195,7 @@ def make_row(workload, name, kernel, times, tensors, found) -> Row:
         case=workload.name,
         backend=name,
         kernel=kernel,
-        ms=median,
-        ms_p20=p20,
-        ms_p80=p80,
+        **cases.milliseconds(times[name]),
         tflops=workload.flops / median / 1e9,
         peak_mib=peak,
         beyond_mib=beyond,
@@ -297,37 +257,6 @@ def against_aten(rows: list[Row]) -> None:
         )
 
 
-def machine() -> dict[str, str]:
-    """GPU, versions and commit of the results."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__}
-    if device() == "cuda":
-        card = torch.cuda.get_device_properties(0)
-        facts["gpu"] = card.name.replace(" ", "_")
-        facts["capability"] = f"{card.major}.{card.minor}"
-        facts["cuda"] = str(torch.version.cuda)
-        facts["cudnn"] = str(torch.backends.cudnn.version())
-        facts["driver"] = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    else:
-        facts["gpu"] = "none"
-    for name in ("triton", "flash-attn", "flash-attn-4", "transformer-engine"):
-        facts[name] = package_version(name) or "none"
-    facts["commit"] = run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    return facts
-
-
-def run(*words: str) -> str:
-    try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.split("\n")[0].strip() or "unknown"
-
-
-def write_json(path: str, rows: list[Row], skipped: list[list[str]]) -> None:
-    """Write the rows with the machine and the command."""
-    report.write_rows(Path(path), machine(), ["python"], rows, skipped)
-
-
 def write_table(rows: list[Row], workloads: list[Workload]) -> None:
     """Write the measured order by kind of mask; boundaries are geometric means of lengths."""
     kinds = {}
@@ -346,7 +275,7 @@ def write_table(rows: list[Row], workloads: list[Workload]) -> None:
             for start, length in zip(starts, lengths)
         ]
     card = measured_order.card_family(torch.cuda.get_device_capability())
-    measured_order.write(card, entries, {**machine(), "date": time.strftime("%Y-%m-%d")})
+    measured_order.write(card, entries, {**cases.machine(), "date": time.strftime("%Y-%m-%d")})
     print(f"{measured_order.PATH}: {card} {', '.join(entries)}")
 
 

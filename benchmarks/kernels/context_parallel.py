@@ -24,15 +24,14 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands it of a run
 
 import torch
-from torch.distributed import ReduceOp
 
-from benchmarks.kernels.attention import documents, machine, names
-from benchmarks.lib import report, timing
+from benchmarks.kernels.attention import documents, names
+from benchmarks.lib import cases, ranks, report, timing
+from benchmarks.lib.ranks import from_first, over_ranks, slowest
 from megatron.core import device_utils
 from megatron.core.transformer.sink_attention import measured_order
 from megatron.core.transformer.sink_attention.attention_params import AttentionParams
@@ -72,17 +71,13 @@ ERROR_LIMIT = 1e-2
 MIB = 2**20
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(cases.Row):
     """One row of the table."""
 
-    case: str
     scheme: str
     taken: str
     ranks: int
-    ms: float
-    ms_p20: float
-    ms_p80: float
     one_gpu_ms: float
     efficiency: float
     tflops_a_rank: float
@@ -100,63 +95,29 @@ def main() -> None:
         from benchmarks.kernels.context_parallel_plan import write_plan
 
         return write_plan(args.plan)
-    begin = time.perf_counter()
     start_group()
-    ranks, first = torch.distributed.get_world_size(), torch.distributed.get_rank() == 0
-    facts = {**machine(), "ranks": ranks}
-    if first:
-        print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    rows, skipped = [], []
-    for workload in args.workloads:
-        spent = from_first(time.perf_counter() - begin)
-        if spent > args.limit:
-            skipped.append([workload.name, f"not run: {spent:.0f} s of --limit {args.limit:.0f}"])
-            continue
-        for row in run_case(workload, args):
-            rows.append(row)
-            if first and args.json:
-                write_json(args.json, facts, rows, skipped)
-        if first:
-            print(table([row for row in rows if row.case == workload.name]), flush=True)
-    if first:
-        for case, reason in skipped:
-            print(f"{case}: {reason}")
-        print(f"{time.perf_counter() - begin:.0f} s in all")
-        if args.json:
-            write_json(args.json, facts, rows, skipped)
-        if args.write_table:
-            write_table(rows, facts)
+    facts = {**cases.machine(), "ranks": ranks.count()}
+    launcher = ["torchrun", f"--nproc-per-node {ranks.count()}"]
+    rows = cases.run(args, facts, run_case, table, launcher)
+    if args.write_table and ranks.is_first():
+        write_table(rows, facts)
     torch.distributed.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(names(CASES)))
+    parser = cases.make_parser(__doc__, names(CASES), seconds=6.0, limit=120)
     parser.add_argument("--schemes", nargs="+", metavar="NAME", help="of auto, " + ", ".join(FLAT))
     parser.add_argument("--backend", default="auto", help="of sink_attention")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of measuring a case")
-    parser.add_argument(
-        "--limit", type=float, default=120, help="seconds after which no case begins"
-    )
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     parser.add_argument("--write-table", action="store_true", help="make this the order of auto")
     parser.add_argument("--plan", metavar="PATH", help="write the plan into this file, '-' prints")
     args = parser.parse_args()
-    by_name = {workload.name: workload for workload in CASES + TINY}
-    chosen = args.cases or names(CASES)
-    if args.smoke:
-        chosen, args.seconds = names(TINY), 0.01
-    report.check_names(parser, chosen, by_name)
+    args.chosen = cases.choose(parser, args, CASES, TINY)
     report.check_names(parser, args.schemes or (), ("auto", *FLAT), "--schemes")
     if args.write_table and device() == "cpu":
         parser.error("--write-table: there is no GPU to measure")
     if args.plan is None and "RANK" not in os.environ:
         parser.error("start it under torchrun, at least two ranks: torchrun --nproc-per-node 2 ...")
-    args.workloads = [by_name[name] for name in chosen]
     return args
 
 
@@ -167,51 +128,53 @@ def start_group() -> None:
     torch.distributed.init_process_group("nccl" if device() == "cuda" else "gloo")
 
 
-def run_case(workload: Workload, args: argparse.Namespace):
-    """Check values of one case, measure time and bytes received; yields rows."""
+def run_case(workload: Workload, args: argparse.Namespace, left_out: list) -> list[Row]:
+    """Check values of one case, measure time and bytes received."""
     group = torch.distributed.group.WORLD
-    ranks = group.size()
+    size = group.size()
     wanted = args.schemes or ("auto", *FLAT)
     if workload.window_size is not None:  # always a halo
         wanted = ("auto",)
     errors = {scheme: check(workload, scheme, args.backend, group) for scheme in wanted}
     whole = workload.tensors()
-    local = replace(workload, seqlen=workload.seqlen // ranks).tensors()
+    local = replace(workload, seqlen=workload.seqlen // size).tensors()
     calls = {"one": (call(workload, None, "auto", args.backend), whole)}
     for scheme in wanted:
         calls[scheme] = (call(workload, group, scheme, args.backend), local)
     times = time_in_turn(calls, args.seconds)
     alone = min(over_ranks(quantiles(times.pop("one"))[1]))
+    rows = []
     for scheme, rounds in times.items():
-        p20, median, p80 = quantiles(slowest(rounds))
+        # Wrong values get no figure.
+        samples = slowest(rounds) if errors[scheme] < ERROR_LIMIT else [math.nan]
+        median = quantiles(samples)[1]
         forward, total, peak = one_pass(*calls[scheme], group)
         taken = choose.choose_scheme(*local[:2], params_of(workload, *local[:2]), group, scheme)[0]
         computed = matches = None
         if taken == "halo" and workload.window_size is not None:
             token = 2 * workload.batch * workload.groups * workload.dim * local[1].element_size()
             computed = halo_bytes(
-                group.rank(), ranks, workload.seqlen, workload.window_size[0], token
+                group.rank(), size, workload.seqlen, workload.window_size[0], token
             )
             matches = all(over_ranks(float(computed == forward["all_to_all"])))
-        if errors[scheme] >= ERROR_LIMIT:
-            median = p20 = p80 = math.nan  # wrong: no figure
-        yield Row(
-            case=workload.name,
-            scheme=scheme,
-            taken=taken,
-            ranks=ranks,
-            ms=median,
-            ms_p20=p20,
-            ms_p80=p80,
-            one_gpu_ms=alone,
-            efficiency=alone / ranks / median,
-            tflops_a_rank=workload.flops / ranks / median / 1e9,
-            received_mib=max(over_ranks(sum(total.values()) / MIB)),
-            halo_mib=None if computed is None else max(over_ranks(computed / MIB)),
-            bytes_as_computed=matches,
-            peak_mib=max(over_ranks(peak)),
-            error=errors[scheme],
+        rows.append(
+            Row(
+                case=workload.name,
+                scheme=scheme,
+                taken=taken,
+                ranks=size,
+                **cases.milliseconds(samples),
+                one_gpu_ms=alone,
+                efficiency=alone / size / median,
+                tflops_a_rank=workload.flops / size / median / 1e9,
+                received_mib=max(over_ranks(sum(total.values()) / MIB)),
+                halo_mib=None if computed is None else max(over_ranks(computed / MIB)),
+                bytes_as_computed=matches,
+                peak_mib=max(over_ranks(peak)),
+                error=errors[scheme],
+            )
         )
+    return rows
 
 
 def params_of(workload: Workload, query: torch.Tensor, key: torch.Tensor) -> AttentionParams:
@@ -292,26 +255,6 @@ def one_pass(function, tensors, group) -> tuple[dict, dict, float]:
     return forward, total, peak
 
 
-def over_ranks(value: float) -> list[float]:
-    """The value of every rank."""
-    own = torch.tensor([value], dtype=torch.float64, device=device())
-    everyone = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(everyone, own)
-    return [x.item() for x in everyone]
-
-
-def from_first(value: float) -> float:
-    """Rank 0's value, so that all ranks make the same decision."""
-    return over_ranks(value)[0]
-
-
-def slowest(rounds: list[float]) -> list[float]:
-    """Times of the slowest rank, by round."""
-    values = torch.tensor(rounds, dtype=torch.float64, device=device())
-    torch.distributed.all_reduce(values, ReduceOp.MAX)
-    return values.tolist()
-
-
 def table(rows: list[Row]) -> str:
     """Aligned columns with units in the header."""
     head = ["case", "scheme", "taken", "ms", "p20", "p80", "one GPU ms", "efficiency"]
@@ -322,16 +265,10 @@ def table(rows: list[Row]) -> str:
         halo = "-"
         if row.halo_mib is not None:
             halo = f"{row.halo_mib:.3f} MiB {'as' if row.bytes_as_computed else 'NOT AS'} computed"
-        wrong = " WRONG" if row.error >= ERROR_LIMIT else ""
+        wrong = "" if row.error < ERROR_LIMIT else " WRONG"
         tail = [halo, f"{row.peak_mib:.0f}", f"{row.error:.1e}{wrong}"]
         lines.append([row.case, row.scheme, row.taken, *figures, *tail])
     return "\n" + aligned(lines, left=(0, 1, 2))
-
-
-def write_json(path: str, facts: dict, rows: list[Row], skipped: list[list[str]]) -> None:
-    """Write the rows so far with the machine and the command."""
-    command = ["torchrun", f"--nproc-per-node {facts['ranks']}"]
-    report.write_rows(Path(path), facts, command, rows, skipped)
 
 
 def write_table(rows: list[Row], facts: dict) -> None:

@@ -33,8 +33,7 @@ from typing import Callable
 
 import torch
 
-from benchmarks.kernels.experts import DEVICE, machine, quantiles
-from benchmarks.lib import report
+from benchmarks.lib import cases
 from benchmarks.lib.timing import mark, milliseconds
 from megatron.core.fusions import fused_bias_residual, fused_qkv_rotary
 from megatron.core.fusions.fused_bias_dropout import (
@@ -42,8 +41,10 @@ from megatron.core.fusions.fused_bias_dropout import (
     bias_dropout_add_unfused,
 )
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.gpt_oss.diagnostics.attention_timing import device
 from megatron.gpt_oss.text_table import aligned
 
+DEVICE = device()
 HEADS, GROUPS, HEAD_DIM, HIDDEN = 64, 8, 64, 2880
 QUERIES = HEADS // GROUPS
 MSCALE = 1.3465735902799727  # 0.1 ln(32) + 1
@@ -68,15 +69,11 @@ class Case:
         return f"{self.operation}-{size}" + (f"x{self.batch}" if self.batch > 1 else "")
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(cases.Row):
     """One row of the table."""
 
-    case: str
     implementation: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
     forward_ms: float | None
     gb_per_s: float
     of_copy: float
@@ -195,30 +192,21 @@ def main() -> None:
     """Run the selected cases, print and write the results."""
     args = parse_arguments()
     torch.manual_seed(0)
-    facts = machine()
-    print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    report.run_cases(args, facts, run_case, table, torch.cuda.OutOfMemoryError)
+    cases.run(args, cases.machine(), run_case, table)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    by_name = {case.name: [case] for case in CASES} | {"tiny": TINY}
-    for name in OPERATIONS:
-        by_name[name] = [case for case in CASES if case.operation == name]
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    names = [*OPERATIONS, *(case.name for case in CASES)]
+    parser = cases.make_parser(__doc__, names, seconds=2.0)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
-    names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
-    if args.smoke:
-        names, args.seconds = ["tiny"], 0.1
-    report.check_names(parser, names, by_name)
-    args.chosen = [case for name in names for case in by_name[name]]
+    of_operation = {
+        name: [case.name for case in CASES if case.operation == name] for name in OPERATIONS
+    }
+    if args.cases:
+        args.cases = [name for word in args.cases for name in of_operation.get(word, [word])]
+    args.chosen = cases.choose(parser, args, CASES, TINY)
     return args
 
 
@@ -248,23 +236,22 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     # The check's shape is forgotten: a training run compiles for the one that it has.
     torch._dynamo.reset()
     samples = time_interleaved(chosen, problem, args.seconds)
-    copy = quantiles([total for total, _ in samples["copy"]])[1]
+    copy = statistics.median(total for total, _ in samples["copy"])
     rows = []
     for name, pairs in samples.items():
-        p20, median, p80 = quantiles([total for total, _ in pairs])
+        times = [total for total, _ in pairs]
+        median = statistics.median(times)
         is_copy = name == "copy"
         rows.append(
             Row(
-                case.name,
-                name,
-                median,
-                p20,
-                p80,
-                None if is_copy else statistics.median(forward for _, forward in pairs),
-                problem.floor / median / 1e6,
-                copy / median,
-                None if is_copy else kept(chosen[name], problem),
-                errors.get(name),
+                case=case.name,
+                implementation=name,
+                **cases.milliseconds(times),
+                forward_ms=None if is_copy else statistics.median(forward for _, forward in pairs),
+                gb_per_s=problem.floor / median / 1e6,
+                of_copy=copy / median,
+                kept_mib=None if is_copy else kept(chosen[name], problem),
+                error=errors.get(name),
             )
         )
     return rows

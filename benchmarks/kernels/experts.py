@@ -25,16 +25,13 @@ and backward, including the output.
 
 import argparse
 import contextlib
-import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from benchmarks.lib import report
+from benchmarks.lib import cases
 from benchmarks.lib.harness import start_alone
 from benchmarks.lib.timing import mark, milliseconds
 from megatron.core import parallel_state
@@ -46,9 +43,10 @@ from megatron.core.transformer.moe.grouped_mlp.dispatch import GEMM
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 from megatron.core.transformer.moe.grouped_mlp.linear import grouped_linear
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.gpt_oss.diagnostics.attention_timing import device
 from megatron.gpt_oss.text_table import aligned
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = device()
 ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a product, an activation and a product round in turn
 # In the order of the measurements: SequentialMLP's pauses let the card cool.
 IMPLEMENTATIONS = (
@@ -103,15 +101,11 @@ CASES = [
 TINY = Case("tiny", 96, skewed=True, experts=4, hidden=64, width=48)
 
 
-@dataclass
-class Row:
+@dataclass(kw_only=True)
+class Row(cases.Row):
     """One row of the table."""
 
-    case: str
     implementation: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
     tflops: float
     of_dense: float | None
     peak_mib: float | None
@@ -123,29 +117,16 @@ def main() -> None:
     """Run the selected cases, print and write the results."""
     args = parse_arguments()
     one_process()
-    facts = machine()
-    print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    report.run_cases(args, facts, run_case, table, torch.cuda.OutOfMemoryError)
+    cases.run(args, cases.machine(), run_case, table)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    by_name = {case.name: case for case in [*CASES, TINY]}
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(by_name))
+    parser = cases.make_parser(__doc__, [case.name for case in CASES], seconds=3.0)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring a case")
     parser.add_argument("--profile", action="store_true", help="kernels of `grouped`, by time")
-    parser.add_argument("--json", metavar="PATH")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
     args = parser.parse_args()
-    names = args.cases or ([case.name for case in CASES] if DEVICE == "cuda" else ["tiny"])
-    if args.smoke:
-        names, args.seconds = ["tiny"], 0.1
-    report.check_names(parser, names, by_name)
-    args.chosen = [by_name[name] for name in names]
+    args.chosen = cases.choose(parser, args, CASES, [TINY])
     return args
 
 
@@ -170,22 +151,20 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     dense = statistics.median(times["dense"]) if "dense" in times else None
     rows = []
     for name, samples in times.items():
-        p20, median, p80 = quantiles(samples)
+        median = statistics.median(samples)
         clear(parameters)
         with products_of(name):
             peak, kept = memory(calls[name], tensors)
         rows.append(
             Row(
-                case.name,
-                name,
-                median,
-                p20,
-                p80,
-                case.flops / median / 1e9,
-                dense and dense / median,
-                peak,
-                kept,
-                errors[name],
+                case=case.name,
+                implementation=name,
+                **cases.milliseconds(samples),
+                tflops=case.flops / median / 1e9,
+                of_dense=dense and dense / median,
+                peak_mib=peak,
+                kept_mib=kept,
+                error=errors[name],
             )
         )
     return rows
@@ -360,12 +339,6 @@ def time_some(count: int, call, tensors, parameters) -> list[float]:
     return [milliseconds(*pair) for pair in zip(marks, marks[1:])]
 
 
-def quantiles(samples: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(samples)
-    place = [round(share * (len(ordered) - 1)) for share in (0.2, 0.5, 0.8)]
-    return tuple(ordered[i] for i in place)
-
-
 def memory(call, tensors) -> tuple[float | None, float | None]:
     """Peak MiB in addition to inputs and outputs, and MiB saved between forward and backward."""
     if DEVICE == "cpu":
@@ -410,27 +383,6 @@ def table(rows: list[Row]) -> str:
             figures.append("-" if value is None else format(value, style))
         lines.append([row.case, row.implementation, *figures])
     return "\n" + aligned(lines, left=(0, 1))
-
-
-def machine() -> dict[str, str]:
-    """GPU, versions and commit of the results."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "gpu": "none"}
-    if DEVICE == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name().replace(" ", "_")
-        facts["cuda"] = str(torch.version.cuda)
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["driver"] = output_of(*query)
-    folder = str(Path(__file__).parent)
-    facts["commit"] = output_of("git", "-C", folder, "rev-parse", "--short", "HEAD")
-    return facts
-
-
-def output_of(*words: str) -> str:
-    try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.split("\n")[0].strip() or "unknown"
 
 
 if __name__ == "__main__":

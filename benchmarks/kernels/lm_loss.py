@@ -3,7 +3,8 @@
 """Head and loss of gpt-oss-20b, forward and backward: all logits at once, and in chunks.
 
     python -m benchmarks.kernels.lm_loss --json benchmarks/results/lm_loss_h100.json
-    python -m benchmarks.kernels.lm_loss --cases 8k --only unchunked chunked
+    python -m benchmarks.kernels.lm_loss --cases 8k --only unchunked chunked-4096
+    python -m benchmarks.kernels.lm_loss --smoke                 seconds, on the CPU too
 
 Hidden size 2880, 201,088 logits per token, bf16. `unchunked` is Megatron-Core without
 TransformerEngine: the output layer, then VocabParallelCrossEntropy in fp32. `chunked` is
@@ -16,36 +17,55 @@ count 6 x tokens x 2880 x 201,088.
 """
 
 import argparse
+import math
+import statistics
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.lib import report, timing
+from benchmarks.lib import cases, timing
 from benchmarks.lib.harness import start_alone
-from megatron.core import parallel_state
+from megatron.core import device_utils, parallel_state
 from megatron.core.fusions.chunked_lm_loss import chunked_lm_loss, lm_loss_ref
 from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.gpt_oss.diagnostics.attention_timing import device
 from megatron.gpt_oss.text_table import aligned
 
 HIDDEN, VOCAB = 2880, 201_088
 K, MIB = 1024, 2**20
-TOKENS = {"8k": 8 * K, "32k": 32 * K}
 CHUNKS = (2 * K, 4 * K)
 ERROR_LIMIT = 1e-2
 FACTOR = 1e-4
 
 
-@dataclass
-class Row:
+@dataclass(frozen=True)
+class Case:
+    """Tokens of a micro-batch."""
+
+    name: str
+    tokens: int
+    vocab: int = VOCAB
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of forward and backward."""
+        return 6 * self.tokens * HIDDEN * self.vocab
+
+    def short(self) -> "Case":
+        """A case that is small enough for a check in float64."""
+        return Case(self.name, min(512, self.tokens), min(8 * K, self.vocab))
+
+
+CASES = [Case("8k", 8 * K), Case("32k", 32 * K)]
+TINY = Case("tiny", 96, vocab=256)
+
+
+@dataclass(kw_only=True)
+class Row(cases.Row):
     """One row of the table."""
 
-    case: str
     loss: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
     tflops: float
     of_unchunked: float
     peak_mib: float
@@ -55,21 +75,20 @@ class Row:
 class Head:
     """Tensors of one case."""
 
-    def __init__(self, tokens: int, vocab: int = VOCAB):
-        self.hidden = torch.empty(tokens, 1, HIDDEN, device="cuda", dtype=torch.bfloat16)
-        self.weight = torch.nn.Parameter(
-            torch.empty(vocab, HIDDEN, device="cuda", dtype=torch.bfloat16).normal_(std=0.02)
-        )
+    def __init__(self, case: Case):
+        bf16 = dict(device=device(), dtype=torch.bfloat16)
+        self.hidden = torch.empty(case.tokens, 1, HIDDEN, **bf16)
+        self.weight = torch.nn.Parameter(torch.empty(case.vocab, HIDDEN, **bf16).normal_(std=0.02))
         self.weight.grad_added_to_main_grad = False
         self.weight.main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
-        self.mask = torch.ones(1, tokens, device="cuda")
-        self.factor = torch.tensor(FACTOR, device="cuda")
+        self.mask = torch.ones(1, case.tokens, device=device())
+        self.factor = torch.tensor(FACTOR, device=device())
         self.refill()
 
     def refill(self) -> None:
         """Draw new values."""
         self.hidden = self.hidden.detach().normal_().requires_grad_()
-        self.labels = torch.randint(self.weight.shape[0], self.mask.shape, device="cuda")
+        self.labels = torch.randint(self.weight.shape[0], self.mask.shape, device=device())
         self.weight.grad = None
 
 
@@ -102,30 +121,16 @@ def main() -> None:
     """Run the selected cases, print and write the results."""
     args = parse_arguments()
     start_group()
-    facts = {**report.machine("torch", "triton"), "gpu": torch.cuda.get_device_name()}
-    rows, left_out = [], []
-    for case in args.cases:
-        found = run_case(case, args, left_out)
-        rows += found
-        print(table(found), flush=True)
-        if args.json:
-            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
-    for case, reason in left_out:
-        print(f"{case}: {reason}")
+    cases.run(args, cases.machine(), run_case, table)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", choices=TOKENS, default=list(TOKENS))
+    """Parse the command line; unknown names are rejected."""
+    parser = cases.make_parser(__doc__, [case.name for case in CASES], seconds=None)
     parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=[*IMPLEMENTATIONS])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU to measure")
+    args.chosen = cases.choose(parser, args, CASES, [TINY])
     return args
 
 
@@ -135,44 +140,39 @@ def start_group() -> None:
     parallel_state.initialize_model_parallel()
 
 
-def run_case(case: str, args: argparse.Namespace, left_out: list) -> list[Row]:
+def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     """Check values, measure time and memory of each implementation."""
-    errors = {name: check(IMPLEMENTATIONS[name]) for name in args.only}
+    errors = {name: check(case.short(), IMPLEMENTATIONS[name]) for name in args.only}
     times, peaks = {name: [] for name in args.only}, {}
     for repeat in range(args.repeats + 1):
         for name in list(times):
-            torch.cuda.empty_cache()
-            head = Head(TOKENS[case])
+            if device() == "cuda":
+                torch.cuda.empty_cache()
+            head = Head(case)
             try:
                 step(IMPLEMENTATIONS[name], head)  # the allocator's pool is filled
                 ms, peaks[name] = timed(IMPLEMENTATIONS[name], head)
             except torch.OutOfMemoryError:
-                left_out.append([f"{case} {name}", "out of memory"])
+                left_out.append([f"{case.name} {name}", "out of memory"])
                 del times[name]
                 continue
             finally:
                 del head
             if repeat:
                 times[name].append(ms)
-    rows = []
-    base = median(times["unchunked"]) if "unchunked" in times else float("nan")
-    for name, values in times.items():
-        values.sort()
-        ms = median(values)
-        rows.append(
-            Row(
-                case=case,
-                loss=name,
-                ms=ms,
-                ms_p20=values[len(values) // 5],
-                ms_p80=values[len(values) * 4 // 5],
-                tflops=6 * TOKENS[case] * HIDDEN * VOCAB / ms / 1e9,
-                of_unchunked=ms / base,
-                peak_mib=peaks[name],
-                error=errors[name],
-            )
+    base = statistics.median(times["unchunked"]) if "unchunked" in times else math.nan
+    return [
+        Row(
+            case=case.name,
+            loss=name,
+            **cases.milliseconds(samples),
+            tflops=case.flops / statistics.median(samples) / 1e9,
+            of_unchunked=statistics.median(samples) / base,
+            peak_mib=peaks[name],
+            error=errors[name],
         )
-    return rows
+        for name, samples in times.items()
+    ]
 
 
 def step(function, head: Head) -> torch.Tensor:
@@ -182,9 +182,9 @@ def step(function, head: Head) -> torch.Tensor:
     return losses
 
 
-def check(function, tokens: int = 512, vocab: int = 8 * K) -> float:
+def check(case: Case, function) -> float:
     """Largest relative error of losses and gradients against float64."""
-    head = Head(tokens, vocab)
+    head = Head(case)
     losses = step(function, head)
     exact = [x.detach().double().requires_grad_() for x in (head.hidden, head.weight)]
     expected = lm_loss_ref(*exact, head.labels)
@@ -204,19 +204,17 @@ def check(function, tokens: int = 512, vocab: int = 8 * K) -> float:
 
 
 def timed(function, head: Head) -> tuple[float, float]:
-    """Milliseconds, and peak MiB in addition to what was allocated before."""
+    """Milliseconds, and peak MiB in addition to what was allocated before (nan on the CPU)."""
     head.refill()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    device_utils.synchronize()
+    on_gpu = device() == "cuda"
+    if on_gpu:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
     begin = timing.mark()
     step(function, head)
     taken = timing.milliseconds(begin, timing.mark())
-    return taken, (torch.cuda.max_memory_allocated() - before) / MIB
-
-
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return taken, (torch.cuda.max_memory_allocated() - before) / MIB if on_gpu else math.nan
 
 
 def table(rows: list[Row]) -> str:

@@ -24,10 +24,12 @@ import io
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands it of a run
@@ -35,9 +37,11 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # as Megatron demands
 import torch
 
 from benchmarks.kernels import attention, context_parallel
-from benchmarks.kernels.attention import ERROR_LIMIT, machine, names
-from benchmarks.lib import report
+from benchmarks.kernels.attention import ERROR_LIMIT, names
+from benchmarks.lib import cases, report
 from benchmarks.lib.harness import Trainer, make_batch, start_alone, timed
+from benchmarks.lib.ranks import over_ranks, slowest
+from megatron.core import parallel_state
 from megatron.core.transformer.sink_attention import registry
 from megatron.core.transformer.sink_attention.context_parallel import local_tokens
 from megatron.gpt_oss.arguments.te_requirements import installed_versions
@@ -75,98 +79,80 @@ STEP_LENGTH = 8 * K
 VALUES = ("out", "dq", "dk", "dv", "dsink")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AttentionRow(attention.Row):
     """One row of attention."""
 
     ranks: int
 
 
-@dataclass
-class StepRow:
+@dataclass(kw_only=True)
+class StepRow(cases.Row):
     """One row of the steps.
 
     Attributes:
-        ms, ms_p20, ms_p80: forward and backward.
-        adamw_ms: the optimizer's step, step_ms: both.
+        adamw_ms: the optimizer's step, step_ms: that and forward and backward.
         peak_mib: of both.
     """
 
-    case: str
     backend: str
-    ms: float
-    ms_p20: float
-    ms_p80: float
     adamw_ms: float
     step_ms: float
     peak_mib: float
 
 
+@dataclass(frozen=True)
+class Case:
+    """A part of the benchmark: `run` takes (args, left_out) and returns rows."""
+
+    name: str
+    run: Callable
+
+
 def main() -> None:
     """Run the selected cases, print and write the results."""
     args = parse_arguments()
-    begin = time.perf_counter()
-    split = "RANK" in os.environ
-    rows, left_out = [], []
-    if split:
+    if under_torchrun():
         context_parallel.start_group()
-    facts = machine()
-    first = not split or torch.distributed.get_rank() == 0
-
-    def save() -> None:
-        if args.json and first:
-            report.write_rows(Path(args.json), facts, ["python"], rows, left_out)
-
-    if first and not split:
-        print(" ".join(f"{name}={value}" for name, value in facts.items()), flush=True)
-    for workload in args.workloads:
-        try:
-            found = split_case(workload, args) if split else whole_case(workload, args, left_out)
-        except Exception as error:  # the other cases have their figures all the same
-            if split:
-                raise  # the other rank waits
-            left_out.append([workload.name, f"{type(error).__name__}: {error}"])
-            continue
-        rows += found
-        if first:
-            print(attention_table(found), flush=True)
-        save()
-    if not split:
-        if device() == "cuda" and torch.cuda.device_count() > 1 and installed_versions().te:
-            found, reason = on_two(args)
-            rows += found
-            left_out += [["two GPUs", reason]] if reason else []
-            save()
-        rows += steps(args, left_out)
-        for case, reason in left_out:
-            print(f"{case}: {reason}")
-        print(f"{time.perf_counter() - begin:.0f} s in all")
-    save()
+    cases.run(args, cases.machine(), run_case, table)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="of " + ", ".join(names(CASES)))
+    parser = cases.make_parser(__doc__, names(CASES), seconds=2.0)
     parser.add_argument("--steps", nargs="*", metavar="NAME", help="of " + "; ".join(STEPS))
-    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring a case")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes, for the CPU")
-    parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
-    if args.smoke:
-        args.seconds = 0.1
-    by_name = {workload.name: workload for workload in CASES + TINY}
-    chosen = args.cases or names(TINY if args.smoke else CASES)
-    report.check_names(parser, chosen, by_name)
+    args.workloads = cases.choose(parser, args, CASES, TINY)
     report.check_names(parser, args.steps or (), STEPS, "--steps", separator="; ")
-    args.workloads = [by_name[name] for name in chosen]
+    measure = split_case if under_torchrun() else one_gpu_case
+    args.chosen = [Case(one.name, partial(measure, one)) for one in args.workloads]
+    if under_torchrun():
+        return args
+    te = installed_versions().te
+    if te and device() == "cuda" and torch.cuda.device_count() > 1:
+        args.chosen.append(Case("two GPUs", on_two))
     if args.steps is None:
-        args.steps = list(STEPS) if installed_versions().te else ["local"]
+        args.steps = list(STEPS) if te else ["local"]
+    args.chosen += [Case(f"step {name}", partial(step_case, name)) for name in args.steps]
     return args
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of those that `on_two` starts."""
+    return "RANK" in os.environ
+
+
+def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[cases.Row]:
+    """Rows of a case; the other cases still run if it fails."""
+    try:
+        return case.run(args, left_out)
+    except Exception as error:
+        if under_torchrun():
+            raise  # the other rank waits
+        left_out.append([case.name, f"{type(error).__name__}: {error}"])
+        return []
 
 
 def te_call(workload: Workload, group=None):
@@ -242,7 +228,7 @@ def check(workload: Workload, name: str, group=None) -> dict[str, float]:
     return found
 
 
-def whole_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
+def one_gpu_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
     """Attention on one GPU."""
     tensors, calls, wrong = workload.tensors(), {}, {}
     for name, call in calls_of(workload).items():
@@ -265,29 +251,28 @@ def whole_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
     return rows
 
 
-def split_case(workload: Workload, args) -> list[AttentionRow]:
+def split_case(workload: Workload, args, left_out: list) -> list[AttentionRow]:
     """Attention over the ranks: halo or all-to-all for this project, a2a for TransformerEngine."""
     group = torch.distributed.group.WORLD
     wrong = {}
     for name in calls_of(workload, group):
         found = check(workload, name, group)
-        wrong[name] = {what: max(context_parallel.over_ranks(x)) for what, x in found.items()}
+        wrong[name] = {what: max(over_ranks(x)) for what, x in found.items()}
     local = replace(workload, seqlen=workload.seqlen // group.size()).tensors()
     calls = {name: (call, local) for name, call in calls_of(workload, group).items()}
     times = context_parallel.time_in_turn(calls, args.seconds)
     rows = []
     for name, rounds in times.items():
-        memory = [max(context_parallel.over_ranks(x)) for x in peak_memory(*calls[name])]
-        slowest = context_parallel.slowest(rounds)
-        rows.append(make_row(workload, name, group.size(), slowest, memory, wrong[name]))
+        memory = [max(over_ranks(x)) for x in peak_memory(*calls[name])]
+        samples = slowest(rounds)
+        rows.append(make_row(workload, name, group.size(), samples, memory, wrong[name]))
     return rows
 
 
 def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
     """A row of attention without the cost of the sink; wrong values get no figure."""
-    p20, median, p80 = quantiles(times)
     if not max(errors.values()) < ERROR_LIMIT:
-        p20 = median = p80 = math.nan
+        times = [math.nan]
     kernel = "cuDNN"
     if name == "auto":
         kernel = registry.BACKENDS[workload.selected_backend()].kernel
@@ -295,10 +280,8 @@ def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
         case=workload.name,
         backend=name,
         kernel=kernel,
-        ms=median,
-        ms_p20=p20,
-        ms_p80=p80,
-        tflops=workload.flops / ranks / median / 1e9,
+        **cases.milliseconds(times),
+        tflops=workload.flops / ranks / quantiles(times)[1] / 1e9,
         peak_mib=memory[0],
         beyond_mib=memory[1],
         sink_mib=math.nan,
@@ -309,8 +292,8 @@ def make_row(workload, name, ranks, times, memory, errors) -> AttentionRow:
     )
 
 
-def on_two(args) -> tuple[list[AttentionRow], str | None]:
-    """Run this benchmark on two GPUs; its rows, or why there are none."""
+def on_two(args, left_out: list) -> list[AttentionRow]:
+    """Run this benchmark on two GPUs."""
     path = Path(args.json or "/tmp/transformer_engine.json").with_suffix(".two.json")
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -318,31 +301,25 @@ def on_two(args) -> tuple[list[AttentionRow], str | None]:
     command += ["--json", str(path), "--cases", *names(args.workloads)]
     try:
         done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True, timeout=90)
-        reason = None if done.returncode == 0 else done.stderr[-1500:]
-        print(done.stdout, flush=True)
+        if done.returncode:
+            left_out.append(["two GPUs", done.stderr[-1500:]])
     except subprocess.TimeoutExpired:
-        reason = "took more than 90 s"
+        left_out.append(["two GPUs", "took more than 90 s"])
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     path.unlink(missing_ok=True)
     return [
         AttentionRow(**{k: math.nan if v is None else v for k, v in row.items()}) for row in rows
-    ], reason
+    ]
 
 
-def steps(args, left_out: list) -> list[StepRow]:
-    """A complete step of two layers, by implementation."""
-    start_alone()
-    found = []
-    for name in args.steps:
-        try:
-            found.append(step(name, args.smoke))
-            print(step_table(found[-1:]), flush=True)
-        except Exception as error:
-            left_out.append([f"step {name}", f"{type(error).__name__}: {error}"])
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-    return found
+def step_case(name: str, args, left_out: list) -> list[StepRow]:
+    """A complete step of two layers by one implementation."""
+    if not torch.distributed.is_initialized():
+        start_alone()
+    try:
+        return [step(name, args.smoke)]
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def step(name: str, smoke: bool) -> StepRow:
@@ -365,19 +342,20 @@ def step(name: str, smoke: bool) -> StepRow:
         peak = torch.cuda.max_memory_allocated() / 2**20 if device() == "cuda" else math.nan
     finally:
         trainer.close()
-    p20, median, p80 = quantiles(times[2:])
-    _, whole, _ = quantiles([a + b for a, b in zip(times[2:], updates[2:])])
-    _, adamw, _ = quantiles(updates[2:])
-    return StepRow(f"two layers, {length}", name, median, p20, p80, adamw, whole, peak)
+    return StepRow(
+        case=f"two layers, {length}",
+        backend=name,
+        **cases.milliseconds(times[2:]),
+        adamw_ms=statistics.median(updates[2:]),
+        step_ms=statistics.median(a + b for a, b in zip(times[2:], updates[2:])),
+        peak_mib=peak,
+    )
 
 
-def attention_table(rows: list[AttentionRow]) -> str:
-    """The table of benchmarks/kernels/attention.py."""
-    return attention.table([replace(row, case=f"{row.case}, {row.ranks}") for row in rows])
-
-
-def step_table(rows: list[StepRow]) -> str:
-    """Aligned columns with units in the header."""
+def table(rows: list) -> str:
+    """The table of benchmarks/kernels/attention.py, or that of the steps."""
+    if isinstance(rows[0], AttentionRow):
+        return attention.table([replace(row, case=f"{row.case}, {row.ranks}") for row in rows])
     lines = [["case", "backend", "ms", "p20", "p80", "AdamW ms", "step ms", "peak MiB"]]
     for row in rows:
         figures = (row.ms, row.ms_p20, row.ms_p80, row.adamw_ms, row.step_ms)

@@ -94,33 +94,6 @@ def check_names(parser, names, known, flag: str = "--cases", separator: str = ",
             parser.error(f"{flag} {name}: unknown; there are {separator.join(known)}")
 
 
-def run_cases(args, facts: dict, run_case, table, out_of_memory: type[Exception]) -> None:
-    """Run each case, print its rows and write them.
-
-    Args:
-        args: the command line, with `chosen` cases and `json`.
-        facts: of `machine`.
-        run_case: (case, args, left_out) to the case's rows; what gets no figure goes to left_out.
-        table: rows to text.
-        out_of_memory: what a case that does not fit raises.
-    """
-    rows, left_out = [], []
-    for case in args.chosen:
-        try:
-            found = run_case(case, args, left_out)
-        except out_of_memory:
-            left_out.append([case.name, "out of memory"])
-            continue
-        rows += found
-        print(table(found), flush=True)
-        if args.json:  # after every case: a run that is stopped keeps its rows
-            write_rows(Path(args.json), facts, ["python"], rows, left_out)
-    for name, reason in left_out:
-        print(f"{name}: {reason}")
-    if args.json:
-        write_rows(Path(args.json), facts, ["python"], rows, left_out)
-
-
 def _save(path: Path, facts: dict, command: str, content: dict) -> None:
     """Write the file atomically."""
     report = {

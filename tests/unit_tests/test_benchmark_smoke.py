@@ -2,7 +2,7 @@
 
 """Every benchmark that a CPU can run, with --smoke, from the command line.
 
-lm_loss and cuda_unchanged need CUDA; parity runs tests of this directory.
+cuda_unchanged needs CUDA; parity runs tests of this directory.
 """
 
 import json
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "kernels.context_parallel": (2, ""),
     "kernels.elementwise": (1, ""),
     "kernels.experts": (1, ""),
+    "kernels.lm_loss": (1, "--repeats 2"),
     "kernels.te_layers": (1, ""),
     "training.train_step": (1, "--cases 4k 4k-skewed 32k-offload --growing lean"),
     "training.context_parallel_model": (2, ""),
