@@ -2,7 +2,7 @@
 
 """Memory and time of `gptoss convert` at real size, against copying the same bytes.
 
-    python -m benchmarks.conversion.convert --folder /data/bench --preset 20b --layers 8 \\
+    python -m benchmarks.conversion.convert --work-dir /data/bench --preset 20b --layers 8 \\
         --json benchmarks/results/convert_20b_cpu.json
     python -m benchmarks.conversion.convert --page        # docs/parity.md from the results that are there
 
@@ -60,7 +60,7 @@ STEPS = ("to-megatron", "to-hf bf16", "to-hf mxfp4")
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, help="on the disk to measure; new")
+    parser.add_argument("--work-dir", "--folder", type=Path, help="on the disk to measure; new")
     parser.add_argument("--preset", default="20b")
     parser.add_argument("--layers", type=int, nargs="+", default=[6])
     parser.add_argument("--ep", type=int, default=1, help="of the Megatron checkpoint")
@@ -71,14 +71,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.preset, args.layers = "tiny", [2]
-    if not args.folder and not args.page:
-        parser.error("give --folder, --page or both")
+    if not args.work_dir and not args.page:
+        parser.error("give --work-dir, --page or both")
     if STEPS[0] not in args.steps:
         parser.error(
             f"--steps {' '.join(args.steps)}: the others read what {STEPS[0]} writes. Add it"
         )
     args.steps = [name for name in STEPS if name in args.steps]
-    if args.folder:
+    if args.work_dir:
         facts = report.machine("torch", "numpy")
         found = {
             "bytes_of_layer": bytes_of_layer(get_preset(args.preset)),
@@ -87,7 +87,7 @@ def main() -> None:
         }
         for layers in args.layers:
             preset = get_preset(args.preset, layers)
-            for row in measure(preset, args.folder, ["--ep", str(args.ep)], steps=args.steps):
+            for row in measure(preset, args.work_dir, ["--ep", str(args.ep)], steps=args.steps):
                 print(row, flush=True)
                 found["rows"].append(row)
                 if args.json:  # after every row, in case the run is interrupted

@@ -11,9 +11,9 @@
 weights. Rows are routed tokens: a token goes to 4 experts. Balanced counts are equal to within one;
 skewed ones are proportional to 1 / (expert + 1), and the last three experts have none.
 
-`grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `products` its
-two grouped GEMMs alone, `grouped-mm` and `products-mm` these with PyTorch's grouped_mm instead of our
-kernels, `sequential` SequentialMLP, `dense` the two GEMMs with all tokens at one expert: the lower
+`grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `grouped-gemm` its
+two grouped GEMMs alone, `grouped-torch` and `grouped-gemm-torch` these with PyTorch's grouped_mm
+instead of our kernels, `sequential` SequentialMLP, `dense` the two GEMMs with all tokens at one expert: the lower
 bound of the time for these FLOPs. Values are checked first, with 1,024 routed tokens, against
 float64; wrong implementations get no figure. Each implementation is then repeated for a while and
 timed by CUDA events on one set of random numbers: GEMMs are limited by the card's power, and a GEMM
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.lib import cases
+from benchmarks.lib import cases, report
 from benchmarks.lib.harness import start_alone
 from benchmarks.lib.timing import mark, milliseconds
 from megatron.core import parallel_state
@@ -47,18 +47,18 @@ from megatron.gpt_oss.diagnostics.attention_timing import device
 from megatron.gpt_oss.text_table import aligned
 
 DEVICE = device()
-ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a product, an activation and a product round in turn
+ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a GEMM, an activation and a GEMM round in turn
 # In the order of the measurements: SequentialMLP's pauses let the card cool.
 IMPLEMENTATIONS = (
     "sequential",
     "recompute",
-    "grouped-mm",
-    "products-mm",
+    "grouped-torch",
+    "grouped-gemm-torch",
     "dense",
-    "products",
+    "grouped-gemm",
     "grouped",
 )
-PRODUCTS = ("products", "products-mm", "dense")
+GEMMS_ALONE = ("grouped-gemm", "grouped-gemm-torch", "dense")
 # Milliseconds that a call is repeated before it is timed, and while it is.
 WARM_MS, TIMED_MS = (600, 400) if DEVICE == "cuda" else (0, 100)
 
@@ -123,7 +123,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line; unknown names are rejected."""
     parser = cases.make_parser(__doc__, [case.name for case in CASES], seconds=3.0)
-    parser.add_argument("--only", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        type=report.current_word,
+        choices=IMPLEMENTATIONS,
+        default=IMPLEMENTATIONS,
+    )
     parser.add_argument("--profile", action="store_true", help="kernels of `grouped`, by time")
     args = parser.parse_args()
     args.chosen = cases.choose(parser, args, CASES, [TINY])
@@ -137,8 +143,8 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     parameters = {p for layer in layers.values() for p in layer.parameters()}
     errors, calls = {}, {}
     for name, layer in layers.items():
-        with products_of(name):
-            error = None if name in PRODUCTS else check(short, layer)
+        with gemm_of(name):
+            error = None if name in GEMMS_ALONE else check(short, layer)
         if error is not None and not error < ERROR_LIMIT:
             left_out.append([f"{case.name} {name}", f"WRONG: relative error {error:.1e}"])
             continue
@@ -153,7 +159,7 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     for name, samples in times.items():
         median = statistics.median(samples)
         clear(parameters)
-        with products_of(name):
+        with gemm_of(name):
             peak, kept = memory(calls[name], tensors)
         rows.append(
             Row(
@@ -234,9 +240,9 @@ def inputs(case: Case) -> tuple[torch.Tensor, ...]:
 def call_of(name: str, layer: torch.nn.Module, case: Case):
     """A forward as a function of (x, dout, probs, counts) that returns outputs and their gradients.
 
-    The products alone have inputs and output gradients of their own: no copy between the two.
+    The GEMMs alone have inputs and output gradients of their own: no copy between the two.
     """
-    if name not in PRODUCTS:
+    if name not in GEMMS_ALONE:
         return lambda x, dout, probs, counts: ([layer(x, counts, probs)[0]], [dout])
     first, second = layer.linear_fc1.weight, layer.linear_fc2.weight
     options = dict(dtype=torch.bfloat16, device=DEVICE)
@@ -245,7 +251,7 @@ def call_of(name: str, layer: torch.nn.Module, case: Case):
 
     one = [weight[0].detach().clone().requires_grad_() for weight in (first, second)]
 
-    def products(x, dout, probs, counts):
+    def gemms(x, dout, probs, counts):
         for leaf in (activated, *one):
             leaf.grad = None
         if name == "dense":
@@ -254,7 +260,7 @@ def call_of(name: str, layer: torch.nn.Module, case: Case):
         pairs = (x, first), (activated, second)
         return [grouped_linear(*pair, groups) for pair in pairs], [dy, dout]
 
-    return products
+    return gemms
 
 
 def check(case: Case, layer: torch.nn.Module) -> float:
@@ -313,7 +319,7 @@ def time_sustained(calls: dict, tensors, parameters, seconds: float) -> dict[str
     begin, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - begin < seconds:
         for name, call in calls.items():
-            with products_of(name):
+            with gemm_of(name):
                 once = statistics.median(time_some(2, call, tensors, parameters))
                 time_some(max(1, round(WARM_MS / once)), call, tensors, parameters)
                 count = max(3, round(TIMED_MS / once))
@@ -322,9 +328,9 @@ def time_sustained(calls: dict, tensors, parameters, seconds: float) -> dict[str
     return times
 
 
-def products_of(name: str):
-    """Context in which `-mm` implementations use PyTorch's grouped_mm."""
-    if not name.endswith("-mm"):
+def gemm_of(name: str):
+    """Context in which `-torch` implementations use PyTorch's grouped_mm."""
+    if not name.endswith("-torch"):
         return contextlib.nullcontext()
     return GEMM.prefer("grouped_mm")
 

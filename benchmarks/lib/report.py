@@ -14,6 +14,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Former words of command lines, as recorded in results; remove them in the version after 0.19.2+gptoss.1.
+RENAMED = {
+    "--folder": "--work-dir",
+    "one-by-one": "sequential",
+    "4k-one-by-one": "4k-sequential",
+    "grouped-mm": "grouped-torch",
+    "products": "grouped-gemm",
+    "products-mm": "grouped-gemm-torch",
+}
 
 
 def machine(*packages: str) -> dict:
@@ -76,15 +85,21 @@ def _command(launcher: list[str]) -> str:
 def current_command(command: str) -> str:
     """The command of a result as it is run today.
 
-    Results record the command as it was run; the older ones name the path of a script that is now a
-    module: `python -m benchmarks.kernels.attention` is `python -m benchmarks.kernels.attention`.
+    Results record the command as it was run. The older ones name the path of a script that is now a
+    module, and `RENAMED` words.
     """
 
     def module(script: re.Match) -> str:
         (path,) = ROOT.glob(f"benchmarks/*/{script[1]}.py")
         return "-m " + ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
-    return re.sub(r"\bbenchmarks/(\w+)\.py", module, command)
+    command = re.sub(r"\bbenchmarks/(\w+)\.py", module, command)
+    return " ".join(map(current_word, command.split(" ")))
+
+
+def current_word(word: str) -> str:
+    """The present name of a case, an implementation or a flag."""
+    return RENAMED.get(word, word)
 
 
 def check_names(parser, names, known, flag: str = "--cases", separator: str = ", ") -> None:

@@ -2,8 +2,8 @@
 
 """For how long a checkpoint blocks training: written synchronously, and in the background.
 
-    python -m benchmarks.training.checkpoint --folder /data/bench --json benchmarks/results/checkpoint_cpu.json
-    python -m benchmarks.training.checkpoint --folder /tmp/bench --smoke                 (tiny, a minute)
+    python -m benchmarks.training.checkpoint --work-dir /data/bench --json benchmarks/results/checkpoint_cpu.json
+    python -m benchmarks.training.checkpoint --work-dir /tmp/bench --smoke                 (tiny, a minute)
 
 Each case is pretrain_gpt_oss.py in a process of its own on the CPU: random tokens, a mixture of
 experts of 90M parameters in fp32, whose weights and Adam's moments are 1.1 GB. The cases alternate.
@@ -71,7 +71,9 @@ class Row:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; new")
+    parser.add_argument(
+        "--work-dir", "--folder", type=Path, required=True, help="on the disk to measure; new"
+    )
     parser.add_argument("--interval", type=int, default=4, help="steps from a save to the next")
     parser.add_argument("--saves", type=int, default=4, help="of a run")
     parser.add_argument("--runs", type=int, default=2, help="of each case")
@@ -80,11 +82,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.smoke:
         args.saves, args.runs, args.interval = 3, 1, 2
-    args.folder.mkdir(parents=True)
+    args.work_dir.mkdir(parents=True)
     try:
         rows = measure(args, TINY if args.smoke else SIZES)
     finally:
-        shutil.rmtree(args.folder)
+        shutil.rmtree(args.work_dir)
     print(table(rows), flush=True)
     if args.json:
         report.write_rows(args.json, report.machine("torch"), ["python"], rows, [])
@@ -92,17 +94,17 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, sizes: dict) -> list[Row]:
     """Run the cases alternately; one row per case."""
-    data = write_tokens(args.folder / "data", sizes["vocab"])
+    data = write_tokens(args.work_dir / "data", sizes["vocab"])
     found = {name: [] for name in CASES}
     compared = False
     for number in range(args.runs):
         for name in sorted(CASES, reverse=bool(number % 2)):
             found[name].append(train(name, data, args, sizes))
             if all(found.values()) and not compared:
-                check(*(args.folder / name / "checkpoints" for name in CASES))
+                check(*(args.work_dir / name / "checkpoints" for name in CASES))
                 compared = True
         for name in CASES:
-            shutil.rmtree(args.folder / name)
+            shutil.rmtree(args.work_dir / name)
     return [row(name, runs, args.interval) for name, runs in found.items()]
 
 
@@ -121,7 +123,7 @@ def write_tokens(prefix: Path, vocabulary: int) -> Path:
 
 def train(name: str, data: Path, args: argparse.Namespace, sizes: dict) -> dict:
     """Run a case once; returns its steps and saves, bytes of a checkpoint, time of the disk."""
-    run_dir, load = args.folder / name, os.getloadavg()[0]
+    run_dir, load = args.work_dir / name, os.getloadavg()[0]
     flags = (MODEL + RUN).format(**sizes, interval=args.interval, steps=args.saves * args.interval)
     command = [sys.executable, str(report.ROOT / "pretrain_gpt_oss.py"), *flags.split()]
     command += [*CASES[name].split(), "--data-path", str(data), "--run-dir", str(run_dir)]
@@ -137,7 +139,7 @@ def train(name: str, data: Path, args: argparse.Namespace, sizes: dict) -> dict:
     return {
         "load": load,
         "bytes": size,
-        "disk": plain_write(args.folder / "plain", size),
+        "disk": plain_write(args.work_dir / "plain", size),
         "steps": {r["step"]: r["seconds_per_step"] for r in records if "loss" in r},
         "saves": {r["step"]: r["checkpoint"] for r in records if "checkpoint" in r},
     }

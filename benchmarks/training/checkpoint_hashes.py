@@ -2,8 +2,8 @@
 
 """What the hashes of a checkpoint's shards cost a save and a load.
 
-    python -m benchmarks.training.checkpoint_hashes --folder /data/bench --json benchmarks/results/checkpoint_hashes_cpu.json
-    python -m benchmarks.training.checkpoint_hashes --folder /tmp/bench --smoke
+    python -m benchmarks.training.checkpoint_hashes --work-dir /data/bench --json benchmarks/results/checkpoint_hashes_cpu.json
+    python -m benchmarks.training.checkpoint_hashes --work-dir /tmp/bench --smoke
 
 One process saves and loads a state through Megatron's torch_dist strategy (one writer, fsync), with
 hashes and without in turns. Each load is done twice: from the disk, after the files have left the
@@ -51,7 +51,9 @@ def without_hashes():
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; new")
+    parser.add_argument(
+        "--work-dir", "--folder", type=Path, required=True, help="on the disk to measure; new"
+    )
     parser.add_argument("--gigabytes", type=float, default=2.0, help="of the state")
     parser.add_argument("--turns", type=int, default=5, help="saves and loads of each case")
     parser.add_argument("--json", type=Path, help="where to write the rows")
@@ -61,11 +63,11 @@ def main() -> None:
         args.gigabytes, args.turns = 0.02, 1
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     torch.distributed.init_process_group("gloo")
-    args.folder.mkdir(parents=True)
+    args.work_dir.mkdir(parents=True)
     try:
         rows = measure(args)
     finally:
-        shutil.rmtree(args.folder)
+        shutil.rmtree(args.work_dir)
     print(table(rows), flush=True)
     if args.json:
         report.write_rows(args.json, report.machine("torch", "xxhash"), ["python"], rows, [])
@@ -81,9 +83,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for case in sorted(seconds, reverse=bool(turn % 2)):
             if case == "without":
                 with without_hashes():
-                    found = save_and_load(args.folder / "state", tensors)
+                    found = save_and_load(args.work_dir / "state", tensors)
             else:
-                found = save_and_load(args.folder / "state", tensors)
+                found = save_and_load(args.work_dir / "state", tensors)
             if turn or args.turns == 1:
                 for times, one in zip(seconds[case], found):
                     times.append(one)

@@ -25,7 +25,7 @@ Cases that run only by name: `32k-parts` (experts in recomputed chunks), `32k-le
 recomputed), and `-offload` (saved tensors are offloaded by benchmarks/lib/activation_offload.py).
 
 Last, three layers and head are trained with increasing sequence lengths until the memory is full:
-`lean` (experts in recomputed chunks), `fast` (no recomputation), `one-by-one` (SequentialMLP and all
+`lean` (experts in recomputed chunks), `fast` (no recomputation), `sequential` (SequentialMLP and all
 logits at once, as upstream's local path, with our attention: upstream's saves s x s scores).
 """
 
@@ -95,7 +95,7 @@ CASES = [
     Case("128k", 128 * K, 1, EXPERTS_IN_PARTS, 4 * K),
     Case("4k-skewed", 4 * K, 8, {}, 4 * K, skewed=True),
     Case("32k-skewed", 32 * K, 1, {}, 4 * K, skewed=True),
-    Case("4k-one-by-one", 4 * K, 1, {}, 0, overrides=(("moe_grouped_gemm", False),)),
+    Case("4k-sequential", 4 * K, 1, {}, 0, overrides=(("moe_grouped_gemm", False),)),
 ]
 # By name alone.
 MEMORY_CASES = [
@@ -110,7 +110,7 @@ MEMORY_CASES = [
 GROWING = {
     "lean": (Case("lean", 128 * K, 1, EXPERTS_IN_PARTS, 4 * K), 16 * K),
     "fast": (Case("fast", 128 * K, 1, {}, 4 * K), 8 * K),
-    "one-by-one": (replace(CASES[-1], name="one-by-one", length=32 * K), 2 * K),
+    "sequential": (replace(CASES[-1], name="sequential", length=32 * K), 2 * K),
 }
 
 
@@ -189,8 +189,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     by_name = {case.name: case for case in CASES + MEMORY_CASES}
-    parser.add_argument("--cases", nargs="*", metavar="NAME", help="of " + ", ".join(by_name))
-    parser.add_argument("--growing", nargs="*", choices=GROWING, default=list(GROWING))
+    names = dict(nargs="*", type=report.current_word)
+    parser.add_argument("--cases", metavar="NAME", help="of " + ", ".join(by_name), **names)
+    parser.add_argument("--growing", choices=GROWING, default=list(GROWING), **names)
     parser.add_argument("--repeats", type=int, default=5, help="micro-batches that are timed")
     parser.add_argument(
         "--profile", action="store_true", help="kernels of a micro-batch into the JSON"

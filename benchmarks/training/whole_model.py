@@ -3,7 +3,7 @@
 """All layers and parameters of gpt-oss-20b, trained by pretrain_gpt_oss.py.
 
     python -m benchmarks.training.whole_model --data data/text --tokenizer models/gpt-oss-20b \\
-        --folder runs/whole --json benchmarks/results/whole_model_h200x4.json
+        --work-dir runs/whole --json benchmarks/results/whole_model_h200x4.json
     python -m benchmarks.training.whole_model ... --cases 32k two-gpus --steps 10
     python -m benchmarks.training.whole_model ... --show --gpus 8         commands and plans, no run
     python -m benchmarks.training.whole_model ... --smoke                 tiny preset, on the CPU
@@ -194,7 +194,9 @@ def parse_arguments() -> argparse.Namespace:
     by_name = {case.name: case for case in CASES}
     parser.add_argument("--data", required=True, metavar="PREFIX", help="of gptoss tokenize")
     parser.add_argument("--tokenizer", required=True, metavar="FOLDER")
-    parser.add_argument("--folder", type=Path, required=True, help="for the runs; new ones each")
+    parser.add_argument(
+        "--work-dir", "--folder", type=Path, required=True, help="for the runs; new ones each"
+    )
     parser.add_argument("--cases", nargs="+", metavar="NAME", default=list(by_name))
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or None)
     parser.add_argument(
@@ -311,15 +313,15 @@ def run(case: Case, flags: list[str], layout: Layout, args: argparse.Namespace) 
         RuntimeError: it failed; with the end of its output.
         subprocess.TimeoutExpired: it took more than --timeout and made too few steps to tell.
     """
-    folder, gpus = args.folder / case.name, layout.gpus
+    folder, gpus = args.work_dir / case.name, layout.gpus
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += ["--nproc-per-node", str(gpus), "pretrain_gpt_oss.py", *flags]
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     # AdamW on the CPU has no other threads; the ranks of a machine share its cores.
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // gpus))
     begin = time.monotonic()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    output = args.folder / f"{case.name}.log"
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    output = args.work_dir / f"{case.name}.log"
     metrics = folder / "metrics.jsonl"
     with output.open("w") as log:
         process = subprocess.Popen(

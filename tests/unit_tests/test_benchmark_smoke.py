@@ -27,13 +27,13 @@ BENCHMARKS = {
     "kernels.te_layers": (1, ""),
     "training.train_step": (1, "--cases 4k 4k-skewed 32k-offload --growing lean"),
     "training.context_parallel_model": (2, ""),
-    "training.checkpoint": (1, "--folder {tmp}/work"),
-    "training.checkpoint_hashes": (1, "--folder {tmp}/work"),
+    "training.checkpoint": (1, "--work-dir {tmp}/work"),
+    "training.checkpoint_hashes": (1, "--work-dir {tmp}/work"),
     "training.whole_model": (
         1,
-        "--folder {tmp}/work --data {inputs}/data --tokenizer {inputs}/hf --cases 4k-routed 32k",
+        "--work-dir {tmp}/work --data {inputs}/data --tokenizer {inputs}/hf --cases 4k-routed 32k",
     ),
-    "conversion.convert": (1, "--folder {tmp}/work"),
+    "conversion.convert": (1, "--work-dir {tmp}/work"),
 }
 
 

@@ -66,6 +66,10 @@ def test_sections(tmp_path):
             "torchrun --nproc-per-node 2 benchmarks/context_parallel_model.py",
             "torchrun --nproc-per-node 2 -m benchmarks.training.context_parallel_model",
         ),
+        (
+            "python -m benchmarks.training.train_step --growing fast one-by-one",
+            "python -m benchmarks.training.train_step --growing fast sequential",
+        ),
         ("python -m benchmarks.kernels.experts", "python -m benchmarks.kernels.experts"),
     ],
 )

@@ -172,11 +172,11 @@ def _experts(rows: list[dict]) -> dict:
     # the bias gradient of fc2 reads hidden. bf16, 2880 by 2880.
     times = {
         kind: dict(_points([r for r in rows if r["implementation"] == kind], _ROUTED_TOKENS, "ms"))
-        for kind in ("grouped", "products")
+        for kind in ("grouped", "grouped-gemm")
     }
     token_bytes = 2 * (3 + 5) * 2880 + 2 * 2880
     count = max(times["grouped"])
-    seconds = 1e-3 * (times["grouped"][count] - times["products"][count])
+    seconds = 1e-3 * (times["grouped"][count] - times["grouped-gemm"][count])
     return {
         "dense_tflops": by_kind["dense"],
         "grouped_tflops": by_kind["grouped"],

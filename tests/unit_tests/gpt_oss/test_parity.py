@@ -35,7 +35,7 @@ CASES = {
         63,
         {"moe_token_dispatcher_type": "allgather", "moe_router_dtype": "fp64"},
     ),
-    "odd-T33-experts-one-by-one": (ODD, 33, {"moe_grouped_gemm": False}),
+    "odd-T33-sequential-experts": (ODD, 33, {"moe_grouped_gemm": False}),
     "odd-T33-recompute-activation": (
         ODD,
         33,
