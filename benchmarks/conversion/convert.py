@@ -138,7 +138,8 @@ def measure(
                 "load_before": round(average, 2),
             }
             if copies:
-                row |= compare(read, out, folder / "copy", copies, "export" if "hf" in name else "")
+                module = "import_hf" if name == "to-megatron" else "export_hf"
+                row |= compare(read, out, folder / "copy", copies, module)
                 row["warm_seconds"] = round(warm, 2)
                 row["ratio"] = round(seconds / row["copy_seconds"], 2)
                 row["warm_ratio"] = round(warm / row["warm_copy_seconds"], 2)
@@ -165,9 +166,9 @@ def compare(read: Path, out: Path, target: Path, copies: int, module: str) -> di
     files = [path for path in read.rglob("*") if path.is_file()]
     subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL)
     read_seconds = time.monotonic() - start
-    module = f"megatron.gpt_oss.checkpoint.{module or 'to_megatron'}"
     start = time.monotonic()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {module}"], check=True)
+    code = f"import megatron.gpt_oss.checkpoint.{module}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     return {
         "import_seconds": round(time.monotonic() - start, 2),
         "copy_seconds": round(sum(cold) / copies, 2),
