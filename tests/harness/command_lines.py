@@ -13,9 +13,9 @@ from pathlib import Path
 from unittest import mock
 
 from megatron.gpt_oss.planner.machines import JOB, RENDEZVOUS
+from megatron.gpt_oss.training.launcher_variables import LAUNCHER_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def joined_lines(text: str) -> list[str]:
@@ -89,7 +89,7 @@ def dry_run(argv: list[str], machines: str | None = None) -> str:
     from megatron.training.training import destroy_global_state
 
     words = [*argv, "--dry-run", machines] if machines else list(argv)
-    environ = {name: text for name, text in os.environ.items() if name not in _RANK_VARIABLES}
+    environ = {name: text for name, text in os.environ.items() if name not in LAUNCHER_VARIABLES}
     out = io.StringIO()
     try:
         with (

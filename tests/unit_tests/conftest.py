@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from megatron.gpt_oss.training.launcher_variables import LAUNCHER_VARIABLES
 from tests.harness import missing_packages
 from tests.harness.ranks import RankPool
 
@@ -44,16 +45,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
-# What a launcher sets: a process that finds one of them believes that it is a rank.
-_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 @pytest.fixture(autouse=True)
 def _no_launcher_left():
     """A test that leaves a launcher's variables fails, not the later one that starts a process."""
-    before = {name: os.environ.get(name) for name in _LAUNCHER}
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
     yield
-    after = {name: os.environ.get(name) for name in _LAUNCHER}
+    after = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

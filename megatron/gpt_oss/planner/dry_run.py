@@ -10,7 +10,6 @@ import io
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Iterator
 
 import torch
 
@@ -26,6 +25,7 @@ from megatron.gpt_oss.planner.parameters import layer_parameters, stage_layers
 from megatron.gpt_oss.planner.rates import Rates
 from megatron.gpt_oss.planner.search import PlanRequest, plan_layout
 from megatron.gpt_oss.planner.table import breakdown, sources
+from megatron.gpt_oss.training.launcher_variables import as_rank_of
 
 
 def dry_run(spec: RunSpec) -> None:
@@ -58,33 +58,14 @@ def validated(spec: RunSpec, gpus: int) -> Namespace:
     Raises:
         UsageError: Megatron or our checks reject them.
     """
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        _world_of(gpus),
-    ):  # Megatron prints every argument
+    # Megatron prints every argument.
+    with contextlib.redirect_stdout(io.StringIO()), as_rank_of(gpus):
         spec.args.rank, spec.args.world_size = int(os.environ["RANK"]), gpus
         logging.disable(logging.WARNING)
         try:
             return validate_for_plan(spec)
         finally:
             logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def _world_of(gpus: int) -> Iterator[None]:
-    """Set the variables of a launcher, which Megatron's validation reads."""
-    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    os.environ["WORLD_SIZE"] = str(gpus)
-    for name in ("RANK", "LOCAL_RANK"):
-        os.environ.setdefault(name, "0")
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def report(args: Namespace, machines: Machines | None = None) -> str:

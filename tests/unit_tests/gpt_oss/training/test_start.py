@@ -16,7 +16,6 @@ from megatron.gpt_oss.import_warnings import silence_import_notices
 from megatron.gpt_oss.training import failure_messages, launcher_variables, run_dir, run_start
 
 ROOT = Path(__file__).parents[4]
-VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     ],
 )
 def test_variables_of_torchrun(monkeypatch, environ, words):
-    for name in VARIABLES:
+    for name in launcher_variables.LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
