@@ -8,6 +8,7 @@ path that cannot be written is rejected before the work starts.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -50,6 +51,21 @@ def sync_to_disk(stream: IO) -> None:
     """Flush a stream, and wait until the file is on disk."""
     stream.flush()
     os.fsync(stream.fileno())
+
+
+def lock_file(stream: IO, busy: str) -> None:
+    """Lock a file until it is closed; a file system without locks is accepted.
+
+    Raises:
+        UsageError: `busy`, if another process holds the lock.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UsageError(busy) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def real_path(path: str | Path, what: str = "The output") -> Path:

@@ -29,7 +29,7 @@ from megatron.gpt_oss.data.blend import num_tokens, read_blend
 from megatron.gpt_oss.data.eod import document_end_of
 from megatron.gpt_oss.data.indexed_dataset import read_lengths, write_index
 from megatron.gpt_oss.data.tokenize.documents import BadDocument, read_records, text_of
-from megatron.gpt_oss.data.tokenize.output import PartialOutput
+from megatron.gpt_oss.data.tokenize.output import ResumableDatasets
 from megatron.gpt_oss.data.tokenizer_files import eos_token_of, load_text_tokenizer
 from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 from megatron.gpt_oss.errors import UsageError
@@ -100,7 +100,7 @@ def _write_small_files(folder: Path) -> None:
     (run / "arguments.json").write_text(json.dumps({"lr": 1e-3, "data_path": ["<&>"]}, indent=1))
     (folder / "recorded").mkdir()
     (folder / "recorded" / "run.json").write_text(json.dumps(RECORD, indent=1))
-    output = PartialOutput(folder / "made", [""], "uint16", {"a": 1}, False)
+    output = ResumableDatasets(folder / "made", [""], "uint16", {"a": 1}, False)
     output.save({"file": 0, "record": 0, "skipped": [["a", "b"]]})
     output.close()
     work = ResumableOutput(folder / "work", {"a": 1})
@@ -215,7 +215,7 @@ def _documents(name):
 def _journal(folder):
     journal = (folder / ".made.partial" / "journal.json").read_bytes()
     try:
-        PartialOutput(folder / "made", [""], "uint16", {"a": 1}, False).close()
+        ResumableDatasets(folder / "made", [""], "uint16", {"a": 1}, False).close()
     finally:
         (folder / ".made.partial" / "journal.json").write_bytes(journal)
 

@@ -12,7 +12,6 @@ continues.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -27,11 +26,11 @@ from megatron.gpt_oss.checkpoint.hf.config import CONFIG_NAME
 from megatron.gpt_oss.errors import UsageError, as_os_sentence, os_error_in
 from megatron.gpt_oss.json_file import parse_json
 from megatron.gpt_oss.outputs import (
-    NO_LOCKS,
     RECORD,
     check_apart,
     files_in,
     foreign_file,
+    lock_file,
     move_file,
     naming,
     real_path,
@@ -94,7 +93,11 @@ class ResumableOutput:
         self._journal = open(handle, "a+", encoding="utf-8")
         locked = False
         try:
-            self._lock()
+            lock_file(
+                self._journal,
+                f"Another process is writing {directory}. Wait for it, or name another output "
+                "directory.",
+            )
             locked = True
             self.done = self._read(task)
             self.complete = self._is_complete(out)
@@ -242,18 +245,6 @@ class ResumableOutput:
         remove_files(self.directory, [_JOURNAL])
         for parent, _, _ in os.walk(self.directory, topdown=False):
             os.rmdir(parent)
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"Another process is writing {self.directory}. Wait for it, or name another output "
-                "directory."
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
 
     def _read(self, task: dict) -> dict[str, dict]:
         """The finished files of an earlier process with the same task."""

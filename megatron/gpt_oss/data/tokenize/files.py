@@ -39,7 +39,7 @@ from megatron.gpt_oss.data.tokenize.encode import (
     start_process,
 )
 from megatron.gpt_oss.data.tokenize.find_files import find_files
-from megatron.gpt_oss.data.tokenize.output import PartialOutput
+from megatron.gpt_oss.data.tokenize.output import ResumableDatasets
 from megatron.gpt_oss.data.tokenize.workers import process_map
 from megatron.gpt_oss.data.tokenizer_files import TextTokenizer
 from megatron.gpt_oss.errors import UsageError, as_os_sentence
@@ -162,7 +162,7 @@ def tokenize_files(
         tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
     )
     try:
-        output = PartialOutput(prefix, names, dtype, _task(job, files, split_at), overwrite)
+        output = ResumableDatasets(prefix, names, dtype, _task(job, files, split_at), overwrite)
     except OSError as error:
         sentence = as_os_sentence(error, prefix.parent)
         raise UsageError(sentence) if sentence else error
@@ -195,7 +195,7 @@ class _Run:
     def __init__(
         self,
         files: Sequence[Path],
-        output: PartialOutput,
+        output: ResumableDatasets,
         buckets: Sequence[str],
         split_at: Sequence[int],
         bad: str,
@@ -343,7 +343,7 @@ def _digest(text: str) -> str:
 
 
 def _publish(
-    output: PartialOutput, prefix: Path, names: Sequence[str], tokenizer: TextTokenizer
+    output: ResumableDatasets, prefix: Path, names: Sequence[str], tokenizer: TextTokenizer
 ) -> Summary:
     """Rename the finished datasets, and write PREFIX.json."""
     state = output.state
@@ -409,7 +409,7 @@ def _record(
     }
 
 
-def _with_remedy(error: BaseException, output: PartialOutput) -> BaseException:
+def _with_remedy(error: BaseException, output: ResumableDatasets) -> BaseException:
     """The error with a hint that finished work is kept."""
     kept = f" Finished work is kept in {output.directory}: the same command resumes from there."
     sentence = as_os_sentence(error, output.directory.parent)

@@ -7,7 +7,6 @@ journal records the length of each file and the position in the input. The next 
 files to these lengths; what follows is written again, with the same bytes.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,8 +29,8 @@ from megatron.gpt_oss.data.indexed_dataset import write_index
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import brief, read_json
 from megatron.gpt_oss.outputs import (
-    NO_LOCKS,
     files_in,
+    lock_file,
     move_file,
     naming,
     remove_files,
@@ -51,8 +50,8 @@ _CACHE = Path("cache", "GPTDataset_indices")
 _CACHED = re.compile(r"[0-9a-f]{32}-\w+-\w+-\w+\.(txt|npy)")
 
 
-class PartialOutput:
-    """The partial output of `tokenize_files`.
+class ResumableDatasets:
+    """The partial datasets of `tokenize_files`; a killed process resumes them.
 
     Args:
         prefix: of the output.
@@ -73,17 +72,12 @@ class PartialOutput:
             self.directory.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW
         self._lock = open(os.open(self.directory / _LOCK, flags, 0o666), "w")
+        busy = f"Another process is writing {prefix}. Wait for it, or give another --output."
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            lock_file(self._lock, busy)
+        except BaseException:
             self._lock.close()
-            raise UsageError(
-                f"Another process is writing {prefix}. Wait for it, or give another --output."
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                self._lock.close()
-                raise
+            raise
         self._files: dict[str, BinaryIO] = {}
         self.complete = self.saved = False
         try:
