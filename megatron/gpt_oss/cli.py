@@ -187,10 +187,10 @@ def _run_to_megatron(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from megatron.gpt_oss.checkpoint.import_hf import Job
-    from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
+    from megatron.gpt_oss.checkpoint.torch_dist.layout import ParallelSizes
 
     _settle_in()
-    job = Job(Path(args.hf), Layout(args.tp, args.pp, args.ep, args.etp, args.vpp))
+    job = Job(Path(args.hf), ParallelSizes(args.tp, args.pp, args.ep, args.etp, args.vpp))
     _announce(args.hf, args.out, job.bytes_total())
     print(f"{job.run(Path(args.out), progress=True)}: written")
 

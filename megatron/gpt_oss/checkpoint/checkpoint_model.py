@@ -20,7 +20,7 @@ from megatron.gpt_oss.checkpoint.hf.fields import (
     alternating_layers,
 )
 from megatron.gpt_oss.checkpoint.mapping import FC1, GLOBAL_NAMES, LAYER_NAMES, QKV
-from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, checkpoint_files
+from megatron.gpt_oss.checkpoint.torch_dist.layout import ParallelSizes, checkpoint_files
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader
 from megatron.gpt_oss.errors import CheckpointError
 from megatron.gpt_oss.json_file import brief
@@ -155,7 +155,7 @@ def _check_tensors(reader: TorchDistReader, preset: Preset) -> None:
     """Reject a checkpoint that lacks a tensor, or has one without counterpart."""
     expected = {
         part.key: part.global_shape
-        for file in checkpoint_files(preset, Layout())
+        for file in checkpoint_files(preset, ParallelSizes())
         for part in file.parts
     }
     shapes = {k: v for k, v in reader.tensor_shapes().items() if not _OPTIMIZER.match(k)}

@@ -56,7 +56,7 @@ from megatron.gpt_oss.checkpoint.resumable_output import (
 )
 from megatron.gpt_oss.checkpoint.torch_dist.layout import (
     CheckpointFile,
-    Layout,
+    ParallelSizes,
     Part,
     checkpoint_files,
 )
@@ -69,7 +69,7 @@ _COMMON_PREFIX = "__0_common_"
 
 
 def convert_to_megatron(
-    hf: str | Path, out: str | Path, layout: Layout = Layout(), progress: bool = False
+    hf: str | Path, out: str | Path, layout: ParallelSizes = ParallelSizes(), progress: bool = False
 ) -> Path:
     """Convert a Hugging Face directory to a Megatron checkpoint.
 
@@ -94,7 +94,7 @@ class Job:
         UsageError: the source is incomplete or of another model, or the layout does not fit it.
     """
 
-    def __init__(self, hf: Path, layout: Layout = Layout()):
+    def __init__(self, hf: Path, layout: ParallelSizes = ParallelSizes()):
         self.hf, self.layout = hf, layout
         self.reader, self.preset = open_hf(hf)
         self.reader.check_scales()

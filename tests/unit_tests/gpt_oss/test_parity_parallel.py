@@ -19,7 +19,7 @@ from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.checkpoint.mapping import hf_names
-from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
+from megatron.gpt_oss.checkpoint.torch_dist.layout import ParallelSizes
 from megatron.gpt_oss.checkpoint.torch_dist.reader import find_iteration
 from tests.harness.gradients import gradient_errors
 from tests.harness.models import TINY, build_model, trained_tensors, write_hf
@@ -38,11 +38,11 @@ CLIP = 1.0
 
 # The layout that runs, and the one whose checkpoint it reads.
 LAYOUTS = {
-    "1": (Layout(), Layout(tp=2, pp=2)),
-    "tp2": (Layout(tp=2), Layout(pp=2)),
-    "pp2": (Layout(pp=2), Layout(ep=2)),
-    "ep2": (Layout(ep=2), Layout(ep=2, pp=2)),
-    "ep2-pp2": (Layout(ep=2, pp=2), Layout(tp=2)),
+    "1": (ParallelSizes(), ParallelSizes(tp=2, pp=2)),
+    "tp2": (ParallelSizes(tp=2), ParallelSizes(pp=2)),
+    "pp2": (ParallelSizes(pp=2), ParallelSizes(ep=2)),
+    "ep2": (ParallelSizes(ep=2), ParallelSizes(ep=2, pp=2)),
+    "ep2-pp2": (ParallelSizes(ep=2, pp=2), ParallelSizes(tp=2)),
 }
 
 

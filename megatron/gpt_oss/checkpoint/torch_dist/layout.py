@@ -20,7 +20,7 @@ LARGEST_PART = 8 * 2**20  # elements
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelSizes:
     """Sizes of the parallel groups; `etp` is `tp` by default, as in Megatron."""
 
     tp: int = 1
@@ -71,7 +71,7 @@ class CheckpointFile:
     objects: tuple[str, ...]
 
 
-def check_layout(layout: Layout, preset: Preset) -> None:
+def check_layout(layout: ParallelSizes, preset: Preset) -> None:
     """Reject a layout whose sizes do not divide the model's.
 
     Raises:
@@ -91,7 +91,7 @@ def check_layout(layout: Layout, preset: Preset) -> None:
         raise UsageError(f"--vpp {layout.vpp} needs pipeline stages. Give --pp 2 or more.")
 
 
-def checkpoint_files(preset: Preset, layout: Layout) -> Iterator[CheckpointFile]:
+def checkpoint_files(preset: Preset, layout: ParallelSizes) -> Iterator[CheckpointFile]:
     """The files of a checkpoint: one for each rank and layer, one for each rank's other tensors."""
     check_layout(layout, preset)
     per_chunk = preset.num_layers // (layout.pp * layout.vpp)
@@ -113,7 +113,7 @@ def checkpoint_files(preset: Preset, layout: Layout) -> Iterator[CheckpointFile]
                     yield CheckpointFile(f"__{name}_{number + 1}_", parts, objects)
 
 
-def _global_parts(preset: Preset, layout: Layout, stage: int, rank: int) -> Iterator[Part]:
+def _global_parts(preset: Preset, layout: ParallelSizes, stage: int, rank: int) -> Iterator[Part]:
     if rank >= layout.tp:
         return
     shape = (preset.vocab_size, preset.hidden_size)
@@ -125,7 +125,7 @@ def _global_parts(preset: Preset, layout: Layout, stage: int, rank: int) -> Iter
         yield from _split("output_layer.weight", (), (), shape, 0, rank, layout.tp)
 
 
-def _layer_parts(preset: Preset, layout: Layout, layer: int, rank: int) -> Iterator[Part]:
+def _layer_parts(preset: Preset, layout: ParallelSizes, layer: int, rank: int) -> Iterator[Part]:
     hidden, width, experts = preset.hidden_size, preset.moe_ffn_hidden_size, preset.num_experts
     query = preset.num_attention_heads * preset.head_dim
     qkv = query + 2 * preset.num_query_groups * preset.head_dim
@@ -159,7 +159,7 @@ def _layer_parts(preset: Preset, layout: Layout, layer: int, rank: int) -> Itera
             yield _unsplit(_LAYERS + FC2 + "bias", of, at, (hidden,))
 
 
-def _layer_objects(preset: Preset, layout: Layout, layer: int, rank: int) -> Iterator[str]:
+def _layer_objects(preset: Preset, layout: ParallelSizes, layer: int, rank: int) -> Iterator[str]:
     if rank == 0:
         for name in ("linear_qkv", "linear_proj"):
             key = f"{_LAYERS}self_attention.{name}._extra_state"
@@ -170,7 +170,7 @@ def _layer_objects(preset: Preset, layout: Layout, layer: int, rank: int) -> Ite
             yield f"{_LAYERS}{key}_extra_state/shard_{at}_{of}"
 
 
-def _own_experts(preset: Preset, layout: Layout, rank: int) -> Iterator[tuple[int, int]]:
+def _own_experts(preset: Preset, layout: ParallelSizes, rank: int) -> Iterator[tuple[int, int]]:
     """(expert, tensor-parallel rank within it) of each expert that a rank of a stage holds."""
     group, piece = divmod(rank, layout.expert_tp)
     count = preset.num_experts // layout.ep

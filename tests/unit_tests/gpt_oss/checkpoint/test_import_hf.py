@@ -26,7 +26,11 @@ from megatron.gpt_oss.checkpoint.hf.reader import HFReader
 from megatron.gpt_oss.checkpoint.import_hf import Job, convert_to_megatron
 from megatron.gpt_oss.checkpoint.load_hf import load_hf, sharded_tensors
 from megatron.gpt_oss.checkpoint.mapping import hf_names, megatron_to_hf
-from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout, check_layout, checkpoint_files
+from megatron.gpt_oss.checkpoint.torch_dist.layout import (
+    ParallelSizes,
+    check_layout,
+    checkpoint_files,
+)
 from megatron.gpt_oss.checkpoint.torch_dist.reader import TorchDistReader, find_iteration
 from megatron.gpt_oss.errors import CheckpointError, UsageError
 from megatron.training import checkpoint_integrity
@@ -48,14 +52,14 @@ PRESET = dataclasses.replace(TINY, vocab_size=269)  # odd: two ranks cannot shar
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 LAYOUTS = {
-    "1": Layout(),
-    "tp2": Layout(tp=2),
-    "pp2": Layout(pp=2),
-    "pp2-vpp2": Layout(pp=2, vpp=2),
-    "ep2": Layout(ep=2),
-    "ep2-pp2": Layout(ep=2, pp=2),
-    "tp2-ep2-etp1": Layout(tp=2, ep=2, etp=1),
-    "tp2-pp2": Layout(tp=2, pp=2),
+    "1": ParallelSizes(),
+    "tp2": ParallelSizes(tp=2),
+    "pp2": ParallelSizes(pp=2),
+    "pp2-vpp2": ParallelSizes(pp=2, vpp=2),
+    "ep2": ParallelSizes(ep=2),
+    "ep2-pp2": ParallelSizes(ep=2, pp=2),
+    "tp2-ep2-etp1": ParallelSizes(tp=2, ep=2, etp=1),
+    "tp2-pp2": ParallelSizes(tp=2, pp=2),
 }
 
 
@@ -180,7 +184,7 @@ def test_mxfp4_source_is_what_transformers_dequantises(tmp_path, record_property
     """And config, tokenizer and all else come back from what stands next to the checkpoint."""
     transformers = pytest.importorskip("transformers")
     source = write_mxfp4(tmp_path / "hf", TINY, mxfp4_tensors(trained_tensors(TINY)))
-    out = convert_to_megatron(source, tmp_path / "out", Layout(ep=2))
+    out = convert_to_megatron(source, tmp_path / "out", ParallelSizes(ep=2))
     back = export_hf(out, tmp_path / "back")
     reference = transformers.GptOssForCausalLM.from_pretrained(
         source, quantization_config=transformers.Mxfp4Config(dequantize=True)
@@ -246,7 +250,7 @@ def test_training_starts_from_it(tmp_path):
     source = write_tiny_hf(tmp_path / "hf", seed=3)
     words = ["tokenize", str(Path(__file__).parents[1]), "--pattern", "test_p*.py"]
     cli.main([*words, "--output", str(tmp_path / "data")])
-    convert_to_megatron(source, tmp_path / "start", Layout(tp=2, ep=2))
+    convert_to_megatron(source, tmp_path / "start", ParallelSizes(tp=2, ep=2))
     losses = []
     for flags in (["--load-hf", source], ["--load", tmp_path / "start"]):
         run = tmp_path / f"run{len(losses)}"
@@ -273,7 +277,7 @@ from megatron.gpt_oss.import_warnings import silence_import_notices
 silence_import_notices()
 from megatron.gpt_oss.checkpoint import export_hf as export, import_hf as to_megatron
 from megatron.gpt_oss.checkpoint.hf import writer as hf_writer
-from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
+from megatron.gpt_oss.checkpoint.torch_dist.layout import ParallelSizes
 direction, source, out, calls = sys.argv[1:]
 owner, name = (to_megatron.Job, 'read') if direction == 'to-megatron' else (hf_writer, '_values')
 original, count = getattr(owner, name), 0
@@ -288,7 +292,7 @@ def counted(*args, **kwargs):
 
 setattr(owner, name, counted)
 if direction == 'to-megatron':
-    to_megatron.convert_to_megatron(source, out, Layout(pp=2))
+    to_megatron.convert_to_megatron(source, out, ParallelSizes(pp=2))
 else:
     export.export_hf(source, out, max_shard_bytes=200_000)
 print(count)
@@ -303,8 +307,8 @@ def run_until_killed(direction, source, out, calls):
 
 
 def test_a_killed_conversion_goes_on(hf, tmp_path):
-    whole = convert_to_megatron(hf, tmp_path / "whole", Layout(pp=2))
-    total = sum(len(file.parts) for file in checkpoint_files(PRESET, Layout(pp=2)))
+    whole = convert_to_megatron(hf, tmp_path / "whole", ParallelSizes(pp=2))
+    total = sum(len(file.parts) for file in checkpoint_files(PRESET, ParallelSizes(pp=2)))
     out = tmp_path / "out"
     killed = run_until_killed("to-megatron", hf, out, total // 2)
     assert killed.returncode == -signal.SIGKILL
@@ -315,7 +319,7 @@ def test_a_killed_conversion_goes_on(hf, tmp_path):
     with pytest.raises(CheckpointError, match="not a complete torch_dist checkpoint"):
         find_iteration(partial)
     with pytest.raises(UsageError, match="unfinished conversion with another layout"):
-        convert_to_megatron(hf, out, Layout(tp=2))
+        convert_to_megatron(hf, out, ParallelSizes(tp=2))
     finished = run_until_killed("to-megatron", hf, out, 10**6)
     assert finished.returncode == 0, finished.stderr
     assert 0 < int(finished.stdout) < 0.75 * total
@@ -349,20 +353,20 @@ def test_command(hf, tmp_path, capsys):
 @pytest.mark.parametrize(
     "layout, words",
     [
-        (Layout(tp=4), "--tp 4 does not divide the model's 2 query groups"),
-        (Layout(pp=3), "--pp 3 does not divide the model's 4 layers"),
-        (Layout(pp=2, vpp=4), "--pp times --vpp 8 does not divide the model's 4 layers"),
-        (Layout(ep=3), "--ep 3 does not divide the model's 8 experts"),
-        (Layout(etp=5), "--etp 5 does not divide the model's 96 rows of an expert"),
-        (Layout(tp=0), "--tp 0 does not divide"),
-        (Layout(vpp=2), "--vpp 2 needs pipeline stages"),
+        (ParallelSizes(tp=4), "--tp 4 does not divide the model's 2 query groups"),
+        (ParallelSizes(pp=3), "--pp 3 does not divide the model's 4 layers"),
+        (ParallelSizes(pp=2, vpp=4), "--pp times --vpp 8 does not divide the model's 4 layers"),
+        (ParallelSizes(ep=3), "--ep 3 does not divide the model's 8 experts"),
+        (ParallelSizes(etp=5), "--etp 5 does not divide the model's 96 rows of an expert"),
+        (ParallelSizes(tp=0), "--tp 0 does not divide"),
+        (ParallelSizes(vpp=2), "--vpp 2 needs pipeline stages"),
     ],
 )
 def test_layouts_that_do_not_fit(layout, words):
     with pytest.raises(UsageError) as error:
         check_layout(layout, TINY)
     assert words in str(error.value)
-    check_layout(Layout(tp=2, pp=2, ep=8, etp=3, vpp=2), TINY)
+    check_layout(ParallelSizes(tp=2, pp=2, ep=8, etp=3, vpp=2), TINY)
 
 
 def test_no_room_is_said_before(hf, tmp_path, monkeypatch):
@@ -389,7 +393,7 @@ def test_no_room_on_the_way(hf, tmp_path, monkeypatch):
         convert_to_megatron(hf, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     convert_to_megatron(hf, tmp_path / "out")
-    total = sum(len(file.parts) for file in checkpoint_files(PRESET, Layout()))
+    total = sum(len(file.parts) for file in checkpoint_files(PRESET, ParallelSizes()))
     assert count < total + 60
     assert checkpoint_integrity.find_problem(str(tmp_path / "out" / "release")) is None
 
@@ -398,7 +402,7 @@ def test_full_device(hf, tmp_path, monkeypatch):
     """A real ENOSPC through PyTorch's writer, of a file that is the full device."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
-    first = next(iter(checkpoint_files(PRESET, Layout())))
+    first = next(iter(checkpoint_files(PRESET, ParallelSizes())))
     write_files = Job.write_files
 
     def write_to_full_device(self, work, bar):

@@ -11,7 +11,7 @@ import torch
 from megatron.gpt_oss import cli
 from megatron.gpt_oss.checkpoint import verify as verify_module
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
-from megatron.gpt_oss.checkpoint.torch_dist.layout import Layout
+from megatron.gpt_oss.checkpoint.torch_dist.layout import ParallelSizes
 from megatron.gpt_oss.checkpoint.verify import verify
 from megatron.gpt_oss.errors import CheckpointError
 from tests.harness.models import (
@@ -38,7 +38,7 @@ def _altered(tmp_path, change):
 
 
 def test_the_same(hf, tmp_path, capsys):
-    convert_to_megatron(hf, tmp_path / "m", Layout(pp=3, ep=2))
+    convert_to_megatron(hf, tmp_path / "m", ParallelSizes(pp=3, ep=2))
     cli.main(["verify", "--hf", str(hf), "--load", str(tmp_path / "m"), "--num-tokens", "40"])
     printed = capsys.readouterr().out
     assert "tensors: all 54 are the same, bit for bit" in printed
