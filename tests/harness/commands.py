@@ -319,13 +319,8 @@ def _detached(duplicate) -> int:
     return duplicate.detach()
 
 
-# ---------------------------------------------------------------------------------------------
-# In the new process
-# ---------------------------------------------------------------------------------------------
-
-
 def _become(command: List[str], environ: Dict[str, str], folder: str, fds: List[int]) -> None:
-    """Run a command in this process until it ends."""
+    """Run a command in the new process until it ends."""
     os.setsid()
     _end_with_the_server()
     for own, fd in enumerate(fds):

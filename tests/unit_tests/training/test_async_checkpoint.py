@@ -292,11 +292,6 @@ def test_nvrx_without_its_worker_is_dropped_as_before(ranks, data, tmp_path):
     assert [thread for *_, thread in writes] == ["MainThread"]
 
 
-# ---------------------------------------------------------------------------------------------
-# The caller alone
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def alone():
     torch.distributed.init_process_group(

@@ -99,11 +99,6 @@ def unseal(folder: Path, *iterations: int) -> None:
         (folder / f"iter_{iteration:07d}" / "manifest.json").unlink()
 
 
-# ---------------------------------------------------------------------------------------------
-# With Megatron's training loop
-# ---------------------------------------------------------------------------------------------
-
-
 def test_manifest_and_tracker(saved):
     """A save ends with a manifest of every file, and the tracker names the last one."""
     _, folder, _ = saved
@@ -322,11 +317,6 @@ def test_nothing_whole_ends_the_run_and_writes_nothing(ranks, saved, folder):
         for iteration in range(1, STEPS + 1):
             assert f"{folder}/iter_{iteration:07d} is not a complete" in message
     assert contents(folder) == before
-
-
-# ---------------------------------------------------------------------------------------------
-# The decision alone
-# ---------------------------------------------------------------------------------------------
 
 
 def lose_a_file(path):

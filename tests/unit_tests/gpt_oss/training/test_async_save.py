@@ -75,11 +75,6 @@ def goes_on(ranks, inputs, run_dir, flags="--train-iters 3", world_size=1):
     return printed
 
 
-# ---------------------------------------------------------------------------------------------
-# What a person sees
-# ---------------------------------------------------------------------------------------------
-
-
 def slow_write_of_2(folder, seen):
     def before(iteration):
         if iteration == 2:
@@ -151,11 +146,6 @@ def test_refused_flags():
     check_async_save(flags("--use-persistent-ckpt-worker"), is_cuda=False)
 
 
-# ---------------------------------------------------------------------------------------------
-# The end of a run waits
-# ---------------------------------------------------------------------------------------------
-
-
 def slow(folder, seen):
     def before(iteration):
         time.sleep(1.0)
@@ -196,11 +186,6 @@ def test_end_of_a_run_waits(ranks, inputs, tmp_path, flags, hurt):
     assert seen["written"] == 2 and seen["threads"] == {"checkpoint-writer"}
     assert f"saved {tmp_path}/run/checkpoints/iter_0000002 " in printed
     assert checkpoint_integrity.choose(str(tmp_path / "run/checkpoints")) == (2, False, [])
-
-
-# ---------------------------------------------------------------------------------------------
-# What hurts a run
-# ---------------------------------------------------------------------------------------------
 
 
 def full_disk(name):

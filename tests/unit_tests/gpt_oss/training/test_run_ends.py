@@ -191,11 +191,6 @@ def test_ranks_end_with_their_launcher(torchrun, tmp_path):
     assert _gone_within(20, left), left()
 
 
-# ---------------------------------------------------------------------------------------------
-# In the ranks of a pool, with a hand in the loop
-# ---------------------------------------------------------------------------------------------
-
-
 def ended_run(argv, hurt, folder):
     """The error that ended the run; `hurt(folder)` registers the fault."""
     try:

@@ -157,11 +157,6 @@ def test_frozen_with_fresh_optimizer_state(ranks, inputs, run_dir):
     assert "step 3/3" in printed and "--freeze was not given and is *.router.*" in printed
 
 
-# ---------------------------------------------------------------------------------------------
-# Data, tokenizer, weights
-# ---------------------------------------------------------------------------------------------
-
-
 def copied(inputs, tmp_path, *names):
     folder = tmp_path / "copied"
     folder.mkdir(exist_ok=True)
@@ -238,11 +233,6 @@ def test_other_tokenizer_or_weights(ranks, inputs, run_dir, tmp_path):
         start(ranks, inputs, run_dir, "", argv)
 
 
-# ---------------------------------------------------------------------------------------------
-# Records that are gone, cut, old or somebody else's
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", [None, "", '{"made_by": "pretrain', "[]"])
 def test_damaged_record_stops_no_resume(ranks, inputs, run_dir, text):
     record = run_dir / "run.json"
@@ -271,11 +261,6 @@ def test_somebody_elses_run_json(ranks, inputs, tmp_path):
     ):
         start(ranks, inputs, tmp_path / "run", "")
     assert (tmp_path / "run" / "run.json").read_text() == '{"mine": 1}'
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints of another run
-# ---------------------------------------------------------------------------------------------
 
 
 def test_save_over_another_run(ranks, inputs, first, run_dir):
@@ -312,11 +297,6 @@ def test_folder_in_use(ranks, inputs, tmp_path, monkeypatch):
         start(ranks, inputs, tmp_path, "--train-iters 1")
     assert not (tmp_path / "run.lock.json").exists()
     assert "step 2/2" in start(ranks, inputs, tmp_path, "--train-iters 2")
-
-
-# ---------------------------------------------------------------------------------------------
-# The table
-# ---------------------------------------------------------------------------------------------
 
 
 def test_classes():
