@@ -164,8 +164,8 @@ def test_broken_packages(imported):
     assert "error" not in said, said["error"]
     text = "is installed but cannot be imported, so Megatron does not use it ("
     assert all(text in warning for warning in said["warned"])
-    told = {warning.split()[0].partition(".")[0] for warning in said["warned"]}
-    assert told == {"transformer_engine", "apex", "flash_attn", "triton"}
+    packages = {warning.split()[0].partition(".")[0] for warning in said["warned"]}
+    assert packages == {"transformer_engine", "apex", "flash_attn", "triton"}
 
 
 @pytest.fixture

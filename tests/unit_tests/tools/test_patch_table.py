@@ -85,9 +85,9 @@ def test_evidence_of_a_patch(root, tmp_path):
     before = evidence.run_tests(workspace, tree, ids[:1])
     assert (before[ids[0]].outcome, after[ids[0]].outcome) == ("failed", "passed")
     assert before[ids[0]].reason == "AssertionError: b is 1"
-    told = [after[test].reason for test in ids[1:]]
-    assert told[0] == "KeyError: 'gone'" and "nowhere_to_be_found" in told[1]
-    assert told[2] == "not found, or timed out"
+    reasons = [after[test].reason for test in ids[1:]]
+    assert reasons[0] == "KeyError: 'gone'" and "nowhere_to_be_found" in reasons[1]
+    assert reasons[2] == "not found, or timed out"
 
 
 def test_table_is_rendered_and_checked(root, tmp_path, monkeypatch):

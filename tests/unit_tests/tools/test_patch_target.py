@@ -208,8 +208,8 @@ def test_variants(root, tmp_path):
         assert outcomes(plan) == {"fixes/first": (VARIANT, "0.17")}
         assert (fork / A).read_text() == changed.replace("line 39\n", "theirs\n")
         # 0.16 and older: megatron/training is left alone.
-        told = "c = 2\n" if version == "0.17.1" else "c = 1\n"
-        assert (fork / "megatron/training/c.py").read_text() == told
+        content = "c = 2\n" if version == "0.17.1" else "c = 1\n"
+        assert (fork / "megatron/training/c.py").read_text() == content
         assert outcomes(apply_to(root, series(root), fork, ["fixes"])) == {
             "fixes/first": (PRESENT, "0.17")
         }

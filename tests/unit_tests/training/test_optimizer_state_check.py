@@ -198,11 +198,11 @@ def test_resumes_with_other_buckets(ranks, data, tmp_path, one_process):
 
 @pytest.mark.parametrize("world_size, flags", [(2, BUCKETS), (1, "")], ids=["two", "one"])
 def test_misplaced_state_is_refused(ranks, data, misplaced, world_size, flags):
-    told = train(ranks, data, misplaced, f"{flags} --ckpt-step 2", world_size, run_refused)
-    assert len(set(told)) == 1
-    assert "iter_0000002" in told[0] and "with --ddp-num-buckets 3" in told[0]
-    assert "--no-load-optim" in told[0] and "--finetune" in told[0]
-    share = float(told[0].partition(" % of the weights")[0].rpartition(" ")[2])
+    messages = train(ranks, data, misplaced, f"{flags} --ckpt-step 2", world_size, run_refused)
+    assert len(set(messages)) == 1
+    assert "iter_0000002" in messages[0] and "with --ddp-num-buckets 3" in messages[0]
+    assert "--no-load-optim" in messages[0] and "--finetune" in messages[0]
+    share = float(messages[0].partition(" % of the weights")[0].rpartition(" ")[2])
     assert 30 < share < 100
 
 
@@ -235,8 +235,8 @@ def test_bf16(ranks, data, tmp_path):
     )
     assert steps(resumed, 3) == steps(whole, 3)
     train(ranks, data, tmp_path / "misplaced", flags, 2, run_as_earlier)
-    told = train(ranks, data, tmp_path / "misplaced", flags, 2, run_refused)
-    assert len(set(told)) == 1 and "--no-load-optim" in told[0]
+    messages = train(ranks, data, tmp_path / "misplaced", flags, 2, run_refused)
+    assert len(set(messages)) == 1 and "--no-load-optim" in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -259,9 +259,9 @@ def test_other_expert_sizes(saved, size, kind, refused):
     with pytest.raises(CheckpointLoadError) if refused else contextlib.nullcontext() as info:
         refuse_unloadable_state(args, saved_args, metadata)
     if refused:
-        told = str(info.value)
-        assert f"--expert-model-parallel-size {saved}" in told and f"load with {size}" in told
-        assert "--no-load-optim" in told and "--finetune" in told
+        message = str(info.value)
+        assert f"--expert-model-parallel-size {saved}" in message and f"load with {size}" in message
+        assert "--no-load-optim" in message and "--finetune" in message
 
 
 def test_resumes_at_another_expert_size(ranks, data, tmp_path, one_process):

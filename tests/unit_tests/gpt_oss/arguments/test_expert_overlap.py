@@ -151,7 +151,7 @@ def order_in_rank(argv: list[str]) -> list[bool]:
     from megatron.core import device_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    combine, used, told = MoEAlltoAllTokenDispatcher.combine_postprocess, [], []
+    combine, used, recorded = MoEAlltoAllTokenDispatcher.combine_postprocess, [], []
     record_stream = device_utils.record_stream
 
     def postprocess(self, hidden_states):
@@ -159,13 +159,13 @@ def order_in_rank(argv: list[str]) -> list[bool]:
         return combine(self, hidden_states)
 
     MoEAlltoAllTokenDispatcher.combine_postprocess = postprocess
-    device_utils.record_stream = lambda tensor, stream: told.append(tensor)
+    device_utils.record_stream = lambda tensor, stream: recorded.append(tensor)
     try:
         runs.main_in_rank(argv)
     finally:
         MoEAlltoAllTokenDispatcher.combine_postprocess = combine
         device_utils.record_stream = record_stream
-    return [any(order is tensor for tensor in told) for order in used]
+    return [any(order is tensor for tensor in recorded) for order in used]
 
 
 def test_order_of_tokens_is_kept_for_its_stream(ranks, inputs, tmp_path):

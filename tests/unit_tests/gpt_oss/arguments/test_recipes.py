@@ -194,7 +194,7 @@ def test_launcher_refuses():
 STUBS = {
     "scontrol": 'if [ "$1" = show ]; then echo node7; echo node8; else echo "scontrol $*"; fi',
     "scancel": 'echo "scancel $*"; touch "$FLAG"',
-    # A step that ends by itself, or, for the second test, once it is told to.
+    # A step that ends by itself, or, for the second test, once scancel runs.
     "srun": (
         'echo "srun $NODES $RENDEZVOUS $JOB $GPUS $*"; [ -z "${LONG:-}" ] && exit 3\n'
         'kill -USR1 "$PPID"; until [ -f "$FLAG" ]; do sleep 0.05; done; echo saved; exit 1'
@@ -210,7 +210,7 @@ def slurm(tmp_path):
         (tmp_path / name).chmod(0o755)
     return {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FLAG": str(tmp_path / "told"),
+        "FLAG": str(tmp_path / "cancelled"),
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_NODELIST": "node[7-8]",
         "SLURM_JOB_NUM_NODES": "2",

@@ -39,13 +39,13 @@ def run_dir(first, tmp_path):
 def start(ranks, inputs, run_dir, flags, words=None):
     """What the second start prints for people."""
     argv = words or runs.command(inputs, run_dir, f"{LONGER} {flags}")
-    printed, error = ranks.run(told, argv, world_size=1, init_process_group=False)[0]
+    printed, error = ranks.run(output_or_error, argv, world_size=1, init_process_group=False)[0]
     if error:
         raise UsageError(error)
     return printed
 
 
-def told(argv):
+def output_or_error(argv):
     """(output of a run, '') or ('', its error message), so that the rank can be reused."""
     try:
         return runs.main_in_rank(argv), ""
@@ -96,12 +96,12 @@ def test_goes_on(ranks, inputs, run_dir):
         flags = f"{flags} {more}"
         printed = start(ranks, inputs, run_dir, f"{flags} --train-iters {step + 1}")
         assert f"resumed at step {step}" in printed and f"step {step + 1}/{step + 1}" in printed
-        told = [text for text in printed.splitlines() if text.startswith("changed since")]
-        assert len(told) == (line is not None), told
+        lines = [text for text in printed.splitlines() if text.startswith("changed since")]
+        assert len(lines) == (line is not None), lines
         # Once: the next start compares with this one. And only what is new.
-        assert line is None or told[0].partition(": ")[2].startswith(line)
+        assert line is None or lines[0].partition(": ")[2].startswith(line)
         found = record_of(run_dir)["changes"]
-        assert found[: len(changes)] == changes and len(found) == len(changes) + len(told)
+        assert found[: len(changes)] == changes and len(found) == len(changes) + len(lines)
         assert all(item["step"] == step for item in found[len(changes) :])
         changes = found
 
