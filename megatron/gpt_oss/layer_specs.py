@@ -190,7 +190,7 @@ def model_config(preset: Preset, sink_attention: str = "megatron", **overrides) 
     parser.set_defaults(**{**preset_flags(preset), "micro_batch_size": 1, **overrides})
     args = parser.parse_args([])
     args.sink_attention = sink_attention
-    set_device_connections(partial(getattr, args))
+    set_device_connections(args)
     ranks = torch.distributed
     args.rank, args.world_size = 0, ranks.get_world_size() if ranks.is_initialized() else 1
     with contextlib.redirect_stdout(io.StringIO()):  # it prints every argument

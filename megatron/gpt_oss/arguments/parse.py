@@ -162,17 +162,16 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
     parser.set_defaults(**defaults)
     # argparse sets only the arguments that the namespace lacks.
     args = parser.parse_args([], Namespace(**vars(given)))
-    value = partial(getattr, args)
-    check_sequence(value)
+    check_sequence(args)
     set_expert_fp8(given, args)
-    check_transformer_engine(value)
-    set_device_connections(value)
-    for more in (policy_flags(given, value), check_writers(args)):
+    check_transformer_engine(args)
+    set_device_connections(args)
+    for more in (policy_flags(given, args), check_writers(args)):
         parser.set_defaults(**more)
         for dest, default in more.items():
             if not hasattr(given, dest):
                 setattr(args, dest, default)
-    check_expert_overlap(value)
+    check_expert_overlap(args)
     # A dry run may be on another machine than the run.
     check_async_save(args, device_utils.is_cuda() or args.dry_run is not None)
     check_batch_size_schedule(args)

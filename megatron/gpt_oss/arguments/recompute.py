@@ -8,7 +8,6 @@ C++ when it first runs.
 """
 
 from argparse import Namespace
-from typing import Callable
 
 from megatron.gpt_oss.errors import UsageError
 
@@ -49,12 +48,12 @@ RECOMPUTE = (
 )
 
 
-def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
+def policy_flags(given: Namespace, args: Namespace) -> dict:
     """Defaults that --memory sets, by dest; {} without the flag.
 
     Args:
         given: the arguments that the command line gives, without defaults.
-        value: value of an argument (argparse's dest) before Megatron's validation.
+        args: the arguments, before Megatron's validation.
     Raises:
         UsageError: the policy needs a feature that other flags disable.
     """
@@ -66,12 +65,12 @@ def policy_flags(given: Namespace, value: Callable[[str], object]) -> dict:
     flags = dict(POLICIES[name])
     if any(hasattr(given, dest) for dest in RECOMPUTE):
         flags = {dest: flag for dest, flag in flags.items() if dest not in RECOMPUTE}
-    grouped = value("moe_grouped_gemm") is True  # without a default it is argparse.SUPPRESS
+    grouped = args.moe_grouped_gemm is True  # without a default it is argparse.SUPPRESS
     if "moe_act" in flags.get("recompute_modules", ()) and not grouped:
         raise UsageError(
             f"--memory {name} recomputes the experts' activation in the backward, which needs "
             "grouped GEMMs. Give --moe-grouped-gemm, or --memory lean."
         )
-    if not value("lm_loss_chunk_size"):  # the loss is not chunked
+    if not args.lm_loss_chunk_size:  # the loss is not chunked
         flags.pop("lm_loss_chunk_size", None)
     return {dest: flag for dest, flag in flags.items() if not hasattr(given, dest)}

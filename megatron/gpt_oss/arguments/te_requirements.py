@@ -10,8 +10,9 @@ falls back to unfused attention, whose scores need too much memory beyond 8k tok
 """
 
 import re
+from argparse import Namespace
 from dataclasses import dataclass
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 
@@ -32,8 +33,6 @@ FP8_RECIPE_TE = {
 # Limits of FusedAttention's backward on GPUs before Blackwell.
 LARGEST_HEAD_DIM, HEAD_DIM_MULTIPLE = 128, 8
 FP8_ROWS = 16  # FP8 GEMMs need multiples of this many rows
-
-Value = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -75,63 +74,63 @@ def check_installed(transformer_impl: str, versions: Versions | None = None) -> 
         )
 
 
-def check_transformer_engine(value: Value, versions: Versions | None = None) -> None:
+def check_transformer_engine(args: Namespace, versions: Versions | None = None) -> None:
     """Refuse what TransformerEngine does not support. Unknown versions count as new enough.
 
     Args:
-        value: value of an argument (argparse's dest) before Megatron's validation.
+        args: the arguments, before Megatron's validation.
     Raises:
         UsageError: names what is missing and what to use instead.
     """
     versions = versions or installed_versions()
-    if value("transformer_impl") != "transformer_engine":
-        if value("fp4"):
+    if args.transformer_impl != "transformer_engine":
+        if args.fp4:
             raise UsageError(
-                f"--fp4-format {value('fp4')} needs TransformerEngine: give --transformer-impl "
+                f"--fp4-format {args.fp4} needs TransformerEngine: give --transformer-impl "
                 "transformer_engine, or drop the flag and train in bf16."
             )
-        if value("sink_attention") == "te":
+        if args.sink_attention == "te":
             raise UsageError(
                 "--sink-attention te needs --transformer-impl transformer_engine. Give it, or drop "
                 "--sink-attention te."
             )
         return
-    for problem in _fp8_problems(value, versions):
+    for problem in _fp8_problems(args, versions):
         raise UsageError(problem)
-    if value("sink_attention") == "te":
-        for problem in attention_problems(value, versions):
+    if args.sink_attention == "te":
+        for problem in attention_problems(args, versions):
             raise UsageError(
                 f"--sink-attention te: {problem}. Drop the flag: Megatron-Core's own attention "
                 "supports this case."
             )
 
 
-def attention_problems(value: Value, versions: Versions) -> Iterator[str]:
+def attention_problems(args: Namespace, versions: Versions) -> Iterator[str]:
     """Reasons why TransformerEngine's fused attention does not support this; no final period."""
-    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
-    sinks = value("softmax_type") != "vanilla"
-    packed = bool(value("dataloader_inter_document_masking"))
-    if not (value("bf16") or value("fp16")):
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    sinks = args.softmax_type != "vanilla"
+    packed = bool(args.dataloader_inter_document_masking)
+    if not (args.bf16 or args.fp16):
         yield "its fused attention is for bf16 and fp16, and neither --bf16 nor --fp16 is given"
-    backend = getattr(value("attention_backend"), "name", value("attention_backend"))
+    backend = getattr(args.attention_backend, "name", args.attention_backend)
     if sinks and backend not in (None, "auto", "fused"):
         yield f"--attention-backend {backend} does not support sinks there, only fused does"
-    head_dim = value("kv_channels")
+    head_dim = args.kv_channels
     if head_dim and (head_dim > LARGEST_HEAD_DIM or head_dim % HEAD_DIM_MULTIPLE):
         yield (
             f"its fused backward takes head dims up to {LARGEST_HEAD_DIM} in steps of "
             f"{HEAD_DIM_MULTIPLE}, --kv-channels is {head_dim}"
         )
-    if value("reset_attention_mask"):
+    if args.reset_attention_mask:
         yield "--reset-attention-mask creates mask tensors, which its fused attention cannot use"
     if sinks:
-        yield from _sink_problems(value, versions, packed, cp)
+        yield from _sink_problems(args, versions, packed, cp)
     if cp > 1:
-        yield from _context_parallel_problems(value, packed, cp, tp)
+        yield from _context_parallel_problems(args, packed, cp, tp)
 
 
-def _sink_problems(value: Value, versions: Versions, packed: bool, cp: int) -> Iterator[str]:
-    needed = f"softmax type {value('softmax_type')}"
+def _sink_problems(args: Namespace, versions: Versions, packed: bool, cp: int) -> Iterator[str]:
+    needed = f"softmax type {args.softmax_type}"
     if _older(versions.te, SOFTMAX_TYPE_TE):
         yield f"{needed} needs TransformerEngine {_shown(SOFTMAX_TYPE_TE)}, found {_shown(versions.te)}"
     if _older(versions.cudnn, LEARNABLE_CUDNN):
@@ -141,22 +140,22 @@ def _sink_problems(value: Value, versions: Versions, packed: bool, cp: int) -> I
             f"{needed} in packed documents (thd) needs cuDNN {_shown(PACKED_CUDNN)}, found "
             f"{_shown(versions.cudnn)}"
         )
-    if value("deterministic_mode"):
+    if args.deterministic_mode:
         yield f"its backward with {needed} is not deterministic, and --deterministic-mode is given"
-    comm_types = value("cp_comm_type") or ["p2p"]
+    comm_types = args.cp_comm_type or ["p2p"]
     for name in comm_types if cp > 1 else ():
         if name != "a2a":
             yield f"{needed} under context parallelism needs a2a, --cp-comm-type is {name}"
 
 
-def _context_parallel_problems(value: Value, packed: bool, cp: int, tp: int) -> Iterator[str]:
+def _context_parallel_problems(args: Namespace, packed: bool, cp: int, tp: int) -> Iterator[str]:
     if packed:
         yield (
             "it splits every packed document over the ranks, which needs lengths in multiples of "
             f"{2 * cp}, and documents here have any length"
         )
     for what, dest in (("attention heads", "num_attention_heads"), ("groups", "num_query_groups")):
-        number = value(dest)
+        number = getattr(args, dest)
         if number and number % (tp * cp):
             yield (
                 f"a2a splits the {number} {what} over tensor_model_parallel_size * "
@@ -164,10 +163,10 @@ def _context_parallel_problems(value: Value, packed: bool, cp: int, tp: int) -> 
             )
 
 
-def _fp8_problems(value: Value, versions: Versions) -> Iterator[str]:
-    if not value("fp8"):
+def _fp8_problems(args: Namespace, versions: Versions) -> Iterator[str]:
+    if not args.fp8:
         return
-    recipe = value("fp8_recipe")
+    recipe = args.fp8_recipe
     recipe = getattr(recipe, "value", recipe)
     needed = FP8_RECIPE_TE.get(recipe)
     if needed is not None and _older(versions.te, needed):
@@ -175,16 +174,16 @@ def _fp8_problems(value: Value, versions: Versions) -> Iterator[str]:
             f"--fp8-recipe {recipe} needs TransformerEngine {_shown(needed)}, found "
             f"{_shown(versions.te)}. Give another recipe, or drop --fp8-format for bf16."
         )
-    recomputed = value("recompute_modules") or ()
+    recomputed = args.recompute_modules or ()
     if "moe_act" in recomputed and _older(versions.te, SAVE_ORIGINAL_INPUT_TE):
         yield (
             "--recompute-modules moe_act in FP8 needs TransformerEngine "
             f"{_shown(SAVE_ORIGINAL_INPUT_TE)}, found {_shown(versions.te)}. Drop moe_act."
         )
-    length, batch = value("seq_length"), value("micro_batch_size") or 1
-    parts = value("context_parallel_size")
-    if value("sequence_parallel"):
-        parts *= value("tensor_model_parallel_size")
+    length, batch = args.seq_length, args.micro_batch_size or 1
+    parts = args.context_parallel_size
+    if args.sequence_parallel:
+        parts *= args.tensor_model_parallel_size
     if length and length * batch // parts % FP8_ROWS:
         yield (
             f"--fp8-format: a rank has {length * batch // parts} tokens, and FP8 GEMMs need "

@@ -3,43 +3,43 @@
 """Checks of sequence length, packing and context parallelism."""
 
 import math
-from typing import Callable
+from argparse import Namespace
 
 from megatron.core.transformer.sink_attention.context_parallel.choose import COMM_TYPES
 from megatron.gpt_oss.errors import UsageError
 
 
-def check_sequence(value: Callable[[str], object]) -> None:
+def check_sequence(args: Namespace) -> None:
     """Refuse what attention would refuse only in a layer, after process groups are created.
 
     Args:
-        value: value of an argument (argparse's dest) before Megatron's validation.
+        args: the arguments, before Megatron's validation.
     Raises:
         UsageError: names the flag, its value and what to give instead.
     """
-    if value("dataloader_inter_document_masking"):
-        _check_packing(value)
-    elif value("document_positions") == "restart":
+    if args.dataloader_inter_document_masking:
+        _check_packing(args)
+    elif args.document_positions == "restart":
         raise UsageError(
             "--document-positions restart without --dataloader-inter-document-masking: attention "
             "then crosses documents, and positions continue. Give both, or neither."
         )
-    if value("context_parallel_size") > 1:
-        _check_length(value)
-        if value("sink_attention") != "te":
-            _check_attention(value)
-            _check_comm_types(value)
+    if args.context_parallel_size > 1:
+        _check_length(args)
+        if args.sink_attention != "te":
+            _check_attention(args)
+            _check_comm_types(args)
 
 
-def _check_packing(value) -> None:
-    if value("micro_batch_size") not in (None, 1):
+def _check_packing(args: Namespace) -> None:
+    if args.micro_batch_size not in (None, 1):
         raise UsageError(
-            f"--micro-batch-size {value('micro_batch_size')} with "
+            f"--micro-batch-size {args.micro_batch_size} with "
             "--dataloader-inter-document-masking: packed documents form one sequence. Give "
             "--micro-batch-size 1 and a longer --seq-length."
         )
     for dest in ("reset_attention_mask", "reset_position_ids"):
-        if value(dest):
+        if getattr(args, dest):
             flag = f"--{dest.replace('_', '-')}"
             raise UsageError(
                 f"{flag} with --dataloader-inter-document-masking, which already separates "
@@ -47,9 +47,9 @@ def _check_packing(value) -> None:
             )
 
 
-def _check_length(value) -> None:
-    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
-    length = value("seq_length")
+def _check_length(args: Namespace) -> None:
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    length = args.seq_length
     if length is None:
         return
     # A rank has two chunks; experts or sequence parallelism split its tokens over TP.
@@ -64,7 +64,7 @@ def _check_length(value) -> None:
         )
 
 
-def _check_attention(value) -> None:
+def _check_attention(args: Namespace) -> None:
     """Refuse what only unfused attention supports, which sees only one rank's keys."""
     hints = {
         "attention_dropout": "Give --attention-dropout 0.",
@@ -72,18 +72,18 @@ def _check_attention(value) -> None:
         "hybrid_context_parallel": "Drop it.",
     }
     for dest, hint in hints.items():
-        if value(dest):
+        if getattr(args, dest):
             flag = f"--{dest.replace('_', '-')}"
-            found = "" if value(dest) is True else f" {value(dest)}"
+            found = "" if getattr(args, dest) is True else f" {getattr(args, dest)}"
             raise UsageError(
                 f"{flag}{found} cannot be combined with --context-parallel-size "
-                f"{value('context_parallel_size')}. {hint}"
+                f"{args.context_parallel_size}. {hint}"
             )
 
 
-def _check_comm_types(value) -> None:
-    cp, tp = value("context_parallel_size"), value("tensor_model_parallel_size")
-    given, layers = value("cp_comm_type"), value("num_layers")
+def _check_comm_types(args: Namespace) -> None:
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    given, layers = args.cp_comm_type, args.num_layers
     for name in given:
         if name not in COMM_TYPES:
             raise UsageError(
@@ -94,7 +94,7 @@ def _check_comm_types(value) -> None:
             f"--cp-comm-type lists {len(given)} layers, the model has {layers}. Give one for all, "
             "or one per layer."
         )
-    sizes = value("hierarchical_context_parallel_sizes")
+    sizes = args.hierarchical_context_parallel_sizes
     if "a2a+p2p" in given and (not sizes or len(sizes) != 2 or math.prod(sizes) != cp):
         shown = " ".join(map(str, sizes)) if sizes else "not given"
         raise UsageError(
@@ -102,7 +102,7 @@ def _check_comm_types(value) -> None:
             f"sizes whose product is --context-parallel-size {cp}: the ranks of one all-to-all "
             "(within a node), and of the ring between them."
         )
-    heads = value("num_attention_heads")
+    heads = args.num_attention_heads
     for name, ranks in (("a2a", cp), ("a2a+p2p", sizes[0] if sizes else 1)):
         if name in given and heads and heads % (tp * ranks):
             raise UsageError(

@@ -3,6 +3,7 @@
 """Requirements of --transformer-impl transformer_engine and its layer spec, without the package."""
 
 import re
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -54,7 +55,7 @@ PACKED = dict(dataloader_inter_document_masking=True)
 
 
 def check(versions=NEW, **changes):
-    check_transformer_engine({**BASE, **changes}.__getitem__, versions)
+    check_transformer_engine(Namespace(**{**BASE, **changes}), versions)
 
 
 @pytest.mark.parametrize(
