@@ -2,10 +2,10 @@
 
 """`gptoss launch`: torchrun with the exit status of the failed rank and without a traceback.
 
-Three things differ from torchrun. torchrun always exits with status 1 and prints its own stack of
-25 lines; this command exits with the status of the rank that failed first. SIGUSR1 ends torchrun;
-here it is forwarded to the ranks. torchrun kills the ranks 30 s after SIGTERM; here they have
-`SECONDS_TO_SAVE`.
+Three things differ from torchrun. torchrun exits with status 1 and prints its own stack of 25
+lines, except for pretrain_gpt_oss.py (`torchrun_exit.py`); this command exits with the status of
+the rank that failed first, for every script. SIGUSR1 ends torchrun; here it is forwarded to the
+ranks. torchrun kills the ranks 30 s after SIGTERM; here they have `SECONDS_TO_SAVE`.
 """
 
 import argparse
@@ -13,11 +13,10 @@ import logging
 import os
 import re
 import signal
-import socket
-import sys
 from typing import NoReturn, Sequence
 
-from megatron.gpt_oss.errors import EXIT_FAULT, UsageError, as_refusal
+from megatron.gpt_oss.errors import UsageError, as_refusal
+from megatron.gpt_oss.torchrun_exit import AGENT_LOGGERS, exit_status
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SECONDS_TO_SAVE = 600
@@ -37,8 +36,7 @@ def launch(words: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, parse_min_max_nnodes, run
 
-    # They log every process that torchrun ends; `_status` reports why the first rank failed.
-    for name in ("torch.distributed.elastic", "torch.distributed.elastic.agent.server.api"):
+    for name in ("torch.distributed.elastic", *AGENT_LOGGERS):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_SAVE))  # PyTorch 2.13
     parser = get_args_parser()
@@ -55,10 +53,8 @@ def launch(words: Sequence[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(args.nproc_per_node)))
     try:
         run(args)
-    except ChildFailedError as failed:
-        raise SystemExit(_status(failed)) from failed
-    except SignalException as ended:
-        raise SystemExit(128 + ended.sigval) from ended
+    except (ChildFailedError, SignalException) as ended:
+        raise SystemExit(exit_status(ended)) from ended
     except (ValueError, AssertionError) as error:  # of --nproc-per-node, --nnodes and their like
         raise as_refusal(error, "torchrun refuses these options") from error
 
@@ -86,22 +82,6 @@ def _threads(processes: str) -> int:
     """OMP_NUM_THREADS of each rank; torchrun's 1 is slow for a CPU-offloaded optimizer."""
     cores = os.cpu_count() or 1
     return max(1, min(8, cores // int(processes) if re.fullmatch("[1-9][0-9]*", processes) else 1))
-
-
-def _status(failed) -> int:
-    """Exit status of the rank that failed first; prints a message if a signal killed it."""
-    rank, first = failed.get_first_failure()
-    if first.exitcode > 0:
-        return first.exitcode
-    number = -first.exitcode
-    print(
-        f"error: rank {rank}, process {first.pid} on {socket.gethostname()}, "
-        f"was killed by {first.signal_name()}. Rerun the same command: the run resumes from its "
-        "last checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
-    return 128 + number if number else EXIT_FAULT
 
 
 def _raise_usage_error(message: str) -> NoReturn:
