@@ -12,6 +12,7 @@ from argparse import Namespace
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron.core.dist_checkpointing.checkpoint_names import TRACKER
 from megatron.core.dist_checkpointing.restricted_pickle import RestrictedPickleError
 from megatron.gpt_oss.errors import RunError, as_os_sentence, os_cause
 from megatron.training import checkpoint_integrity
@@ -113,15 +114,18 @@ def _written_error(error: BaseException) -> BaseException:
 
 
 def _is_of_checkpoint(error: OSError, args: Namespace) -> bool:
-    """Whether an OSError is of a checkpoint that is being written.
+    """Whether an OSError is of a checkpoint that is being written, or of the tracker file.
 
-    A missing file counts only within a checkpoint: it may be an input otherwise.
+    --save may also hold run.json and the dataset cache.
     """
-    name = str(error.filename or "")
-    if not name:
+    if not error.filename:
         return error.errno != errno.ENOENT
-    inside = bool(args.save) and os.path.abspath(name).startswith(os.path.abspath(args.save))
-    return inside and (error.errno != errno.ENOENT or "iter_" in name)
+    name, save = (
+        os.path.abspath(os.fsdecode(error.filename)),
+        os.path.abspath(args.save or os.devnull),
+    )
+    within = os.path.relpath(name, save)
+    return within == "." or within.startswith("iter_") or within == TRACKER
 
 
 def _what_is_saved(args: Namespace) -> str:

@@ -46,7 +46,7 @@ FREE = frozenset(
     context_parallel_size cp_comm_type hierarchical_context_parallel_sizes
     expert_model_parallel_size expert_tensor_parallel_size tensor_parallel_num_weight_shards
     expert_tensor_parallel_num_weight_shards num_distributed_optimizer_instances
-    moe_token_dispatcher_type moe_permute_fusion micro_batch_size use_distributed_optimizer
+    moe_token_dispatcher_type moe_permute_fusion use_distributed_optimizer
     overlap_grad_reduce overlap_param_gather overlap_p2p_comm overlap_moe_expert_parallel_comm
     overlap_param_gather_with_optimizer_step align_param_gather align_grad_reduce
     delay_wgrad_compute ddp_bucket_size ddp_num_buckets ddp_average_in_collective
@@ -102,6 +102,8 @@ _CONSEQUENCES = {
     "seed": "the data is shuffled differently: samples may repeat or be skipped",
     "split": "the training documents differ: samples may repeat or be skipped",
     "dataloader_type": "the sample order differs",
+    "micro_batch_size": "aux_loss balances the experts over the tokens of a micro-batch",
+    "tokenizer_model": "used only if the documents of the data end with different tokens",
     "load_hf": "not read, because the run resumes from its own checkpoint",
     "data_path": "the run skips as many samples of the new data as it has consumed",
     "train_data_path": "the run skips as many samples of the new data as it has consumed",
@@ -153,8 +155,16 @@ def check_changes(
     return {
         name: values
         for name, values in differing.items()
-        if name not in FREE and name not in AT_LOAD
+        if name not in FREE and name not in AT_LOAD and not _is_without_effect(name, now)
     }
+
+
+def _is_without_effect(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether an argument does not change the numbers of training with these other arguments."""
+    balancing = arguments.get("moe_router_load_balancing_type") or ()
+    return name == "micro_batch_size" and "aux_loss" not in (
+        [balancing] if isinstance(balancing, str) else balancing
+    )
 
 
 def changes_line(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -2,6 +2,7 @@
 """The directory of a run: created and locked by rank 0; Megatron's own output goes to a file in it."""
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -50,9 +51,8 @@ def megatron_output(run_dir: Path | None) -> Iterator[TextIO]:
     _create(run_dir, "--run-dir")
     console = sys.stdout
     path = run_dir / f"megatron-rank{int(os.environ['RANK'])}.log"
-    _check_not_in_the_way([path])
-    # Megatron prints arguments, which may be file names that are not UTF-8.
-    log = open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1)
+    _check_not_in_the_way([path], allow_device=True)
+    log = _open_log(path)
     try:
         with contextlib.redirect_stdout(log):
             logging.basicConfig(stream=log, force=True)
@@ -78,15 +78,36 @@ def _lock_directories(directory: Path, save: str | None) -> list[Path]:
     return list({path.resolve(): path for path in reversed(found)}.values())[::-1]
 
 
-def _check_not_in_the_way(paths: Iterable[Path]) -> None:
+def _check_not_in_the_way(paths: Iterable[Path], allow_device: bool = False) -> None:
     """Refuse what a run can neither read nor replace: it would wait for the other end of a pipe."""
     for path in paths:
-        if path.is_dir() or path.is_fifo() or path.is_socket():
-            kind = "directory" if path.is_dir() else "named pipe or socket"
-            raise UsageError(
-                f"{path} is a {kind}; a run writes a file of this name. Move it away, or give "
-                "another directory."
-            )
+        is_device = path.is_char_device() or path.is_block_device()
+        if path.is_file() or not path.exists() or (is_device and allow_device):
+            continue
+        kind = "directory" if path.is_dir() else "named pipe or socket"
+        raise UsageError(
+            f"{path} is a {'device' if is_device else kind}; a run writes a file of this name. "
+            "Move it away, or give another directory."
+        )
+
+
+class _LogFile(io.FileIO):
+    """A file whose errors of writing have its path."""
+
+    def write(self, data) -> int:
+        """See `io.FileIO`."""
+        with naming(self.name):
+            return super().write(data)
+
+
+def _open_log(path: Path) -> TextIO:
+    """Open the log file, line by line; file names that are not UTF-8 are written with backslashes."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(_LogFile(path, "a")),
+        encoding="utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
+    )
 
 
 def _create(directory: Path, flag: str) -> None:

@@ -37,7 +37,8 @@ class RunLock:
         directory: an existing directory.
         tell: called with a line about an earlier or another holder.
     Raises:
-        UsageError: another run holds the lock; names machine, process and start time.
+        UsageError: another run holds the lock (names machine, process and start time), or the file
+            is a symbolic link.
     """
 
     def __init__(self, directory: Path, tell: Callable[[str], None]):
@@ -46,6 +47,11 @@ class RunLock:
         self._ended = threading.Event()
 
     def __enter__(self) -> "RunLock":
+        if self._path.is_symlink():
+            raise UsageError(
+                f"{self._path} is a symbolic link, which another run may lock too. Remove it, or "
+                "give another directory."
+            )
         with naming(self._path):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:

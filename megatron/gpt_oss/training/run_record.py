@@ -18,6 +18,7 @@ from typing import Any, Iterator, Mapping
 
 from megatron.gpt_oss.arguments.run_spec import RunSpec
 from megatron.gpt_oss.arguments.validate_data import read_prefixes
+from megatron.gpt_oss.data.tokenizer_files import eos_token_of
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.json_file import read_json
 from megatron.gpt_oss.outputs import MADE_BY, sha256, write_file
@@ -32,6 +33,7 @@ from megatron.gpt_oss.training.run_file import (
 RUN = "pretrain_gpt_oss.py"
 VERSION = 1
 _MARK = f'{{\n "{MADE_BY}": "{RUN}"'
+EOS = "eos_token"
 # Compared by content, because the path of the data may change.
 _TRAINING_DATA = ("data_path", "train_data_path")
 
@@ -125,6 +127,10 @@ def compare_records(
             f"The tokenizer {new['path']} differs from {old.get('path')}, which this run used when "
             "it was last started: token ids would change their meaning. Give the earlier "
             "tokenizer, or start a new run."
+        )
+    if isinstance(old, dict) and old.get(EOS, new.get(EOS)) != new.get(EOS):
+        changes["tokenizer_model"] = tuple(
+            f"with eos_token {entry.get(EOS)}" for entry in (old, new)
         )
     old, new = then["weights"], now["weights"]
     if not _same_file(old, new):
@@ -239,13 +245,14 @@ def _absolute(words: list, data: Mapping) -> list:
 
 
 def _tokenizer(args: Namespace) -> dict[str, Any]:
+    """Path, hash and eos_token of the tokenizer; training uses none of its other settings."""
     if args.tokenizer_type != "HuggingFaceTokenizer":
         return {"path": f"{args.tokenizer_type} of {args.vocab_size} tokens"}
     path = Path(args.tokenizer_model)
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         return {"path": str(args.tokenizer_model)}  # a name on the Hugging Face Hub
-    return {"path": str(path), "sha256": sha256(path)}
+    return {"path": str(path), "sha256": sha256(path), EOS: eos_token_of(path.parent)}
 
 
 def _weights(args: Namespace) -> dict[str, Any] | None:
@@ -266,6 +273,8 @@ def _same_file(then: Any, now: Any) -> bool:
     """
     if not isinstance(then, dict) or not isinstance(now, dict):
         return True
-    return {**then, "path": ""} == {**now, "path": ""} and (
-        "sha256" in now or then.get("path") == now["path"]
-    )
+    content = [
+        {key: value for key, value in entry.items() if key not in ("path", EOS)}
+        for entry in (then, now)
+    ]
+    return content[0] == content[1] and ("sha256" in now or then.get("path") == now["path"])

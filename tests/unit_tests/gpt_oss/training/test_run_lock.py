@@ -147,6 +147,15 @@ def test_taken_over_while_it_stood_still(tmp_path, holder):
         assert kept(tmp_path)["pid"] == os.getpid()
 
 
+def test_a_link(tmp_path):
+    """A link may lead to the lock of another directory."""
+    (tmp_path / "run.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="^.*/run.lock is a symbolic link.* Remove it"):
+        with RunLock(tmp_path, print):
+            pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("text", ["", '{"pid', "[1]", '{"pid": "x", "boot": 3}'])
 def test_damaged_holder(tmp_path, text):
     (tmp_path / "run.lock.json").write_text(text)

@@ -233,6 +233,24 @@ def test_other_tokenizer_or_weights(ranks, inputs, run_dir, tmp_path):
         start(ranks, inputs, run_dir, "", argv)
 
 
+def test_another_eos_token(ranks, inputs, run_dir, tmp_path):
+    """Told in one line; a record of a version without the token is not compared."""
+    folder = copied(inputs, tmp_path, "hf")
+    argv = words(inputs, run_dir, load_hf=folder / "hf")
+    config = folder / "hf" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"chat_template": "other"}))
+    assert "changed since" not in start(ranks, inputs, run_dir, "", argv)
+    config.write_text(json.dumps(settings | {"eos_token": "<|return|>"}))
+    printed = start(ranks, inputs, run_dir, "", argv)
+    assert f"was with eos_token {settings['eos_token']} and is with eos_token <|return|>" in printed
+    record = record_of(run_dir)
+    del record["tokenizer"]["eos_token"]
+    config.write_text(json.dumps(settings))
+    now = record["tokenizer"] | {"eos_token": "any"}
+    assert not run_record.compare_records(record, record | {"tokenizer": now})
+
+
 @pytest.mark.parametrize("text", [None, "", '{"made_by": "pretrain', "[]"])
 def test_damaged_record_stops_no_resume(ranks, inputs, run_dir, text):
     record = run_dir / "run.json"
@@ -309,6 +327,25 @@ def test_classes():
     assert model - {"max_position_embeddings", "softmax_type"} <= resume_rules.MODEL | {
         name for name in model if name not in names
     }, model - resume_rules.MODEL
+
+
+@pytest.mark.parametrize(
+    "balancing, told",
+    [
+        ("aux_loss", True),
+        (["aux_loss", "seq_aux_loss"], True),
+        ("seq_aux_loss", False),
+        ("none", False),
+    ],
+)
+def test_micro_batch_size(balancing, told):
+    """It changes the numbers only with a loss over the tokens of a micro-batch."""
+    both = {"moe_router_load_balancing_type": balancing}
+    changes = resume_rules.check_changes(
+        both | {"micro_batch_size": 1}, both | {"micro_batch_size": 2}
+    )
+    assert changes == ({"micro_batch_size": (1, 2)} if told else {})
+    assert not told or "tokens of a micro-batch" in resume_rules.changes_line(changes)
 
 
 def test_every_model_argument_is_refused():

@@ -2,6 +2,7 @@
 
 """Errors before a run starts: environment of the ranks, checkpoint to load, output directory."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -128,6 +129,15 @@ def test_run_dir_is_something_else(tmp_path, make, words):
     assert f"--run-dir {tmp_path}/run {words}. Give another path." == str(error.value)
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "run.lock.json"])
+def test_a_device_has_the_name_of_a_file(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("RANK", "0")
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(UsageError, match=f"^{tmp_path}/{name} is a device; .* Move it away"):
+        with run_dir.locked(Namespace(run_dir=str(tmp_path), save=None)):
+            pass
+
+
 @pytest.mark.parametrize("make, kind", [(os.mkfifo, "named pipe"), (os.mkdir, "directory")])
 @pytest.mark.parametrize(
     "name",
@@ -161,6 +171,41 @@ def test_a_full_disk_hides_no_error(tmp_path, monkeypatch):
                 print("a line")
             failure_messages.print_traceback(error.value)
             raise errors.RunError("disk full")
+
+
+def test_a_full_disk_under_the_log(tmp_path, monkeypatch, capsys):
+    """The message has the path of the log file; the standard output is not full."""
+    monkeypatch.setenv("RANK", "0")
+    log = tmp_path / "megatron-rank0.log"
+    log.symlink_to("/dev/full")
+
+    def main():
+        with run_dir.megatron_output(tmp_path):
+            print("a line")
+
+    with pytest.raises(SystemExit):
+        errors.run_main(main)
+    assert capsys.readouterr().err.startswith(f"error: {log}: no space left on the disk")
+
+
+@pytest.mark.parametrize(
+    "name, of_checkpoint",
+    [
+        ("run.json", False),
+        (".run.json.0a1b.new", False),
+        ("cache/GPTDataset_indices/x.npy", False),
+        ("iter_0000002/__0_0.distcp", True),
+        ("iter_0000002", True),
+        ("latest_checkpointed_iteration.txt", True),
+        ("", True),
+    ],
+)
+def test_full_disk_under_save(tmp_path, name, of_checkpoint):
+    """Only the files of a checkpoint are called a checkpoint; --save may also hold run.json."""
+    error = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / name))
+    message = str(failure_messages.as_run_error(error, Namespace(save=str(tmp_path))))
+    assert ("A checkpoint could not be written" in message) == of_checkpoint
+    assert str(tmp_path / name) in message and "no space left on the disk" in message
 
 
 def test_without_asserts():
