@@ -29,15 +29,24 @@ main()
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """Directory with the entry points of pyproject.toml, as pip would install them."""
-    directory = tmp_path_factory.mktemp("installed")
     with open(ROOT / "pyproject.toml", "rb") as file:
-        project = tomllib.load(file)["project"]
-    metadata = directory / f"megatron_core-{project['version']}.dist-info"
+        groups = tomllib.load(file)["project"]["entry-points"]
+    return install(tmp_path_factory.mktemp("installed"), groups)
+
+
+@pytest.fixture(scope="module")
+def without_entry_points(tmp_path_factory):
+    """Directory that hides the entry points of an installed package."""
+    return install(tmp_path_factory.mktemp("without"), {})
+
+
+def install(directory, groups):
+    metadata = directory / "megatron_core-1.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    (metadata / "METADATA").write_text("Name: megatron-core\nVersion: 1\n")
     lines = [
         line
-        for group, entries in project["entry-points"].items()
+        for group, entries in groups.items()
         for line in (f"[{group}]", *(f"{name} = {value}" for name, value in entries.items()))
     ]
     (metadata / "entry_points.txt").write_text("\n".join(lines))
@@ -47,7 +56,7 @@ def installed(tmp_path_factory):
 def torchrun(installed, *words, ranks=2, **options):
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
     command += ["--standalone", "--nproc-per-node", str(ranks), *map(str, words)]
-    path = os.pathsep.join(map(str, filter(None, (installed, ROOT))))
+    path = os.pathsep.join(map(str, (installed, ROOT)))
     environ = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, **options)
 
@@ -85,7 +94,7 @@ def test_ended_by_a_signal(installed, tmp_path):
     script = tmp_path / torchrun_exit.SCRIPT
     script.write_text(SCRIPT)
     process = torchrun(installed, script, "wait", tmp_path / "ready")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
@@ -94,12 +103,13 @@ def test_ended_by_a_signal(installed, tmp_path):
 
 
 @pytest.mark.parametrize("text", [SCRIPT, RECORDED], ids=["exits", "raises"])
-def test_another_script(installed, tmp_path, text):
+def test_another_script(installed, without_entry_points, tmp_path, text):
     """Another script: the output and status of torchrun, even if it gets our script as a word."""
     script = tmp_path / "train.py"
     script.write_text(text)
     words = ("usage", tmp_path / "ready", ROOT / torchrun_exit.SCRIPT)
-    found = [ended(torchrun(path, script, *words, ranks=1)) for path in (installed, None)]
+    paths = (installed, without_entry_points)
+    found = [ended(torchrun(path, script, *words, ranks=1)) for path in paths]
     assert [status for status, _ in found] == [1, 1]
     assert all("ChildFailedError" in printed for _, printed in found)
     with_plugin, without = (_without_varying_words(printed) for _, printed in found)
