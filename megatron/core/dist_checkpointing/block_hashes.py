@@ -28,7 +28,6 @@ except ImportError:  # without it shards get no hashes and are not checked
 SUFFIX = ".xxh3"
 BLOCK = 4 * 2**20
 VERSION = 1
-_THREADS = 2
 # Bytes that are read and then hashed; small enough to stay in the cache of a core.
 _CHUNK = 2**19
 # Smaller writes are hashed without a thread, whose start would cost more than the hash.
@@ -237,7 +236,7 @@ def _read_hashes(directory: Path, name: str) -> Tuple[int, Optional[List[str]]]:
 
 
 class CheckedFileSystemReader(FileSystemReader):
-    """Reads the items of a rank's plan, and checks their blocks in other threads.
+    """Reads the items of a rank's plan, and checks their blocks in another thread.
 
     `read_data` raises DamagedShard if a block differs from the one that was written.
     """
@@ -255,9 +254,10 @@ class CheckedFileSystemReader(FileSystemReader):
         """See `StorageReader`."""
         places = [self.storage_data[item.storage_index] for item in plan.items]
         places.sort(key=lambda place: (place.relative_path, place.offset))
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="hashes") as threads:
+        # One: it is faster than the load, and more would take cores from it.
+        with ThreadPoolExecutor(1, thread_name_prefix="hashes") as thread:
             checks = [
-                threads.submit(self.hashes.check, place.relative_path, place.offset, place.length)
+                thread.submit(self.hashes.check, place.relative_path, place.offset, place.length)
                 for place in places
             ]
             found, failure = None, None
