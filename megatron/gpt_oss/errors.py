@@ -5,11 +5,13 @@
 import atexit
 import contextlib
 import errno
+import functools
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from typing import Callable, Iterator, NoReturn
@@ -232,6 +234,7 @@ def run_main(main: Callable[[], object]) -> None:
 
 def _run(main: Callable[[], object]) -> None:
     _open_closed_streams()
+    sys.unraisablehook = functools.partial(_interrupt_again, sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -260,6 +263,15 @@ def _run(main: Callable[[], object]) -> None:
         if sentence is None:
             raise
         exit_with(UsageError(sentence))
+
+
+def _interrupt_again(unraisablehook: Callable, unraisable) -> None:
+    """sys.unraisablehook: Python drops a Ctrl-C during os.fork or in a finalizer; send it again."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        return unraisablehook(unraisable)
+    again = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    again.daemon = True
+    again.start()
 
 
 def _open_closed_streams() -> None:

@@ -75,6 +75,13 @@ def _check_dataset(flag: str, prefix: str) -> None:
 
 
 def _check_tokenizer(model: str) -> None:
+    try:
+        model.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"--tokenizer-model {model} is not UTF-8, which the tokenizers package requires. Rename "
+            "it, or set a UTF-8 locale: LC_ALL=C.UTF-8."
+        ) from error
     if os.path.isfile(model):
         return
     if os.path.isdir(model):

@@ -12,6 +12,8 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -376,6 +378,28 @@ def test_ctrl_c_is_a_sentence(monkeypatch, capsys):
     try:
         with pytest.raises(SystemExit) as stop:
             errors.run_main(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted (SIGINT)\n"
+
+
+def test_an_interrupt_that_python_drops(capsys, monkeypatch):
+    """Python ignores exceptions in a finalizer and in the hooks of os.fork; the command still ends."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def main():
+        Finalized()
+        time.sleep(30)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            errors.run_main(main)
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == 130

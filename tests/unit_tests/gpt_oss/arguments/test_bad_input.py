@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron.gpt_oss import cli
+from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.checkpoint.export_hf import export_hf
 from megatron.gpt_oss.checkpoint.import_hf import convert_to_megatron
 from megatron.gpt_oss.errors import UsageError
@@ -157,6 +158,15 @@ def test_output_folder_is_not_empty(published, tmp_path):
     assert os.listdir(tmp_path / "out") == ["mine"] and os.listdir(tmp_path) == ["out"]
     (tmp_path / "out" / "mine").unlink()
     convert_to_megatron(published, tmp_path / "out")  # an empty one is taken
+
+
+def test_a_tokenizer_path_that_is_not_utf_8(tmp_path):
+    """Python has such a path also for one in UTF-8, under LC_ALL=C PYTHONUTF8=0."""
+    path = tmp_path / os.fsdecode(b"\xff")
+    path.mkdir()
+    (path / "tokenizer.json").touch()
+    with pytest.raises(UsageError, match="--tokenizer-model .* is not UTF-8.*LC_ALL=C.UTF-8"):
+        read(["--preset", "tiny", "--mock-data", "--tokenizer-model", str(path)])
 
 
 def test_a_tokenizer_beside_the_checkpoint_is_looked_at_first(published, tmp_path):
