@@ -100,7 +100,7 @@ def _write_small_files(folder: Path) -> None:
     (run / "arguments.json").write_text(json.dumps({"lr": 1e-3, "data_path": ["<&>"]}, indent=1))
     (folder / "recorded").mkdir()
     (folder / "recorded" / "run.json").write_text(json.dumps(RECORD, indent=1))
-    output = ResumableDatasets(folder / "made", [""], "uint16", {"a": 1}, False)
+    output = ResumableDatasets(folder / "made", {"": "uint16"}, {"a": 1}, False)
     output.save({"file": 0, "record": 0, "skipped": [["a", "b"]]})
     output.close()
     work = ResumableOutput(folder / "work", {"a": 1})
@@ -215,7 +215,7 @@ def _documents(name):
 def _journal(folder):
     journal = (folder / ".made.partial" / "journal.json").read_bytes()
     try:
-        ResumableDatasets(folder / "made", [""], "uint16", {"a": 1}, False).close()
+        ResumableDatasets(folder / "made", {"": "uint16"}, {"a": 1}, False).close()
     finally:
         (folder / ".made.partial" / "journal.json").write_bytes(journal)
 

@@ -15,7 +15,7 @@ BYTE_VOCAB_SIZE = 257
 
 def build_byte_tokenizer() -> Tokenizer:
     """The tokenizer: 256 bytes with their value as id, <|endoftext|> with id 256."""
-    vocab = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    vocab = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     # use_regex=False: no splitting into words, which only affects merges.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -40,7 +40,7 @@ def write_byte_tokenizer(directory: Path) -> None:
     (directory / TOKENIZER_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def _byte_symbols() -> list[str]:
+def byte_symbols() -> list[str]:
     """The printable character of each byte in GPT-2's byte-level vocabulary.
 
     A printable Latin-1 byte is itself; the others map to U+0100 and the following characters.

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Iterable, Sequence
 
+from megatron.gpt_oss.data.indexed_dataset import LOSS
 from megatron.gpt_oss.errors import UsageError
 from megatron.gpt_oss.outputs import MADE_BY, check_apart, check_mine, is_unchanged
 
@@ -23,6 +24,11 @@ DATASET = (".bin", ".idx")
 def dataset_prefix(prefix: Path, name: str) -> Path:
     """Path of a dataset of a run, without extension."""
     return prefix.with_name(f"{prefix.name}.{name}") if name else prefix
+
+
+def loss_name(name: str) -> str:
+    """The dataset with the loss weights of a dataset: 'valid' -> 'valid.loss'."""
+    return f"{name}.{LOSS}" if name else LOSS
 
 
 def ending(name: str, end: str) -> str:

@@ -34,6 +34,7 @@ _DTYPES = {
 }
 _REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."
 _CHUNK = 2**20  # entries
+LOSS = "loss"  # PREFIX.loss holds the loss weights of the tokens in PREFIX
 _checked: dict[tuple, "IndexHeader"] = {}
 _CODES = {name: code for code, name in _DTYPES.items()}
 
@@ -78,11 +79,14 @@ class IndexHeader:
         return _HEADER.size + 12 * self.sequences + 8 * self.documents
 
 
-def check_dataset(prefix: str | Path) -> IndexHeader:
+def check_dataset(prefix: str | Path, floats: bool = False) -> IndexHeader:
     """Reject a dataset whose .idx is damaged or does not fit its .bin.
 
     Reads the complete .idx, 20 bytes per document, and caches the result until a file changes.
 
+    Args:
+        prefix: path without extension.
+        floats: the dataset holds loss weights, not tokens.
     Raises:
         UsageError: names the file, what it has and what to do.
     """
@@ -95,7 +99,31 @@ def check_dataset(prefix: str | Path) -> IndexHeader:
     key = tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in states)
     if key not in _checked:
         _checked[key] = _check_all(idx, data)
-    return _checked[key]
+    header = _checked[key]
+    if header.dtype.startswith("float") != floats:
+        expected = "loss weights" if floats else "token ids"
+        raise UsageError(f"{idx} holds {header.dtype} values, which are not {expected}. {_REMEDY}")
+    return header
+
+
+def has_loss_weights(prefix: str | Path) -> bool:
+    """Whether a dataset has loss weights, as `gptoss tokenize --chat` writes them."""
+    return os.path.isfile(f"{prefix}.{LOSS}.idx")
+
+
+def check_loss_weights(prefix: str | Path) -> None:
+    """Reject loss weights that do not fit the tokens of a dataset.
+
+    Raises:
+        UsageError: the loss weights are damaged, or of other conversations.
+    """
+    loss = f"{prefix}.{LOSS}"
+    check_dataset(loss, floats=True)
+    if not numpy.array_equal(read_lengths(prefix), read_lengths(loss, floats=True)):
+        raise UsageError(
+            f"{loss}.idx has other lengths than {prefix}.idx: the files do not belong together. "
+            f"{_REMEDY}"
+        )
 
 
 def _check_all(idx: str, data: str) -> IndexHeader:
@@ -139,8 +167,6 @@ def _check_header(idx: str, stream: BinaryIO) -> IndexHeader:
             f"{idx} has version {version} and type {code}, which Megatron does not support "
             f"(expected version 1, types 1 to 8). {_REMEDY}"
         )
-    if _DTYPES[code].startswith("float"):
-        raise UsageError(f"{idx} holds {_DTYPES[code]} values, which are not token ids. {_REMEDY}")
     header = IndexHeader(_DTYPES[code], sequences, documents)
     # Multimodal datasets have one more byte per sequence.
     if size not in (header.size, header.size + sequences):
@@ -197,9 +223,9 @@ def _array(stream: BinaryIO, offset: int, count: int, dtype: str) -> numpy.ndarr
     return numpy.frombuffer(stream.read(count * numpy.dtype(dtype).itemsize), dtype=dtype)
 
 
-def read_lengths(prefix: str | Path) -> numpy.ndarray:
+def read_lengths(prefix: str | Path, floats: bool = False) -> numpy.ndarray:
     """[sequences] int32, the length of each sequence in tokens, mapped from the .idx."""
-    header = check_dataset(prefix)
+    header = check_dataset(prefix, floats)
     if not header.sequences:
         return numpy.empty(0, dtype=numpy.int32)
     return numpy.memmap(

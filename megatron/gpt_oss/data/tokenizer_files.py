@@ -20,11 +20,16 @@ _LARGEST_ID = 2**31 - 1  # token ids are stored as int32
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer and the id that ends a document."""
+    """A tokenizer and the id that ends a document.
+
+    Attributes:
+        shows_special: `decode` writes special tokens.
+    """
 
     tokenizer: Tokenizer
     end_token: str
     end_id: int
+    shows_special: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -36,8 +41,8 @@ class TextTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """Text of ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=not self.shows_special)
 
 
 def read_tokenizer(

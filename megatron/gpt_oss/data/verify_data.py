@@ -21,10 +21,16 @@ from megatron.gpt_oss.data.corpus_record import (
     SUMMARY,
     dataset_prefix,
     ending,
+    loss_name,
     output_of,
     owner_of,
 )
-from megatron.gpt_oss.data.indexed_dataset import check_dataset
+from megatron.gpt_oss.data.indexed_dataset import (
+    LOSS,
+    check_dataset,
+    check_loss_weights,
+    has_loss_weights,
+)
 from megatron.gpt_oss.errors import UsageError, as_os_sentence
 from megatron.gpt_oss.outputs import naming, sha256
 from megatron.gpt_oss.progress import advance, progress_bar
@@ -102,6 +108,8 @@ def _verify(prefix: Path, name: str, bar: tqdm) -> tuple[str | None, str]:
             problem = _compare(output_of(target, end), expected, found)
             if record and problem:
                 return problem, ""
+        if (problem := _verify_loss(target, name, record)) is not None:
+            return problem, ""
         counts = record.get("datasets", {}).get(name)
         documents = header.documents - 1
         if counts is not None and counts != {"documents": documents, "tokens": tokens}:
@@ -115,6 +123,23 @@ def _verify(prefix: Path, name: str, bar: tqdm) -> tuple[str | None, str]:
         return as_os_sentence(error, target) or f"{target}: {error}", ""
     state = "unchanged (SHA-256)" if record else f"consistent; no {prefix}{SUMMARY} to compare with"
     return None, f"{target}: {documents:,} documents, {tokens:,} tokens, {state}"
+
+
+def _verify_loss(target: Path, name: str, record: dict) -> str | None:
+    """What is wrong with the loss weights of a dataset of conversations; None for other datasets."""
+    if not has_loss_weights(target) and "chat" not in record:
+        return None
+    check_loss_weights(target)
+    loss = dataset_prefix(target, LOSS)
+    weights = numpy.memmap(output_of(loss, ".bin"), numpy.float32, "r")
+    if not (numpy.isfinite(weights).all() and (weights >= 0).all()):
+        return f"{loss}.bin holds a weight that is negative or not finite. {_REMEDY}"
+    for end in DATASET if record else ():
+        path = output_of(loss, end)
+        expected = record.get("outputs", {}).get(ending(loss_name(name), end), {})
+        if problem := _compare(path, expected, sha256(path)):
+            return problem
+    return None
 
 
 _REMEDY = "Copy both files again, or recreate them: gptoss tokenize ... --overwrite."

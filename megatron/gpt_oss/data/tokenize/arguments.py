@@ -7,6 +7,8 @@ import os
 
 from megatron.gpt_oss.arguments.check_values import filled, number, path
 
+CONTEXT = 131_072  # of the published models
+
 
 def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments. Imports only the standard library, so that --help is fast."""
@@ -52,6 +54,7 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="fraction of the documents, for example 0.005, that goes to OUTPUT.valid instead",
     )
+    _add_chat_arguments(parser)
     parser.add_argument(
         "--workers",
         type=number(int, "1 to 1024"),
@@ -62,4 +65,38 @@ def add_tokenize_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="replace an earlier output of gptoss tokenize, but nothing else",
+    )
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of conversations; None where not given, so that they can be refused without --chat."""
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="the records are conversations (messages, tools): render them in the harmony format, "
+        "and write the loss weight of each token to OUTPUT.loss (docs/sft.md)",
+    )
+    parser.add_argument(
+        "--loss-on",
+        choices=("assistant", "final", "last-turn"),
+        help="messages with loss: all of the assistant (the default), its final answers, or its "
+        "messages after the last user message",
+    )
+    parser.add_argument(
+        "--context",
+        type=number(int, "1 or more"),
+        metavar="TOKENS",
+        help=f"most tokens of a conversation; {CONTEXT:,} by default. A longer one is a bad line",
+    )
+    parser.add_argument(
+        "--date",
+        type=filled,
+        metavar="YYYY-MM-DD",
+        help="current date in the system message of conversations without a 'date'; none by default",
+    )
+    parser.add_argument(
+        "--show",
+        type=number(int, "1 to 1024"),
+        metavar="N",
+        help="print the first N conversations, the tokens without loss in grey",
     )

@@ -29,6 +29,13 @@ TEXT_PATTERNS = tuple(
     for suffix in (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json")
     for packed in ("", *PACKED_SUFFIXES)
 ) + ("*.parquet",)
+# Files of conversations, and the field that each conversation has.
+CHAT_PATTERNS = tuple(
+    f"*{suffix}{packed}"
+    for suffix in (*LINE_SUFFIXES, ".json")
+    for packed in ("", *PACKED_SUFFIXES)
+) + ("*.parquet",)
+CHAT_KEY = "messages"
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 128
 
@@ -69,27 +76,28 @@ def printable(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def read_records(path: Path, key: str) -> Iterator[Record]:
+def read_records(path: Path, key: str, complete: bool = False) -> Iterator[Record]:
     """Yield the records of a file; the extension determines the format.
 
     Args:
         path: .jsonl or .ndjson: one document per line. .json: lines, an array, or one object.
             .parquet: one document per row. Any other file is one document. .gz and .zst are
             decompressed.
-        key: field or column that holds the text.
+        key: field or column that must exist; it holds the text.
+        complete: a VALUE is the complete object or row, not only the field.
     Raises:
         UsageError: a package is missing, or a parquet file has no such column.
     """
     suffix = format_of(path)
     if suffix == ".parquet":
-        yield from _parquet_rows(path, key)
+        yield from _parquet_rows(path, key, complete)
         return
     try:
         with _opened(path) as (stream, raw):
             if suffix in LINE_SUFFIXES:
                 yield from _lines(stream, raw, 0)
             elif suffix == ".json":
-                yield from _json_documents(stream, raw, key)
+                yield from _json_documents(stream, raw, key, complete)
             else:
                 yield Record(TEXT, stream.read(), 0, os.fstat(raw.fileno()).st_size)
     except UnicodeDecodeError:
@@ -143,6 +151,24 @@ def text_of(record: Record, key: str) -> str:
     return value
 
 
+def object_of(record: Record) -> object:
+    """The complete object of a record; None for an empty line.
+
+    Raises:
+        BadDocument: the record is not JSON; says why.
+    """
+    if record.kind == BAD:
+        raise BadDocument(record.raw)
+    if record.kind == TEXT:
+        raise BadDocument("a conversation is a line of .jsonl or .json, or a row of .parquet")
+    if record.kind == VALUE:
+        return record.raw
+    try:
+        return json.loads(record.raw) if record.raw.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"not a JSON object ({_reason(error)})") from None
+
+
 def _reason(error: Exception) -> str:
     """What is wrong with a line, without its content."""
     if isinstance(error, UnicodeDecodeError):
@@ -157,7 +183,7 @@ def _lines(stream: BinaryIO, raw: BinaryIO, start: int) -> Iterator[Record]:
         yield Record(JSON, line, number, raw.tell())
 
 
-def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str) -> Iterator[Record]:
+def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str, complete: bool) -> Iterator[Record]:
     """The records of a .json file: JSON lines, an array of objects, or one object."""
     first = stream.readline()
     start = first.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n")
@@ -172,7 +198,7 @@ def _json_documents(stream: BinaryIO, raw: BinaryIO, key: str) -> Iterator[Recor
     for number, value in _array_elements(_decoded(start[1:], stream)):
         if isinstance(value, BadDocument):
             yield Record(BAD, str(value), number, raw.tell())
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and not complete:
             yield Record(VALUE, value.get(key), number, raw.tell())
         else:
             yield Record(VALUE, value, number, raw.tell())
@@ -286,7 +312,7 @@ class _ArrayText:
         return len(parts) > 1
 
 
-def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
+def _parquet_rows(path: Path, key: str, complete: bool) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -304,8 +330,9 @@ def _parquet_rows(path: Path, key: str) -> Iterator[Record]:
                     "Choose one with --json-key."
                 )
             number, rows = 0, max(1, file.metadata.num_rows)
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[key]):
-                for kind, value in _column_values(batch.column(0)):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=None if complete else [key]):
+                column = batch.to_struct_array() if complete else batch.column(0)
+                for kind, value in _column_values(column):
                     number += 1
                     yield Record(kind, value, number, size * number // rows)
     except UsageError:

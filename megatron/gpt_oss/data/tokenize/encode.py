@@ -8,6 +8,7 @@ Does not import torch or Megatron, so that a process starts in a fraction of a s
 import hashlib
 import os
 from dataclasses import dataclass, field
+from typing import Callable
 
 import numpy
 from tokenizers import Tokenizer
@@ -32,6 +33,26 @@ class EncodeJob:
     dtype: str
     key: str
     validation_share: float = 0.0
+    chat: "ChatJob | None" = None
+
+
+@dataclass(frozen=True)
+class ChatJob:
+    """Parameters of conversations.
+
+    Attributes:
+        loss_on: which messages have loss, one of `harmony.LOSS_ON`.
+        context: most tokens of a conversation.
+        date: of conversations that state none; may be None.
+        template: chat template to compare with, or None.
+        vocabulary: directory with harmony's vocabulary file.
+    """
+
+    loss_on: str
+    context: int
+    date: str | None = None
+    template: str | None = None
+    vocabulary: str = ""
 
 
 @dataclass
@@ -44,6 +65,10 @@ class Encoded:
         held_out: [documents] bool.
         empty: indices in the batch of the records without text.
         bad: (index in the batch, reason) of each record that could not be read.
+        loss: [tokens] float32, the loss weight of each token; None without conversations.
+        counts: {name: number} of the summary of conversations.
+        differences: (index in the batch, difference) of each conversation that the model's chat
+            template renders differently.
     """
 
     ids: numpy.ndarray
@@ -51,6 +76,17 @@ class Encoded:
     held_out: numpy.ndarray
     empty: list[int] = field(default_factory=list)
     bad: list[tuple[int, str]] = field(default_factory=list)
+    loss: numpy.ndarray | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    differences: list[tuple[int, str]] = field(default_factory=list)
+
+
+def is_held_out(text: str, share: float) -> bool:
+    """Select by a hash of the text: independent of file order and equal for duplicates."""
+    if not share:
+        return False
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < int(share * 2**64)
 
 
 class Encoder:
@@ -60,7 +96,6 @@ class Encoder:
         self._job = job
         self._tokenizer = Tokenizer.from_str(job.tokenizer)
         self._tokenizer.encode_special_tokens = True  # '<|endoftext|>' in a text is plain text
-        self._threshold = int(job.validation_share * 2**64)
 
     def __call__(self, records: list[Record]) -> Encoded:
         texts, empty, bad = [], [], []
@@ -82,25 +117,28 @@ class Encoder:
             start, end = end, end + len(encoding.ids) + 1
             ids[start : end - 1] = encoding.ids
             ids[end - 1] = self._job.end_id
-        held_out = numpy.array([self._is_held_out(text) for text in texts], dtype=bool)
+        share = self._job.validation_share
+        held_out = numpy.array([is_held_out(text, share) for text in texts], dtype=bool)
         return Encoded(ids, lengths, held_out, empty, bad)
 
-    def _is_held_out(self, text: str) -> bool:
-        """Select by a hash of the text: independent of file order and equal for duplicates."""
-        if not self._threshold:
-            return False
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little") < self._threshold
+
+def encoder_of(job: EncodeJob) -> Callable[[list[Record]], Encoded]:
+    """The encoder of a job: of texts, or of conversations."""
+    if job.chat is None:
+        return Encoder(job)
+    from megatron.gpt_oss.data.chat.encode import ChatEncoder  # needs openai-harmony
+
+    return ChatEncoder(job)
 
 
-_encoder: Encoder | None = None
+_encoder: Callable[[list[Record]], Encoded] | None = None
 
 
 def start_process(job: EncodeJob) -> None:
     """Initialize a worker process, without tokenizer threads: there is one process per core."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(job)
+    _encoder = encoder_of(job)
 
 
 def encode_in_process(records: list[Record]) -> Encoded:

@@ -5,6 +5,7 @@
 import hashlib
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.gpt_oss.data.corpus_record import (
     check_prefix,
     dataset_prefix,
     former_outputs,
+    loss_name,
     output_of,
 )
 from megatron.gpt_oss.data.lengths import LONG, VALIDATION, Histogram, bucket_names, short_length
@@ -32,10 +34,11 @@ from megatron.gpt_oss.data.tokenize.documents import (
     read_records,
 )
 from megatron.gpt_oss.data.tokenize.encode import (
+    ChatJob,
     Encoded,
     EncodeJob,
-    Encoder,
     encode_in_process,
+    encoder_of,
     start_process,
 )
 from megatron.gpt_oss.data.tokenize.find_files import find_files
@@ -62,6 +65,7 @@ class Summary:
         datasets: {path without extension: (documents, tokens)}.
         skipped: (place, reason) of the first hundred skipped documents.
         num_skipped: number of skipped documents.
+        counts, differences: of conversations, see `Encoded`; the first hundred differences.
         tokens_per_second: of this process; 0 if an earlier process tokenized everything.
     """
 
@@ -72,6 +76,8 @@ class Summary:
     num_skipped: int = 0
     datasets: dict[str, tuple[int, int]] = field(default_factory=dict)
     histogram: Histogram | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    differences: list[tuple[str, str]] = field(default_factory=list)
     tokens_per_second: float = 0.0
 
     def __str__(self) -> str:
@@ -121,6 +127,7 @@ def tokenize_files(
     bad: str = STOP,
     split_at: Sequence[int] = (),
     validation_share: float = 0.0,
+    chat: ChatJob | None = None,
 ) -> Summary:
     """Tokenize text into output_prefix.bin and .idx, which appear when they are complete.
 
@@ -142,6 +149,7 @@ def tokenize_files(
         split_at: increasing lengths in tokens that separate the datasets, see `bucket_names`.
         validation_share: fraction of the documents that goes to output_prefix.valid. A hash of the
             text selects them, so that duplicates stay together.
+        chat: the records are conversations; their loss weights go to output_prefix.loss.
     Raises:
         UsageError: there are no documents, a line is invalid, or the dataset exists.
     """
@@ -159,21 +167,24 @@ def tokenize_files(
     # As DType.optimal_dtype, without importing torch.
     dtype = "uint16" if tokenizer.vocab_size < 65500 else "int32"
     job = EncodeJob(
-        tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share
+        tokenizer.tokenizer.to_str(), tokenizer.end_id, dtype, json_key, validation_share, chat
     )
+    dtypes = dict.fromkeys(names, dtype)
+    if chat is not None:
+        dtypes |= {loss_name(name): "float32" for name in names}
     try:
-        output = ResumableDatasets(prefix, names, dtype, _task(job, files, split_at), overwrite)
+        output = ResumableDatasets(prefix, dtypes, _task(job, files, split_at), overwrite)
     except OSError as error:
         sentence = as_os_sentence(error, prefix.parent)
         raise UsageError(sentence) if sentence else error
     rate = 0.0
     try:
-        check_outputs(prefix, names, overwrite, files, output.named_already())
+        check_outputs(prefix, list(dtypes), overwrite, files, output.named_already())
         if not output.complete:
             run = _Run(files, output, buckets, split_at, bad)
             rate = run.encode(job, workers, show_progress)
         # Check again: another process may have written there in the meantime.
-        check_outputs(prefix, names, overwrite, files, output.named_already())
+        check_outputs(prefix, list(dtypes), overwrite, files, output.named_already())
         summary = _publish(output, prefix, names, tokenizer)
     except BaseException as error:
         output.close()
@@ -209,6 +220,8 @@ class _Run:
         self._found = state.get("found", 0)  # documents of the current file
         self.num_skipped = state.get("num_skipped", 0)
         self.skipped = state.get("skipped", [])
+        self.counts = Counter(state.get("counts", {}))  # of conversations
+        self.differences = state.get("differences", [])
 
     def _state(self) -> dict:
         return {
@@ -219,6 +232,8 @@ class _Run:
             "tokens": self.tokens,
             "num_skipped": self.num_skipped,
             "skipped": self.skipped,
+            "counts": dict(self.counts),
+            "differences": self.differences,
         }
 
     def encode(self, job: EncodeJob, workers: int, show_progress: bool) -> float:
@@ -242,9 +257,9 @@ class _Run:
         return rate
 
     def _encoded(self, job: EncodeJob, workers: int) -> Iterator[tuple[_Batch, Encoded]]:
-        batches = self._batches(job.key)
+        batches = self._batches(job)
         if workers == 1:
-            encoder = Encoder(job)
+            encoder = encoder_of(job)
             yield from ((batch, encoder(batch.records)) for batch in batches)
             return
         # Processes get only the records; the batch keeps their places.
@@ -258,13 +273,14 @@ class _Run:
         for _, encoded in process_map(encode_in_process, records(), workers, start_process, (job,)):
             yield waiting.pop(0), encoded
 
-    def _batches(self, key: str) -> Iterator[_Batch]:
+    def _batches(self, job: EncodeJob) -> Iterator[_Batch]:
         batch = _Batch()
         for number in range(self._file, len(self._files)):
             done = self._record if number == self._file else 0
             part = _Part(number, done, 0, 0, False)
             batch.parts.append(part)
-            for record in islice(read_records(self._files[number], key), done, None):
+            records = read_records(self._files[number], job.key, complete=job.chat is not None)
+            for record in islice(records, done, None):
                 if batch.is_full():
                     yield batch
                     part = _Part(number, part.first + part.count, 0, part.position, False)
@@ -282,6 +298,7 @@ class _Run:
     def _take(self, batch: _Batch, encoded: Encoded) -> None:
         """Write the documents of a batch and update the state."""
         bad, empty = dict(encoded.bad), set(encoded.empty)
+        differences = dict(encoded.differences)
         start = 0
         for part in batch.parts:
             path = self._files[part.file]
@@ -290,6 +307,10 @@ class _Run:
             reasons = [(batch.records[i].number, bad[i]) for i in places if i in bad]
             for number, reason in reasons:
                 self._reject(path, number, reason)
+            for i in places:
+                if i in differences and len(self.differences) < _MAX_SHOWN:
+                    place = place_of(path, batch.records[i].number)
+                    self.differences.append((place, differences[i]))
             self._found += part.count - len(reasons) - sum(i in empty for i in places)
             self._file, self._record = part.file, part.first + part.count
             if part.ends_file:
@@ -299,6 +320,7 @@ class _Run:
                 self._file, self._record, self._found = part.file + 1, 0, 0
         self._write(encoded)
         self.tokens += len(encoded.ids)
+        self.counts.update(encoded.counts)
 
     def _reject(self, path: Path, number: int, reason: str) -> None:
         """Stop at a record that could not be read, or skip it."""
@@ -315,7 +337,10 @@ class _Run:
         for number in numpy.unique(which):
             name = VALIDATION if number == len(self._buckets) else self._buckets[number]
             ids = encoded.ids[owner == number]
-            self._output.append(name, ids, encoded.lengths[which == number])
+            lengths = encoded.lengths[which == number]
+            self._output.append(name, ids, lengths)
+            if encoded.loss is not None:
+                self._output.append(loss_name(name), encoded.loss[owner == number], lengths)
 
     def _skip(self, place: str, reason: str) -> None:
         self.num_skipped += 1
@@ -335,6 +360,17 @@ def _task(job: EncodeJob, files: Sequence[Path], split_at: Sequence[int]) -> dic
         "--json-key": job.key,
         "--split-at": list(split_at),
         "--validation-share": job.validation_share,
+        **({} if job.chat is None else _chat_task(job.chat)),
+    }
+
+
+def _chat_task(chat: ChatJob) -> dict:
+    return {
+        "--chat": True,
+        "--loss-on": chat.loss_on,
+        "--context": chat.context,
+        "--date": chat.date,
+        "chat template": _digest(chat.template or ""),
     }
 
 
@@ -353,6 +389,7 @@ def _publish(
         first = state["skipped"][0]
         raise _NothingFound(f"The input files contain no document, e.g. {first[0]}: {first[1]}.")
     published, outputs = output.publish()
+    published = [name for name in published if name in lengths]  # without the loss weights
     summary = Summary(
         files=state["files"],
         documents=len(everything),
@@ -364,6 +401,8 @@ def _publish(
             for name in published
         },
         histogram=Histogram.of(everything),
+        counts=state.get("counts", {}),
+        differences=[tuple(item) for item in state.get("differences", [])],
     )
     for path in former_outputs(prefix, outputs):
         path.resolve().unlink()
@@ -404,6 +443,7 @@ def _record(
         "vocab_size": tokenizer.vocab_size,
         "end_token": tokenizer.end_token,
         "end_id": tokenizer.end_id,
+        **({"chat": summary.counts} if summary.counts else {}),
         "num_skipped": summary.num_skipped,
         "skipped": [f"{place}: {reason}" for place, reason in summary.skipped],
     }

@@ -40,13 +40,14 @@ from megatron.gpt_oss.outputs import (
 )
 
 _JOURNAL, _LOCK, _SKIPPED, _INDEX = "journal.json", "lock", "skipped.txt", "idx"
-# Datasets of any earlier start: '', 'valid', '8k-32k', '32k-up'.
+# Datasets of any earlier start: '', 'valid', '8k-32k', '32k-up', 'loss', 'valid.loss'.
 _MINE = re.compile(
     r"journal\.json(\.new)?|\.journal\.json\.[0-9a-f]{8}\.new|lock|skipped\.txt|idx|"
-    r"(valid|\d+k?-(\d+k?|up))?\.(bin|lengths)"
+    r"(valid|\d+k?-(\d+k?|up))?(\.?loss)?\.(bin|lengths)"
 )
 # Cache of Megatron's sample indices; its key is only the path of the dataset.
 _CACHE = Path("cache", "GPTDataset_indices")
+_PAIRS = ("skipped", "differences")  # of the journal's state
 _CACHED = re.compile(r"[0-9a-f]{32}-\w+-\w+-\w+\.(txt|npy)")
 
 
@@ -55,8 +56,7 @@ class ResumableDatasets:
 
     Args:
         prefix: of the output.
-        names: of its datasets; '' is the prefix itself, 'x' is prefix.x.
-        dtype: numpy dtype name of the tokens.
+        dtypes: {dataset: numpy dtype name}; '' is the prefix itself, 'x' is prefix.x.
         task: everything that determines the output; files of another task are not resumed.
         overwrite: discard the files of another task.
     Attributes:
@@ -64,8 +64,8 @@ class ResumableDatasets:
         complete: all documents are written; only the final names are missing.
     """
 
-    def __init__(self, prefix: Path, names: list[str], dtype: str, task: dict, overwrite: bool):
-        self._prefix, self._names, self._dtype = prefix, names, dtype
+    def __init__(self, prefix: Path, dtypes: dict[str, str], task: dict, overwrite: bool):
+        self._prefix, self._names, self._dtypes = prefix, list(dtypes), dtypes
         self.directory = prefix.parent / f".{prefix.name}.partial"
         self._check_owned()
         with naming(self.directory):
@@ -91,7 +91,7 @@ class ResumableDatasets:
             self.complete = bool(journal) and journal["complete"]
             self.saved = bool(journal)
             # SHA-256 of the files, updated during writing.
-            self._digests = {name: hashlib.sha256() for name in names}
+            self._digests = {name: hashlib.sha256() for name in self._names}
             self._recorded = journal.get("digests", {}) if journal else {}
             if not self.complete:
                 self._open(journal["sizes"] if journal else {})
@@ -160,7 +160,7 @@ class ResumableDatasets:
             source = self.directory / f"{name}.bin"
             if source.exists() or not index.exists():  # else an earlier process moved it
                 with naming(self.directory / _INDEX), open(self.directory / _INDEX, "wb") as stream:
-                    write_index(stream, lengths, self._dtype)
+                    write_index(stream, lengths, self._dtypes[name])
                     sync_to_disk(stream)
                 # Remove the old index first, so that it is never combined with new data.
                 with naming(index):
@@ -274,14 +274,19 @@ def _check_journal(journal: dict, message: str) -> None:
         if type(journal.get(name)) is not kind:
             raise UsageError(message.format(f"has {name} = {brief(journal.get(name))}"))
     state = journal["state"]
-    counts = {name: value for name, value in state.items() if name != "skipped"}
-    for name, value in {**counts, **journal["sizes"]}.items():
+    if not isinstance(state.get("counts", {}), dict):
+        raise UsageError(message.format(f"has counts = {brief(state['counts'])}"))
+    counts = {name: value for name, value in state.items() if name not in (*_PAIRS, "counts")}
+    for name, value in {**counts, **state.get("counts", {}), **journal["sizes"]}.items():
         if type(value) is not int or not 0 <= value < 2**63:
             raise UsageError(message.format(f"has {brief(name)} = {brief(value)}"))
-    skipped = state.get("skipped", [])
-    pairs = isinstance(skipped, list) and all(
+    for name in _PAIRS:
+        if not _is_pairs(state.get(name, [])):
+            raise UsageError(message.format(f"has {name} = {brief(state[name])}"))
+
+
+def _is_pairs(value: object) -> bool:
+    return isinstance(value, list) and all(
         isinstance(item, list) and len(item) == 2 and all(isinstance(word, str) for word in item)
-        for item in skipped
+        for item in value
     )
-    if not pairs:
-        raise UsageError(message.format(f"has skipped = {brief(skipped)}"))

@@ -315,7 +315,7 @@ def test_overwrite_leaves_no_other_bucket(corpus, tokenizer, tmp_path):
 def test_two_at_one_output(corpus, tokenizer, tmp_path):
     from megatron.gpt_oss.data.tokenize.output import ResumableDatasets
 
-    other = ResumableDatasets(tmp_path / "data", [""], "uint16", {}, False)
+    other = ResumableDatasets(tmp_path / "data", {"": "uint16"}, {}, False)
     with pytest.raises(UsageError, match="Another process is writing .*data"):
         tokenize_files([corpus], tmp_path / "data", tokenizer)
     other.remove()
