@@ -99,6 +99,13 @@ def _add_model_arguments(parser: ArgumentParser) -> None:
         "(docs/continual_pretraining.md).",
     )
     group.add_argument(
+        "--sft-overlong",
+        choices=("drop", "cut-at-turn", "refuse"),
+        default="refuse",
+        help="With --sft: conversations longer than --seq-length are dropped, cut before the user "
+        "message from which on they are too long, or end the run (the default).",
+    )
+    group.add_argument(
         "--document-positions",
         choices=("restart", "run-on"),
         default=None,

@@ -31,6 +31,9 @@ SUPPORTED: dict[str, str] = {
         --fp16 --overlap-moe-expert-parallel-comm --recompute-modules --initial-loss-scale
         --num-layers-per-virtual-pipeline-stage
     """,
+    "gpt_oss/training/test_sft.py::test_run": """
+        --sft
+    """,
     "gpt_oss/checkpoint/test_export_hf.py::test_round_trip_bit_for_bit": """
         --save
     """,
@@ -621,11 +624,5 @@ WRONG: dict[str, str] = {
     """,
     "it replaces all arguments, including those of --preset. Give --recipe FILE": """
         --yaml-cfg
-    """,
-    (
-        "the data are read as for pre-training and prompts are not masked. Drop it: "
-        "fine-tuning on conversations is not supported"
-    ): """
-        --sft
     """,
 }

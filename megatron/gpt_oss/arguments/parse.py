@@ -31,7 +31,11 @@ from megatron.gpt_oss.arguments.recipe import with_recipes
 from megatron.gpt_oss.arguments.recompute import policy_flags
 from megatron.gpt_oss.arguments.run_spec import RunSpec
 from megatron.gpt_oss.arguments.te_requirements import check_transformer_engine
-from megatron.gpt_oss.arguments.validate_data import blend_defaults
+from megatron.gpt_oss.arguments.validate_data import (
+    blend_defaults,
+    check_conversations,
+    sft_defaults,
+)
 from megatron.gpt_oss.arguments.validate_files import check_files, tokenizer_defaults
 from megatron.gpt_oss.arguments.validate_model import (
     check_architecture,
@@ -156,6 +160,7 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
         **preset_defaults(given, preset),
         **tokenizer_defaults(given),
         **blend_defaults(given),
+        **sft_defaults(given),
         **_directory_defaults(given),
         **_te_defaults(given),
     }
@@ -163,6 +168,7 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
     # argparse sets only the arguments that the namespace lacks.
     args = parser.parse_args([], Namespace(**vars(given)))
     check_sequence(args)
+    check_conversations(args)
     set_expert_fp8(given, args)
     check_transformer_engine(args)
     set_device_connections(args)

@@ -1,14 +1,17 @@
 # Copyright (c) 2026, the megatron-core gptoss authors.
 
-"""--data-blend as values of Megatron's own arguments."""
+"""--data-blend and --sft as values of Megatron's own arguments."""
 
 import os
 from argparse import Namespace
 from typing import Sequence
 
 from megatron.gpt_oss.data.blend import read_blend
+from megatron.gpt_oss.data.indexed_dataset import check_loss_weights, has_loss_weights
 from megatron.gpt_oss.errors import UsageError
 
+REFUSE = "refuse"  # of --sft-overlong
+_TRAINING = ("data_path", "train_data_path")
 _OTHER_WAYS = (
     "data_path",
     "split",
@@ -47,6 +50,49 @@ def blend_defaults(given: Namespace) -> dict:
     else:
         defaults["eval_iters"] = 0
     return defaults
+
+
+def sft_defaults(given: Namespace) -> dict:
+    """Values of Megatron's arguments for --sft; {} without the flag."""
+    if not getattr(given, "sft", False):
+        return {}
+    return {"dataloader_inter_document_masking": True, "calculate_per_token_loss": True}
+
+
+def check_conversations(args: Namespace) -> None:
+    """Refuse conversations without --sft, and --sft without conversations.
+
+    Args:
+        args: before Megatron's validation.
+    Raises:
+        UsageError: names the dataset or flag and what to do.
+    """
+    datasets = {
+        dest: read_prefixes(getattr(args, dest), f"--{dest.replace('_', '-')}")
+        for dest in (*_TRAINING, "valid_data_path", "test_data_path")
+    }
+    chats = [p for prefixes in datasets.values() for p in prefixes if has_loss_weights(p)]
+    if not args.sft:
+        if chats:
+            raise UsageError(
+                f"{chats[0]} holds conversations with loss weights, which only --sft uses. Give "
+                "--sft."
+            )
+        if args.sft_overlong != REFUSE:
+            raise UsageError(
+                f"--sft-overlong {value('sft_overlong')} is for conversations. Give --sft."
+            )
+        return
+    if args.mock_data:
+        raise UsageError("--sft and --mock-data both specify data. Drop one of them.")
+    training = [prefix for dest in _TRAINING for prefix in datasets[dest]]
+    if training and not set(training) & set(chats):
+        raise UsageError(
+            "--sft without conversations: no training dataset has loss weights. Create one with: "
+            "gptoss tokenize --chat."
+        )
+    for prefix in chats:
+        check_loss_weights(prefix)
 
 
 def read_prefixes(words: Sequence[str] | None, flag: str = "--data-path") -> list[str]:

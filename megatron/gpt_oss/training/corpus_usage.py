@@ -7,6 +7,7 @@ import numpy
 
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
+from megatron.gpt_oss.training.chat_dataset import DROP, ChatDataset
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CorpusUse:
         return text
 
 
-def corpus_uses(dataset: object, seq_length: int) -> list[CorpusUse]:
+def corpus_uses(dataset: object, seq_length: int) -> list["CorpusUse | ChatUse"]:
     """Use of each corpus by a training set.
 
     Args:
@@ -64,7 +65,57 @@ def corpus_uses(dataset: object, seq_length: int) -> list[CorpusUse]:
     else:
         return []
     total = max(1, sum(samples for _, samples in parts))
-    return [_use(part, samples, total, seq_length) for part, samples in parts]
+    return [
+        _chat_use(part, samples, total)
+        if isinstance(part, ChatDataset) and part.is_chat
+        else _use(part, samples, total, seq_length)
+        for part, samples in parts
+    ]
+
+
+@dataclass(frozen=True)
+class ChatUse:
+    """Use of one corpus of conversations by a training set.
+
+    Attributes:
+        path: path of the corpus, without extension.
+        share: fraction of the training set's samples.
+        conversations: size of the corpus' training split.
+        overlong: those longer than a sequence.
+        overlong_are: 'dropped' or 'cut'.
+        fill: fraction of the positions that hold conversations; the others are padding.
+    """
+
+    path: str
+    share: float
+    conversations: int
+    overlong: int
+    overlong_are: str
+    fill: float
+
+    def line(self, name: str, seq_length: int) -> str:
+        """For the console."""
+        text = (
+            f"data {name}: {100 * self.share:.1f} % of the samples, {self.conversations:,} "
+            f"conversations, {100 * (1 - self.fill):.1f} % padding"
+        )
+        if self.overlong:
+            text += (
+                f"; {self.overlong:,} exceed the sequence length of {seq_length:,} and are "
+                f"{self.overlong_are}"
+            )
+        return text
+
+
+def _chat_use(dataset: ChatDataset, samples: int, total: int) -> ChatUse:
+    return ChatUse(
+        path=dataset.dataset_path,
+        share=samples / total,
+        conversations=len(dataset.indices),
+        overlong=dataset.num_overlong,
+        overlong_are="dropped" if dataset.config.overlong == DROP else "cut",
+        fill=dataset.fill,
+    )
 
 
 def _use(dataset: GPTDataset, samples: int, total: int, seq_length: int) -> CorpusUse:

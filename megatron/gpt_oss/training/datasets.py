@@ -13,6 +13,8 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.gpt_oss.data.blend import without_unread
 from megatron.gpt_oss.data.eod import DatasetTokenizer, document_end_of
+from megatron.gpt_oss.data.indexed_dataset import has_loss_weights
+from megatron.gpt_oss.training.chat_dataset import ChatDataset, ChatDatasetConfig
 from megatron.training import get_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
@@ -24,8 +26,11 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         blend_per_split = [without_unread(blend) for blend in blend_per_split]
     blend = without_unread(blend)
     prefixes = [prefix for part in (blend, *(blend_per_split or ())) if part for prefix in part[0]]
-    local = [prefix for prefix in prefixes if "://" not in prefix]
-    return GPTDatasetConfig(
+    texts = [p for p in prefixes if "://" not in p and not has_loss_weights(p)]
+    config_class = (
+        partial(ChatDatasetConfig, overlong=args.sft_overlong) if args.sft else GPTDatasetConfig
+    )
+    return config_class(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -38,7 +43,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         mmap_bin_files=args.mmap_bin_files,
-        tokenizer=DatasetTokenizer(build_tokenizer(args), document_end_of(local)),
+        tokenizer=DatasetTokenizer(build_tokenizer(args), document_end_of(texts)),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
@@ -108,6 +113,8 @@ def provide_datasets(num_samples: list[int], vp_stage: int | None = None) -> tup
     """
     args = get_args()
     dataset_class = MockGPTDataset if args.mock_data else GPTDataset
+    if args.sft:
+        dataset_class = ChatDataset
     is_built = partial(_builds_datasets, vp_stage)
     fixed_samples = args.multiple_validation_sets and not args.full_validation
     wanted = list(num_samples)

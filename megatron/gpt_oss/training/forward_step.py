@@ -95,12 +95,12 @@ def _without_padding(cu_seqlens: Tensor) -> Tensor:
 
 
 def counted_tokens(loss_mask: Tensor, cp_group=None, per_token: bool = False) -> Tensor:
-    """Number of tokens by which Megatron divides the loss of a micro-batch; see `loss_func`.
+    """Number of tokens with loss, by which Megatron divides it; see `loss_func`.
 
     Returns:
         One int32 on the device.
     """
-    num_tokens = loss_mask.sum(dtype=torch.float32).to(torch.int)
+    num_tokens = loss_mask.count_nonzero().to(torch.int)
     if not per_token and cp_group is not None and cp_group.size() > 1:
         torch.distributed.all_reduce(num_tokens, group=cp_group)
     return num_tokens
@@ -117,7 +117,7 @@ def loss_func(
     """Sum the token losses of a micro-batch.
 
     Args:
-        loss_mask: [b, s / cp], 1 for a token that counts, else 0.
+        loss_mask: [b, s / cp], the weight of each token's loss; 0 for a token that does not count.
         losses: [b, s / cp], fp32, the model's output.
         num_tokens: result of `counted_tokens`; computed here by default.
         cp_group: context-parallel group of the sequence.

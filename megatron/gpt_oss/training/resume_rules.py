@@ -100,6 +100,7 @@ OPTIMIZER = frozenset(["freeze", "optimizer"])
 
 _CONSEQUENCES = {
     "seed": "the data is shuffled differently: samples may repeat or be skipped",
+    "sft_overlong": "the samples differ: conversations may repeat or be skipped",
     "split": "the training documents differ: samples may repeat or be skipped",
     "dataloader_type": "the sample order differs",
     "micro_batch_size": "aux_loss balances the experts over the tokens of a micro-batch",

@@ -5,8 +5,8 @@
 Loss and every gradient after Megatron's own reductions, and the gradient norm, for each way to
 exchange and together with every other kind of parallelism. Sequences are dense (a micro-batch of
 two) or packed: one sequence of documents that begin and end anywhere, which transformers sees one
-by one. A part of the tokens does not count, so that the ranks hold unequal numbers of those that
-do.
+by one. A part of the tokens has no loss, so that the ranks hold unequal numbers of those that do;
+the others have unequal weights, as the messages of a conversation may have.
 """
 
 import dataclasses
@@ -111,7 +111,7 @@ def folder(tmp_path_factory):
                 logits.flatten(0, 1), batch["labels"][:, row].flatten(), reduction="none"
             )
             total = total + (losses * batch["loss_mask"][:, row].flatten()).sum()
-        loss = total / batch["loss_mask"].sum()
+        loss = total / batch["loss_mask"].count_nonzero()
         model.zero_grad()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -125,7 +125,8 @@ def make_batch(kind):
     shape = (2 if kind == "dense" else 1, LENGTH)
     draw = partial(torch.randint, PRESET.vocab_size, shape, generator=generator)
     mask = torch.rand(shape, generator=generator) < torch.linspace(1.2, 0.3, LENGTH)
-    return {"tokens": draw(), "labels": draw(), "loss_mask": mask.float()}
+    weights = torch.tensor([0.5, 1.0, 2.0])[torch.randint(3, shape, generator=generator)]
+    return {"tokens": draw(), "labels": draw(), "loss_mask": mask * weights}
 
 
 def run(folder, layout):

@@ -2,9 +2,11 @@
 """--monitor-interval and --sample-interval: expert load, norms and samples during training."""
 
 from argparse import Namespace
+from dataclasses import replace
 
 import torch
 
+from megatron.gpt_oss.data.chat.harmony import as_prompt
 from megatron.gpt_oss.data.tokenizer_files import load_text_tokenizer
 from megatron.gpt_oss.training.metrics.log import TrainingLog
 from megatron.gpt_oss.training.metrics.module_norms import module_norms
@@ -33,6 +35,11 @@ class Monitor:
             subscribe(GradientsReady, self.monitor)
         if args.sample_interval:
             self._tokenizer = load_text_tokenizer(args.tokenizer_model)
+            self._prompt = args.sample_prompt
+            if args.sft:  # an answer in the harmony format, with its special tokens
+                tokenizer = load_text_tokenizer(args.tokenizer_model, "<|return|>")
+                self._tokenizer = replace(tokenizer, shows_special=True)
+                self._prompt = as_prompt(args.sample_prompt)
             subscribe(StepEnded, self.sample)
 
     def watch(self, model: list[torch.nn.Module]) -> list[torch.nn.Module]:
@@ -61,7 +68,7 @@ class Monitor:
             event.model,
             event.optimizer,
             self._tokenizer,
-            args.sample_prompt,
+            self._prompt,
             args.sample_tokens,
             args.sample_temperature,
             args.seed,

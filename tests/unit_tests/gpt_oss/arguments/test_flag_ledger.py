@@ -87,7 +87,6 @@ def test_supported_flags_are_in_their_test(test):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--sft", "as for pre-training"),
         ("--rampup-batch-size 2 2 8", "Megatron ignores it. Give --step-batch-size-schedule"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp is refused: it needs"),
         ("--use-torch-fsdp2", "is refused"),
@@ -116,7 +115,7 @@ def test_refused(flags, words):
     with pytest.raises(UsageError) as error:
         read(argv)
     assert words in str(error.value) and "\n" not in str(error.value)
-    known_wrong = {"--sft", "--rampup-batch-size", "--yaml-cfg", "--use-checkpoint-args"}
+    known_wrong = {"--rampup-batch-size", "--yaml-cfg", "--use-checkpoint-args"}
     argv.append("--allow-untested-flags")
     if known_wrong & set(argv):
         with pytest.raises(UsageError):

@@ -117,6 +117,20 @@ def test_transformer_engine(name, fp8):
         assert getattr(args, dest) == getattr(reference, dest)
 
 
+@pytest.mark.parametrize("name", ["20b-8k-8", "20b-32k-8", "120b-8k-32", "120b-32k-32"])
+def test_fine_tuning(name):
+    """The layout of the pre-training recipe, with half a million tokens per step."""
+    file = FOLDER / "recipes" / f"{name}gpus-sft.txt"
+    reference = script().arguments(file.with_name(f"{name}gpus.txt"))
+    args = script().arguments(file, gpus=reference.world_size)
+    check_run_arguments(args)
+    assert args.sft and args.calculate_per_token_loss and args.dataloader_inter_document_masking
+    assert args.moe_router_load_balancing_type == "none" and args.moe_aux_loss_coeff == 0
+    assert args.global_batch_size * args.seq_length == 2**19 and args.lr < reference.lr
+    for dest in ("context_parallel_size", "pipeline_model_parallel_size", "recompute_granularity"):
+        assert getattr(args, dest) == getattr(reference, dest)
+
+
 def test_training_choices_are_those_of_one_file():
     """A recipe says model, length, layout and what goes with the size; the rest stands once."""
     common = read_recipe(FOLDER / "recipes" / "continual.txt")
