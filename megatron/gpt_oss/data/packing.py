@@ -6,7 +6,7 @@ import numpy
 
 
 def best_fit(sizes: numpy.ndarray, capacity: int, rng: numpy.random.Generator) -> list[list[int]]:
-    """Best fit decreasing: each item, from large to small, goes to the fullest pack that has room.
+    """Best fit decreasing: each item, from large to small, goes to the pack with the least room that fits.
 
     Args:
         sizes: [items] int, each 1 to capacity.

@@ -30,8 +30,8 @@ class ChatDataset(GPTDataset):
     """A corpus of a run with --sft.
 
     A corpus with loss weights (PREFIX.loss) holds conversations. A sample packs entire ones; each
-    predicts the tokens after its first, so that n tokens take n - 1 positions. Every epoch packs
-    them anew, which depends only on the seed. A corpus without loss weights gives the samples of
+    predicts the tokens after its first, so that n tokens take n - 1 positions. Each epoch has other
+    packs, which depend only on the seed. A corpus without loss weights gives the samples of
     GPTDataset.
 
     Attributes:
