@@ -32,6 +32,7 @@ import pytest
 import yaml
 
 from tests.harness.command_lines import ROOT, dry_run, joined_lines, torchrun_parts
+from tests.harness.conversations import random_conversations, write_conversations
 
 FOLDER = ROOT / "examples" / "gpt_oss"
 PAGES = sorted(
@@ -59,6 +60,7 @@ NOT_COMMANDS = {
 # Commands that are parsed by their own parser and not run, by their first words.
 PARSED = {
     "gptoss doctor": "times kernels for a minute",
+    "gptoss tokenize chats.jsonl": "needs gpt-oss' own tokenizer",
     "python tools/patches.py try 0.17.1": "downloads that release",
     "python tools/patches.py export 0.17.1": "downloads that release",
     "python tools/patches.py new": "writes into patches/",
@@ -153,7 +155,7 @@ class Place:
             if path.name not in ("runs", "data", "checkpoints", "series", "build", "data.yaml"):
                 (folder / path.name).symlink_to(path)
         (folder / "corpus").symlink_to(seed / "tiny" / "corpus")
-        for name in ("data", "runs", "data.yaml"):
+        for name in ("data", "runs", "data.yaml", "chat.yaml"):
             source = seed / name
             copy = shutil.copytree if source.is_dir() else shutil.copy
             copy(source, folder / name)
@@ -243,8 +245,11 @@ def seed(tmp_path_factory):
             records = [{"step": step, **numbers, "tokens": step * 64} for step in (1, 2)]
             (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
             (out / "run.json").write_text('{"arguments": {"lr": 0.001}}')
-    page = next(b for b in blocks("docs/continual_pretraining.md") if b.language == "yaml")
-    (folder / "data.yaml").write_text(page.text)
+    write_conversations(folder / "data" / "chat", random_conversations(8, longest=64, seed=0))
+    pages = {"data.yaml": "docs/continual_pretraining.md", "chat.yaml": "docs/sft.md"}
+    for name, page in pages.items():
+        block = next(b for b in blocks(page) if b.language == "yaml")
+        (folder / name).write_text(block.text)
     shutil.copytree(folder / "data", folder / "corpora")  # $CORPORA
     return folder
 
@@ -468,8 +473,9 @@ def run_command(place: Place, command: str, patches: bool = False) -> None:
     trains = words[0] in TRAINS or words[1] == "pretrain_gpt_oss.py"
     words = [place.word(word, trains) for word in words]
     words = [found for word in words for found in expanded(place, word)]
-    place.forget(words)
     reasons = [start for start in PARSED if command.startswith(start)]
+    if not reasons:
+        place.forget(words)
     runs = not reasons and (patches or not command.startswith(PATCH_COMMANDS))
     with (
         contextlib.chdir(place.folder),
