@@ -80,7 +80,7 @@ def check_conversations(args: Namespace) -> None:
             )
         if args.sft_overlong != REFUSE:
             raise UsageError(
-                f"--sft-overlong {value('sft_overlong')} is for conversations. Give --sft."
+                f"--sft-overlong {args.sft_overlong} is for conversations. Give --sft."
             )
         return
     if args.mock_data:
