@@ -5,6 +5,7 @@
     python -m benchmarks.kernels.experts                       all cases, a few minutes on an H100
     python -m benchmarks.kernels.experts --cases 16k 16k-skewed --json benchmarks/results/experts_h100.json
     python -m benchmarks.kernels.experts --cases 131k --profile
+    python -m benchmarks.kernels.experts --cases 32k 131k 131k-skewed --only grouped fp8 fp8-same-step
     python -m benchmarks.kernels.experts --smoke               seconds, on the CPU too
 
 32 experts of gpt-oss (2880 x 5760 and 2880 x 2880), bf16, with biases, clamped SwiGLU and router
@@ -13,8 +14,9 @@ skewed ones are proportional to 1 / (expert + 1), and the last three experts hav
 
 `grouped` is GroupedExperts, `recompute` the same with --recompute-modules moe_act, `grouped-gemm` its
 two grouped GEMMs alone, `grouped-torch` and `grouped-gemm-torch` these with PyTorch's grouped_mm
-instead of our kernels, `sequential` SequentialMLP, `dense` the two GEMMs with all tokens at one expert: the lower
-bound of the time for these FLOPs. Values are checked first, with 1,024 routed tokens, against
+instead of our kernels, `sequential` SequentialMLP, `dense` the two GEMMs with all tokens at one
+expert: the lower bound of the time for these FLOPs. `fp8` is GroupedExperts with --fp8 and quantises
+the weights in each call, as with one micro-batch a step; `fp8-same-step` finds them quantised. Values are checked first, with 1,024 routed tokens, against
 float64; wrong implementations get no figure. Each implementation is then repeated for a while and
 timed by CUDA events on one set of random numbers: GEMMs are limited by the card's power, and a GEMM
 after a pause, or after kernels with few FLOPs, runs a tenth faster than in training. TFLOP/s count
@@ -47,7 +49,8 @@ from megatron.gpt_oss.diagnostics.attention_timing import device
 from megatron.gpt_oss.text_table import aligned
 
 DEVICE = device()
-ERROR_LIMIT = 1.5e-2  # bf16 keeps 8 bits; a GEMM, an activation and a GEMM round in turn
+# bf16 keeps 8 bits; a GEMM, an activation and a GEMM round in turn. e4m3 keeps 4.
+ERROR_LIMIT, FP8_ERROR_LIMIT = 1.5e-2, 0.1
 # In the order of the measurements: SequentialMLP's pauses let the card cool.
 IMPLEMENTATIONS = (
     "sequential",
@@ -57,6 +60,8 @@ IMPLEMENTATIONS = (
     "dense",
     "grouped-gemm",
     "grouped",
+    "fp8",
+    "fp8-same-step",
 )
 GEMMS_ALONE = ("grouped-gemm", "grouped-gemm-torch", "dense")
 # Milliseconds that a call is repeated before it is timed, and while it is.
@@ -145,7 +150,8 @@ def run_case(case: Case, args: argparse.Namespace, left_out: list) -> list[Row]:
     for name, layer in layers.items():
         with gemm_of(name):
             error = None if name in GEMMS_ALONE else check(short, layer)
-        if error is not None and not error < ERROR_LIMIT:
+        limit = FP8_ERROR_LIMIT if name.startswith("fp8") else ERROR_LIMIT
+        if error is not None and not error < limit:
             left_out.append([f"{case.name} {name}", f"WRONG: relative error {error:.1e}"])
             continue
         errors[name] = error
@@ -187,9 +193,11 @@ def one_process() -> None:
 def build(case: Case, names: list[str]) -> dict[str, torch.nn.Module]:
     """Modules by implementation; the grouped ones share one set of weights."""
     modules = {}
-    kinds = {name: name if name in ("sequential", "recompute") else "grouped" for name in names}
+    own = ("sequential", "recompute", "fp8", "fp8-same-step")
+    kinds = {name: name if name in own else "grouped" for name in names}
     for kind in dict.fromkeys(kinds.values()):
         config = config_of(case, kind != "sequential", recompute=kind == "recompute")
+        config.expert_fp8_recipe = "rowwise" if kind.startswith("fp8") else None
         experts = LocalSpecProvider().grouped_mlp_modules(kind != "sequential")
         modules[kind] = experts(
             case.experts, config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
@@ -197,9 +205,11 @@ def build(case: Case, names: list[str]) -> dict[str, torch.nn.Module]:
         with torch.no_grad():
             for key, parameter in modules[kind].named_parameters():
                 parameter.normal_(std=0.5 if key.endswith("bias") else 0.02)
-    if {"recompute", "grouped"} <= modules.keys():
+        if kind == "fp8-same-step":
+            modules[kind].is_first_microbatch = True
+    for kind in set(modules) - {"sequential", "grouped"} if "grouped" in modules else ():
         for linear in ("linear_fc1", "linear_fc2"):
-            setattr(modules["recompute"], linear, getattr(modules["grouped"], linear))
+            setattr(modules[kind], linear, getattr(modules["grouped"], linear))
     return {name: modules[kind] for name, kind in kinds.items()}
 
 

@@ -21,7 +21,7 @@ is `-log(expert + 1)` (`skewed`): the first expert gets 8 times its share.
 without recomputation. Peak GiB is torch's for the model with both layers, including AdamW's step;
 planned GiB is the plan of `gptoss plan`.
 
-Cases that run only by name: `32k-parts` (experts in recomputed chunks), `32k-lean` (all of a layer
+Cases that run only by name: `4k-fp8`, `32k-fp8` (the experts in FP8), `32k-parts` (experts in recomputed chunks), `32k-lean` (all of a layer
 recomputed), and `-offload` (saved tensors are offloaded by benchmarks/lib/activation_offload.py).
 
 Last, three layers and head are trained with increasing sequence lengths until the memory is full:
@@ -97,8 +97,11 @@ CASES = [
     Case("32k-skewed", 32 * K, 1, {}, 4 * K, skewed=True),
     Case("4k-sequential", 4 * K, 1, {}, 0, overrides=(("moe_grouped_gemm", False),)),
 ]
+FP8 = (("expert_fp8_recipe", "rowwise"),)
 # By name alone.
 MEMORY_CASES = [
+    Case("4k-fp8", 4 * K, 8, {}, 4 * K, overrides=FP8),
+    Case("32k-fp8", 32 * K, 1, {}, 4 * K, overrides=FP8),
     Case("32k-parts", 32 * K, 1, EXPERTS_IN_PARTS, 4 * K),
     Case("32k-lean", 32 * K, 1, POLICY_LEAN, 2 * K),
     Case("32k-offload", 32 * K, 1, {}, 4 * K, offload=True),
@@ -275,6 +278,7 @@ def planned(case: Case, preset) -> float:
             tuple(case.recompute.get("recompute_modules", ())),
             case.recompute.get("recompute_method"),
         ),
+        expert_fp8=FP8[0] in case.overrides,
     )
     return peak_rank_memory(layout).total / GIB
 

@@ -132,7 +132,6 @@ def test_attention_refused(versions, changes, words):
             dict(fp8="hybrid", fp8_recipe="tensorwise", recompute_modules=["moe_act"]),
             ["moe_act", "2.6.0", "2.5.0"],
         ),
-        (NEW, dict(fp8="hybrid", transformer_impl="local"), ["--fp8-format hybrid", "bf16"]),
         (NEW, dict(transformer_impl="local"), ["needs --transformer-impl transformer_engine"]),
     ],
 )
