@@ -2,23 +2,24 @@
 
 """Loss and gradients of a sharded gpt-oss GPTModel on the local spec, against Hugging Face.
 
-Four gloo ranks run every layout in sequence: attention with sinks and a window that the
+Four gloo ranks run every layout: attention with sinks and a window that the
 sequence crosses, YaRN, grouped heads, experts with biases. After finalize_model_grads each rank
 compares the gradient of each of its parameters with its slice of Hugging Face's gradient.
 """
 
+import functools
 import inspect
 import re
-import traceback
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from tests.harness.compare import relative_error
-from tests.harness.ranks import RankPool
+from tests.harness.ranks import RankFailure
 
 WORLD_SIZE = 4
+pytestmark = pytest.mark.ranks(WORLD_SIZE)
 NUM_EXPERTS = 4
 NUM_LAYERS = 2
 BATCH_SIZE = 8
@@ -148,7 +149,8 @@ def kind(name):
     return re.sub(r"\.\d+\.", ".", name)
 
 
-def run_layout(layout, case, seq_length=SEQ_LENGTH):
+@torch.compiler.set_stance("force_eager")  # the maths is tested, not the compiler
+def run_layout(layout, path, seq_length=SEQ_LENGTH):
     """One step; {what: relative error} of this rank."""
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
@@ -159,6 +161,7 @@ def run_layout(layout, case, seq_length=SEQ_LENGTH):
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 
+    case = torch.load(path)
     ps.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         expert_model_parallel_size=layout.ep,
@@ -208,7 +211,6 @@ def run_layout(layout, case, seq_length=SEQ_LENGTH):
         torch.distributed.all_reduce(square, group=groups["experts" not in what])
         reference = torch.cat([grad.flatten() for grad in reference]).norm()
         errors[f"grad norm of {what}"] = relative_error(square.sqrt(), reference)
-    ps.destroy_model_parallel()
     return errors
 
 
@@ -235,59 +237,19 @@ def sinks_at_init(tp, use_cpu_initialization):
     sinks = attention.softmax_offset
     metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
     sharded = attention.sharded_state_dict("a.", metadata=metadata)["a.softmax_offset"]
-    tp_rank = ps.get_tensor_model_parallel_rank()
-    ps.destroy_model_parallel()
     return {
-        "tp_rank": tp_rank,
+        "tp_rank": ps.get_tensor_model_parallel_rank(),
         "values": sinks.detach().clone(),
         "split": [getattr(sinks, name, None) for name in SPLIT],
         "sharded": (sharded.global_shape, sharded.global_offset, sharded.replica_id[:2]),
     }
 
 
-def attempt(*args, **kwargs):
-    """Like run_layout, but returns an exception as the error, so that other layouts still run."""
-    from megatron.core import parallel_state
-
-    try:
-        return run_layout(*args, **kwargs)
-    except Exception:
-        parallel_state.destroy_model_parallel()
-        return {traceback.format_exc(): float("inf")}
-
-
-def run_layouts(path):
-    """{layout: {what: largest relative error over the ranks}}, in one call for all layouts."""
-    case = torch.load(path)
-    results = {}
-    with torch.compiler.set_stance("force_eager"):  # the maths is asked for, not the compiler
-        for name, layout in LAYOUTS.items():
-            everyone = [None] * WORLD_SIZE
-            torch.distributed.all_gather_object(everyone, attempt(layout, case))
-            # What differs by rank are the numbers of the experts' names only.
-            results[name] = {k: max(e.get(k, 0.0) for e in everyone) for k in everyone[0]}
-        results["odd length"] = attempt(Layout(tp=2), case, seq_length=SEQ_LENGTH - 1)
-    for tp in (1, 2):
-        for use_cpu_initialization in (True, False):
-            everyone = [None] * WORLD_SIZE
-            try:
-                mine = sinks_at_init(tp, use_cpu_initialization)
-            except Exception:
-                from megatron.core import parallel_state
-
-                parallel_state.destroy_model_parallel()
-                mine = traceback.format_exc()
-            torch.distributed.all_gather_object(everyone, mine)
-            results["sinks", tp, use_cpu_initialization] = everyone
-    return results
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """{layout: {what: largest relative error over the ranks}}."""
+def case(tmp_path_factory):
+    """Path of a model, its inputs, and Hugging Face's loss and gradients."""
     from tests.harness.hf_reference import SIZES, YARN, hf_model, to_megatron
 
-    folder = tmp_path_factory.mktemp("parallel")
     model = hf_model()
     generator = torch.Generator().manual_seed(5)
     shape = (BATCH_SIZE, SEQ_LENGTH)
@@ -308,9 +270,22 @@ def results(tmp_path_factory):
         "sizes": SIZES,
         "yarn": YARN,
     }
-    torch.save(case, folder / "case.pt")
-    with RankPool(WORLD_SIZE) as pool:
-        return pool.run(run_layouts, folder / "case.pt", world_size=WORLD_SIZE)[0]
+    path = tmp_path_factory.mktemp("parallel") / "case.pt"
+    torch.save(case, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def errors_of(ranks, case):
+    """errors_of(layout) -> {what: largest relative error over the ranks}; runs a layout once."""
+
+    @functools.cache
+    def errors_of(layout):
+        everyone = ranks.run(run_layout, LAYOUTS[layout], case, world_size=WORLD_SIZE)
+        # The names differ by rank only in the numbers of the experts.
+        return {what: max(e.get(what, 0.0) for e in everyone) for what in everyone[0]}
+
+    return errors_of
 
 
 def table(errors):
@@ -318,32 +293,37 @@ def table(errors):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout(layout, results):
+def test_layout(layout, errors_of):
     """The loss and every gradient are those of the model that is not split."""
-    errors = {what: e for what, e in results[layout].items() if not what.startswith("grad norm")}
+    errors = {what: e for what, e in errors_of(layout).items() if not what.startswith("grad norm")}
     wrong = {what: error for what, error in errors.items() if not error < TOLERANCE}
     assert not wrong, table(wrong)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_gradient_norm(layout, results):
+def test_gradient_norm(layout, errors_of):
     """Each parameter is counted once in the gradient norm, a shard of it on each of its ranks."""
-    errors = {what: e for what, e in results[layout].items() if what.startswith("grad norm")}
+    errors = {what: e for what, e in errors_of(layout).items() if what.startswith("grad norm")}
     wrong = {what: error for what, error in errors.items() if not error < TOLERANCE}
     assert errors and not wrong, table(wrong)
 
 
-def test_odd_length(results):
+def test_odd_length(ranks, case):
     """Without sequence parallelism, the experts still split the sequence over TP."""
-    (message,) = results["odd length"]
-    assert f"Sequence length {SEQ_LENGTH - 1} is not a multiple of the tensor parallel" in message
-    assert f"Pad it to {SEQ_LENGTH}." in message
+    message = (
+        f"Sequence length {SEQ_LENGTH - 1} is not a multiple of the tensor parallel.*"
+        f"Pad it to {SEQ_LENGTH}\\."
+    )
+    with pytest.raises(RankFailure, match=message):
+        ranks.run(run_layout, Layout(tp=2), case, SEQ_LENGTH - 1, world_size=WORLD_SIZE)
 
 
 @pytest.mark.parametrize("use_cpu_initialization", [True, False], ids=["cpu-init", "device-init"])
-def test_sinks_at_init(use_cpu_initialization, results):
+def test_sinks_at_init(use_cpu_initialization, ranks):
     """Sinks were drawn alike on all TP ranks, and not marked as split."""
-    (whole, *_), split = (results["sinks", tp, use_cpu_initialization] for tp in (1, 2))
+    (whole, *_), split = (
+        ranks.run(sinks_at_init, tp, use_cpu_initialization, world_size=WORLD_SIZE) for tp in (1, 2)
+    )
     for rank in split:
         assert rank["split"] == [True, 0, 1]
         # Shape of all heads, where this rank's begin, (PP, TP) replica: each is the only one.
