@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence
 from unittest import mock
 
-from tests.harness.ranks import _context, free_port
+from tests.harness.ranks import _context, host_store
 
 # `rank_imports` imports this module, so that these are what a Python has that has just started.
 _MAIN_PROCESS = type(process.current_process())
@@ -162,12 +162,15 @@ def run_ranks(command: Sequence, world_size: int, env: Optional[Dict] = None, **
     A rank that fails ends the others, as under torchrun.
     """
     timeout = options.pop("timeout", None)
-    port, started = str(free_port()), []
+    (store, variables), started = host_store(), []
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         for rank in range(world_size):
-            variables = rank_variables(rank, world_size, port)
-            environ = {**(os.environ if env is None else env), **variables}
+            environ = {
+                **(os.environ if env is None else env),
+                **rank_variables(rank, world_size, str(store.port)),
+                **variables,
+            }
             files = [open(os.memfd_create("printed"), "w+") for _ in range(2)]
             streams = dict(zip(("stdout", "stderr"), files))
             started.append((Popen(command, env=environ, **streams, **options), *files))

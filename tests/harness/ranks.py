@@ -48,6 +48,19 @@ def free_port() -> int:
             return port
 
 
+def host_store() -> tuple:
+    """(a TCPStore of this process, the variables with which ranks connect to it).
+
+    torchrun hosts the store of its ranks in the same way. A store of rank 0 may start after another
+    rank tries to connect, which then waits half a second before it tries again.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    return store, {**variables, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
 class RankFailure(AssertionError):
     """One rank raised or hung; the message holds its traceback."""
 
@@ -97,14 +110,13 @@ class RankPool:
         if not 1 <= world_size <= self.size:
             raise ValueError(f"world_size is {world_size}, but this pool has {self.size} ranks.")
         self._start()
-        port = free_port()
+        self._store, variables = host_store()
         for rank in range(world_size):
             environment = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                **variables,
             }
             self._pipes[rank].send((function, args, kwargs, environment, init_process_group))
         return self._collect(world_size, time.monotonic() + timeout, timeout)
