@@ -133,13 +133,13 @@ def test_kill_9_of_a_rank(inputs, ranks, tmp_path, mode):
 
 @pytest.fixture
 def torchrun(inputs, tmp_path):
-    """Starts two ranks under torchrun: (torchrun, a function that gives what is left of the run)."""
+    """Starts ranks under torchrun: (torchrun, a function that gives what is left of the run)."""
     run_dir = tmp_path / "run"
     started = []
 
-    def start(flags):
+    def start(flags, ranks=2):
         command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-        command += ["--nproc-per-node", "2", "--master-port", str(free_port())]
+        command += ["--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         command += [str(ROOT / "pretrain_gpt_oss.py"), *runs.command(inputs, run_dir, flags)]
         environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         started.append(
@@ -178,9 +178,9 @@ def test_failed_run_leaves_no_process(torchrun):
 
 
 def test_ranks_end_with_their_launcher(torchrun, tmp_path):
-    """SIGKILL of torchrun ends the ranks."""
+    """SIGKILL of torchrun ends a rank, which no lost peer would end."""
     start, left = torchrun
-    process = start("--train-iters 100000 --num-workers 1")
+    process = start("--train-iters 100000 --num-workers 1", ranks=1)
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 180
     while not (metrics.is_file() and '"step": 2,' in metrics.read_text()):
