@@ -75,25 +75,37 @@ def install(python, *words, cwd):
     run(*pip, "install", "-q", "--no-deps", "--no-compile", *words, cwd=cwd)
 
 
-def test_wheel_then_editable(checkout, python, tmp_path):
-    """A built wheel replaces upstream's distribution; an editable install replaces that."""
-    wheels = tmp_path / "dist"
-    run(sys.executable, "-m", "build", "-o", str(wheels), str(checkout), cwd=tmp_path)
-    (wheel,) = wheels.glob("*.whl")
-    (sdist,) = wheels.glob("*.tar.gz")
-    assert wheel.name.startswith("megatron_core-0.19.2+gptoss.")
-    install(python, str(wheel), cwd=tmp_path)
+@pytest.fixture(scope="module")
+def dist(checkout, python, tmp_path_factory):
+    """The directory of a wheel and an sdist; the wheel is installed."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "-o", str(folder), str(checkout), cwd=folder)
+    (wheel,) = folder.glob("*.whl")
+    install(python, str(wheel), cwd=folder)
+    return folder
+
+
+def test_wheel(dist, python, tmp_path):
+    """A built wheel replaces upstream's distribution."""
+    assert next(dist.glob("*.whl")).name.startswith("megatron_core-0.19.2+gptoss.")
     count, place, patched, helpers = look(python, tmp_path)
     assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
     assert "site-packages" in place and not (Path(place) / "core" / "old.py").exists()
 
-    install(python, "-e", ".", cwd=checkout)
-    count, place, patched, helpers = look(python, tmp_path)
-    assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
-    assert place == str(checkout / "megatron")
 
-    # The sdist is complete: no download is needed.
+def test_sdist(dist, tmp_path):
+    """The sdist is complete: no download is needed."""
+    (sdist,) = dist.glob("*.tar.gz")
     run(sys.executable, "-m", "tarfile", "-e", str(sdist), str(tmp_path / "source"), cwd=tmp_path)
     (source,) = (tmp_path / "source").iterdir()
     assert (source / "megatron" / ".manifest.json").is_file()
     assert not (source / ".upstream").exists()
+
+
+@pytest.mark.slow  # `make test` installs the checkout this way itself
+def test_editable_after_wheel(dist, checkout, python, tmp_path):
+    """An editable install replaces the wheel."""
+    install(python, "-e", ".", cwd=checkout)
+    count, place, patched, helpers = look(python, tmp_path)
+    assert count.startswith("1 0.19.2+gptoss.") and patched == "True" and helpers == "1"
+    assert place == str(checkout / "megatron")
