@@ -64,7 +64,9 @@ def quantize_matrices(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         e4m3 [g, k, n]; the same numbers transposed, contiguous [g, n, k]; the scales, fp32 [g].
     """
     weight = weight.contiguous()
-    if (kernels := _kernels(weight)) is not None:
+    # Triton 3.6 transposes an e4m3 tile that was loaded as fp32 wrongly on sm90; as bf16 rightly.
+    kernels = _kernels(weight) if weight.dtype == torch.bfloat16 else None
+    if kernels is not None:
         return kernels.quantize_matrices(weight)
     scale = power_of_two_scale(_amax(weight, (1, 2)))
     q = to_e4m3(weight.float() / scale[:, None, None])

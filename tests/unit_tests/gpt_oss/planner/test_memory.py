@@ -96,7 +96,8 @@ def saved_bytes(layout):
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        copy_of_weight = tensor.dtype == torch.float8_e4m3fn and tensor.dim() == 3
+        if storage.data_ptr() not in weights and not copy_of_weight:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -125,14 +125,18 @@ class _ExpertsFP8(torch.autograd.Function):
         out = grouped_gemm(
             h, prob, fc2.transposed, scale, segments, bias2, None if bias2 is None else prob
         )
-        ctx.save_for_backward(x_t, x_t_scale, y, probs, bias1, bias2, weight1, weight2)
-        ctx.quantized, ctx.segments, ctx.constants = quantized, segments, constants
+        # Saved as tensors, which the engine frees: an attribute would keep those of the last step.
+        ctx.save_for_backward(
+            x_t, x_t_scale, y, probs, bias1, bias2, fc1.natural, fc1.scale, fc2.natural, fc2.scale
+        )
+        ctx.segments, ctx.constants = segments, constants
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        x_t, x_t_scale, y, probs, bias1, bias2, weight1, weight2 = ctx.saved_tensors
-        (fc1, fc2), segments, constants = ctx.quantized, ctx.segments, ctx.constants
+        x_t, x_t_scale, y, probs, bias1, bias2, *quantized = ctx.saved_tensors
+        weight1, scale1, weight2, scale2 = quantized
+        segments, constants = ctx.segments, ctx.constants
         dbias2 = dprobs2 = None
         if bias2 is None:
             dout_rows, dout_scale = quantize_rows(dout)
@@ -140,9 +144,7 @@ class _ExpertsFP8(torch.autograd.Function):
             dout_rows, dout_scale, dbias2, dprobs2 = activation_fp8.quantize_dout(
                 dout, bias2, probs, segments
             )
-        dh, amax = grouped_gemm(
-            dout_rows, dout_scale, fc2.natural, fc2.scale, segments, row_amax=True
-        )
+        dh, amax = grouped_gemm(dout_rows, dout_scale, weight2, scale2, segments, row_amax=True)
         dout_t, dout_t_scale = transpose_rows(dout_rows, dout_scale, segments)
         del dout_rows
         scales = activation_fp8.dy_scales(amax, probs, segments, constants)
@@ -152,7 +154,7 @@ class _ExpertsFP8(torch.autograd.Function):
         del dh, y
         dweight2 = grouped_wgrad(h_t, dout_t, h_scale * dout_t_scale, segments)
         del h_t, dout_t
-        dx = grouped_gemm(dy, scales[0], fc1.natural, fc1.scale, segments)
+        dx = grouped_gemm(dy, scales[0], weight1, scale1, segments)
         del dy
         dweight1 = grouped_wgrad(x_t, dy_t, x_t_scale * scales[1], segments)
         if dprobs2 is not None:
