@@ -114,6 +114,29 @@ def _statements(source: str) -> list[_Statement]:
     return found
 
 
+def with_fixtures(source: str, conftest: str) -> str:
+    """The test module with the fixtures of a conftest.py that it uses and does not define itself."""
+    own = _statements(source)
+    defined = set().union(*(statement.binds for statement in own))
+    missing = set().union(*(statement.reads for statement in own)) - defined
+    shared = _statements(conftest)
+    fixtures = [
+        statement
+        for statement in shared
+        if statement.binds & missing and "pytest.fixture" in statement.code and not statement.always
+    ]
+    if not fixtures:
+        return source
+    read = set().union(*(statement.reads for statement in fixtures)) - defined
+    imports = [statement for statement in shared if statement.is_import and statement.binds & read]
+    lines = source.splitlines(keepends=True)
+    end = max(statement.node.end_lineno for statement in own if statement.is_import)
+    added = "".join(statement.text(read) for statement in imports)
+    added += "".join(f"\n\n{statement.code}" for statement in fixtures)
+    rest = "".join(lines[end:]).lstrip("\n")
+    return f"{''.join(lines[:end])}{added}\n\n{rest}"
+
+
 def helper_modules(root: Path, source: str) -> dict[str, str]:
     """Path -> text of the modules below ``root/tests`` that a test module imports, transitively."""
     found: dict[str, str] = {}

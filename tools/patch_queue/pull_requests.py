@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import QueueError
 from .evidence import tests_of
 from .export import write_mails
-from .extract_tests import extract, helper_modules
+from .extract_tests import extract, helper_modules, with_fixtures
 from .foreign_tree import modules_of
 from .series import Patch, Series
 from .tree import Tree, apply_patch, diff_trees
@@ -22,8 +22,8 @@ Written by `python tools/patches.py pull-requests --write` from `patches/{FILE}`
 two.
 
 These are the fixes of `patches/fixes/` whose tests do not need this project's model or entry script.
-Each pull request applies to `core_v{VERSION}` alone, and all of them apply in this order. A commit
-contains one fix, its tests and the new modules that it imports. To add one to a branch that starts at
+Each pull request applies to `core_v{VERSION}` alone, and all of them apply in this order, with `git am -3`
+because two bring the same test helper. A commit contains one fix, its tests and the new modules that it imports. To add one to a branch that starts at
 `core_v{VERSION}`, without a network:
 
 ```
@@ -143,8 +143,10 @@ def _tests(root: Path, patches: tuple[Patch, ...]) -> Tree:
         path, _, function = test.partition("::")
         names.setdefault(path, set()).add(function.partition("[")[0])
     files: dict[str, str] = {}
+    conftest = (root / "tests/unit_tests/conftest.py").read_text(encoding="utf-8")
     for path, functions in names.items():
-        source = extract((root / path).read_text(encoding="utf-8"), functions)
+        module = with_fixtures((root / path).read_text(encoding="utf-8"), conftest)
+        source = extract(module, functions)
         files |= {_upstream_id(path): source} | helper_modules(root, source)
     return {path: text.encode() for path, text in files.items()}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from patch_queue.errors import QueueError  # noqa: E402
-from patch_queue.extract_tests import extract, helper_modules  # noqa: E402
+from patch_queue.extract_tests import extract, helper_modules, with_fixtures  # noqa: E402
 from patch_queue.materialise import Workspace  # noqa: E402
 from patch_queue.pull_requests import (  # noqa: E402
     commits,
@@ -57,12 +57,15 @@ def git(folder, *command):
 
 
 def test_applies_alone_and_in_order(workspace, requests, upstream, checkout, tmp_path):
-    """Every commit by `git am`, which takes no line of context that differs."""
+    """Every commit alone by `git am`, which takes no line of context that differs.
+
+    In order -3 accepts a test helper that an earlier pull request added.
+    """
     for request in requests:
         mails = export_pull_request(ROOT, request, upstream, tmp_path / request.name)
-        for branch in (["-c", request.name, "pinned"], ["in_order"]):
+        for branch, options in ((["-c", request.name, "pinned"], []), (["in_order"], ["-3"])):
             git(checkout, "switch", "-q", *branch)
-            git(checkout, "am", "-q", *mails)
+            git(checkout, "am", "-q", *options, *mails)
         log = git(checkout, "log", "--format=%s", f"pinned..{request.name}").splitlines()
         assert len(log) == len(request.patches)
         text = (tmp_path / request.name / "pull_request.md").read_text()
@@ -159,6 +162,20 @@ def test_extract():
     assert "parent" not in two and "SIZE" not in two and "import os" not in two
     with pytest.raises(KeyError, match="test_three"):
         extract(MODULE, {"test_three"})
+
+
+def test_with_fixtures():
+    """Fixtures of conftest.py that a module uses, with their imports; no others."""
+    conftest = (
+        "import os\nimport sys\n\nimport pytest\n\n\n@pytest.fixture\ndef shared():\n    return os\n"
+        "\n\n@pytest.fixture(autouse=True)\ndef every():\n    return sys\n"
+    )
+    source = "import json\n\n\ndef test_one(shared, parent):\n    assert json\n"
+    assert with_fixtures(source, conftest) == (
+        "import json\nimport os\nimport pytest\n\n\n@pytest.fixture\ndef shared():\n    return os\n"
+        "\n\ndef test_one(shared, parent):\n    assert json\n"
+    )
+    assert with_fixtures("import json\n", conftest) == "import json\n"
 
 
 def test_helper_modules(tmp_path):
