@@ -51,6 +51,8 @@ def sections() -> dict[tuple[str, str], str]:
         ("performance.md", "loss"): loss_section(),
         ("performance.md", "experts"): experts_section(),
         ("performance.md", "elementwise"): elementwise_section(),
+        ("fp8.md", "experts"): experts_section("experts_fp8_h200"),
+        ("fp8.md", "training step"): step_section("train_step_fp8_h200"),
         ("context_parallel.md", "two GPUs"): context_parallel_section(),
         ("context_parallel.md", "model on two GPUs"): context_parallel_model_section(),
         ("continual_pretraining.md", "checkpoints"): checkpoint_section(),
@@ -171,16 +173,16 @@ def loss_section() -> str:
     return report.markdown(header, rows) + "\n\n" + source("lm_loss_h100", found)
 
 
-def experts_section() -> str:
+def experts_section(name: str = "experts_h100") -> str:
     """The experts of a layer."""
-    found = load("experts_h100")
+    found = load(name)
     header = ["routed tokens", "experts", "ms", "TFLOP/s", "of dense", "peak MiB", "saved MiB"]
     rows = []
     for r in found["rows"]:
-        figures = [f"{r['ms']:.2f}", f"{r['tflops']:.0f}", f"{r['of_dense']:.2f}"]
+        figures = [f"{r['ms']:.2f}", f"{r['tflops']:.0f}", figure(r, "of_dense", 2)]
         figures += [f"{r['peak_mib']:,.0f}", f"{r['kept_mib']:,.0f}"]
         rows.append([r["case"], r["implementation"], *figures])
-    return report.markdown(header, rows) + "\n\n" + source("experts_h100", found)
+    return report.markdown(header, rows) + "\n\n" + source(name, found)
 
 
 def elementwise_section() -> str:
