@@ -115,6 +115,7 @@ def not_counted(args: Namespace) -> list[str]:
         f"--transformer-impl {args.transformer_impl} (counted as local{_te_words(args)})": (
             args.transformer_impl != "local"
         ),
+        "the time that --fp8 saves (the memory counts it)": args.expert_fp8_recipe is not None,
         "weights that are not bf16 (counted as --bf16)": not args.bf16,
         "SequentialMLP (counted as --moe-grouped-gemm)": not args.moe_grouped_gemm,
         "fully sharded weights": args.use_megatron_fsdp or args.use_torch_fsdp2,

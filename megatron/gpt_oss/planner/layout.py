@@ -224,6 +224,8 @@ class Layout:
             "--bf16",
             f"--memory {self.policy().removesuffix('*')}",
         ]
+        if self.expert_fp8:
+            flags.append("--fp8")
         if self.policy().endswith("*"):
             flags.append(f"--lm-loss-chunk-size {self.loss_chunk}")
         if self.grad_bytes == 2:
