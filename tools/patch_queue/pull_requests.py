@@ -32,7 +32,8 @@ python tools/patches.py export --pull-request yarn --out series/ && git -C /path
 
 `series/pull_request.md` then contains title and body. The tests are those named in the patches' headers,
 extracted from our test modules with their helpers. Their files end in `_regression.py`, so that they do
-not collide with upstream's. On a machine without a GPU they also need the group `device/`.
+not collide with upstream's. On a machine without a GPU they also need the group `device/`; without
+TransformerEngine and Apex those of optimizer-state need `fixes/distributed_optimizer_torch_adam_resume`.
 
 Upstream: {{upstream}}
 """
