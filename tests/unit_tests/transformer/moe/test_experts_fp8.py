@@ -188,7 +188,11 @@ def test_weights_are_quantised_once_a_step():
     experts.linear_fc2.weight.data.mul_(2)
     assert torch.equal(output(), marked)  # the same step
     experts.is_first_microbatch = True
-    assert not torch.equal(output(), marked)
+    changed = output()
+    assert not torch.equal(changed, marked)
+    experts.linear_fc2.weight.data.mul_(2)
+    experts.eval()  # a sample, after the optimizer step
+    assert not torch.equal(output(), changed)
 
 
 def test_marked_by_the_schedule():

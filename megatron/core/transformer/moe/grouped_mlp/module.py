@@ -141,8 +141,12 @@ class GroupedExperts(MegatronModule):
             return self.linear_fc2(y, segments, output_bias, probs), None
 
     def _quantized_weights(self, weights):
-        """Both weights in e4m3, once for all micro-batches of a step if these are marked."""
-        if self._quantized is None or self.is_first_microbatch is not False:
+        """Both weights in e4m3, once for all micro-batches of a step if these are marked.
+
+        Always in eval mode: a sample after the optimizer step is no micro-batch of a schedule.
+        """
+        known = self.training and self.is_first_microbatch is False
+        if self._quantized is None or not known:
             self._quantized = None  # its memory is free for the new ones
             self._quantized = tuple(QuantizedMatrices.of(weight) for weight in weights)
         if self.is_first_microbatch:
