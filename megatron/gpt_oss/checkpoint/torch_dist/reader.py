@@ -92,7 +92,7 @@ class TorchDistReader:
     """A `mapping.MegatronSource` that reads a checkpoint from disk. It is thread-safe.
 
     Args:
-        directory: of one iteration, from `find_iteration`, which checks its files.
+        directory: of one iteration, see `find_iteration`.
     """
 
     def __init__(self, directory: Path):
@@ -107,6 +107,7 @@ class TorchDistReader:
         # dcp.load would read the metadata for every tensor.
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
         self._files = _Files()
+        self._check_files()
         self._arguments: dict | None = None
         self._chunks_by_layer: dict[str, dict[int, list[ChunkStorageMetadata]]] = {}
         # Optimizer tensors have their own key prefix and are never read.
@@ -118,6 +119,23 @@ class TorchDistReader:
         self._num_layers = len(
             {m[1] for key in self._tensors if (m := re.match(r"decoder\.layers\.(\d+)\.", key))}
         )
+
+    def _check_files(self) -> None:
+        """Reject missing files, and files shorter than the metadata says."""
+        needed: dict[str, int] = {}
+        for place in (self._metadata.storage_data or {}).values():
+            end = place.offset + place.length
+            needed[place.relative_path] = max(end, needed.get(place.relative_path, 0))
+        for name, size in sorted(needed.items()):
+            try:
+                held = os.path.getsize(self.directory / name)
+            except OSError as error:
+                raise CheckpointError(f"{self.directory / name}: {error.strerror}.") from error
+            if held < size:
+                raise CheckpointError(
+                    f"{self.directory / name} has {held} bytes, expected {size} from .metadata. "
+                    "The checkpoint is damaged or truncated; use an older iteration."
+                )
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of a tensor, without the layer axis for 'decoder.layers.' keys."""
