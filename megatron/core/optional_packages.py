@@ -24,7 +24,7 @@ OPTIONAL = frozenset(
     flashattn_hopper flashinfer flashinfer_cubin flashinfer_jit_cache flask flask_restful
     fused_weight_gradient_mlp_cuda grouped_gemm hypercorn mamba_ssm matplotlib mlflow modelopt
     msgpack multistorageclient nixl nvidia_resiliency_ext nvshmem nvidia_kitchen nvtx omegaconf
-    one_logger orjson psutil pynvml quart scaled_masked_softmax_cuda scaled_softmax_cuda
+    one_logger openai_harmony orjson psutil pynvml quart scaled_masked_softmax_cuda scaled_softmax_cuda
     scaled_upper_triang_masked_softmax_cuda sentencepiece tensorboard tensorrt_llm tiktoken tilelang
     torch_memory_saver torchao transformer_engine transformer_engine_torch triton userlib wandb wget
     workload_inspector xxhash zarr zmq zstandard

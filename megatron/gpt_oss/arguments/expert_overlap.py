@@ -48,7 +48,7 @@ def _problems(args: Namespace) -> Iterator[str]:
         "num_virtual_stages_per_pipeline_rank",
         "pipeline_model_parallel_layout",
     )
-    if args.pipeline_model_parallel_size > 1 and not any(map(args, virtual)):
+    if args.pipeline_model_parallel_size > 1 and not any(getattr(args, dest) for dest in virtual):
         yield (
             f"with --pipeline-model-parallel-size {args.pipeline_model_parallel_size} needs "
             "virtual stages, because it uses the interleaved schedule. Give "

@@ -197,7 +197,7 @@ def test_two_ranks_equal_one(ranks, inputs, blend, one_rank, tmp_path, flags):
 
 def test_refused(inputs, blend):
     """Conversations without --sft, --sft without conversations, and flags that contradict it."""
-    base = f"--preset tiny --load-hf {inputs}/hf --seq-length 64"
+    base = f"--preset tiny --preset-layers 2 --load-hf {inputs}/hf --seq-length 64"
     for flags, words in (
         (f"--data-blend {blend}", "holds conversations with loss weights, which only --sft uses"),
         (f"--sft --data-path {inputs}/data", "--sft without conversations"),
