@@ -278,7 +278,7 @@ def flags_of(case: Case, args: argparse.Namespace) -> list[str]:
     if case.balanced:
         words.append("--moe-router-force-load-balancing")
     # 290 GB of checkpoint would be written at the end.
-    return [*words, "--save", "", "--bf16", *case.flags, *args.flags]
+    return [*words, "--no-checkpoints", "--bf16", *case.flags, *args.flags]
 
 
 def command_of(flags: list[str], gpus: int) -> str:

@@ -142,6 +142,12 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
         "output (megatron-rank*.log) and checkpoints/, from which a restart resumes.",
     )
     group.add_argument(
+        "--no-checkpoints",
+        action="store_true",
+        help="Write no checkpoints in --run-dir, for a trial or a benchmark: such a run cannot "
+        "resume.",
+    )
+    group.add_argument(
         RECIPE,
         metavar="FILE",
         action="append",

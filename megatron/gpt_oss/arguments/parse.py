@@ -186,7 +186,15 @@ def _checked(words: Sequence[str], given: Namespace, parser: ArgumentParser) -> 
 
 
 def _directory_defaults(given: Namespace) -> dict:
-    """--save and --load of --run-dir."""
+    """--save and --load of --run-dir, if it gets checkpoints.
+
+    Raises:
+        UsageError: --no-checkpoints and --save contradict each other.
+    """
+    if getattr(given, "no_checkpoints", False):
+        if hasattr(given, "save"):
+            raise UsageError(f"--no-checkpoints and --save {given.save}: drop one of them.")
+        return {}
     if getattr(given, "run_dir", None) is None:
         return {}
     checkpoints = str(Path(given.run_dir) / "checkpoints")

@@ -11,6 +11,7 @@ import pytest
 
 from megatron.gpt_oss.arguments import parse as arguments
 from megatron.gpt_oss.arguments.megatron_validation import validate
+from megatron.gpt_oss.arguments.parse import read
 from megatron.gpt_oss.data.indexed_dataset import write_index
 from megatron.gpt_oss.diagnostics.random_checkpoint import write_tiny_hf
 from megatron.gpt_oss.errors import PresetError, UsageError, exit_with
@@ -305,3 +306,13 @@ def test_entry_script(tiny_hf, argv, code, out, err):
             done.stdout.index(f"\n  {flag} ") for flag in ("--preset", "--load-hf", "--num-experts")
         ]
         assert at == sorted(at) and at[0] < 2000
+
+
+def test_no_checkpoints():
+    """--run-dir without checkpoints; a directory for them contradicts it."""
+    words = "--preset tiny --tokenizer-type NullTokenizer --vocab-size 100 --run-dir run".split()
+    assert read(words).args.save == "run/checkpoints"
+    args = read([*words, "--no-checkpoints"]).args
+    assert args.save is None and args.load is None
+    with pytest.raises(UsageError, match="--no-checkpoints and --save x: drop one of them"):
+        read([*words, "--no-checkpoints", "--save", "x"])
