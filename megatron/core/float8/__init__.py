@@ -2,5 +2,5 @@
 
 """FP8 (e4m3) operands for GEMMs on Hopper, without TransformerEngine.
 
-`scaling` quantises by powers of two, `gemm` multiplies what it returns.
+`quantize` quantises by powers of two, `gemm` multiplies what it returns.
 """

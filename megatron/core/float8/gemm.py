@@ -9,7 +9,7 @@ multiplied in fp32.
 
 import torch
 
-from megatron.core.float8.quantize import E4M3, SEGMENT
+from megatron.core.float8.quantize import E4M3, padded_count
 from megatron.core.kernel_selection import KernelChoice, PyTorchOperations, TritonKernels
 from megatron.core.transformer.moe.grouped_mlp.expert_segments import ExpertSegments
 
@@ -94,5 +94,5 @@ def grouped_wgrad(
     for expert, start, end in segments.slices:
         tokens = slice(column, column + end - start)
         dweight[expert] = x[:, tokens].float() @ dy[:, tokens].float().t() * scale[expert]
-        column += -(-(end - start) // SEGMENT) * SEGMENT
+        column += padded_count(end - start)
     return dweight.to(torch.bfloat16) if total is None else total.add_(dweight)

@@ -8,7 +8,7 @@ operands of wgrad are transposed copies whose segments are padded with zeros (`q
 
 The tensor cores add FP8 products with about 10 bits below the largest term: over 4,096 terms of one
 sign 7 % are lost, of random signs 0.1 % (measured on an H200). wgrad sums over any number of tokens
-and therefore adds to fp32 registers every 256 (0.06 %), for which a tile of 128 x 256 has no room.
+and therefore adds to fp32 registers every 256 (0.2 %), for which a tile of 128 x 256 has no room.
 The others sum over the hidden size alone, as the fast accumulation of cuBLAS does.
 """
 
@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from megatron.core.float8.quantize_triton import SEGMENT
+from megatron.core.float8.quantize import SEGMENT
+from megatron.core.float8.quantize_triton import abs_bits
 from megatron.core.transformer.moe.grouped_mlp.activation_triton import experts_tiles, find_tile
 from megatron.core.transformer.moe.grouped_mlp.gemm_triton import multiprocessors, place_tile
 
@@ -132,8 +133,7 @@ def _grouped_gemm(
             total += factor[:, None] * term[None, :]
         value = total.to(y.dtype.element_ty)
         if HAS_AMAX:
-            bits = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-            bits = tl.max(bits, 1).to(tl.float32, bitcast=True)
+            bits = tl.max(abs_bits(value.to(tl.float32)), 1).to(tl.float32, bitcast=True)
             tl.store(amax + beside.to(tl.int64) * num_rows + row, bits, mask=in_row)
         at = y + row[:, None] * width + column[None, :]
         tl.store(at, value, mask=in_row[:, None] & in_column[None, :])

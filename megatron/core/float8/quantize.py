@@ -95,7 +95,12 @@ def transpose_rows(
 
 def padded_tokens(rows: torch.Tensor, segments: ExpertSegments) -> int:
     """Columns of a transposed operand: an upper bound that needs no count from the device."""
-    return (-(-rows.shape[0] // SEGMENT) + segments.num_experts) * SEGMENT
+    return padded_count(rows.shape[0]) + segments.num_experts * SEGMENT
+
+
+def padded_count(count: int) -> int:
+    """Columns of a segment of `count` tokens."""
+    return -(-count // SEGMENT) * SEGMENT
 
 
 def segment_max(scale: torch.Tensor, segments: ExpertSegments) -> torch.Tensor:
@@ -128,7 +133,7 @@ def place_segments(rows: torch.Tensor, segments: ExpertSegments) -> torch.Tensor
     column = 0
     for _, start, end in segments.slices:
         placed[:, column : column + end - start] = rows[start:end].t()
-        column += -(-(end - start) // SEGMENT) * SEGMENT
+        column += padded_count(end - start)
     return placed
 
 

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron.core.float8.quantize import E4M3, SEGMENT
 from megatron.core.transformer.moe.grouped_mlp.activation_triton import experts_tiles, find_tile
 
-E4M3 = torch.float8_e4m3fn
-SEGMENT = 256  # `quantize.SEGMENT`
 MAX_BLOCK = 4096
 
 

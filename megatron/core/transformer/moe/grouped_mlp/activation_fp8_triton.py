@@ -17,8 +17,6 @@ from megatron.core.float8.quantize_triton import (
 )
 from megatron.core.transformer.moe.grouped_mlp.activation_triton import (
     clamp_gate_and_up,
-    experts_tiles,
-    find_tile,
     sigmoid,
     sum_tiles,
 )
@@ -151,10 +149,9 @@ def _swiglu_forward(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
-    expert, own, first, last = find_tile(tl.program_id(1), start, end, tiles, tile_end, GROUPS)
+    expert, first, last = padded_tile(tl.program_id(1), ends, num_groups, GROUPS, ROWS, ROWS)
     if expert < num_groups:
-        row = first + own * ROWS + tl.arange(0, ROWS)
+        row = first + tl.arange(0, ROWS)
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         in_column = column < width
         mask = (row < last)[:, None] & in_column[None, :]
@@ -189,15 +186,13 @@ def _quantize_dout(
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    start, end, tiles, tile_end = experts_tiles(ends, num_groups, GROUPS, ROWS)
-    expert, own, first, last = find_tile(tile, start, end, tiles, tile_end, GROUPS)
+    expert, first, last = padded_tile(tile, ends, num_groups, GROUPS, ROWS, ROWS)
     if expert < num_groups:
         column = tl.arange(0, BLOCK)
         mask = column < width
         at = bias + expert.to(tl.int64) * width + column
         term = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        first += own * ROWS
         count = min(ROWS, last - first)
         begin = first.to(tl.int64)
         for i in range(count):
